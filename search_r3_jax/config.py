@@ -1,0 +1,205 @@
+"""Every setting, as frozen keyword-only dataclasses. Imports no jax."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+EMBED_TOKEN = "<|embed_token|>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The architecture of one decoder.
+
+    Attributes:
+        family: `llama`, `qwen2` or `qwen3`: decides names on import and export, never the mathematics.
+        vocab_size: rows of the embedding matrix, padding rows included.
+        hidden_size: D, also the dimension of the embedding.
+        head_dim: H, apart from D/N.
+        qkv_bias: biases on q, k and v (Qwen2).
+        qk_norm: RMSNorm over H on q and k (Qwen3).
+    """
+
+    family: Literal["llama", "qwen2", "qwen3"]
+    vocab_size: int
+    hidden_size: int
+    feed_forward: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rope_theta: float
+    norm_eps: float
+    max_positions: int
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    tied_embeddings: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters; rank 0 means full fine-tuning.
+
+    Attributes:
+        alpha: the update is scaled by alpha / rank.
+        targets: linear layers of the decoder that get an adapter.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """How texts become tokens.
+
+    Attributes:
+        max_query_tokens: a query's own tokens; the prompt around it is never cut.
+        max_document_tokens: a document's own tokens.
+    """
+
+    max_query_tokens: int = 64
+    max_document_tokens: int = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which data set, and how large when it is built from installed packages; of the test functions `test_queries` are searched for."""
+
+    source: str = "python-functions"
+    train_functions: int = 0
+    dev_functions: int = 0
+    test_functions: int = 0
+    test_queries: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with a linear warm-up and a cosine decay to a tenth."""
+
+    learning_rate: float = 1e-4
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftConfig:
+    """Stage 1.
+
+    Attributes:
+        global_batch: (query, document) pairs a step.
+        temperature: τ of InfoNCE.
+        reasoned_share: share of queries in the reasoned format, in [0, 1].
+        reasoning: where their reasoning text comes from.
+        key_terms: how many terms a key-term reasoning names.
+    """
+
+    steps: int = 1000
+    global_batch: int = 64
+    temperature: float = 0.05
+    infonce_weight: float = 1.0
+    language_weight: float = 1.0
+    reasoned_share: float = 0.0
+    reasoning: Literal["off", "key_terms"] = "off"
+    key_terms: int = 6
+    save_every: int = 100
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerConfig:
+    """How reasoning is written.
+
+    Attributes:
+        max_think_tokens: budget of generated tokens before the embed token is forced.
+        temperature: 0 is greedy.
+    """
+
+    max_think_tokens: int = 32
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RlConfig:
+    """Stage 2 (GRPO).
+
+    Attributes:
+        global_queries: queries a step; each is sampled `group_size` times.
+        clip: ε of the clipped ratio.
+        beta: weight of the KL term (k3 estimator) to the reference; 0 runs no reference.
+        infonce_weight: auxiliary InfoNCE on the group's query embeddings.
+        min_swaps: the run goes on past `steps` until so many new index versions were taken in.
+    """
+
+    steps: int = 1000
+    global_queries: int = 8
+    group_size: int = 8
+    clip: float = 0.2
+    beta: float = 0.04
+    scale_by_std: bool = True
+    infonce_weight: float = 0.1
+    infonce_temperature: float = 0.05
+    snapshot_every: int = 50
+    min_swaps: int = 0
+    max_extra_steps: int = 0
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexConfig:
+    """The retrieval environment.
+
+    Attributes:
+        kind: `auto` is ScaNN where it is installed, else exact search.
+        candidates: documents ranked per query.
+        refresh_budget: documents re-encoded a step at most.
+        overlay_max_age: steps after which a re-encoded vector counts as stale.
+        recall_gate: recall@10 against exact search under which a version is not published.
+        keep_versions: how many versions stay on disk.
+        nice: added to the indexer's CPU priority, 0 to 19.
+        threads: CPU threads of the indexer; 0 leaves the choice to XLA.
+    """
+
+    kind: Literal["auto", "scann", "exact"] = "auto"
+    candidates: int = 64
+    refresh_budget: int = 256
+    overlay_max_age: int = 4
+    recall_gate: float = 0.99
+    keep_versions: int = 2
+    nice: int = 10
+    threads: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One experiment: everything that decides what a run computes."""
+
+    model: str = "smollm2"
+    seed: int = 0
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    remat: Literal["none", "dots", "full"] = "full"
+    data: DataConfig = field(default_factory=DataConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
+    rl: RlConfig = field(default_factory=RlConfig)
+    index: IndexConfig = field(default_factory=IndexConfig)
+
+
+def config_from_dict(kind: Any, fields: dict[str, Any]) -> Any:
+    """A config dataclass from the plain values that `dataclasses.asdict` and JSON left of it."""
+    values = {}
+    for entry in dataclasses.fields(kind):
+        value = fields[entry.name]
+        default = entry.default_factory() if entry.default_factory is not dataclasses.MISSING else entry.default
+        if dataclasses.is_dataclass(default):
+            value = config_from_dict(type(default), value)
+        elif isinstance(value, list):
+            value = tuple(value)
+        values[entry.name] = value
+    return kind(**values)

@@ -1,0 +1,1 @@
+"""One Python file an experiment; `config` in each is a `RunConfig`."""

@@ -1,0 +1,46 @@
+"""The whole method, small: SmolLM2-135M on functions of the installed Python packages.
+
+Command: search-r3 quickstart --out runs/quickstart
+Chips: none; two CPU cores.
+"""
+
+from search_r3_jax.config import (
+    DataConfig,
+    IndexConfig,
+    LoraConfig,
+    OptimizerConfig,
+    RlConfig,
+    RunConfig,
+    SamplerConfig,
+    SftConfig,
+    TextConfig,
+)
+
+config = RunConfig(
+    model="smollm2",
+    compute_dtype="float32",
+    remat="none",
+    data=DataConfig(train_functions=320, dev_functions=50, test_functions=640, test_queries=128),
+    text=TextConfig(max_query_tokens=32, max_document_tokens=37),
+    lora=LoraConfig(rank=16, alpha=32.0),
+    sft=SftConfig(
+        steps=20,
+        global_batch=16,
+        reasoned_share=0.5,
+        reasoning="key_terms",
+        key_terms=4,
+        save_every=10,
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=3),
+    ),
+    rl=RlConfig(
+        steps=6,
+        global_queries=4,
+        group_size=8,
+        snapshot_every=2,
+        min_swaps=1,
+        max_extra_steps=8,
+        sampler=SamplerConfig(max_think_tokens=28),
+        optimizer=OptimizerConfig(learning_rate=1e-4),
+    ),
+    index=IndexConfig(candidates=32, refresh_budget=64, overlay_max_age=2),
+)

@@ -1,0 +1,114 @@
+"""What a person sees of long work: a line a stage, a bar with rate and time left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+PLAIN_LINE_SECONDS = 10.0
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(_rate(task.speed) if task.speed else "", style="cyan")
+
+
+class Bar:
+    """Progress of one piece of work: a live bar in a terminal, a plain line every ten seconds elsewhere."""
+
+    def __init__(self, console: Console, what: str, total: int, progress: Progress | None):
+        self._console, self._what, self._total = console, what, total
+        self._progress = progress
+        self._task = progress.add_task(what, total=total, note="") if progress is not None else None
+        self._done, self._started, self._spoken = 0, time.monotonic(), time.monotonic()
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """`count` more are finished; `note` is shown beside the bar."""
+        self.to(self._done + count, note)
+
+    def to(self, done: int, note: str = "", total: int | None = None) -> None:
+        """`done` in all are finished."""
+        self._done = done
+        self._total = total or self._total
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=done, total=self._total, note=note)
+            return
+        now = time.monotonic()
+        if now - self._spoken >= PLAIN_LINE_SECONDS and done:
+            self._spoken = now
+            speed = done / (now - self._started)
+            left = (self._total - done) / speed
+            line = f"      {self._what} {done}/{self._total}, {_rate(speed)}, {_clock(left)} left{'  ' + note if note else ''}"
+            self._console.print(line, highlight=False, markup=False)
+
+
+class Stages:
+    """Numbered stages on standard output, each with the time it took."""
+
+    def __init__(self, count: int):
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.seconds: dict[str, float] = {}
+        self._count, self._number = count, 0
+
+    @contextmanager
+    def stage(self, key: str, title: str) -> Iterator[None]:
+        """One stage: announced, then closed with its time; `key` names it in `seconds`."""
+        self._number += 1
+        head = f"[{self._number}/{self._count}]"
+        self.console.print(f"{head} {title} …", markup=False)
+        started = time.monotonic()
+        yield
+        self.seconds[key] = time.monotonic() - started
+        self.console.print(f"      done in {_clock(self.seconds[key])}", style="green", markup=False)
+
+    def reused(self, key: str, title: str, seconds: float) -> None:
+        """One stage whose result was there already."""
+        self._number += 1
+        self.seconds[key] = seconds
+        self.console.print(f"[{self._number}/{self._count}] {title}: reused", markup=False)
+
+    def say(self, text: str) -> None:
+        """A line within a stage."""
+        self.console.print(f"      {text}", markup=False)
+
+    @contextmanager
+    def bar(self, what: str, total: int) -> Iterator[Bar]:
+        """A progress bar for one piece of work."""
+        if not self.console.is_terminal:
+            yield Bar(self.console, what, total, None)
+            return
+        columns = (
+            TextColumn("      {task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            _Rate(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            yield Bar(self.console, what, total, progress)
+
+
+def _rate(speed: float) -> str:
+    return f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each"
+
+
+def _clock(seconds: float) -> str:
+    whole = round(seconds)
+    return f"{whole // 60}:{whole % 60:02d}"

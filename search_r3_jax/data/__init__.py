@@ -1,0 +1,1 @@
+"""Collections: read, generated, and built into TFDS data sets."""

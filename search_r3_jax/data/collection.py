@@ -1,0 +1,59 @@
+"""The in-memory shape of a retrieval collection."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """One retrievable text; ids are unique within a collection."""
+
+    doc_id: str
+    title: str
+    text: str
+
+    @property
+    def body(self) -> str:
+        """What is embedded and indexed: the title, if any, on a line of its own, then the text."""
+        return f"{self.title}\n{self.text}" if self.title else self.text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Query:
+    """One query; `positives` maps document ids to relevance > 0, `negatives` are judged irrelevant."""
+
+    query_id: str
+    text: str
+    positives: Mapping[str, int]
+    negatives: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collection:
+    """The documents and the queries of one split; row numbers are positions in `documents`."""
+
+    name: str
+    split: str
+    documents: tuple[Document, ...]
+    queries: tuple[Query, ...]
+
+    def qrels(self) -> dict[str, dict[str, int]]:
+        """Query id → document id → relevance, as pytrec_eval takes it."""
+        return {query.query_id: dict(query.positives) for query in self.queries}
+
+    @cached_property
+    def row_of(self) -> dict[str, int]:
+        """Document id → row."""
+        return {document.doc_id: row for row, document in enumerate(self.documents)}
+
+    def corpus_hash(self) -> str:
+        """Hexadecimal sha256 over ids and bodies in order: equal hashes, equal index rows."""
+        digest = hashlib.sha256()
+        for document in self.documents:
+            for field in (document.doc_id, document.body):
+                encoded = field.encode()
+                # Lengths keep ("ab", "c") and ("a", "bc") apart.
+                digest.update(len(encoded).to_bytes(8, "big") + encoded)
+        return digest.hexdigest()

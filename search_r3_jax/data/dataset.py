@@ -1,0 +1,226 @@
+"""A TFDS data set (array_record, no TensorFlow) of collections: `corpus/`, `queries/` and `dataset.json`."""
+
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core.dataset_info import DatasetIdentity
+
+from search_r3_jax.data.beir import read_beir
+from search_r3_jax.data.collection import Collection, Document, Query
+from search_r3_jax.errors import UserError
+
+FORMAT_VERSION = 1
+MANIFEST = "dataset.json"
+# TFDS reserves the split name "all".
+SHARED_CORPUS = "shared"
+MAX_EXAMPLES_PER_SHARD = 100_000
+EXAMPLES_PER_CALL = 1_000
+T = TypeVar("T")
+
+
+def build_dataset(collections: Mapping[str, Collection], out: Path | str, *, name: str, source: Mapping[str, object]) -> Path:
+    """Builds `out` from split name → collection, or reuses an equal one; raises UserError if `out` holds anything else."""
+    out = Path(out)
+    _check_split_names(collections, out)
+    description = _describe(collections, name, source)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        _check_reusable(out, description)
+        return out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    building = out.parent / f".{out.name}.tmp-{os.getpid()}"
+    shutil.rmtree(building, ignore_errors=True)
+    try:
+        _write_parts(collections, description, building)
+        manifest = {**description, "files": {file: _sha256(building / file) for file in _files(building)}}
+        (building / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        building.rename(out)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return out
+
+
+def load_collection(path: Path | str, split: str) -> Collection:
+    """One split of a built data set or of a BEIR folder, in its original order; raises UserError for anything else."""
+    path = Path(path)
+    if (path / MANIFEST).is_file():
+        return _read_split(path, _read_manifest(path), split)
+    if any((path / name).is_file() for name in ("corpus.jsonl", "corpus.jsonl.gz")):
+        return read_beir(path, split)
+    raise UserError(f"{path}: expected a built data set (with {MANIFEST}) or a BEIR folder (with corpus.jsonl or corpus.jsonl.gz)")
+
+
+def _describe(collections: Mapping[str, Collection], name: str, source: Mapping[str, object]) -> dict[str, Any]:
+    corpus_hashes = {split: collection.corpus_hash() for split, collection in collections.items()}
+    shared = len(collections) > 1 and len(set(corpus_hashes.values())) == 1
+    return {
+        "format_version": FORMAT_VERSION,
+        "name": name,
+        "source": json.loads(json.dumps(source)),
+        "splits": {
+            split: {
+                "documents": len(collection.documents),
+                "queries": len(collection.queries),
+                "corpus_split": SHARED_CORPUS if shared else split,
+                "corpus_hash": corpus_hashes[split],
+                "queries_hash": _queries_hash(collection.queries),
+            }
+            for split, collection in collections.items()
+        },
+    }
+
+
+def _queries_hash(queries: Iterable[Query]) -> str:
+    digest = hashlib.sha256()
+    for query in queries:
+        fields = [query.query_id, query.text, list(query.positives.items()), query.negatives]
+        digest.update(json.dumps(fields).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _check_split_names(collections: Mapping[str, Collection], out: Path) -> None:
+    if not collections:
+        raise UserError(f"{out}: nothing to build; give at least one split")
+    for split, collection in collections.items():
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", split) or split in ("all", SHARED_CORPUS):
+            raise UserError(f"{out}: split name {split!r} is not usable; use letters, digits and '_', not 'all' or 'shared'")
+        if not collection.documents or not collection.queries:
+            raise UserError(f"{out}: split {split!r} has no documents or no queries; leave it out")
+
+
+def _check_reusable(out: Path, description: Mapping[str, Any]) -> None:
+    remedy = "remove it or choose another --out"
+    if not (out / MANIFEST).is_file():
+        raise UserError(f"{out}: already exists and is no data set; {remedy}")
+    manifest = _read_manifest(out)
+    differing = sorted(key for key in description if manifest.get(key) != description[key])
+    if differing:
+        raise UserError(f"{out / MANIFEST}: holds another data set (differs in {', '.join(differing)}); {remedy}")
+    _check_files(out, manifest)
+
+
+def _check_files(path: Path, manifest: Mapping[str, Any]) -> None:
+    for file, expected in manifest["files"].items():
+        if not (path / file).is_file():
+            raise UserError(f"{path / file}: missing; remove {path} and build it again")
+        if _sha256(path / file) != expected:
+            raise UserError(f"{path / file}: content differs from its sha256 in {MANIFEST}; remove {path} and build it again")
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    file = path / MANIFEST
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON ({error}); remove {path} and build it again") from None
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if version != FORMAT_VERSION:
+        raise UserError(f"{file}: field 'format_version': expected {FORMAT_VERSION}, got {version}; build the data set again")
+    missing = [key for key in ("name", "splits", "files") if key not in manifest]
+    if missing:
+        raise UserError(f"{file}: field {missing[0]!r} is missing; remove {path} and build it again")
+    return manifest
+
+
+def _write_parts(collections: Mapping[str, Collection], description: Mapping[str, Any], building: Path) -> None:
+    documents_of = {description["splits"][split]["corpus_split"]: each.documents for split, each in collections.items()}
+    queries_of = {split: each.queries for split, each in collections.items()}
+    text, texts = tfds.features.Text(), tfds.features.Sequence(tfds.features.Text())
+    _write_part(
+        building / "corpus",
+        "corpus",
+        {"row": np.int64, "doc_id": text, "title": text, "text": text},
+        {split: map(_document_example, itertools.count(), documents) for split, documents in documents_of.items()},
+    )
+    _write_part(
+        building / "queries",
+        "queries",
+        {
+            **{"row": np.int64, "query_id": text, "text": text},
+            **{"positives": texts, "relevance": tfds.features.Sequence(np.int32), "negatives": texts},
+        },
+        {split: map(_query_example, itertools.count(), queries) for split, queries in queries_of.items()},
+    )
+
+
+def _write_part(folder: Path, name: str, features: dict[str, Any], splits: Mapping[str, Iterator[dict[str, Any]]]) -> None:
+    folder.mkdir(parents=True)
+    identity = DatasetIdentity(name=name, version=tfds.core.Version("1.0.0"), data_dir=str(folder), module_name="search_r3_jax")
+    info = tfds.core.DatasetInfo(builder=identity, features=tfds.features.FeaturesDict(features))
+    # Unlike a generator-based builder this writer needs no TensorFlow above 1 GB, keeps the order and prints nothing.
+    writer = tfds.core.SequentialWriter(info, max_examples_per_shard=MAX_EXAMPLES_PER_SHARD, file_format="array_record")
+    writer.initialize_splits(list(splits))
+    for split, examples in splits.items():
+        while chunk := list(itertools.islice(examples, EXAMPLES_PER_CALL)):
+            writer.add_examples({split: chunk})
+    writer.close_all()
+
+
+def _document_example(row: int, document: Document) -> dict[str, Any]:
+    return {"row": row, "doc_id": document.doc_id, "title": document.title, "text": document.text}
+
+
+def _query_example(row: int, query: Query) -> dict[str, Any]:
+    return {
+        "row": row,
+        "query_id": query.query_id,
+        "text": query.text,
+        "positives": list(query.positives),
+        "relevance": list(query.positives.values()),
+        "negatives": list(query.negatives),
+    }
+
+
+def _read_split(path: Path, manifest: Mapping[str, Any], split: str) -> Collection:
+    if split not in manifest["splits"]:
+        raise UserError(f"{path}: no split {split!r}; splits found: {', '.join(sorted(manifest['splits']))}")
+    _check_files(path, manifest)
+    corpus_split = manifest["splits"][split]["corpus_split"]
+    return Collection(
+        name=manifest["name"],
+        split=split,
+        documents=_read_part(path / "corpus", corpus_split, _document),
+        queries=_read_part(path / "queries", split, _query),
+    )
+
+
+def _read_part(folder: Path, split: str, decode: Callable[[dict[str, Any]], T]) -> tuple[T, ...]:
+    # Any: a decorator of TFDS hides the signature of as_data_source from type checkers.
+    builder: Any = tfds.builder_from_directory(folder)
+    records = builder.as_data_source(split)
+    numbered: list[tuple[int, T]] = []
+    for start in range(0, len(records), EXAMPLES_PER_CALL):
+        chunk = records.__getitems__(range(start, min(start + EXAMPLES_PER_CALL, len(records))))
+        numbered.extend((int(record["row"]), decode(record)) for record in chunk)
+    return tuple(item for _, item in sorted(numbered, key=lambda pair: pair[0]))
+
+
+def _document(record: dict[str, Any]) -> Document:
+    return Document(doc_id=record["doc_id"].decode(), title=record["title"].decode(), text=record["text"].decode())
+
+
+def _query(record: dict[str, Any]) -> Query:
+    positives = [doc_id.decode() for doc_id in record["positives"]]
+    return Query(
+        query_id=record["query_id"].decode(),
+        text=record["text"].decode(),
+        positives=dict(zip(positives, map(int, record["relevance"]), strict=True)),
+        negatives=tuple(doc_id.decode() for doc_id in record["negatives"]),
+    )
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""Retrieval metrics, TREC run files and the BM25 baseline."""

@@ -1,0 +1,1 @@
+"""Weights in and out: GGUF and Hugging Face folders."""

@@ -1,0 +1,109 @@
+"""Orbax checkpoints of a run: written by a trainer, read by the indexer and by everything that takes a run as a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from search_r3_jax.config import RunConfig, config_from_dict
+from search_r3_jax.errors import UserError
+
+PARAMS, OPTIMIZER, META = "params", "optimizer", "meta"
+
+
+def checkpoint_folder(run: Path) -> Path:
+    """Where a run keeps its checkpoints (absolute: Orbax asks for it)."""
+    return (run / "checkpoints").absolute()
+
+
+class SnapshotWriter:
+    """Saves steps asynchronously; an error of a background save is raised by the next call."""
+
+    def __init__(self, run: Path, *, keep: int = 3):
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        self._manager = ocp.CheckpointManager(checkpoint_folder(run), options=options)
+
+    def latest(self) -> int | None:
+        """The newest committed step."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, params: nnx.State, optimizer: Any, meta: dict[str, Any]) -> None:
+        """Begin to save one step: trainable parameters, optimiser state and what else decides the next step."""
+        self._manager.check_for_errors()
+        items = {
+            PARAMS: ocp.args.StandardSave(nnx.to_pure_dict(params)),
+            OPTIMIZER: ocp.args.StandardSave(optimizer),
+            META: ocp.args.JsonSave(meta),
+        }
+        self._manager.save(step, args=ocp.args.Composite(**items))
+
+    def restore(self, step: int, params: nnx.State, optimizer: Any) -> tuple[nnx.State, Any, dict[str, Any]]:
+        """`(params, optimizer, meta)` of a step, shaped like the ones given."""
+        targets = {
+            PARAMS: ocp.args.StandardRestore(_abstract(nnx.to_pure_dict(params))),
+            OPTIMIZER: ocp.args.StandardRestore(_abstract(optimizer)),
+            META: ocp.args.JsonRestore(),
+        }
+        found = self._manager.restore(step, args=ocp.args.Composite(**targets))
+        return _filled(params, found[PARAMS]), found[OPTIMIZER], found[META]
+
+    def wait(self) -> None:
+        """Until every save has been committed; raises what went wrong in the background."""
+        self._manager.wait_until_finished()
+        self._manager.check_for_errors()
+
+    def close(self) -> None:
+        """Wait for the saves and release the manager."""
+        self.wait()
+        self._manager.close()
+
+
+def latest_snapshot(run: Path) -> int | None:
+    """The newest committed step of a run, or None; sees what another process has committed by now."""
+    folder = checkpoint_folder(run)
+    if not folder.is_dir():
+        return None
+    # Orbax publishes a step by renaming its temporary directory to the bare number.
+    steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
+    return max(steps, default=None)
+
+
+def read_snapshot(run: Path, step: int, params: nnx.State) -> nnx.State:
+    """The trainable parameters of one step, shaped like `params`; raises UserError when the step is not there."""
+    folder = checkpoint_folder(run) / str(step) / PARAMS
+    if not folder.is_dir():
+        raise UserError(f"{checkpoint_folder(run)}: step {step}: no such checkpoint; the newest is {latest_snapshot(run)}")
+    with ocp.StandardCheckpointer() as checkpointer:
+        return _filled(params, checkpointer.restore(folder, _abstract(nnx.to_pure_dict(params))))
+
+
+def read_run(path: Path) -> tuple[RunConfig, dict[str, Any]]:
+    """The config of a run directory and the whole record; raises UserError when it is not one."""
+    file = path / "config.json"
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        return config_from_dict(RunConfig, record["config"]), record
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: not the config of a run ({error}); give the folder that sft or rl wrote to") from None
+
+
+def start_of(run: Path, record: dict[str, Any]) -> str:
+    """The model that a run starts from; another run is recorded relative to this one, so that both can move together."""
+    start = record.get("start")
+    return record["config"]["model"] if start is None else str((run / start).resolve())
+
+
+def _abstract(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=getattr(x, "sharding", None)), tree)
+
+
+def _filled(params: nnx.State, pure: Any) -> nnx.State:
+    filled = jax.tree.map(lambda x: x, params)
+    nnx.replace_by_pure_dict(filled, pure)
+    return filled

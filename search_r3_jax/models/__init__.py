@@ -1,0 +1,1 @@
+"""The decoder, its attention, adapters, and the embedding head."""

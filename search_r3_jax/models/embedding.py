@@ -1,0 +1,31 @@
+"""The embedding head: the final hidden state at `<|embed_token|>`, as a unit vector."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class EmbedOutput(NamedTuple):
+    """`vectors` [B,E] float32 of unit norm (zeros where not valid); `valid` [B] bool: exactly one embed token in the row."""
+
+    vectors: jax.Array
+    valid: jax.Array
+
+
+def unit(x: jax.Array) -> jax.Array:
+    """L2 normalisation of the last axis in float32; a zero vector stays zero and has a zero gradient."""
+    x = x.astype(jnp.float32)
+    squared = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.where(squared > 0, squared, 1.0))
+
+
+def pool_embedding(hidden_btd: jax.Array, ids_bt: jax.Array, embed_id: int) -> EmbedOutput:
+    """Embedding of each row: the state where `ids == embed_id` (method, Model)."""
+    at_token = ids_bt == embed_id
+    valid = jnp.sum(at_token, axis=-1) == 1
+    # A sum over the mask, not argmax: an absent token must not silently mean position 0.
+    picked = jnp.einsum("btd,bt->bd", hidden_btd.astype(jnp.float32), (at_token & valid[:, None]).astype(jnp.float32))
+    return EmbedOutput(unit(picked), valid)

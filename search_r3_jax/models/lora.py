@@ -1,0 +1,66 @@
+"""Low-rank adapters (Hu et al., arXiv 2106.09685): which parameters learn, and how they join and leave a decoder."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from search_r3_jax.config import LoraConfig
+from search_r3_jax.models.decoder import Decoder, LoraParam
+
+LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+def trainable_filter(decoder: Decoder) -> type[nnx.Param]:
+    """The variable type that a training stage updates: adapters where there are any, else everything."""
+    return LoraParam if decoder.lora is not None else nnx.Param
+
+
+def add_lora(decoder: Decoder, lora: LoraConfig, *, seed: int) -> Decoder:
+    """The same function with fresh adapters (A random, B zero) and the embed rows free; the base's arrays are shared, not copied."""
+    adapted = _empty_like(decoder, lora)
+    nnx.update(adapted, nnx.state(decoder, nnx.Param))
+    generator = np.random.default_rng(seed)
+    for name in lora.targets:
+        linear = getattr(adapted.layers, name)
+        scale = np.float32(linear.lora_a.shape[1] ** -0.5)
+        linear.lora_a.set_value(jnp.asarray(generator.standard_normal(linear.lora_a.shape, dtype=np.float32) * scale))
+        linear.lora_b.set_value(jnp.zeros(linear.lora_b.shape))
+    if adapted.embed_row is not None:
+        adapted.embed_row.set_value(decoder.embedding[...][decoder.embed_id])
+    if adapted.head_row is not None and decoder.head is not None:
+        adapted.head_row.set_value(decoder.head[...][:, decoder.embed_id])
+    return adapted
+
+
+def merge_lora(decoder: Decoder) -> Decoder:
+    """The same function without adapters: every update added to its kernel in float32, the embed rows written into the tables."""
+    if decoder.lora is None:
+        return decoder
+    merged = _empty_like(decoder, None)
+    base = nnx.state(decoder, nnx.All(nnx.Param, nnx.Not(LoraParam)))
+    nnx.update(merged, base)
+    for name in decoder.lora.targets:
+        linear = getattr(decoder.layers, name)
+        update = jnp.einsum("lir,lro->lio", linear.lora_a[...], linear.lora_b[...], precision="highest") * linear.lora_scale
+        getattr(merged.layers, name).kernel.set_value(linear.kernel[...] + update)
+    if decoder.embed_row is not None:
+        merged.embedding.set_value(decoder.embedding[...].at[decoder.embed_id].set(decoder.embed_row[...]))
+    if decoder.head_row is not None and decoder.head is not None and merged.head is not None:
+        merged.head.set_value(decoder.head[...].at[:, decoder.embed_id].set(decoder.head_row[...]))
+    return merged
+
+
+def _empty_like(decoder: Decoder, lora: LoraConfig | None) -> Decoder:
+    def make() -> Decoder:
+        return Decoder(
+            decoder.config,
+            rngs=nnx.Rngs(0),
+            lora=lora,
+            embed_id=decoder.embed_id,
+            compute_dtype=decoder.compute_dtype,
+            remat=decoder.remat,
+        )
+
+    return nnx.eval_shape(make)

@@ -1,0 +1,1 @@
+"""Losses as pure array functions; no model, no mesh, no config."""

@@ -1,0 +1,222 @@
+"""The environment of stage 2: propose candidates, refresh them with the current parameters, reward the completions."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from search_r3_jax.retrieval.index import Index, recall_at_k
+from search_r3_jax.retrieval.rewards import RewardVariant, reward_group
+
+EncodeDocuments = Callable[[np.ndarray], np.ndarray]
+TOP = 3
+AGREEMENT_MAX_ROWS = 20_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one step of the environment returns.
+
+    Attributes:
+      rewards: [Q,G] float32 in [0,1].
+      top_rows: each completion's best documents, [Q,G,3] int32; −1 where invalid or where there are fewer.
+      stats: named floats to log.
+    """
+
+    rewards: np.ndarray
+    top_rows: np.ndarray
+    stats: dict[str, float]
+
+
+class Environment:
+    """Candidates from a stale index, ranked by fresh vectors where there are any: the overlay {row → (vector, step)}."""
+
+    def __init__(
+        self,
+        index: Index,
+        encode_documents: EncodeDocuments,
+        *,
+        candidates: int = 64,
+        per_completion: int = 8,
+        refresh_budget: int = 1024,
+        overlay_max_age: int = 0,
+        reward: RewardVariant = "dcg",
+        temperature: float = 0.02,
+    ) -> None:
+        """`encode_documents` maps distinct rows [n] int32 to unit vectors [n,E] of the current parameters.
+
+        `candidates` a query beside its positives; `per_completion` of them from each completion's own search;
+        `refresh_budget` documents encoded a step at most; `overlay_max_age` in steps, 0 = this step's only.
+        """
+        if candidates < 1 or per_completion < 1 or refresh_budget < 0 or overlay_max_age < 0:
+            raise ValueError("candidates and per_completion must be at least 1, refresh_budget and overlay_max_age at least 0")
+        self.index = index
+        self._encode_documents = encode_documents
+        self._candidates = candidates
+        self._per_completion = per_completion
+        self._refresh_budget = refresh_budget
+        self._overlay_max_age = overlay_max_age
+        self._reward: RewardVariant = reward
+        self._temperature = temperature
+        self._overlay: dict[int, tuple[np.ndarray, int]] = {}
+        self._reencoded_total = 0
+
+    def score(self, step: int, positives: Sequence[Mapping[int, float]], vectors: np.ndarray, valid: np.ndarray) -> StepResult:
+        """Reward Q groups: positives {row → grade > 0} by query, unit vectors [Q,G,E], valid [Q,G] bool, of policy `step`."""
+        self._check(positives, vectors, valid)
+        # Whatever an invalid completion left in its place must not reach a sum.
+        vectors = np.where(valid[:, :, None], vectors, 0).astype(np.float32)
+        self._expire(step)
+
+        started = time.perf_counter()
+        means = _unit_means(vectors, valid)
+        candidates, agreement = self._propose(positives, vectors, valid, means)
+        proposed = time.perf_counter()
+        reencoded = self._refresh(step, positives, vectors, valid, candidates)
+        refreshed = time.perf_counter()
+        rewards, top_rows, fresh_share = self._rank(positives, vectors, valid, candidates)
+        rewarded = time.perf_counter()
+
+        rows = len(self.index.ids)
+        stats = {
+            "index_step": float(self.index.version),
+            "policy_step": float(step),
+            "index_age": float(step - self.index.version),
+            "reencoded": float(reencoded),
+            "reencoded_share": reencoded / rows,
+            "reencoded_total_share": self._reencoded_total / rows,
+            "overlay_size": float(len(self._overlay)),
+            "candidate_fresh_share": fresh_share,
+            "propose_seconds": proposed - started,
+            "refresh_seconds": refreshed - proposed,
+            "reward_seconds": rewarded - refreshed,
+            **agreement,
+        }
+        return StepResult(rewards=rewards, top_rows=top_rows, stats=stats)
+
+    def swap(self, index: Index) -> None:
+        """Take a newer index, between steps, and forget overlay vectors older than it; raises ValueError on another corpus."""
+        if list(index.ids) != list(self.index.ids) or index.vectors.shape != self.index.vectors.shape:
+            raise ValueError(f"index v{index.version} is of another corpus or width than v{self.index.version}")
+        self.index = index
+        self._overlay = {row: entry for row, entry in self._overlay.items() if entry[1] >= index.version}
+
+    def state(self) -> dict[str, np.ndarray]:
+        """The overlay as arrays for a checkpoint: rows [n] int32, vectors [n,E] float32, steps [n] int32, reencoded_total []."""
+        entries = list(self._overlay.values())
+        return {
+            "rows": np.array(list(self._overlay), dtype=np.int32),
+            "vectors": np.array([vector for vector, _ in entries], np.float32).reshape(-1, self.index.vectors.shape[1]),
+            "steps": np.array([step for _, step in entries], dtype=np.int32),
+            "reencoded_total": np.array(self._reencoded_total, dtype=np.int64),
+        }
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take up what `state` gave, without vectors older than the present index; raises ValueError on another corpus."""
+        rows, vectors, steps = (np.asarray(state[name]) for name in ("rows", "vectors", "steps"))
+        corpus_rows, dim = self.index.vectors.shape
+        if vectors.shape != (len(rows), dim) or len(steps) != len(rows) or np.any((rows < 0) | (rows >= corpus_rows)):
+            raise ValueError(f"overlay {vectors.shape} does not fit an index of {corpus_rows} rows of width {dim}")
+        entries = zip(rows.tolist(), vectors.astype(np.float32), steps.tolist(), strict=True)
+        self._overlay = {row: (vector, step) for row, vector, step in entries if step >= self.index.version}
+        self._reencoded_total = int(state["reencoded_total"])
+
+    def _expire(self, step: int) -> None:
+        self._overlay = {row: entry for row, entry in self._overlay.items() if step - entry[1] <= self._overlay_max_age}
+
+    def _propose(
+        self, positives: Sequence[Mapping[int, float]], vectors: np.ndarray, valid: np.ndarray, means: np.ndarray
+    ) -> tuple[list[np.ndarray], dict[str, float]]:
+        """Candidate rows of each query, positives first, and the agreement of the proposal with exact search."""
+        _, mean_rows = self.index.search(means, self._candidates)
+        _, flat_rows = self.index.search(vectors[valid], self._per_completion)
+        owners = np.nonzero(valid)[0]
+        candidates = []
+        for query in range(len(positives)):
+            # Rank by rank, so that the cap cuts every completion's own list at the same depth.
+            own = flat_rows[owners == query].T.ravel()
+            proposed = _distinct(np.concatenate([own, mean_rows[query]]))[: self._candidates] if len(own) else own
+            candidates.append(_distinct(np.concatenate([np.array(list(positives[query]), np.int32), proposed])))
+        live = valid.any(axis=1)
+        return candidates, self._agreement(means[live], mean_rows[live])
+
+    def _agreement(self, means: np.ndarray, proposed: np.ndarray) -> dict[str, float]:
+        """Share of the exact top 10 in the index's; nothing where the corpus is too large to look every step."""
+        if len(means) == 0 or len(self.index.ids) > AGREEMENT_MAX_ROWS:
+            return {}
+        k = min(10, proposed.shape[1])
+        exact = np.argsort(-(means @ np.asarray(self.index.vectors, dtype=np.float32).T), axis=1, kind="stable")
+        return {"candidate_agreement": recall_at_k(proposed, exact, min(k, exact.shape[1]))}
+
+    def _refresh(
+        self,
+        step: int,
+        positives: Sequence[Mapping[int, float]],
+        vectors: np.ndarray,
+        valid: np.ndarray,
+        candidates: Sequence[np.ndarray],
+    ) -> int:
+        """Encode candidates without a fresh vector, positives first, then by their best score; returns how many."""
+        priority: dict[int, float] = {}
+        for query in np.flatnonzero(valid.any(axis=1)).tolist():
+            best = (vectors[query][valid[query]] @ self.vectors_of(candidates[query]).T).max(axis=0)
+            for row, score in zip(candidates[query].tolist(), best.tolist(), strict=True):
+                if row not in self._overlay:
+                    priority[row] = max(priority.get(row, -np.inf), np.inf if row in positives[query] else score)
+        # Equal scores by row: the choice must not depend on the order of queries.
+        chosen = sorted(priority, key=lambda row: (-priority[row], row))[: self._refresh_budget]
+        if not chosen:
+            return 0
+        fresh = np.asarray(self._encode_documents(np.array(chosen, dtype=np.int32)), dtype=np.float32)
+        if fresh.shape != (len(chosen), vectors.shape[2]) or not np.isfinite(fresh).all():
+            raise ValueError(f"encode_documents returned {fresh.shape} for {len(chosen)} rows, or numbers that are not finite")
+        self._overlay.update({row: (vector, step) for row, vector in zip(chosen, fresh, strict=True)})
+        self._reencoded_total += len(chosen)
+        return len(chosen)
+
+    def _rank(
+        self,
+        positives: Sequence[Mapping[int, float]],
+        vectors: np.ndarray,
+        valid: np.ndarray,
+        candidates: Sequence[np.ndarray],
+    ) -> tuple[np.ndarray, np.ndarray, float]:
+        """Rewards [Q,G], top rows [Q,G,3] and the share of candidates with a fresh vector."""
+        rewards = np.zeros(valid.shape, dtype=np.float32)
+        top_rows = np.full((*valid.shape, TOP), -1, dtype=np.int32)
+        for query, rows in enumerate(candidates):
+            similarities = vectors[query] @ self.vectors_of(rows).T
+            relevance = np.array([positives[query].get(row, 0.0) for row in rows.tolist()])
+            rewards[query] = reward_group(similarities, relevance, valid[query], variant=self._reward, temperature=self._temperature)
+            best = rows[np.argsort(-similarities, axis=1, kind="stable")[:, :TOP]]
+            top_rows[query, :, : best.shape[1]] = np.where(valid[query][:, None], best, -1)
+        fresh = [row in self._overlay for rows in candidates for row in rows.tolist()]
+        return rewards, top_rows, sum(fresh) / len(fresh)
+
+    def vectors_of(self, rows: np.ndarray) -> np.ndarray:
+        """The vectors [n,E] that ranking uses: the overlay's where there is one, the index's otherwise."""
+        vectors = np.array(self.index.vectors[rows], dtype=np.float32)
+        for place, row in enumerate(rows.tolist()):
+            if row in self._overlay:
+                vectors[place] = self._overlay[row][0]
+        return vectors
+
+    def _check(self, positives: Sequence[Mapping[int, float]], vectors: np.ndarray, valid: np.ndarray) -> None:
+        rows, dim = self.index.vectors.shape
+        if vectors.ndim != 3 or vectors.shape[2] != dim or valid.shape != vectors.shape[:2] or len(positives) != len(vectors):
+            raise ValueError(f"{len(positives)} queries, vectors {vectors.shape}, valid {valid.shape}: want Q, [Q,G,{dim}], [Q,G]")
+        for query, grades in enumerate(positives):
+            if not grades or any(not 0 <= row < rows or grade <= 0 for row, grade in grades.items()):
+                raise ValueError(f"query {query}: positives {dict(grades)} must be rows below {rows} with grades above 0, at least one")
+
+
+def _unit_means(vectors: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """Unit mean [Q,E] of each group's valid vectors [Q,G,E]; zero where there is none."""
+    sums = np.where(valid[:, :, None], vectors, 0).sum(axis=1)
+    return sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)
+
+
+def _distinct(rows: np.ndarray) -> np.ndarray:
+    """The distinct rows ≥ 0, in order of first appearance, int32."""
+    return np.array(list(dict.fromkeys(rows[rows >= 0].tolist())), dtype=np.int32)

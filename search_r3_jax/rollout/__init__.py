@@ -1,0 +1,1 @@
+"""Generation of reasoning and embedding in one pass."""

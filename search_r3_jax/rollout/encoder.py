@@ -1,0 +1,75 @@
+"""Direct embedding of texts: the shared prompt prefix once, then length buckets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from search_r3_jax.models.attention import KVBlock
+from search_r3_jax.models.decoder import Decoder, positions_from_lengths
+from search_r3_jax.models.embedding import pool_embedding
+from search_r3_jax.text.packing import length_batches
+from search_r3_jax.text.prompts import Prompter
+
+
+def prefix_block(decoder: Decoder, prefix: Sequence[int], *, adapters: bool = True) -> KVBlock:
+    """Keys and values [L,1,S,K,H] of a prompt prefix, to be shared by every row behind it."""
+    ids = jnp.asarray([prefix], jnp.int32)
+    positions = jnp.arange(len(prefix), dtype=jnp.int32)[None]
+    return decoder(ids, positions, adapters=adapters)[1]
+
+
+def both_prefixes(decoder: Decoder, prompter: Prompter) -> KVBlock:
+    """The direct and the reasoned prefix in one block [L,1,S,K,H]: segment 0 and segment 1."""
+    prefixes = (prompter.direct.prefix, prompter.reason.prefix)
+    ids = jnp.asarray([[token for prefix in prefixes for token in prefix]], jnp.int32)
+    positions = jnp.concatenate([jnp.arange(len(prefix), dtype=jnp.int32) for prefix in prefixes])[None]
+    segments = jnp.concatenate([jnp.full(len(prefix), i, jnp.int32) for i, prefix in enumerate(prefixes)])[None]
+    return decoder(ids, positions, segments_bt=segments)[1]
+
+
+class Encoder:
+    """Encodes texts with whatever parameters it is handed; compiled once per (rows, length) bucket."""
+
+    def __init__(self, graph: nnx.GraphDef[Decoder], prompter: Prompter, *, batch_tokens: int = 2048):
+        prefix, embed_id = prompter.direct.prefix, prompter.embed_id
+
+        @jax.jit
+        def prefix_of(state: nnx.State) -> KVBlock:
+            return prefix_block(nnx.merge(graph, state), prefix)
+
+        @jax.jit
+        def encode(state: nnx.State, shared: KVBlock, ids: jax.Array, lengths: jax.Array) -> jax.Array:
+            decoder = nnx.merge(graph, state)
+            positions = positions_from_lengths(lengths, ids.shape[1], len(prefix))
+            hidden, _ = decoder(ids, positions, contexts=[shared])
+            return pool_embedding(hidden, ids, embed_id).vectors
+
+        self._prefix_of, self._encode = prefix_of, encode
+        self._prompter, self._batch_tokens = prompter, batch_tokens
+
+    def encode(
+        self,
+        state: nnx.State,
+        texts: Sequence[str],
+        *,
+        max_tokens: int,
+        on_progress: Callable[[int], object] | None = None,
+    ) -> np.ndarray:
+        """Unit vectors [N,E] float32 in the order of `texts`; `on_progress` hears how many were finished."""
+        rows = self._prompter.direct_rows(texts, max_tokens)
+        # The pad id must not be the embed token, which has to occur once; 0 never is.
+        shared = self._prefix_of(state)
+        vectors: np.ndarray | None = None
+        for batch in length_batches(rows, tokens=self._batch_tokens, pad_id=0):
+            found = np.asarray(self._encode(state, shared, batch.ids, batch.lengths))
+            if vectors is None:
+                vectors = np.zeros((len(rows), found.shape[1]), np.float32)
+            vectors[batch.rows] = found[: len(batch.rows)]
+            if on_progress is not None:
+                on_progress(len(batch.rows))
+        return vectors if vectors is not None else np.zeros((0, shared.keys.shape[-1]), np.float32)

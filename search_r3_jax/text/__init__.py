@@ -1,0 +1,1 @@
+"""Prompts, the tokenizer with `<|embed_token|>`, padding and masks."""

@@ -1,0 +1,1 @@
+"""The two training stages: one jitted step and one loop each."""

@@ -1,0 +1,87 @@
+"""A run's directory: its config, its metrics, and who may write to it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+from transformers import PreTrainedTokenizerBase
+
+from search_r3_jax.config import RunConfig
+from search_r3_jax.errors import UserError
+from search_r3_jax.files import write_json, write_text
+
+
+class Run:
+    """An open run directory; opening it again with the same config resumes it.
+
+    Raises UserError when the directory holds a run with another config.
+    """
+
+    def __init__(self, path: Path, config: RunConfig, *, stage: str, extra: dict[str, Any] | None = None):
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+        record = {"stage": stage, "config": dataclasses.asdict(config), **(extra or {})}
+        file = path / "config.json"
+        if file.is_file():
+            before = json.loads(file.read_text(encoding="utf-8"))
+            changed = _differing_field(before, json.loads(json.dumps(record)))
+            if changed:
+                raise UserError(f"{file}: {changed}: this run was made with another value; give another folder or remove this one")
+        else:
+            write_json(file, record)
+        self._metrics = path / "metrics.jsonl"
+        self._board: SummaryWriter | None = None
+
+    def start_at(self, step: int) -> None:
+        """Forget metrics of steps from `step` on: they will be computed again, and each step must stand once."""
+        if self._metrics.is_file():
+            lines = self._metrics.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _step_of(line) < step]
+            write_text(self._metrics, "".join(line + "\n" for line in kept))
+
+    def log(self, step: int, scalars: dict[str, float]) -> None:
+        """Append one step's scalars to `metrics.jsonl` and TensorBoard."""
+        with self._metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **scalars}) + "\n")
+        if self._board is None:
+            self._board = SummaryWriter(str(self.path / "tensorboard"))
+        for name, value in scalars.items():
+            self._board.add_scalar(name, value, step)
+
+    def sample(self, record: dict[str, Any]) -> None:
+        """Append one rollout to `samples.jsonl`."""
+        with (self.path / "samples.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def save_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Keep the tokenizer beside the checkpoints, with `<|embed_token|>` in it."""
+        if not (self.path / "tokenizer").is_dir():
+            tokenizer.save_pretrained(str(self.path / "tokenizer"))
+
+    def close(self) -> None:
+        """Flush what is still buffered."""
+        if self._board is not None:
+            self._board.close()
+
+
+def _step_of(line: str) -> int:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        # A line cut off by a kill: it is written again.
+        return 1 << 62
+
+
+def _differing_field(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str | None:
+    for key in sorted({*before, *now}):
+        if isinstance(before.get(key), dict) and isinstance(now.get(key), dict):
+            inner = _differing_field(before[key], now[key], f"{prefix}{key}.")
+            if inner:
+                return inner
+        elif before.get(key) != now.get(key):
+            return f"{prefix}{key}"
+    return None

@@ -1,0 +1,37 @@
+"""Shared by all tests: quiet libraries, CPU, tiny models of every family."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from search_r3_jax.quiet import quiet
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+quiet()
+
+
+@pytest.fixture(scope="session")
+def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A Hugging Face folder with tiny random weights for each family."""
+    from tiny import write_tiny_checkpoint
+
+    root = tmp_path_factory.mktemp("tiny")
+    return {family: write_tiny_checkpoint(root / family, family) for family in ("llama", "qwen2", "qwen3")}
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_folders: dict[str, Path]):
+    """The tiny Llama, loaded."""
+    from search_r3_jax.hub.checkpoint import load_model
+
+    return load_model(tiny_folders["llama"])
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The packaged SmolLM2-135M-Instruct with its real weights."""
+    from search_r3_jax.hub.checkpoint import load_model
+
+    return load_model("smollm2")

@@ -1,0 +1,84 @@
+"""Tiny checkpoints and collections for tests: made by torch `transformers` from seeds, with a byte-level tokenizer."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from search_r3_jax.data.collection import Collection, Document, Query
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+}
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """256 bytes and three special tokens: 259 ids."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIAL)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def torch_model(family: str, *, vocab_size: int = 320, seed: int = 0) -> torch.nn.Module:
+    """A random model whose logits are of order 1."""
+    torch.manual_seed(seed)
+    kinds = {
+        "llama": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": True}),
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": False}),
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"tie_word_embeddings": True, "head_dim": 32}),
+    }
+    config_class, model_class, own = kinds[family]
+    config = config_class(vocab_size=vocab_size, initializer_range=0.08, eos_token_id=2, bos_token_id=1, **SIZES, **own)
+    model = model_class(config).eval().float()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # Norms and biases start at one and zero, where a mistake in them would not show.
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+            del name
+    return model
+
+
+def write_tiny_checkpoint(folder: Path, family: str, *, seed: int = 0) -> Path:
+    """Save a tiny model and its tokenizer; returns the folder."""
+    torch_model(family, seed=seed).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def word_collection(*, documents: int, queries: int, seed: int = 0, split: str = "train") -> Collection:
+    """Made-up documents of made-up words; a query repeats two words of its document."""
+    generator = np.random.default_rng(seed)
+    letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
+    words = ["".join(generator.choice(letters, 4)) for _ in range(200)]
+    bodies = [" ".join(generator.choice(words, 6)) for _ in range(documents)]
+    made = tuple(Document(doc_id=f"d{i}", title="", text=body) for i, body in enumerate(bodies))
+    asked = tuple(Query(query_id=f"q{i}", text=" ".join(bodies[i].split()[:2]), positives={f"d{i}": 1}) for i in range(queries))
+    return Collection(name="words", split=split, documents=made, queries=asked)
