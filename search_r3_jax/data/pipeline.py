@@ -38,6 +38,13 @@ class PairBatch(NamedTuple):
     excluded: np.ndarray
 
 
+def shuffled(size: int, seed: int, start: int, count: int) -> list[int]:
+    """Items `start` to `start + count` of an endless sequence of seeded shuffles of 0..size−1; a pure function of its arguments."""
+    order = grain.MapDataset.range(size).shuffle(seed=seed).repeat()
+    items = [order[start + i] for i in range(count)]
+    return [item for item in items if item is not None]
+
+
 @dataclass(frozen=True, kw_only=True)
 class PairPipeline:
     """Pairs of a collection in a seeded order, tokenised; the state of the pipeline is the step alone.
@@ -61,9 +68,7 @@ class PairPipeline:
         ]
         if self.global_batch > len(all_pairs):
             raise ValueError(f"global_batch {self.global_batch} exceeds the {len(all_pairs)} pairs of {self.collection.name}")
-        order = grain.MapDataset.range(len(all_pairs)).shuffle(seed=self.seed).repeat()
-        start = step * self.global_batch
-        return [all_pairs[order[start + i]] for i in range(self.global_batch)]
+        return [all_pairs[i] for i in shuffled(len(all_pairs), self.seed, step * self.global_batch, self.global_batch)]
 
     def batch(self, step: int) -> PairBatch:
         """The batch of a step."""
@@ -85,7 +90,7 @@ class PairPipeline:
         starts = [len(self.prompter.of("reason" if flag else "direct").prefix) for flag in is_reasoned]
         longest = max(len(row) for row in rows)
         packed = pack_rows(
-            rows, starts, length=max(ROW_TOKENS, bucket_length(longest)), pad_id=0, row_multiple=max(1, self.global_batch // 4)
+            rows, starts, length=max(ROW_TOKENS, bucket_length(longest)), pad_id=0, row_multiple=max(1, self.global_batch // 8)
         )
         T = packed.ids.shape[1]
         flat = packed.starts[:, 0] * T + packed.starts[:, 1]

@@ -1,5 +1,7 @@
 """The BM25 baseline (Lucene's variant) that a trained embedder has to beat."""
 
+import logging
+
 import numpy as np
 
 from search_r3_jax.data.collection import Collection
@@ -18,6 +20,8 @@ def bm25_run(collection: Collection, *, k1: float = 0.9, b: float = 0.4, k: int 
         from bm25s.stopwords import STOPWORDS_EN
     except ImportError:
         raise UserError("bm25s is not installed; run: pip install 'search_r3_jax[quickstart]'") from None
+    # It sets its own logger to DEBUG when imported.
+    logging.getLogger("bm25s").setLevel(logging.WARNING)
     words = split_identifiers if identifiers else plain_words
     stopwords = frozenset(STOPWORDS_EN)
     documents = [[word for word in words(document.body) if word not in stopwords] for document in collection.documents]

@@ -18,7 +18,7 @@ from search_r3_jax.rollout.encoder import Encoder
 from search_r3_jax.rollout.sampler import Sampler
 from search_r3_jax.text.prompts import Prompter
 
-QUERIES_A_PASS = 32
+QUERIES_A_PASS = 64
 DEPTH = 100
 
 
@@ -98,7 +98,7 @@ class Evaluator:
             rollout = self._sampler.sample(state, [texts[i] for i in filled], seeds, max_tokens=self._text.max_query_tokens)
             for at, (i, reply) in enumerate(zip(rows, rollout.replies(), strict=False)):
                 vectors[i], valid[i], lengths[i] = rollout.vectors[at], rollout.valid[at], rollout.lengths[at]
-                thoughts[i] = self._prompter.tokenizer.decode(reply)
+                thoughts[i] = str(self._prompter.tokenizer.decode(reply))
             if on_progress is not None:
                 on_progress(len(rows))
         rate = len(texts) / (time.perf_counter() - started)

@@ -113,7 +113,8 @@ def _open_folder(folder: Path) -> tuple[ModelConfig, PreTrainedTokenizerBase, Re
     except ValueError as error:
         raise UserError(f"{config_file}: not valid JSON ({error}); download it again") from None
     config = config_from_hf(fields, str(config_file))
-    return config, tokenizer_from_folder(folder), _safetensors_reader(folder)
+    read = _safetensors_reader(folder)
+    return config, tokenizer_from_folder(folder), read
 
 
 def _safetensors_reader(folder: Path) -> ReadTensor:
@@ -136,7 +137,9 @@ def _safetensors_reader(folder: Path) -> ReadTensor:
             handles[shard] = safe_open(str(folder / shard), framework="numpy")
         except (SafetensorError, OSError) as error:
             raise UserError(f"{folder / shard}: not a readable safetensors file ({error}); download it again") from None
-    names = {name: handle for handle in handles.values() for name in handle.keys()}  # noqa: SIM118
+    names = {}
+    for handle in handles.values():
+        names |= dict.fromkeys(handle.keys(), handle)
 
     def read(name: str) -> np.ndarray:
         return np.asarray(names[name].get_tensor(name), dtype=np.float32)
@@ -154,7 +157,7 @@ def build_decoder(
     compute_dtype: str,
     remat: str,
 ) -> Decoder:
-    """A decoder filled from tensors under their `transformers` names; raises UserError listing every tensor that is missing or misshapen."""
+    """A decoder filled from tensors under their `transformers` names; raises UserError listing all that are missing or misshapen."""
     problems: list[str] = []
 
     def fetch(name: str, shape: tuple[int, ...]) -> np.ndarray:

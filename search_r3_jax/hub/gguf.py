@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from search_r3_jax.config import ModelConfig
 from search_r3_jax.errors import UserError
 
-_FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+_FAMILIES: dict[str, Literal["llama", "qwen2", "qwen3"]] = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 _GLOBAL = {"model.embed_tokens.weight": "token_embd", "model.norm.weight": "output_norm", "lm_head.weight": "output"}
 _LAYER = {
     "input_layernorm": "attn_norm",

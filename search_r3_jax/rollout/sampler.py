@@ -75,7 +75,7 @@ class Sampler:
     ):
         self._prompter = prompter
         prompt, embed_id = prompter.reason, prompter.embed_id
-        eos_id = int(prompter.tokenizer.eos_token_id)
+        eos_id = prompter.eos_id
         closing = jnp.asarray(prompt.closing, jnp.int32)
         T = max_think_tokens + len(prompt.closing)
 

@@ -42,6 +42,7 @@ class Prompter:
             raise UserError(f"tokenizer: {EMBED_TOKEN}: not in the vocabulary; add it before building prompts")
         self.tokenizer = tokenizer
         self.embed_id = int(tokenizer.get_vocab()[EMBED_TOKEN])
+        self.eos_id = int(tokenizer.get_vocab()[str(tokenizer.eos_token)])
         self.direct = self._prompt_ids(DIRECT_SYSTEM)
         self.reason = self._prompt_ids(REASON_SYSTEM)
 

@@ -20,7 +20,11 @@ def tokenizer_from_folder(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face folder; raises UserError when there is none."""
     if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer_config.json").is_file():
         raise UserError(f"{folder}: tokenizer.json: missing; a checkpoint needs its tokenizer beside the weights")
-    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{folder}: tokenizer.json: cannot be read ({reason}); download it again") from None
 
 
 def tokenizer_from_gguf(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
@@ -60,17 +64,8 @@ def add_embed_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tupl
     """Give `<|embed_token|>` an id; returns `(embed_id, vocab_size)`, grown to a multiple of 128 where no padded row was free."""
     embed_id = tokenizer.get_vocab().get(EMBED_TOKEN)
     if embed_id is None:
-        tokenizer.add_special_tokens({"additional_special_tokens": [*_extra_special_tokens(tokenizer), _embed_added_token()]})
+        tokenizer.add_tokens(AddedToken(EMBED_TOKEN, normalized=False, special=True), special_tokens=True)
         embed_id = tokenizer.get_vocab()[EMBED_TOKEN]
     if embed_id >= vocab_size:
         vocab_size = -(-(embed_id + 1) // _ROW_MULTIPLE) * _ROW_MULTIPLE
     return int(embed_id), vocab_size
-
-
-def _extra_special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    named = {tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token, tokenizer.unk_token}
-    return [token for token in tokenizer.all_special_tokens if token not in named]
-
-
-def _embed_added_token() -> AddedToken:
-    return AddedToken(EMBED_TOKEN, normalized=False, special=True)

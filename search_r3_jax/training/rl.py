@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import grain.python as grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +16,7 @@ from flax import nnx
 
 from search_r3_jax.config import RlConfig, RunConfig
 from search_r3_jax.data.collection import Collection, Query
+from search_r3_jax.data.pipeline import shuffled
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub.checkpoint import LoadedModel
 from search_r3_jax.hub.snapshots import SnapshotWriter
@@ -41,7 +41,7 @@ OnStep = Callable[[int, int, dict[str, float]], object]
 class RlState(NamedTuple):
     """What an update changes; a plain pytree."""
 
-    params: nnx.State
+    params: Any
     optimizer: Any
 
 
@@ -109,7 +109,6 @@ def train_rl(
     sampler = Sampler(full_graph, prompter, max_think_tokens=rl.sampler.max_think_tokens, temperature=rl.sampler.temperature)
     score = make_scorer(graph, prompter, rl)
     update = make_update(graph, prompter, optimizer, rl)
-    order = grain.MapDataset.range(len(collection.queries)).shuffle(seed=config.seed).repeat()
 
     # Act 2: the run directory, the first snapshot, and the index made from it by the indexer process.
     run = Run(folder, config, stage="rl", extra=extra)
@@ -165,7 +164,8 @@ def train_rl(
                 say(f"step {step}: the index built from step {newer.version} is in use")
             swapped = time.perf_counter()
 
-            queries = [collection.queries[order[step * rl.global_queries + i]] for i in range(rl.global_queries)]
+            chosen = shuffled(len(collection.queries), config.seed, step * rl.global_queries, rl.global_queries)
+            queries = [collection.queries[i] for i in chosen]
             seeds = rollout_seeds(config.seed, step, len(queries), rl.group_size)
             whole = nnx.merge_state(state.params, frozen)
             texts = [query.text for query in queries]

@@ -35,7 +35,7 @@ OnStep = Callable[[int, int, dict[str, float]], object]
 class SftState(NamedTuple):
     """What a step changes; a plain pytree."""
 
-    params: nnx.State
+    params: Any
     optimizer: Any
 
 
@@ -110,7 +110,9 @@ def make_step(
         hidden_md = hidden.reshape(-1, hidden.shape[-1])
         vectors = unit(hidden_md[batch.embed_at])
         queries, documents = jnp.split(vectors, [batch.positive.shape[0]])
-        contrast_sum, contrast_count, hits = info_nce(queries, documents, batch.positive, batch.excluded, config.temperature)
+        contrast_sum, contrast_count, hits = info_nce(
+            queries, documents, jnp.asarray(batch.positive), jnp.asarray(batch.excluded), config.temperature
+        )
 
         # L_SFT: the reply's tokens, each predicted by the state before it; the head runs nowhere else.
         reply_at = jnp.maximum(jnp.asarray(batch.reply_at), 1)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +25,12 @@ TEXTS = ["how to sort a list by key", "def add(a, b):\n    return a + b", "  naÃ
 
 
 @pytest.fixture(scope="module")
-def theirs() -> torch.nn.Module:
+def theirs() -> Any:
     file = resolve("smollm2")
     return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
 
 
-def test_logits_equal_transformers(smollm2: LoadedModel, theirs: torch.nn.Module) -> None:
+def test_logits_equal_transformers(smollm2: LoadedModel, theirs: Any) -> None:
     texts = [
         "The capital of France is Paris, and the capital of Italy is Rome. " * 4,
         "def quicksort(items):\n    if len(items) < 2:\n        return items\n" * 4,
@@ -47,7 +48,7 @@ def test_logits_equal_transformers(smollm2: LoadedModel, theirs: torch.nn.Module
     np.testing.assert_array_equal(ours.argmax(-1), expected.argmax(-1))
 
 
-def test_greedy_reply_equals_generate(smollm2: LoadedModel, theirs: torch.nn.Module) -> None:
+def test_greedy_reply_equals_generate(smollm2: LoadedModel, theirs: Any) -> None:
     prompter = Prompter(smollm2.tokenizer)
     graph, state = nnx.split(smollm2.decoder)
     sampler = Sampler(graph, prompter, max_think_tokens=16, temperature=0.0)
@@ -66,6 +67,7 @@ def test_export_loads_in_transformers_with_the_same_embedding(smollm2: LoadedMod
     adapted = with_lora(smollm2, LoraConfig(rank=4), seed=0)
     generator = np.random.default_rng(0)
     b = adapted.decoder.layers.q.lora_b
+    assert b is not None
     b.set_value(jnp.asarray(0.02 * generator.standard_normal(b.shape), jnp.float32))
     folder = export_model(adapted, tmp_path / "export")
     graph, state = nnx.split(adapted.decoder)
@@ -73,11 +75,9 @@ def test_export_loads_in_transformers_with_the_same_embedding(smollm2: LoadedMod
 
     # The card's snippet, as a user would run it.
     code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0].replace('folder = "."', f"folder = {str(folder)!r}")
-    scope: dict[str, object] = {}
+    scope: dict[str, Any] = {}
     exec(compile(code, "snippet", "exec"), scope)
-    embed = scope["embed"]
-    assert callable(embed)
-    theirs = np.stack([embed(text).numpy() for text in TEXTS])
+    theirs = np.stack([scope["embed"](text).numpy() for text in TEXTS])
     cosines = np.sum(ours * theirs, axis=-1)
     assert cosines.min() >= 0.9999
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
@@ -99,5 +99,5 @@ def test_export_reloads_bit_for_bit(smollm2: LoadedModel, tmp_path: Path) -> Non
         add_generation_prompt=True,
     )
     prompter = Prompter(again.tokenizer)
-    whole = again.tokenizer(direct + CLOSING, add_special_tokens=False)["input_ids"]
+    whole = again.tokenizer(str(direct) + CLOSING, add_special_tokens=False)["input_ids"]
     assert whole == [*prompter.direct.prefix, *prompter.direct_rows([TEXTS[0]], 64)[0]]

@@ -1,5 +1,7 @@
 """InfoNCE against a float64 computation by hand and against sentence-transformers."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -38,8 +40,9 @@ def test_equals_float64_by_hand_with_exclusions(share: float) -> None:
 
 def test_equals_sentence_transformers() -> None:
     queries, documents = unit_rows(8, 32, 3), unit_rows(8, 32, 4)
-    theirs = MultipleNegativesRankingLoss(torch.nn.Identity(), scale=20.0)
-    expected = theirs.compute_loss_from_embeddings([torch.tensor(queries), torch.tensor(documents)], None).item()
+    no_model: Any = torch.nn.Identity()
+    theirs = MultipleNegativesRankingLoss(no_model, scale=20.0)
+    expected = theirs.compute_loss_from_embeddings([torch.tensor(queries), torch.tensor(documents)], torch.empty(0)).item()
     positive, excluded = jnp.arange(8, dtype=jnp.int32), jnp.zeros((8, 8), bool)
     total, count, _ = info_nce(jnp.asarray(queries), jnp.asarray(documents), positive, excluded, 0.05)
     assert abs(float(total / count) - expected) <= 1e-6 * max(1.0, expected)

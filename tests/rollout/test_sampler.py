@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiny import plain_hidden
 
 from search_r3_jax.hub.checkpoint import LoadedModel
 from search_r3_jax.rollout.encoder import Encoder
@@ -20,27 +21,27 @@ def sampled(model: LoadedModel, temperature: float, seed: int = 0) -> Rollout:
     return sampler.sample(state, TEXTS, rollout_seeds(seed, 5, len(TEXTS), G), max_tokens=64)
 
 
-def whole_row(model: LoadedModel, query: int, reply: list[int]) -> tuple[np.ndarray, int]:
-    """Hidden states of prefix, prompt and reply in one plain forward, and where the reply begins."""
+def whole_rows(model: LoadedModel, replies: list[list[int]], group: int = G) -> tuple[np.ndarray, list[int]]:
+    """Hidden states of prefix, prompt and reply in plain forwards, and where each reply begins."""
     prompter = Prompter(model.tokenizer)
-    prompt = [*prompter.reason.prefix, *prompter.reason_rows([TEXTS[query]], 64)[0]]
-    ids = jnp.asarray([prompt + reply], jnp.int32)
-    hidden, _ = model.decoder(ids, jnp.arange(ids.shape[1], dtype=jnp.int32)[None])
-    return np.asarray(hidden)[0], len(prompt)
+    prompts = [[*prompter.reason.prefix, *prompter.reason_rows([TEXTS[b // group]], 64)[0]] for b in range(len(replies))]
+    hidden = plain_hidden(model.decoder, [prompt + reply for prompt, reply in zip(prompts, replies, strict=True)])
+    return np.asarray(hidden), [len(prompt) for prompt in prompts]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_embedding_and_log_probs_equal_a_teacher_forced_forward(tiny_model: LoadedModel, temperature: float) -> None:
     rollout = sampled(tiny_model, temperature)
+    hidden, starts = whole_rows(tiny_model, rollout.replies())
+    logits = np.asarray(tiny_model.decoder.logits(jnp.asarray(hidden))).astype(np.float64) / temperature
+    top = logits.max(-1, keepdims=True)
+    log_probs = logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
     for b, reply in enumerate(rollout.replies()):
-        hidden, start = whole_row(tiny_model, b // G, reply)
-        vector = hidden[-1].astype(np.float64) / np.linalg.norm(hidden[-1].astype(np.float64))
-        np.testing.assert_allclose(rollout.vectors[b], vector, atol=1e-5)
-        logits = np.asarray(tiny_model.decoder.logits(jnp.asarray(hidden))).astype(np.float64) / temperature
-        log_probs = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True)) - logits.max(-1, keepdims=True)
+        state = hidden[b, starts[b] + len(reply) - 1].astype(np.float64)
+        np.testing.assert_allclose(rollout.vectors[b], state / np.linalg.norm(state), atol=1e-5)
         for t, token in enumerate(reply):
             if rollout.sampled[b, t]:
-                np.testing.assert_allclose(rollout.log_probs[b, t], log_probs[start + t - 1, token], atol=1e-5)
+                np.testing.assert_allclose(rollout.log_probs[b, t], log_probs[b, starts[b] + t - 1, token], atol=1e-5)
             else:
                 assert rollout.log_probs[b, t] == 0.0
 
@@ -71,8 +72,8 @@ def test_samples_follow_the_models_distribution(tiny_model: LoadedModel) -> None
     sampler = Sampler(graph, Prompter(tiny_model.tokenizer), max_think_tokens=1, temperature=1.0)
     n = 4000
     rollout = sampler.sample(state, TEXTS[:1], rollout_seeds(3, 0, 1, n), max_tokens=64)
-    hidden, start = whole_row(tiny_model, 0, [])
-    logits = np.asarray(tiny_model.decoder.logits(jnp.asarray(hidden[start - 1]))).astype(np.float64)
+    hidden, starts = whole_rows(tiny_model, [[]])
+    logits = np.asarray(tiny_model.decoder.logits(jnp.asarray(hidden[0, starts[0] - 1]))).astype(np.float64)
     expected = np.exp(logits - logits.max())
     expected /= expected.sum()
     counts = np.bincount(rollout.ids[:, 0], minlength=len(expected))
@@ -87,8 +88,7 @@ def test_the_encoder_equals_a_plain_forward_in_any_batch(tiny_model: LoadedModel
     prompter = Prompter(tiny_model.tokenizer)
     texts = [TEXTS[i % 3] * (1 + i % 5) for i in range(17)]
     vectors = Encoder(graph, prompter, batch_tokens=256).encode(state, texts, max_tokens=40)
-    for text, vector in zip(texts, vectors, strict=True):
-        row = jnp.asarray([[*prompter.direct.prefix, *prompter.direct_rows([text], 40)[0]]], jnp.int32)
-        hidden, _ = tiny_model.decoder(row, jnp.arange(row.shape[1], dtype=jnp.int32)[None])
-        last = np.asarray(hidden)[0, -1].astype(np.float64)
-        np.testing.assert_allclose(vector, last / np.linalg.norm(last), atol=1e-5)
+    rows = [[*prompter.direct.prefix, *row] for row in prompter.direct_rows(texts, 40)]
+    hidden = np.asarray(plain_hidden(tiny_model.decoder, rows)).astype(np.float64)
+    last = np.stack([hidden[i, len(row) - 1] for i, row in enumerate(rows)])
+    np.testing.assert_allclose(vectors, last / np.linalg.norm(last, axis=-1, keepdims=True), atol=1e-5)

@@ -18,7 +18,7 @@ def prompter() -> Prompter:
 def rendered(prompter: Prompter, system: str, text: str) -> list[int]:
     messages = [{"role": "system", "content": system}, {"role": "user", "content": text}]
     whole = prompter.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return prompter.tokenizer(whole, add_special_tokens=False)["input_ids"]
+    return prompter.tokenizer(str(whole), add_special_tokens=False)["input_ids"]
 
 
 def test_pieces_join_to_the_chat_template(prompter: Prompter) -> None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import word_collection
+from tiny import plain_hidden, word_collection
 
 from search_r3_jax.config import LoraConfig, OptimizerConfig, RunConfig, SftConfig, TextConfig
 from search_r3_jax.errors import UserError
@@ -57,25 +57,22 @@ def test_the_packed_loss_equals_one_text_at_a_time(tiny_folders: dict[str, Path]
 
     decoder = merge_lora(model.decoder)
     pairs = pipeline.pairs(3)
-    states, losses = [], []
+    rows, replies = [], []
     for i, (query, document) in enumerate(pairs):
         text = collection.queries[query].text
         if i < 6:
-            reply = list(prompter.direct.closing)
-            row = [*prompter.direct.prefix, *prompter.direct_rows([text], 16)[0]]
+            replies.append(len(prompter.direct.closing))
+            rows.append([*prompter.direct.prefix, *prompter.direct_rows([text], 16)[0]])
         else:
             assert pipeline.key_terms is not None
-            reply = prompter.thought_ids(pipeline.key_terms.thought(document))
-            row = [*prompter.reason.prefix, *prompter.reason_rows([text], 16)[0], *reply]
-        hidden, _ = decoder(jnp.asarray([row], jnp.int32), jnp.arange(len(row), dtype=jnp.int32)[None])
-        states.append(hidden[0, -1])
-        log_probs = jax.nn.log_softmax(decoder.logits(hidden[0]), axis=-1)
-        losses += [-float(log_probs[t - 1, row[t]]) for t in range(len(row) - len(reply), len(row))]
-    for _, document in pairs:
-        row = [*prompter.direct.prefix, *prompter.direct_rows([collection.documents[document].body], 32)[0]]
-        hidden, _ = decoder(jnp.asarray([row], jnp.int32), jnp.arange(len(row), dtype=jnp.int32)[None])
-        states.append(hidden[0, -1])
-    vectors = np.asarray(unit(jnp.stack(states))).astype(np.float64)
+            thought = prompter.thought_ids(pipeline.key_terms.thought(document))
+            replies.append(len(thought))
+            rows.append([*prompter.reason.prefix, *prompter.reason_rows([text], 16)[0], *thought])
+    rows += [[*prompter.direct.prefix, *prompter.direct_rows([collection.documents[d].body], 32)[0]] for _, d in pairs]
+    hidden = plain_hidden(decoder, rows)
+    log_probs = np.asarray(jax.nn.log_softmax(decoder.logits(hidden), axis=-1))
+    losses = [-log_probs[i, t - 1, rows[i][t]] for i, reply in enumerate(replies) for t in range(len(rows[i]) - reply, len(rows[i]))]
+    vectors = np.asarray(unit(jnp.stack([hidden[i, len(row) - 1] for i, row in enumerate(rows)]))).astype(np.float64)
     scores = vectors[:8] @ vectors[8:].T / config.sft.temperature
     infonce = np.mean([np.log(np.exp(row - row.max()).sum()) + row.max() - row[i] for i, row in enumerate(scores)])
     np.testing.assert_allclose(float(scalars["infonce"]), infonce, rtol=1e-4)
