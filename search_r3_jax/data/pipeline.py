@@ -90,7 +90,7 @@ class PairPipeline:
         starts = [len(self.prompter.of("reason" if flag else "direct").prefix) for flag in is_reasoned]
         longest = max(len(row) for row in rows)
         packed = pack_rows(
-            rows, starts, length=max(ROW_TOKENS, bucket_length(longest)), pad_id=0, row_multiple=max(1, self.global_batch // 8)
+            rows, starts, length=max(ROW_TOKENS, bucket_length(longest)), pad_id=0, row_multiple=max(1, self.global_batch // 4)
         )
         T = packed.ids.shape[1]
         flat = packed.starts[:, 0] * T + packed.starts[:, 1]
@@ -104,7 +104,7 @@ class PairPipeline:
             segments=packed.segments,
             prefixes=np.where(packed.segments >= 0, is_reasoned[packed.segments], 0).astype(np.int32),
             embed_at=(ends - 1).astype(np.int32),
-            reply_at=_filled(reply_at, 128),
+            reply_at=_filled(reply_at, 16 * self.global_batch),
             positive=np.arange(self.global_batch, dtype=np.int32),
             # A copy of the positive, or another known positive, must not be pushed away as a negative.
             excluded=np.array([[other in positives for other in ids] for positives in known]),

@@ -18,7 +18,7 @@ from search_r3_jax.rollout.encoder import Encoder
 from search_r3_jax.rollout.sampler import Sampler
 from search_r3_jax.text.prompts import Prompter
 
-QUERIES_A_PASS = 64
+QUERIES_A_PASS = 128
 DEPTH = 100
 
 

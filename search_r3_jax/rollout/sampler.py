@@ -147,10 +147,10 @@ class Sampler:
     def sample(self, state: nnx.State, texts: Sequence[str], seeds_qg: np.ndarray, *, max_tokens: int) -> Rollout:
         """Samples for each text [Q] under the seeds [Q,G] (uint32): the same seed writes the same reply.
 
-        The loop runs as long as the longest reply; prompts are padded to a length bucket, so few shapes are ever compiled.
+        The loop runs as long as the longest reply; prompts are padded to what `max_tokens` allows, so one shape is compiled.
         """
         rows = self._prompter.reason_rows(texts, max_tokens)
-        length = bucket_length(max(len(row) for row in rows))
+        length = bucket_length(max_tokens + len(self._prompter.reason.suffix))
         prompt_ids, prompt_lengths = pad_rows(rows, length=length, pad_id=0)
         loop = self._sample(state, prompt_ids, prompt_lengths, seeds_qg.astype(np.uint32))
         return Rollout(

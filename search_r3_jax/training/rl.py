@@ -227,18 +227,17 @@ def train_rl(
 
 
 def make_batch(rollout: Rollout, advantages: np.ndarray, documents: np.ndarray) -> RlBatch:
-    """The arrays of an update: replies cut to the longest (in eights), sampled positions compacted (in 128s)."""
-    T = min(rollout.ids.shape[1], -(-int(rollout.lengths.max()) // 8) * 8)
-    ids, sampled = rollout.ids[:, :T], rollout.sampled[:, :T]
-    chosen = np.flatnonzero(sampled.reshape(-1))
-    read = np.full(-(-len(chosen) // 128) * 128, -1, dtype=np.int32)
+    """The arrays of an update; sampled positions are compacted, in quarters of B·T, so that at most four shapes are compiled."""
+    chosen = np.flatnonzero(rollout.sampled.reshape(-1))
+    quarter = -(-rollout.sampled.size // 4)
+    read = np.full(max(1, -(-len(chosen) // quarter)) * quarter, -1, dtype=np.int32)
     read[: len(chosen)] = chosen
     old = np.zeros(len(read), dtype=np.float32)
-    old[: len(chosen)] = rollout.log_probs[:, :T].reshape(-1)[chosen]
+    old[: len(chosen)] = rollout.log_probs.reshape(-1)[chosen]
     return RlBatch(
         prompt_ids=rollout.prompt_ids,
         prompt_lengths=rollout.prompt_lengths,
-        ids=ids,
+        ids=rollout.ids,
         lengths=rollout.lengths,
         valid=rollout.valid,
         read=read,
