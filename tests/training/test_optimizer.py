@@ -1,5 +1,6 @@
 """The update rule: the embed token's row moves faster by just its factor, and the rate follows its schedule."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -8,12 +9,9 @@ from search_r3_jax.training.optimizer import make_optimizer
 
 
 def test_only_the_rows_are_scaled() -> None:
-    params = {"embed_row": jnp.ones(4), "head_row": jnp.ones(3), "layers": {"q": {"lora_a": jnp.ones((2, 2)), "embed_row": jnp.ones(2)}}}
-    gradients = {
-        "embed_row": jnp.full(4, 0.1),
-        "head_row": jnp.full(3, 0.1),
-        "layers": {"q": {k: jnp.full_like(v, 0.1) for k, v in params["layers"]["q"].items()}},
-    }
+    layers = {"q": {"lora_a": jnp.ones((2, 2)), "embed_row": jnp.ones(2)}}
+    params = {"embed_row": jnp.ones(4), "head_row": jnp.ones(3), "layers": layers}
+    gradients = jax.tree.map(lambda x: 0.1 * x, params)
     plain, scaled = (make_optimizer(OptimizerConfig(learning_rate=1e-3, row_scale=scale), 10) for scale in (1.0, 10.0))
     one, _ = plain.update(gradients, plain.init(params), params)
     ten, _ = scaled.update(gradients, scaled.init(params), params)
