@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flax import nnx
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from search_r3_jax.config import RunConfig
@@ -226,9 +227,11 @@ class Quickstart:
                 mark = "  ← the right one" if found["relevant"] else ""
                 say(f"  {rank}. {found['score']:.3f}  {found['document']}{mark}", markup=False)
 
-        table = Table(title=f"\n{summary['queries']} queries over {summary['documents']} functions of packages never trained on")
-        for name in ("", "nDCG@10", "recall@10", "MRR", "valid", "tokens/query"):
-            table.add_column(name, justify="left" if not name else "right")
+        table = Table(
+            title=f"\n{summary['queries']} queries over {summary['documents']} functions of packages never trained on", box=SIMPLE_HEAD
+        )
+        for name in ("", "nDCG@10", "recall@10", "MRR", "valid", "tokens"):
+            table.add_column(name, justify="left" if not name else "right", no_wrap=True)
         table.add_row("BM25, identifiers split", *_numbers(summary["bm25"]), "", "")
         rows = (("before training", "before"), ("after stage 1", "after_sft"), ("after stage 2", "after_rl"))
         for title, key in rows:

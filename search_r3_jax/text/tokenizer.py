@@ -64,7 +64,9 @@ def add_embed_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tupl
     """Give `<|embed_token|>` an id; returns `(embed_id, vocab_size)`, grown to a multiple of 128 where no padded row was free."""
     embed_id = tokenizer.get_vocab().get(EMBED_TOKEN)
     if embed_id is None:
-        tokenizer.add_tokens(AddedToken(EMBED_TOKEN, normalized=False, special=True), special_tokens=True)
+        # Typed loosely: transformers declares its own stand-in for this class.
+        token: Any = AddedToken(EMBED_TOKEN, normalized=False, special=True)
+        tokenizer.add_tokens(token, special_tokens=True)
         embed_id = tokenizer.get_vocab()[EMBED_TOKEN]
     if embed_id >= vocab_size:
         vocab_size = -(-(embed_id + 1) // _ROW_MULTIPLE) * _ROW_MULTIPLE
