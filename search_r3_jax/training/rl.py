@@ -227,10 +227,9 @@ def train_rl(
 
 
 def make_batch(rollout: Rollout, advantages: np.ndarray, documents: np.ndarray) -> RlBatch:
-    """The arrays of an update; sampled positions are compacted, in quarters of B·T, so that at most four shapes are compiled."""
+    """The arrays of an update, in one shape whatever was sampled: compiling another would cost more than a short run's steps."""
     chosen = np.flatnonzero(rollout.sampled.reshape(-1))
-    quarter = -(-rollout.sampled.size // 4)
-    read = np.full(max(1, -(-len(chosen) // quarter)) * quarter, -1, dtype=np.int32)
+    read = np.full(rollout.sampled.size, -1, dtype=np.int32)
     read[: len(chosen)] = chosen
     old = np.zeros(len(read), dtype=np.float32)
     old[: len(chosen)] = rollout.log_probs.reshape(-1)[chosen]
