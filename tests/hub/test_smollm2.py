@@ -32,10 +32,10 @@ def theirs() -> Any:
 
 def test_logits_equal_transformers(smollm2: LoadedModel, theirs: Any) -> None:
     texts = [
-        "The capital of France is Paris, and the capital of Italy is Rome. " * 4,
-        "def quicksort(items):\n    if len(items) < 2:\n        return items\n" * 4,
-        "Photosynthesis turns light, water and carbon dioxide into sugar and oxygen. " * 5,
-        "In 1969, Neil Armstrong said: one small step for a man, one giant leap for mankind. " * 4,
+        "The capital of France is Paris, and the capital of Italy is Rome. " * 12,
+        "def quicksort(items):\n    if len(items) < 2:\n        return items\n" * 12,
+        "Photosynthesis turns light, water and carbon dioxide into sugar and oxygen. " * 12,
+        "In 1969, Neil Armstrong said: one small step for a man, one giant leap for mankind. " * 12,
     ]
     ids = np.array([smollm2.tokenizer(text)["input_ids"][:64] for text in texts], dtype=np.int32)
     assert ids.shape == (4, 64)
