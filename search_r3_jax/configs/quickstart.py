@@ -24,12 +24,12 @@ config = RunConfig(
     text=TextConfig(max_query_tokens=32, max_document_tokens=21),
     lora=LoraConfig(rank=16, alpha=32.0),
     sft=SftConfig(
-        steps=32,
+        steps=40,
         global_batch=16,
         reasoned_share=0.125,
         reasoning="key_terms",
         key_terms=4,
-        save_every=16,
+        save_every=20,
         optimizer=OptimizerConfig(learning_rate=1.5e-3, row_scale=10.0, warmup_steps=2),
     ),
     rl=RlConfig(
