@@ -10,6 +10,30 @@ EMBED_TOKEN = "<|embed_token|>"
 
 
 @dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the length a model was first trained at.
+
+    Attributes:
+        factor: how many times longer positions may become.
+        original_positions: the length before stretching (`llama3`, `yarn`).
+        low_frequency, high_frequency: turns within that length under which a frequency is stretched, over which it is kept (`llama3`).
+        beta_fast, beta_slow: turns within that length between which stretching fades in (`yarn`).
+        truncate: round the fading range to whole dimensions (`yarn`).
+        attention_factor: cosines and sines are multiplied by it (`yarn`); 1 for the other kinds.
+    """
+
+    kind: Literal["linear", "llama3", "yarn"]
+    factor: float
+    original_positions: int = 0
+    low_frequency: float = 1.0
+    high_frequency: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The architecture of one decoder.
 
@@ -20,6 +44,9 @@ class ModelConfig:
         head_dim: H, apart from D/N.
         qkv_bias: biases on q, k and v (Qwen2).
         qk_norm: RMSNorm over H on q and k (Qwen3).
+        rope_scaling: None is plain rotary positions.
+        sliding_window: a query sees this many positions, its own included, in layers where `windowed` says so.
+        windowed: one flag a layer; empty where no layer has a window.
     """
 
     family: Literal["llama", "qwen2", "qwen3"]
@@ -36,6 +63,9 @@ class ModelConfig:
     qkv_bias: bool = False
     qk_norm: bool = False
     tied_embeddings: bool = True
+    rope_scaling: RopeScaling | None = None
+    sliding_window: int = 0
+    windowed: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +74,13 @@ class LoraConfig:
 
     Attributes:
         alpha: the update is scaled by alpha / rank.
+        dropout: share of an adapter's inputs that are zeroed in training.
         targets: linear layers of the decoder that get an adapter.
     """
 
     rank: int = 16
     alpha: float = 32.0
+    dropout: float = 0.0
     targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
 
 
