@@ -155,10 +155,12 @@ class SamplerConfig:
     Attributes:
         max_think_tokens: budget of generated tokens before the embed token is forced.
         temperature: 0 is greedy.
+        prefill_chunk: prompts longer than this many tokens are read in chunks; 0 reads any at once.
     """
 
     max_think_tokens: int = 32
     temperature: float = 1.0
+    prefill_chunk: int = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,12 +217,18 @@ class IndexConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """One experiment: everything that decides what a run computes."""
+    """One experiment: everything that decides what a run computes.
+
+    Attributes:
+        remat: what the backward pass finds saved of a layer: everything, its matrix products, its input in the host's memory, its input.
+        attention: `splash` is the TPU kernel; elsewhere it is interpreted, slowly.
+    """
 
     model: str = "smollm2"
     seed: int = 0
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    remat: Literal["none", "dots", "full"] = "full"
+    remat: Literal["none", "dots", "offload", "full"] = "full"
+    attention: Literal["xla", "splash"] = "xla"
     data: DataConfig = field(default_factory=DataConfig)
     text: TextConfig = field(default_factory=TextConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)

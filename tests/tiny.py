@@ -52,16 +52,46 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def torch_model(family: str, *, vocab_size: int = 320, seed: int = 0) -> Any:
-    """A random model whose logits are of order 1."""
+FAMILIES = ("llama", "qwen2", "qwen3")
+_CLASSES = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": True}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": False}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"tie_word_embeddings": True, "head_dim": 32}),
+}
+_LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 5e5}
+# Scaled so that positions of a few dozen already lie beyond the original length.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{family: (family, {}) for family in FAMILIES},
+    "llama, free head": ("llama", {"tie_word_embeddings": False}),
+    "llama, own head size": ("llama", {"head_dim": 32, "num_key_value_heads": 1}),
+    "llama, no shared heads": ("llama", {"num_key_value_heads": 4}),
+    "llama, linear": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
+    "llama, llama3": ("llama", {"rope_parameters": {"rope_type": "llama3", **_LLAMA3}}),
+    "llama, yarn": (
+        "llama",
+        {"rope_parameters": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "rope_theta": 1e4}},
+    ),
+    "qwen2, tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2, window": ("qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
+    "qwen2, window everywhere": ("qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 0}),
+    "qwen3, free head, yarn": (
+        "qwen3",
+        {
+            "tie_word_embeddings": False,
+            "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 1e6},
+        },
+    ),
+}
+"""Every way in which a supported checkpoint can differ: family, and what its config says apart from the sizes."""
+
+
+def torch_model(variant: str, *, vocab_size: int = 320, seed: int = 0) -> Any:
+    """A random model, one of `VARIANTS`, whose logits are of order 1."""
     torch.manual_seed(seed)
-    kinds = {
-        "llama": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": True}),
-        "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": False}),
-        "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"tie_word_embeddings": True, "head_dim": 32}),
-    }
-    config_class, model_class, own = kinds[family]
-    config = config_class(vocab_size=vocab_size, initializer_range=0.08, eos_token_id=2, bos_token_id=1, **SIZES, **own)
+    family, asked = VARIANTS[variant]
+    config_class, model_class, own = _CLASSES[family]
+    fields = SIZES | own | asked
+    config = config_class(vocab_size=vocab_size, initializer_range=0.08, eos_token_id=2, bos_token_id=1, **fields)
     model = model_class(config).eval().float()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -71,9 +101,9 @@ def torch_model(family: str, *, vocab_size: int = 320, seed: int = 0) -> Any:
     return model
 
 
-def write_tiny_checkpoint(folder: Path, family: str, *, seed: int = 0) -> Path:
+def write_tiny_checkpoint(folder: Path, variant: str, *, seed: int = 0) -> Path:
     """Save a tiny model and its tokenizer; returns the folder."""
-    torch_model(family, seed=seed).save_pretrained(folder)
+    torch_model(variant, seed=seed).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
 

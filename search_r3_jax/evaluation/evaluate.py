@@ -60,7 +60,9 @@ class Evaluator:
     def __init__(self, graph: nnx.GraphDef[Decoder], prompter: Prompter, text: TextConfig, sampler: SamplerConfig):
         self._encoder = Encoder(graph, prompter)
         # Greedy: an evaluation must not depend on a seed.
-        self._sampler = Sampler(graph, prompter, max_think_tokens=sampler.max_think_tokens, temperature=0.0)
+        self._sampler = Sampler(
+            graph, prompter, max_think_tokens=sampler.max_think_tokens, temperature=0.0, prefill_chunk=sampler.prefill_chunk
+        )
         self._prompter, self._text = prompter, text
 
     def documents(self, state: nnx.State, collection: Collection, on_progress: Callable[[int], object] | None = None) -> np.ndarray:

@@ -1,14 +1,17 @@
-"""Grouped-query attention over several key/value blocks under one softmax, and rotary positions."""
+"""Grouped-query attention over several key/value blocks under one softmax, on one of two backends."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 NOTHING = -1
 """Position of a key that does not exist: padding, or a cache slot not yet written."""
+
+Backend = Literal["xla", "splash"]
 
 
 class KVBlock(NamedTuple):
@@ -24,18 +27,31 @@ class KVBlock(NamedTuple):
     segments: jax.Array | None = None
 
 
-def rotary_tables(positions_bt: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [B,T,H/2] float32 of rotary position embedding (Su et al., arXiv 2104.09864)."""
-    frequencies_h = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles_bth = positions_bt[..., None].astype(jnp.float32) * frequencies_h
-    return jnp.cos(angles_bth), jnp.sin(angles_bth)
+Attend = Callable[[jax.Array, Sequence[tuple[jax.Array, jax.Array]]], jax.Array]
+"""Output [B,T,N,H] of queries [B,T,N,H] over one layer's `(keys, values)` [b,S,K,H]: the context blocks, then the queries' own."""
 
 
-def rotate(x_btnh: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotate the two halves of H (the layout of `transformers`), in float32; returns the input's dtype."""
-    cos, sin = (table[:, :, None, :] for table in tables)
-    first, second = jnp.split(x_btnh.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_btnh.dtype)
+def plan_attention(
+    backend: Backend,
+    positions_bt: jax.Array,
+    segments_bt: jax.Array | None,
+    contexts: Sequence[KVBlock],
+    context_segments_bt: jax.Array | None,
+    *,
+    window: int = 0,
+) -> Attend:
+    """What every layer does with its own queries, keys and values, prepared once for all of them; `window` 0 sees everything before."""
+    masks = [
+        *(visibility(positions_bt, block.positions, context_segments_bt, block.segments, window=window) for block in contexts),
+        visibility(positions_bt, positions_bt, segments_bt, segments_bt, window=window),
+    ]
+    # The kernel works on tiles of 128; a single new token has nothing to fill one with.
+    if backend == "splash" and positions_bt.shape[1] > 1:
+        # Imported here: it loads Pallas, which nobody on the other backend needs.
+        from search_r3_jax.models.splash import plan_splash
+
+        return plan_splash(masks)
+    return lambda q, keys_values: attend(q, [(k, v, mask) for (k, v), mask in zip(keys_values, masks, strict=True)])
 
 
 def visibility(
@@ -43,18 +59,22 @@ def visibility(
     key_positions_bs: jax.Array,
     query_segments_bt: jax.Array | None = None,
     key_segments_bs: jax.Array | None = None,
+    *,
+    window: int = 0,
 ) -> jax.Array:
-    """Causal mask [b,T·share,S]: keys that exist, stand not later than the query, and share its segment."""
+    """Mask [b,T·share,S]: keys that exist, stand not later than the query nor a window before it, and share its segment."""
     rows = key_positions_bs.shape[0]
     queries = query_positions_bt.reshape(rows, -1)[:, :, None]
     keys = key_positions_bs[:, None, :]
     mask = (keys != NOTHING) & (keys <= queries)
+    if window > 0:
+        mask &= keys > queries - window
     if query_segments_bt is not None and key_segments_bs is not None:
         mask &= query_segments_bt.reshape(rows, -1)[:, :, None] == key_segments_bs[:, None, :]
     return mask
 
 
-def attend(q_btnh: jax.Array, blocks: list[tuple[jax.Array, jax.Array, jax.Array]]) -> jax.Array:
+def attend(q_btnh: jax.Array, blocks: Sequence[tuple[jax.Array, jax.Array, jax.Array]]) -> jax.Array:
     """Attention output [B,T,N,H] of queries over all blocks `(keys [b,S,K,H], values, mask [b,T·share,S])`; softmax in float32.
 
     Rows that share a block are folded into its query axis, so a shared prompt is read once and never copied.

@@ -7,15 +7,25 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from search_r3_jax.config import LoraConfig, ModelConfig
-from search_r3_jax.models.attention import NOTHING, KVBlock, attend, rotary_tables, rotate, visibility
+from search_r3_jax.models.attention import NOTHING, Attend, Backend, KVBlock, plan_attention
+from search_r3_jax.models.rotary import rotary_tables, rotate
 
+_LAYER_INPUT = "layer_input"
 REMAT_POLICIES = {
-    # What the backward pass finds saved: nothing but each layer's input, or every matrix product.
+    # What the backward pass finds saved: nothing but each layer's input, that input in the host's memory, or every matrix product.
     "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=[_LAYER_INPUT], offload_src="device", offload_dst="pinned_host"
+    ),
     "dots": jax.checkpoint_policies.dots_saveable,
 }
+
+
+LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+"""The linear layers of a block: what an adapter can be put on."""
 
 
 class LoraParam(nnx.Param):
@@ -29,17 +39,21 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(jax.random.normal(rngs.params(), (inputs, outputs)) * inputs**-0.5)
         self.bias = nnx.Param(jax.random.normal(rngs.params(), (outputs,)) * 0.02) if bias else None
         if lora is None:
-            self.lora_a, self.lora_b, self.lora_scale = None, None, 0.0
+            self.lora_a, self.lora_b, self.lora_scale, self.dropout = None, None, 0.0, 0.0
         else:
             self.lora_a = LoraParam(jax.random.normal(rngs.params(), (inputs, lora.rank)) * inputs**-0.5)
             self.lora_b = LoraParam(jnp.zeros((lora.rank, outputs)))
             self.lora_scale = lora.alpha / lora.rank
+            self.dropout = lora.dropout
 
-    def __call__(self, x: jax.Array, adapters: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, adapters: bool, dropout_key: jax.Array | None = None) -> jax.Array:
         y = x @ self.kernel[...].astype(x.dtype)
         if self.bias is not None:
             y += self.bias[...].astype(x.dtype)
         if adapters and self.lora_a is not None and self.lora_b is not None:
+            if dropout_key is not None and self.dropout > 0:
+                kept = jax.random.bernoulli(dropout_key, 1 - self.dropout, x.shape)
+                x = jnp.where(kept, x / (1 - self.dropout), 0)
             y += low_rank(x, self.lora_a[...].astype(x.dtype), self.lora_b[...].astype(x.dtype)) * self.lora_scale
         return y
 
@@ -109,23 +123,28 @@ class Layer(nnx.Module):
         x_btd: jax.Array,
         *,
         rope: tuple[jax.Array, jax.Array],
-        own_mask: jax.Array,
-        contexts: Sequence[tuple[jax.Array, jax.Array, jax.Array]],
+        attend: Attend,
+        contexts: Sequence[tuple[jax.Array, jax.Array]],
         adapters: bool,
+        dropout_key: jax.Array | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         B, T, _ = x_btd.shape
         H = self.config.head_dim
+        keys = (
+            dict.fromkeys(LINEARS) if dropout_key is None else dict(zip(LINEARS, jax.random.split(dropout_key, len(LINEARS)), strict=True))
+        )
         h = self.attention_norm(x_btd)
-        q = self.q(h, adapters).reshape(B, T, -1, H)
-        k = self.k(h, adapters).reshape(B, T, -1, H)
-        v = self.v(h, adapters).reshape(B, T, -1, H)
+        q = self.q(h, adapters, keys["q"]).reshape(B, T, -1, H)
+        k = self.k(h, adapters, keys["k"]).reshape(B, T, -1, H)
+        v = self.v(h, adapters, keys["v"]).reshape(B, T, -1, H)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, rope), rotate(k, rope)
-        mixed = attend(q, [*contexts, (k, v, own_mask)])
-        x_btd = x_btd + self.o(mixed.reshape(B, T, -1), adapters)
+        mixed = attend(q, [*contexts, (k, v)])
+        x_btd = x_btd + self.o(mixed.reshape(B, T, -1), adapters, keys["o"])
         h = self.feed_forward_norm(x_btd)
-        x_btd = x_btd + self.down(jax.nn.silu(self.gate(h, adapters)) * self.up(h, adapters), adapters)
+        gated = jax.nn.silu(self.gate(h, adapters, keys["gate"])) * self.up(h, adapters, keys["up"])
+        x_btd = x_btd + self.down(gated, adapters, keys["down"])
         return x_btd, (k, v)
 
 
@@ -144,11 +163,13 @@ class Decoder(nnx.Module):
         embed_id: int | None = None,
         compute_dtype: jnp.dtype | type = jnp.float32,
         remat: str = "none",
+        attention: Backend = "xla",
     ):
         V, D = config.vocab_size, config.hidden_size
         self.config = config
         self.compute_dtype = jnp.dtype(compute_dtype)
         self.remat = remat
+        self.attention: Backend = attention
         self.lora = lora
         self.embed_id = embed_id
         self.embedding = nnx.Param(jax.random.normal(rngs.params(), (V, D)) * 0.02)
@@ -175,29 +196,43 @@ class Decoder(nnx.Module):
         contexts: Sequence[KVBlock] = (),
         context_segments_bt: jax.Array | None = None,
         adapters: bool = True,
+        dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, KVBlock]:
         """Hidden states [B,T,D] after the final norm, and these tokens' own keys and values as a block `[L,B,T,K,H]`.
 
         `positions_bt` int32 is `NOTHING` at padding. Each block in `contexts` (leading L) is visible up to the query's position; a block
         of fewer rows is shared by consecutive rows. A KV cache is a block, a shared prompt is a block, a chunk of a long prompt is one.
         Texts packed into one row are told apart by `segments_bt`; `context_segments_bt` chooses among a block's segments.
+        Adapters drop inputs only where a `dropout_key` is given.
         """
         x = self.embed(ids_bt, adapters)
-        rope = rotary_tables(jnp.maximum(positions_bt, 0), self.config.head_dim, self.config.rope_theta)
-        own_mask = visibility(positions_bt, positions_bt, segments_bt, segments_bt)
-        masks = [visibility(positions_bt, block.positions, context_segments_bt, block.segments) for block in contexts]
+        rope = rotary_tables(jnp.maximum(positions_bt, 0), self.config)
+        attend_all = plan_attention(self.attention, positions_bt, segments_bt, contexts, context_segments_bt)
+        windowed = self.config.windowed or (False,) * self.config.layers
+        attend_near = attend_all
+        if any(windowed):
+            window = self.config.sliding_window
+            attend_near = plan_attention(self.attention, positions_bt, segments_bt, contexts, context_segments_bt, window=window)
         graph, state = nnx.split(self.layers)
 
         def body(x: jax.Array, scanned):
-            layer_state, keys_values = scanned
+            layer_state, keys_values, near, key = scanned
             layer = nnx.merge(graph, layer_state)
-            blocks = [(k, v, mask) for (k, v), mask in zip(keys_values, masks, strict=True)]
-            return layer(x, rope=rope, own_mask=own_mask, contexts=blocks, adapters=adapters)
+            x = checkpoint_name(x, _LAYER_INPUT)
+
+            def attend(q: jax.Array, blocks: Sequence[tuple[jax.Array, jax.Array]]) -> jax.Array:
+                if any(windowed) and not all(windowed):
+                    return jax.lax.cond(near, attend_near, attend_all, q, list(blocks))
+                return attend_near(q, blocks)
+
+            return layer(x, rope=rope, attend=attend, contexts=keys_values, adapters=adapters, dropout_key=key)
 
         if self.remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat])
-        x, (keys, values) = jax.lax.scan(body, x, (state, [(block.keys, block.values) for block in contexts]))
-        return self.final_norm(x), KVBlock(keys, values, positions_bt, segments_bt)
+        keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.layers)
+        blocks = [(block.keys, block.values) for block in contexts]
+        x, (keys_out, values_out) = jax.lax.scan(body, x, (state, blocks, jnp.asarray(windowed), keys))
+        return self.final_norm(x), KVBlock(keys_out, values_out, positions_bt, segments_bt)
 
     def embed(self, ids_bt: jax.Array, adapters: bool = True) -> jax.Array:
         """Input embeddings [B,T,D] in the compute dtype."""

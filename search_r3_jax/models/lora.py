@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from search_r3_jax.config import LoraConfig
-from search_r3_jax.models.decoder import Decoder, LoraParam
-
-LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+from search_r3_jax.errors import UserError
+from search_r3_jax.models.decoder import LINEARS, Decoder, Linear, LoraParam
 
 
 def trainable_filter(decoder: Decoder) -> type[nnx.Param]:
@@ -19,6 +19,9 @@ def trainable_filter(decoder: Decoder) -> type[nnx.Param]:
 
 def add_lora(decoder: Decoder, lora: LoraConfig, *, seed: int) -> Decoder:
     """The same function with fresh adapters (A random, B zero) and the embed rows free; the base's arrays are shared, not copied."""
+    unknown = sorted(set(lora.targets) - set(LINEARS))
+    if unknown:
+        raise UserError(f"lora.targets: {unknown[0]!r} is no linear layer; use some of {', '.join(LINEARS)}")
     adapted = _empty_like(decoder, lora)
     nnx.update(adapted, nnx.state(decoder, nnx.Param))
     generator = np.random.default_rng(seed)
@@ -43,13 +46,36 @@ def merge_lora(decoder: Decoder) -> Decoder:
     nnx.update(merged, base)
     for name in decoder.lora.targets:
         linear = getattr(decoder.layers, name)
-        update = jnp.einsum("lir,lro->lio", linear.lora_a[...], linear.lora_b[...], precision="highest") * linear.lora_scale
-        getattr(merged.layers, name).kernel.set_value(linear.kernel[...] + update)
+        getattr(merged.layers, name).kernel.set_value(linear.kernel[...] + _update_of(linear))
     if decoder.embed_row is not None:
         merged.embedding.set_value(decoder.embedding[...].at[decoder.embed_id].set(decoder.embed_row[...]))
     if decoder.head_row is not None and decoder.head is not None and merged.head is not None:
         merged.head.set_value(decoder.head[...].at[:, decoder.embed_id].set(decoder.head_row[...]))
     return merged
+
+
+def unmerge_lora(merged: Decoder, adapted: Decoder) -> Decoder:
+    """The adapters of `adapted` over `merged` minus their updates: the inverse of `merge_lora` up to float32 rounding.
+
+    For a decoder that came merged, from an export say, when its adapters are at hand but its base is not. The embed token's row of
+    the base is gone; it is left as merged, which only the reference policy sees.
+    """
+    if adapted.lora is None:
+        return merged
+    restored = _empty_like(merged, adapted.lora)
+    nnx.update(restored, nnx.state(merged, nnx.Param))
+    nnx.update(restored, nnx.state(adapted, LoraParam))
+    for name in adapted.lora.targets:
+        linear = getattr(restored.layers, name)
+        linear.kernel.set_value(linear.kernel[...] - _update_of(linear))
+    return restored
+
+
+def _update_of(linear: Linear) -> jax.Array:
+    """What an adapter adds to its kernels [L,I,O], float32."""
+    if linear.lora_a is None or linear.lora_b is None:
+        raise ValueError("this layer has no adapter")
+    return jnp.einsum("lir,lro->lio", linear.lora_a[...], linear.lora_b[...], precision="highest") * linear.lora_scale
 
 
 def _empty_like(decoder: Decoder, lora: LoraConfig | None) -> Decoder:
@@ -61,6 +87,7 @@ def _empty_like(decoder: Decoder, lora: LoraConfig | None) -> Decoder:
             embed_id=decoder.embed_id,
             compute_dtype=decoder.compute_dtype,
             remat=decoder.remat,
+            attention=decoder.attention,
         )
 
     return nnx.eval_shape(make)

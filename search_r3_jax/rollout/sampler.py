@@ -15,6 +15,7 @@ from search_r3_jax.models.attention import NOTHING, KVBlock
 from search_r3_jax.models.decoder import Decoder, positions_from_lengths
 from search_r3_jax.models.embedding import unit
 from search_r3_jax.rollout.encoder import prefix_block
+from search_r3_jax.rollout.prefill import prefill
 from search_r3_jax.text.packing import bucket_length, pad_rows
 from search_r3_jax.text.prompts import Prompter
 
@@ -72,6 +73,7 @@ class Sampler:
         *,
         max_think_tokens: int,
         temperature: float,
+        prefill_chunk: int = 0,
     ):
         self._prompter = prompter
         prompt, embed_id = prompter.reason, prompter.embed_id
@@ -85,7 +87,7 @@ class Sampler:
             B = Q * G
             shared = prefix_block(decoder, prompt.prefix)
             positions_qs = positions_from_lengths(lengths_q, ids_qs.shape[1], len(prompt.prefix))
-            hidden_qsd, prompts = decoder(ids_qs, positions_qs, contexts=[shared])
+            hidden_qsd, prompts = prefill(decoder, ids_qs, positions_qs, chunk=prefill_chunk, contexts=[shared])
             last_qd = jnp.take_along_axis(hidden_qsd, lengths_q[:, None, None] - 1, axis=1)[:, 0]
             first_position_b = jnp.repeat(lengths_q + len(prompt.prefix), G)
             keys_b = jax.vmap(jax.random.key)(seeds_qg.reshape(B))

@@ -106,7 +106,13 @@ def train_rl(
     state = RlState(params, optimizer.init(params))
     full_graph, _ = nnx.split(model.decoder)
     encoder = Encoder(full_graph, prompter)
-    sampler = Sampler(full_graph, prompter, max_think_tokens=rl.sampler.max_think_tokens, temperature=rl.sampler.temperature)
+    sampler = Sampler(
+        full_graph,
+        prompter,
+        max_think_tokens=rl.sampler.max_think_tokens,
+        temperature=rl.sampler.temperature,
+        prefill_chunk=rl.sampler.prefill_chunk,
+    )
     score = make_scorer(graph, prompter, rl)
     update = make_update(graph, prompter, optimizer, rl)
 

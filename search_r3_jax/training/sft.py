@@ -63,7 +63,8 @@ def train_sft(config: RunConfig, folder: Path, collection: Collection, model: Lo
         # Act 3: the loop.
         for step in range(first, config.sft.steps):
             started = time.perf_counter()
-            state, scalars = step_function(state, frozen, pipeline.batch(step))
+            key = jax.random.fold_in(jax.random.key(config.seed), step) if config.lora.dropout > 0 else None
+            state, scalars = step_function(state, frozen, pipeline.batch(step), key)
             values = {name: float(value) for name, value in scalars.items()}
             if not np.isfinite(values["loss"]):
                 raise FloatingPointError(f"stage 1, step {step}: the loss is {values['loss']}; lower sft.optimizer.learning_rate")
@@ -95,10 +96,10 @@ def make_pipeline(config: RunConfig, collection: Collection, prompter: Prompter)
 
 def make_step(
     graph: nnx.GraphDef[Decoder], prompter: Prompter, optimizer: optax.GradientTransformation, config: SftConfig
-) -> Callable[[SftState, nnx.State, PairBatch], tuple[SftState, dict[str, jax.Array]]]:
-    """One jitted update of the trainable parameters."""
+) -> Callable[..., tuple[SftState, dict[str, jax.Array]]]:
+    """One jitted update `(state, frozen, batch, dropout_key=None) → (state, scalars)` of the trainable parameters."""
 
-    def loss_of(params: nnx.State, frozen: nnx.State, batch: PairBatch) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss_of(params: nnx.State, frozen: nnx.State, batch: PairBatch, key: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
         decoder = nnx.merge(graph, params, frozen)
         hidden, _ = decoder(
             jnp.asarray(batch.ids),
@@ -106,6 +107,7 @@ def make_step(
             segments_bt=jnp.asarray(batch.segments),
             contexts=[both_prefixes(decoder, prompter)],
             context_segments_bt=jnp.asarray(batch.prefixes),
+            dropout_key=key,
         )
         hidden_md = hidden.reshape(-1, hidden.shape[-1])
         vectors = unit(hidden_md[batch.embed_at])
@@ -123,8 +125,10 @@ def make_step(
         return loss, {"loss": loss, "infonce": contrast, "language": language, "in_batch_accuracy": hits / contrast_count}
 
     @jax.jit
-    def step(state: SftState, frozen: nnx.State, batch: PairBatch) -> tuple[SftState, dict[str, jax.Array]]:
-        gradients, scalars = jax.grad(loss_of, has_aux=True)(state.params, frozen, batch)
+    def step(
+        state: SftState, frozen: nnx.State, batch: PairBatch, dropout_key: jax.Array | None = None
+    ) -> tuple[SftState, dict[str, jax.Array]]:
+        gradients, scalars = jax.grad(loss_of, has_aux=True)(state.params, frozen, batch, dropout_key)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         scalars["gradient_norm"] = optax.tree.norm(gradients)
         return SftState(optax.apply_updates(state.params, updates), optimizer_state), scalars

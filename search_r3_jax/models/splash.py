@@ -1,0 +1,76 @@
+"""The same attention on TPU: splash attention, a block-sparse flash kernel, over the blocks laid side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes, make_splash_mha
+
+from search_r3_jax.models.attention import Attend
+
+TILE = 128
+LARGEST_TILE = 512
+
+
+def plan_splash(masks: Sequence[jax.Array]) -> Attend:
+    """Attention under masks [b,T·share,S], one per block; tiles in which nothing is visible are neither read nor computed.
+
+    The masks are data, not code: a cache, a shared prompt, packed texts, a window all go the same way. Off a TPU the kernel is interpreted.
+    """
+    B, T, _ = masks[-1].shape
+    visible = jnp.concatenate([mask.reshape(B, T, -1) for mask in masks], axis=2)
+    visible = jnp.pad(visible, ((0, 0), (0, -T % TILE), (0, -visible.shape[2] % TILE)))
+    # A query that sees nothing would divide by zero, and its result, which nobody reads, would still reach the gradients.
+    visible = visible.at[:, :, 0].set(visible[:, :, 0] | ~jnp.any(visible, axis=2))
+    sizes = _block_sizes(*visible.shape[1:])
+
+    def kernel(interpret: bool) -> Callable[..., jax.Array]:
+        def one_row(mask: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            # One mask serves all heads.
+            prepared = make_splash_mha(mask[None], block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+            # The flag only names a profiler scope; under jit it has become an array, which an `if` inside cannot read.
+            prepared.fwd_mask_info = prepared.fwd_mask_info._replace(is_dynamic_mask=None)
+            return jnp.asarray(prepared(q, k, v))
+
+        return jax.vmap(one_row)
+
+    def run(q_btnh: jax.Array, keys_values: Sequence[tuple[jax.Array, jax.Array]]) -> jax.Array:
+        H = q_btnh.shape[-1]
+        k_bskh, v_bskh = (jnp.concatenate([_per_row(part, B) for part in parts], axis=1) for parts in zip(*keys_values, strict=True))
+        # The kernel wants heads first, whole tiles, and leaves the scale to its caller.
+        q = _tiled(q_btnh * (H**-0.5))
+        k, v = _tiled(k_bskh), _tiled(v_bskh)
+        mixed = jax.lax.platform_dependent(visible, q, k, v, tpu=kernel(False), default=kernel(True))
+        return jnp.swapaxes(mixed[:, :, :T, :H], 1, 2).astype(q_btnh.dtype)
+
+    return run
+
+
+def _per_row(x: jax.Array, B: int) -> jax.Array:
+    """A block's array for each of B rows: the kernel has no notion of rows that share one."""
+    share = B // x.shape[0]
+    if share == 1:
+        return x
+    return jnp.repeat(x, share, axis=0)
+
+
+def _tiled(x_btnh: jax.Array) -> jax.Array:
+    """[B,T,N,H] → [B,N,T′,H′], padded with zeros to whole tiles."""
+    x = jnp.swapaxes(x_btnh, 1, 2)
+    return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % TILE), (0, -x.shape[3] % TILE)))
+
+
+def _block_sizes(T: int, S: int) -> BlockSizes:
+    q, kv = (next(size for size in (LARGEST_TILE, 256, TILE) if length % size == 0) for length in (T, S))
+    return BlockSizes(
+        block_q=q,
+        block_kv=kv,
+        block_kv_compute=kv,
+        block_q_dkv=q,
+        block_kv_dkv=kv,
+        block_kv_dkv_compute=kv,
+        block_q_dq=q,
+        block_kv_dq=kv,
+    )

@@ -1,0 +1,100 @@
+"""Attention against a float64 loop over single queries, and the two backends against each other."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from search_r3_jax.models.attention import NOTHING, Backend, KVBlock, plan_attention
+
+B, T, N, K, H, PREFIX, CACHE = 4, 21, 6, 2, 16, 5, 9
+
+
+class Case:
+    """Random queries and keys: a prefix that all rows share, a cache that pairs of rows share, and padded, packed rows of their own."""
+
+    def __init__(self, seed: int = 0):
+        generator = np.random.default_rng(seed)
+
+        def normal(rows: int, length: int, heads: int) -> np.ndarray:
+            return generator.standard_normal((rows, length, heads, H)).astype(np.float32)
+
+        self.q = normal(B, T, N)
+        self.keys_values = [(normal(rows, length, K), normal(rows, length, K)) for rows, length in ((1, PREFIX), (2, CACHE), (B, T))]
+        prefix = np.arange(PREFIX, dtype=np.int32)[None]
+        cache = np.where(np.arange(CACHE) < np.array([[9], [4]]), PREFIX + np.arange(CACHE), NOTHING).astype(np.int32)
+        # Two texts a row, the second of them padded.
+        lengths = [(8, 13), (10, 6), (21, 0), (1, 9)]
+        self.positions = np.full((B, T), NOTHING, np.int32)
+        self.segments = np.full((B, T), -1, np.int32)
+        for row, (first, second) in enumerate(lengths):
+            start = PREFIX + CACHE
+            self.positions[row, :first], self.segments[row, :first] = start + np.arange(first), 0
+            self.positions[row, first : first + second], self.segments[row, first : first + second] = start + np.arange(second), 1
+        self.context_positions = [prefix, cache]
+
+    def run(self, backend: Backend, window: int) -> tuple[np.ndarray, Any]:
+        contexts = [
+            KVBlock(jnp.asarray(k), jnp.asarray(v), jnp.asarray(at))
+            for (k, v), at in zip(self.keys_values, self.context_positions, strict=False)
+        ]
+        weights = np.random.default_rng(1).standard_normal(self.q.shape) * (self.positions != NOTHING)[..., None, None]
+
+        def output(q: jax.Array, keys_values: Any) -> jax.Array:
+            attend = plan_attention(backend, jnp.asarray(self.positions), jnp.asarray(self.segments), contexts, None, window=window)
+            return attend(q, keys_values)
+
+        def loss(q: jax.Array, keys_values: Any) -> jax.Array:
+            return jnp.sum(output(q, keys_values) * weights)
+
+        return np.asarray(jax.jit(output)(self.q, self.keys_values)), jax.jit(jax.grad(loss, argnums=(0, 1)))(self.q, self.keys_values)
+
+    def by_hand(self, window: int) -> np.ndarray:
+        output = np.zeros(self.q.shape)
+        for b in range(B):
+            for t in np.flatnonzero(self.positions[b] != NOTHING):
+                at = int(self.positions[b, t])
+                for n in range(N):
+                    scores, values = [], []
+                    for block, (keys, block_values) in enumerate(self.keys_values):
+                        row = b // (B // keys.shape[0])
+                        positions = self.positions[b] if block == 2 else self.context_positions[block][row]
+                        for s in np.flatnonzero(positions != NOTHING):
+                            apart = block == 2 and self.segments[b, s] != self.segments[b, t]
+                            if positions[s] <= at and not apart and (window == 0 or at - positions[s] < window):
+                                key = keys[row, s, n // (N // K)].astype(np.float64)
+                                scores.append(key @ self.q[b, t, n].astype(np.float64) / np.sqrt(H))
+                                values.append(block_values[row, s, n // (N // K)].astype(np.float64))
+                    weights = np.exp(np.array(scores) - max(scores))
+                    output[b, t, n] = weights @ np.array(values) / weights.sum()
+        return output
+
+
+@pytest.mark.parametrize("window", [0, 7])
+@pytest.mark.parametrize("backend", ["xla", "splash"])
+def test_output_equals_a_loop_in_float64(backend: Backend, window: int) -> None:
+    case = Case()
+    found, _ = case.run(backend, window)
+    there = case.positions != NOTHING
+    np.testing.assert_allclose(found[there], case.by_hand(window)[there], atol=2e-6)
+    assert np.isfinite(found).all()
+
+
+@pytest.mark.parametrize("window", [0, 7])
+def test_gradients_agree_between_backends(window: int) -> None:
+    case = Case(seed=2)
+
+    def found(backend: Backend) -> Any:
+        return case.run(backend, window)[1]
+
+    jax.tree.map(lambda mine, expected: np.testing.assert_allclose(mine, expected, atol=5e-6), found("splash"), found("xla"))
+
+
+def test_scores_beyond_float32_do_not_overflow() -> None:
+    case = Case(seed=3)
+    case.q *= 1e4
+    for backend in ("xla", "splash"):
+        found, gradients = case.run(backend, 0)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((found, gradients)))
