@@ -100,6 +100,14 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     return record
 
 
+def save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
+    """A safetensors file for torch, readable by whom any other new file is: `save_file` alone keeps it to its owner."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, str(path), metadata={"format": "pt"})
+    path.chmod(mode)
+
+
 def write_weights(tensors: Iterable[tuple[str, np.ndarray]], folder: Path, dtype: str, shard_bytes: int) -> None:
     """safetensors files of at most `shard_bytes` (or one tensor) each, and an index where there are several."""
     shards: list[list[str]] = []
@@ -107,7 +115,7 @@ def write_weights(tensors: Iterable[tuple[str, np.ndarray]], folder: Path, dtype
     total = size = 0
 
     def flush() -> None:
-        save_file(held, str(folder / f"{len(shards)}.part"), metadata={"format": "pt"})
+        save_tensors(held, folder / f"{len(shards)}.part")
         shards.append(list(held))
         held.clear()
 

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save_file
 
 from search_r3_jax.errors import UserError
 from search_r3_jax.files import write_json
 from search_r3_jax.hub.checkpoint import LoadedModel, load_model, with_lora
-from search_r3_jax.hub.export import MAX_TOKENS, RECORD, save_tokenizer, text_room, write_record
+from search_r3_jax.hub.export import MAX_TOKENS, RECORD, save_tensors, save_tokenizer, text_room, write_record
 from search_r3_jax.hub.folders import replaced_folder
 from search_r3_jax.hub.model_card import adapter_card
 from search_r3_jax.hub.snapshots import latest_snapshot, read_run, read_snapshot, start_of
@@ -54,7 +53,7 @@ def export_peft(model: LoadedModel, out: Path, *, base: str, earlier: Sequence[L
         rows["lm_head"] = np.asarray(decoder.head_row[...])
         tensors[f"base_model.model.lm_head.{TOKEN_ROW}"] = rows["lm_head"][None]
     with replaced_folder(out, marker=RECORD) as folder:
-        save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+        save_tensors(tensors, folder / "adapter_model.safetensors")
         write_json(
             folder / "adapter_config.json",
             {

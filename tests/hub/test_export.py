@@ -217,6 +217,11 @@ def test_a_new_export_takes_the_place_of_an_earlier_one(tiny_model: LoadedModel,
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_weights_are_as_readable_as_the_rest(exports: dict[str, Path]) -> None:
+    modes = {path.stat().st_mode for path in exports["llama"].iterdir() if path.is_file()}
+    assert len(modes) == 1
+
+
 def test_a_folder_of_somebody_else_is_refused(tiny_model: LoadedModel, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
