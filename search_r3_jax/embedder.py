@@ -13,6 +13,7 @@ from flax import nnx
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from search_r3_jax.config import SamplerConfig
 from search_r3_jax.console import Bar, progress_bar
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub.checkpoint import LoadedModel, load_model, resolve
@@ -22,7 +23,7 @@ from search_r3_jax.rollout.sampler import Sampler
 from search_r3_jax.text.prompts import CLOSING, Mode, Prompter
 
 Kind = Literal["query", "document"]
-MAX_THINK_TOKENS = 64
+MAX_THINK_TOKENS = SamplerConfig().max_think_tokens
 THINK_BATCH = 32
 
 

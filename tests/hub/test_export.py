@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from exported import FAMILIES, TEXTS, run_snippet, snippets, torch_vectors, write_full_vocabulary
+from exported import FAMILIES, TEXTS, adapted, run_snippet, snippets, torch_vectors, write_full_vocabulary
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from tiny import byte_tokenizer, torch_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from search_r3_jax.config import EMBED_TOKEN
+from search_r3_jax.config import EMBED_TOKEN, LoraConfig
 from search_r3_jax.embedder import Embedder
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub import export
@@ -66,6 +66,13 @@ def test_bfloat16_is_torchs_own_rounding(family: str, tiny_folders: dict[str, Pa
     for name, tensor in before.items():
         assert torch.equal(tensor.to(torch.bfloat16), after[name]), name
     assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
+
+
+def test_adapters_are_merged(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    model = adapted(load_model(tiny_folders["qwen2"]), LoraConfig(rank=2, alpha=6.0))
+    decoder = AutoModelForCausalLM.from_pretrained(export_model(model, tmp_path / "out")).model
+    ours = Embedder(model).encode(TEXTS[:3])
+    np.testing.assert_allclose(torch_vectors(decoder, Prompter(model.tokenizer), TEXTS[:3], MAX_TOKENS), ours, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
