@@ -88,21 +88,28 @@ class Stages:
     @contextmanager
     def bar(self, what: str, total: int) -> Iterator[Bar]:
         """A progress bar for one piece of work."""
-        if not self.console.is_terminal:
-            yield Bar(self.console, what, total, None)
-            return
-        columns = (
-            TextColumn("      {task.description}"),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            _Rate(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
-        with Progress(*columns, console=self.console, transient=True) as progress:
-            yield Bar(self.console, what, total, progress)
+        with progress_bar(self.console, what, total) as bar:
+            yield bar
+
+
+@contextmanager
+def progress_bar(console: Console, what: str, total: int) -> Iterator[Bar]:
+    """A bar with rate and time left on `console`; plain lines where it is no terminal."""
+    if not console.is_terminal:
+        yield Bar(console, what, total, None)
+        return
+    columns = (
+        TextColumn("      {task.description}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        yield Bar(console, what, total, progress)
 
 
 def _rate(speed: float) -> str:

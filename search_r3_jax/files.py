@@ -1,4 +1,4 @@
-"""Atomic writes of small files. Imports no jax."""
+"""Atomic writes of files, and texts read line by line. Imports no jax."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import json
 import os
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+from search_r3_jax.errors import UserError
 
 
 def write_text(path: Path, text: str) -> None:
@@ -18,3 +22,43 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """`write_text` of indented JSON."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Write a .npy file at once or not at all; raises UserError when the disk refuses."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            np.save(file, array, allow_pickle=False)
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); make room or choose another --out") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_texts(path: Path) -> list[str]:
+    """The lines of a text file, or each line's `text` where the name ends in .jsonl; raises UserError naming file and line."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a text file or a .jsonl file") from None
+    if lines[-1] == b"":
+        lines.pop()
+    return [_text_of(line, f"{path}: line {number}", path.suffix == ".jsonl") for number, line in enumerate(lines, start=1)]
+
+
+def _text_of(line: bytes, where: str, is_json: bool) -> str:
+    try:
+        text = line.decode("utf-8").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: is not UTF-8 ({error.reason} at byte {error.start}); convert the file") from None
+    if not is_json:
+        return text
+    try:
+        record = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{where}: is not JSON ({error}); a .jsonl file holds one object a line") from None
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        raise UserError(f"{where}: text: missing or no string; each line is an object with a 'text'")
+    return record["text"]

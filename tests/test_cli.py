@@ -1,10 +1,16 @@
 """The command line: a user's mistake is one line and status 2; start-up is quiet."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from search_r3_jax.cli import Embed, Export
+from search_r3_jax.embedder import Embedder
+from search_r3_jax.errors import UserError
 
 
 def search_r3(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -14,7 +20,7 @@ def search_r3(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_help_names_the_commands() -> None:
     shown = search_r3("--help")
     assert shown.returncode == 0
-    for command in ("quickstart", "indexer", "export"):
+    for command in ("quickstart", "indexer", "export", "embed"):
         assert command in shown.stdout
 
 
@@ -42,3 +48,72 @@ def test_quickstart_refuses_a_folder_of_another_config(tmp_path: Path) -> None:
     shown = search_r3("quickstart", "--out", str(tmp_path))
     assert shown.returncode == 2
     assert "another config" in shown.stderr
+
+
+def test_embed_writes_an_array_and_one_line(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    texts = ["first line", "", "dritte Zeile: Öl"]
+    (tmp_path / "texts.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
+    model = str(tiny_folders["llama"])
+    out = tmp_path / "vectors.npy"
+    shown = search_r3("embed", "--model", model, "--input", str(tmp_path / "texts.txt"), "--out", str(out), "--kind", "document")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert shown.stdout.startswith(f"{out}: 3 document vectors of 64 dimensions, direct, in ")
+    assert shown.stdout.count("\n") == 1
+    expected = Embedder.load(model).encode(texts)
+    np.testing.assert_array_equal(np.load(out), expected)
+
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    Embed(model=model, input=tmp_path / "texts.jsonl", out=out, truncate_dim=8).run()
+    cut = expected[:, :8]
+    np.testing.assert_allclose(np.load(out), cut / np.linalg.norm(cut, axis=-1, keepdims=True), atol=1e-6)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["texts.jsonl", "texts.txt", "vectors.npy"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "named"),
+    [
+        ("a.jsonl", b'{"text": "fine"}\n{"txt": "x"}\n', "a.jsonl: line 2: text"),
+        ("a.jsonl", b'{"text": "fine"}\n["x"]\n', "a.jsonl: line 2: text"),
+        ("a.jsonl", b'{"text": "fine"}\n{"text": ', "a.jsonl: line 2: is not JSON"),
+        ("a.txt", b"fine\nfine\n\xff\n", "a.txt: line 3: is not UTF-8"),
+        ("a.txt", None, "a.txt: cannot be read"),
+    ],
+)
+def test_bad_texts_name_file_and_line_before_any_model_is_loaded(tmp_path: Path, name: str, content: bytes | None, named: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        Embed(model="nowhere", input=tmp_path / name, out=tmp_path / "out.npy").run()
+    assert named in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out.npy").exists()
+
+
+def test_an_array_that_cannot_be_written_leaves_the_one_before(
+    tiny_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "texts.txt").write_text("a text\n")
+    out = tmp_path / "out.npy"
+    out.write_bytes(b"before")
+
+    def refuse(file: object, array: np.ndarray, allow_pickle: bool) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", refuse)
+    with pytest.raises(UserError, match="No space left"):
+        Embed(model=str(tiny_folders["llama"]), input=tmp_path / "texts.txt", out=out).run()
+    assert out.read_bytes() == b"before"
+    assert len(list(tmp_path.iterdir())) == 2
+    with pytest.raises(UserError, match="no such folder"):
+        Embed(model="nowhere", input=tmp_path / "texts.txt", out=tmp_path / "missing" / "out.npy").run()
+
+
+def test_export_asks_for_one_source(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="give one of them"):
+        Export(out=tmp_path / "out").run()
+    with pytest.raises(UserError, match="give one of them"):
+        Export(out=tmp_path / "out", model="smollm2", run_folder=tmp_path).run()
+    with pytest.raises(UserError, match="has no checkpoints"):
+        Export(out=tmp_path / "out", run_folder=tmp_path).run()
+    with pytest.raises(UserError, match="give --peft"):
+        Export(out=tmp_path / "out", model="smollm2", base="x").run()

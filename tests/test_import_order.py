@@ -15,6 +15,7 @@ ORDER = [
     {"training", "evaluation"},
     {"retrieval"},
     {"data"},
+    {"embedder"},
     {"rollout"},
     {"hub"},
     {"text"},

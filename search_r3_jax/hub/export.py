@@ -1,135 +1,139 @@
-"""Writes a decoder as a Hugging Face folder, at once or not at all."""
+"""Writes a decoder as a Hugging Face folder that `transformers`, sentence-transformers and `Embedder` read alike."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from ml_dtypes import bfloat16
 from safetensors.numpy import save_file
+from transformers import PreTrainedTokenizerBase
 
 from search_r3_jax.config import EMBED_TOKEN
 from search_r3_jax.errors import UserError
+from search_r3_jax.files import write_json
 from search_r3_jax.hub.checkpoint import LoadedModel, torch_tensors
+from search_r3_jax.hub.folders import replaced_folder
+from search_r3_jax.hub.model_card import model_card
+from search_r3_jax.hub.sentence_transformers import write_sentence_transformers
 from search_r3_jax.models.families import config_to_hf
 from search_r3_jax.models.lora import merge_lora
-from search_r3_jax.text.prompts import CLOSING, DIRECT_SYSTEM, REASON_SYSTEM
+from search_r3_jax.text.prompts import CLOSING, DIRECT_SYSTEM, REASON_SYSTEM, Prompter
 
 SHARD_BYTES = 4 << 30
+MAX_TOKENS = 512
+RECORD = "search_r3.json"
+_PROMPTS = {"embed_token": EMBED_TOKEN, "direct_system": DIRECT_SYSTEM, "reason_system": REASON_SYSTEM, "closing": CLOSING}
 
 
-def export_model(model: LoadedModel, out: Path, *, dtype: Literal["float32", "bfloat16"] = "float32") -> Path:
-    """Merged weights, config, tokenizer with `<|embed_token|>`, prompts and a model card; an interrupted export leaves nothing.
+def export_model(
+    model: LoadedModel,
+    out: Path,
+    *,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    max_tokens: int = MAX_TOKENS,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Merged weights, configs, tokenizer, prompts, sentence-transformers files and a model card, at once or not at all.
 
-    Raises UserError when `out` exists and is no earlier export.
+    `max_tokens` of a text's own tokens are read by default (fewer where the model has fewer positions); `shard_bytes` bounds a weight file.
+    An earlier export at `out` is replaced once the new one is complete. Raises UserError when `out` is anything else or cannot be written.
     """
-    if out.exists() and not (out / "search_r3.json").is_file():
-        raise UserError(f"{out}: exists and is no export of ours; choose another --out")
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir(parents=True)
-        _write(model, temporary, dtype)
-        if out.exists():
-            shutil.rmtree(out)
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with replaced_folder(out, marker=RECORD) as folder:
+        _write(model, folder, dtype, max_tokens, shard_bytes)
     return out
 
 
-def _write(model: LoadedModel, folder: Path, dtype: Literal["float32", "bfloat16"]) -> None:
+def _write(model: LoadedModel, folder: Path, dtype: Literal["float32", "bfloat16"], max_tokens: int, shard_bytes: int) -> None:
     decoder = merge_lora(model.decoder)
-    tokenizer = model.tokenizer
-    config = config_to_hf(decoder.config, dtype)
-    config |= {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    _json(folder / "config.json", config)
-    # Generation ends at the embedding as well as at the end of the turn.
-    ends = [tokenizer.eos_token_id, model.embed_id]
-    _json(folder / "generation_config.json", {"do_sample": False, "eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id})
-    tokenizer.save_pretrained(str(folder))
-    _json(
-        folder / "search_r3.json",
-        {
-            "embed_token": EMBED_TOKEN,
-            "embed_token_id": model.embed_id,
-            "pooling": "state after the final norm at the embed token, L2-normalised in float32",
-            "direct_system": DIRECT_SYSTEM,
-            "reason_system": REASON_SYSTEM,
-            "closing": CLOSING,
-        },
-    )
-    _write_shards(torch_tensors(decoder), folder, dtype)
-    (folder / "README.md").write_text(_model_card(), encoding="utf-8")
+    tokenizer, prompter = model.tokenizer, Prompter(model.tokenizer)
+    write_weights(torch_tensors(decoder), folder, dtype, shard_bytes)
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    write_json(folder / "config.json", config_to_hf(decoder.config, dtype) | ends)
+    # Generation ends at the embedding as well as at the end of the turn. Greedy, as thoughts are evaluated; a source's sampling
+    # settings, such as a repetition penalty, would change them.
+    write_json(folder / "generation_config.json", ends | {"do_sample": False, "eos_token_id": [tokenizer.eos_token_id, model.embed_id]})
+    save_tokenizer(tokenizer, folder)
+    read = min(max_tokens, text_room(prompter, decoder.config.max_positions))
+    write_record(folder, model.embed_id, max_tokens=read)
+    described = write_sentence_transformers(folder, prompter, dimension=decoder.config.hidden_size, max_tokens=read)
+    (folder / "README.md").write_text(model_card(sentence_transformers=described), encoding="utf-8")
 
 
-def _write_shards(tensors: Iterable[tuple[str, np.ndarray]], folder: Path, dtype: str) -> None:
-    shards: list[dict[str, np.ndarray]] = [{}]
-    size = 0
+def text_room(prompter: Prompter, max_positions: int) -> int:
+    """How many tokens of a text fit beside the prompt."""
+    direct = prompter.direct
+    return max_positions - len(direct.prefix) - len(direct.suffix) - len(direct.closing)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """`save_pretrained`, whose native part reports a full disk as a bare Exception; here it is an OSError."""
+    try:
+        tokenizer.save_pretrained(str(folder))
+    except Exception as error:
+        raise OSError(str(error)) from error
+
+
+def write_record(folder: Path, embed_id: int, *, max_tokens: int) -> None:
+    """`search_r3.json`: the prompts and the pooling that the weights were trained with."""
+    pooling = "state after the final norm at the embed token, L2-normalised in float32"
+    write_json(folder / RECORD, _PROMPTS | {"embed_token_id": embed_id, "pooling": pooling, "max_tokens": max_tokens})
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """What `write_record` wrote, None where there is none; raises UserError for a model of other prompts."""
+    file = folder / RECORD
+    if not file.is_file():
+        return None
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON ({error}); export the model again") from None
+    for field, ours in _PROMPTS.items():
+        if record.get(field) != ours:
+            raise UserError(f"{file}: {field}: differs from this version's; use the version of search_r3_jax that exported the model")
+    if not isinstance(record.get("max_tokens"), int):
+        raise UserError(f"{file}: max_tokens: missing or not a number; export the model again")
+    return record
+
+
+def save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
+    """A safetensors file for torch, readable by whom any other new file is: `save_file` alone keeps it to its owner."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, str(path), metadata={"format": "pt"})
+    path.chmod(mode)
+
+
+def write_weights(tensors: Iterable[tuple[str, np.ndarray]], folder: Path, dtype: str, shard_bytes: int) -> None:
+    """safetensors files of at most `shard_bytes` (or one tensor) each, and an index where there are several."""
+    shards: list[list[str]] = []
+    held: dict[str, np.ndarray] = {}
+    total = size = 0
+
+    def flush() -> None:
+        save_tensors(held, folder / f"{len(shards)}.part")
+        shards.append(list(held))
+        held.clear()
+
     for name, tensor in tensors:
         stored = np.ascontiguousarray(tensor.astype(bfloat16 if dtype == "bfloat16" else np.float32))
-        if size and size + stored.nbytes > SHARD_BYTES:
-            shards.append({})
+        if held and size + stored.nbytes > shard_bytes:
+            flush()
             size = 0
-        shards[-1][name] = stored
+        held[name] = stored
         size += stored.nbytes
+        total += stored.nbytes
+    flush()
     if len(shards) == 1:
-        save_file(shards[0], str(folder / "model.safetensors"), metadata={"format": "pt"})
+        (folder / "0.part").rename(folder / "model.safetensors")
         return
-    weight_map = {}
-    for i, shard in enumerate(shards, start=1):
-        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, str(folder / file), metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
-    total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-    _json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _model_card() -> str:
-    return f"""---
-library_name: transformers
-pipeline_tag: sentence-similarity
----
-
-# A search embedder that thinks first
-
-The embedding of a text is the final hidden state at `{EMBED_TOKEN}`, normalised to length 1; similarity is the cosine.
-
-- direct: system `{DIRECT_SYSTEM}`, user: the text, assistant: `{CLOSING}`
-- reasoned: system `{REASON_SYSTEM}`, user: the query, assistant: the model writes, and ends with `{CLOSING}`
-
-Documents are embedded directly, queries either way.
-
-```python
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-folder = "."  # where this file lies
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder)
-
-
-def embed(text):
-    messages = [{{"role": "system", "content": "{DIRECT_SYSTEM}"}}, {{"role": "user", "content": text.strip()}}]
-    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) + "{CLOSING}"
-    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
-    with torch.no_grad():
-        state = model.model(**inputs).last_hidden_state[0, -1]
-    return torch.nn.functional.normalize(state.float(), dim=0)
-
-
-print(embed("sort a list by key") @ embed("def by_key(rows, key): return sorted(rows, key=key)"))
-```
-"""
+    weight_map: dict[str, str] = {}
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"{i}.part").rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 LENGTH_STEP = 16
+SHORTEST_SHARE = 0.75
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,11 +21,9 @@ class PaddedBatch:
 
 
 def bucket_length(length: int) -> int:
-    """The padded length of a row: a multiple of 16 up to 128, then of an eighth of the next power of two."""
-    if length <= 128:
-        return max(LENGTH_STEP, -(-length // LENGTH_STEP) * LENGTH_STEP)
-    step = 1 << (length - 1).bit_length() - 3
-    return -(-length // step) * step
+    """The padded length of a row: a multiple of 16 up to 256, then of a sixteenth of the next power of two."""
+    step = max(LENGTH_STEP, 1 << max(0, (length - 1).bit_length() - 4))
+    return max(1, -(-length // step)) * step
 
 
 def pad_rows(rows: Sequence[Sequence[int]], *, length: int, pad_id: int, count: int | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -72,16 +71,16 @@ def pack_rows(rows: Sequence[Sequence[int]], first_positions: Sequence[int], *, 
 
 
 def length_batches(rows: Sequence[Sequence[int]], *, tokens: int, pad_id: int) -> Iterator[PaddedBatch]:
-    """Batches of similar length, longest first, each at most `tokens` padded tokens; each length has one row count."""
+    """Batches of similar length, longest first, each at most `tokens` padded tokens (or one row); few shapes, most of them full."""
     lengths = np.array([len(row) for row in rows], dtype=np.int64)
     order = np.argsort(-lengths, kind="stable")
     start = 0
     while start < len(order):
         length = bucket_length(int(lengths[order[start]]))
         capacity = max(1, tokens // length)
-        # A row that would fit a shorter bucket waits for it: that is what keeps the padding down.
-        same = [i for i in order[start : start + capacity] if bucket_length(int(lengths[i])) == length]
-        count = capacity if len(same) == capacity else 1 << (len(same) - 1).bit_length()
-        ids, row_lengths = pad_rows([rows[i] for i in same], length=length, pad_id=pad_id, count=count)
-        yield PaddedBatch(ids=ids, lengths=row_lengths, rows=np.array(same))
-        start += len(same)
+        # Sorted neighbours are nearly as long; a row that is much shorter waits, or its padding would cost more than a batch of its own.
+        taken = [i for i in order[start : start + capacity] if bucket_length(int(lengths[i])) >= SHORTEST_SHARE * length]
+        count = min(capacity, 1 << (len(taken) - 1).bit_length())
+        ids, row_lengths = pad_rows([rows[i] for i in taken], length=length, pad_id=pad_id, count=count)
+        yield PaddedBatch(ids=ids, lengths=row_lengths, rows=np.array(taken))
+        start += len(taken)

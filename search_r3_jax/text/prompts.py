@@ -34,6 +34,17 @@ class PromptIds:
     closing: tuple[int, ...]
 
 
+def prompt_text(tokenizer: PreTrainedTokenizerBase, system: str) -> tuple[str, str]:
+    """What stands before and after a user's text, up to where the assistant begins to write."""
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": _SLOT}]
+    if tokenizer.chat_template:
+        rendered = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    else:
+        rendered = f"{system}\n\n{_SLOT}\n\n"
+    before, after = rendered.split(_SLOT)
+    return before, after
+
+
 class Prompter:
     """Turns texts into token ids, in direct and in reasoned mode."""
 
@@ -47,12 +58,7 @@ class Prompter:
         self.reason = self._prompt_ids(REASON_SYSTEM)
 
     def _prompt_ids(self, system: str) -> PromptIds:
-        messages = [{"role": "system", "content": system}, {"role": "user", "content": _SLOT}]
-        if self.tokenizer.chat_template:
-            rendered = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        else:
-            rendered = f"{system}\n\n{_SLOT}\n\n"
-        before, after = rendered.split(_SLOT)
+        before, after = prompt_text(self.tokenizer, system)
         return PromptIds(prefix=self._ids(before), suffix=self._ids(after), closing=self._ids(CLOSING))
 
     def _ids(self, text: str) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForCausalLM
 
 from search_r3_jax.config import EMBED_TOKEN, LoraConfig
@@ -81,6 +82,19 @@ def test_export_loads_in_transformers_with_the_same_embedding(smollm2: LoadedMod
     cosines = np.sum(ours * theirs, axis=-1)
     assert cosines.min() >= 0.9999
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_sentence_transformers_reads_the_same_tokens_and_computes_the_same_embeddings(smollm2: LoadedModel, tmp_path: Path) -> None:
+    folder = export_model(smollm2, tmp_path / "export", max_tokens=64)
+    theirs = SentenceTransformer(str(folder))
+    prompter = Prompter(smollm2.tokenizer)
+    odd = ["", "'s", "12.5%", "(!)", "x\u2028y", "中文 é ́x", "a\n\n", "a<|im_end|>b", f"the {EMBED_TOKEN} token", "word " * 100]
+    found = theirs.preprocess([*TEXTS, *odd], prompt=DIRECT_SYSTEM)
+    rows = [ids[mask.bool()].tolist() for ids, mask in zip(found["input_ids"], found["attention_mask"], strict=True)]
+    assert rows == [[*prompter.direct.prefix, *row] for row in prompter.direct_rows([*TEXTS, *odd], 64)]
+    graph, state = nnx.split(smollm2.decoder)
+    ours = Encoder(graph, prompter).encode(state, [*TEXTS, odd[-1]], max_tokens=64)
+    np.testing.assert_allclose(theirs.encode([*TEXTS, odd[-1]], prompt_name="query"), ours, atol=1e-5)
 
 
 def test_export_reloads_bit_for_bit(smollm2: LoadedModel, tmp_path: Path) -> None:

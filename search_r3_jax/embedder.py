@@ -1,0 +1,177 @@
+"""The public library: texts in, vectors out, with or without thinking first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, overload
+
+import numpy as np
+from flax import nnx
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from search_r3_jax.config import SamplerConfig
+from search_r3_jax.console import Bar, progress_bar
+from search_r3_jax.errors import UserError
+from search_r3_jax.hub.checkpoint import LoadedModel, load_model, resolve
+from search_r3_jax.hub.export import MAX_TOKENS, read_record, text_room
+from search_r3_jax.rollout.encoder import Encoder
+from search_r3_jax.rollout.sampler import Sampler
+from search_r3_jax.text.prompts import CLOSING, Mode, Prompter
+
+Kind = Literal["query", "document"]
+MAX_THINK_TOKENS = SamplerConfig().max_think_tokens
+THINK_BATCH = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thought:
+    """What the model wrote about a query, and where that led.
+
+    Attributes:
+        text: the reasoning, without the words that close every reply.
+        vector: [E] float32 of unit norm.
+        valid: the model wrote the embed token by itself; otherwise it was forced when the budget ran out.
+        tokens: length of the whole reply.
+    """
+
+    text: str
+    vector: np.ndarray
+    valid: bool
+    tokens: int
+
+
+class Embedder:
+    """Turns texts into unit vectors; compiled shapes are kept from call to call.
+
+    Attributes:
+        tokenizer: with `<|embed_token|>` in it.
+        dimension: E, before any truncation.
+        max_tokens: tokens of a text that are read; the prompt around it is never cut.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        *,
+        max_tokens: int = MAX_TOKENS,
+        max_think_tokens: int = MAX_THINK_TOKENS,
+        temperature: float = 0.0,
+    ):
+        """`max_tokens` is lowered to what the model's positions leave beside the prompt; temperature 0 is greedy."""
+        prompter = Prompter(model.tokenizer)
+        graph, self._state = nnx.split(model.decoder)
+        self._encoder = Encoder(graph, prompter)
+        self._sampler = Sampler(graph, prompter, max_think_tokens=max_think_tokens, temperature=temperature)
+        self._prompter = prompter
+        self.tokenizer: PreTrainedTokenizerBase = model.tokenizer
+        self.dimension = model.decoder.config.hidden_size
+        self.max_tokens = min(max_tokens, text_room(prompter, model.decoder.config.max_positions))
+
+    @classmethod
+    def load(
+        cls,
+        name: str | Path,
+        *,
+        step: int | None = None,
+        compute_dtype: Literal["float32", "bfloat16"] = "float32",
+        max_tokens: int | None = None,
+        max_think_tokens: int = MAX_THINK_TOKENS,
+        temperature: float = 0.0,
+    ) -> Embedder:
+        """The embedder of an exported folder, a run (at checkpoint `step`), any supported checkpoint, or `smollm2`.
+
+        `max_tokens` None is what an exported folder says, else 512. Raises UserError when the model cannot be read or has other prompts.
+        """
+        record = read_record(resolve(name))
+        if max_tokens is None:
+            max_tokens = MAX_TOKENS if record is None else int(record["max_tokens"])
+        model = load_model(name, step=step, compute_dtype=compute_dtype)
+        return cls(model, max_tokens=max_tokens, max_think_tokens=max_think_tokens, temperature=temperature)
+
+    def encode(
+        self,
+        texts: str | Sequence[str],
+        *,
+        kind: Kind = "query",
+        mode: Mode = "direct",
+        truncate_dim: int | None = None,
+        progress: bool | None = None,
+    ) -> np.ndarray:
+        """Unit vectors [N,E] float32 in the order of `texts`, or [E] of a single text.
+
+        `truncate_dim` keeps the first dimensions, normalised again. `progress` None shows a bar in a terminal only, True plain lines
+        elsewhere. Raises UserError for a document in mode "reason": documents are embedded directly.
+        """
+        if kind not in ("query", "document"):
+            raise UserError(f"kind: {kind!r} is neither 'query' nor 'document'")
+        if mode not in ("direct", "reason"):
+            raise UserError(f"mode: {mode!r} is neither 'direct' nor 'reason'")
+        if kind == "document" and mode == "reason":
+            raise UserError("mode: documents are embedded directly; give mode 'direct', or kind 'query'")
+        if truncate_dim is not None and not 0 < truncate_dim <= self.dimension:
+            raise UserError(f"truncate_dim: {truncate_dim} is not within 1 and the model's {self.dimension} dimensions")
+        if isinstance(texts, str):
+            return self.encode([texts], kind=kind, mode=mode, truncate_dim=truncate_dim, progress=progress)[0]
+        if mode == "reason":
+            thoughts = self.think(texts, progress=progress)
+            vectors = np.stack([thought.vector for thought in thoughts]) if thoughts else np.zeros((0, self.dimension), np.float32)
+        else:
+            with _bar("texts", len(texts), progress) as bar:
+                on_progress = bar.advance if bar is not None else None
+                vectors = self._encoder.encode(self._state, texts, max_tokens=self.max_tokens, on_progress=on_progress)
+        return vectors if truncate_dim is None else _unit(vectors[:, :truncate_dim])
+
+    @overload
+    def think(self, texts: str, *, seed: int = 0, progress: bool | None = None) -> Thought: ...
+    @overload
+    def think(self, texts: Sequence[str], *, seed: int = 0, progress: bool | None = None) -> list[Thought]: ...
+    def think(self, texts: str | Sequence[str], *, seed: int = 0, progress: bool | None = None) -> Thought | list[Thought]:
+        """What the model writes about each query, with the embedding that ends it; `seed` counts only at a temperature above 0."""
+        if isinstance(texts, str):
+            return self.think([texts], seed=seed, progress=progress)[0]
+        lengths = [len(ids) for ids in self._prompter.text_ids(texts, self.max_tokens)]
+        # By length, so that a batch is padded to little more than its own texts.
+        order = sorted(range(len(texts)), key=lambda i: -lengths[i])
+        seeds = np.random.SeedSequence(seed).generate_state(len(texts))
+        found: dict[int, Thought] = {}
+        with _bar("thoughts", len(texts), progress) as bar:
+            for start in range(0, len(order), THINK_BATCH):
+                rows = order[start : start + THINK_BATCH]
+                # A power of two, filled up with the last text again: few shapes are compiled.
+                filled = rows + rows[-1:] * ((1 << (len(rows) - 1).bit_length()) - len(rows))
+                longest = max(1, lengths[rows[0]])
+                rollout = self._sampler.sample(self._state, [texts[i] for i in filled], seeds[filled][:, None], max_tokens=longest)
+                for at, (i, reply) in enumerate(zip(rows, rollout.replies(), strict=False)):
+                    found[i] = Thought(
+                        text=self._thought_text(reply),
+                        vector=rollout.vectors[at],
+                        valid=bool(rollout.valid[at]),
+                        tokens=len(reply),
+                    )
+                if bar is not None:
+                    bar.advance(len(rows))
+        return [found[i] for i in range(len(texts))]
+
+    def similarity(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
+        """Cosines [Q,N] float32 of unit vectors [Q,E] and [N,E]; a single vector [E] counts as one row."""
+        return np.atleast_2d(queries) @ np.atleast_2d(documents).T
+
+    def _thought_text(self, reply: list[int]) -> str:
+        written = str(self.tokenizer.decode(reply)).strip()
+        return written.removesuffix(CLOSING).strip()
+
+
+def _unit(vectors_ne: np.ndarray) -> np.ndarray:
+    norms = np.linalg.norm(vectors_ne, axis=-1, keepdims=True)
+    return vectors_ne / np.where(norms > 0, norms, 1.0)
+
+
+def _bar(what: str, total: int, progress: bool | None) -> AbstractContextManager[Bar | None]:
+    # On standard error, because standard output belongs to whoever calls.
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    shown = console.is_terminal if progress is None else progress
+    return progress_bar(console, what, total) if shown and total else nullcontext()

@@ -1,0 +1,55 @@
+"""Folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from search_r3_jax.errors import UserError
+
+
+@contextmanager
+def replaced_folder(out: Path, *, marker: str) -> Iterator[Path]:
+    """An empty folder that takes the place of `out` when the block ends; whatever interrupts the block leaves `out` as it was.
+
+    `out` may be missing, empty, or hold a file named `marker`. Raises UserError for any other `out`, and when the disk refuses.
+    """
+    target = out.resolve()
+    if target.is_dir():
+        if any(target.iterdir()) and not (target / marker).is_file():
+            raise UserError(f"{out}: exists and is no export of ours; choose another --out")
+    elif target.exists():
+        raise UserError(f"{out}: is a file; choose another --out")
+    temporary = _sibling(target, "tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        _put_in_place(temporary, target)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{out}: cannot be written ({' '.join(str(error).split())}); make room or choose another --out") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _put_in_place(temporary: Path, target: Path) -> None:
+    if not target.exists():
+        temporary.rename(target)
+        return
+    # A folder that is not empty cannot be renamed over: the old one steps aside, and back if anything fails.
+    aside = _sibling(target, "old")
+    target.rename(aside)
+    try:
+        temporary.rename(target)
+    except BaseException:
+        aside.rename(target)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sibling(target: Path, ending: str) -> Path:
+    return target.with_name(f".{target.name}.{os.getpid()}.{ending}")

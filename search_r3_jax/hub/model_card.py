@@ -1,0 +1,126 @@
+"""README.md of what is exported: the prompts, and how to get the embeddings."""
+
+from __future__ import annotations
+
+from search_r3_jax.config import EMBED_TOKEN
+from search_r3_jax.text.prompts import CLOSING, DIRECT_SYSTEM, REASON_SYSTEM
+
+_QUERIES = '["sort a list by key", "read a file line by line"]'
+_DOCUMENTS = '["def by_key(rows, key):\\n    return sorted(rows, key=key)", "for line in open(path):\\n    print(line)"]'
+
+_PROMPTS = f"""# A search embedder that thinks first
+
+The embedding of a text is the final hidden state at `{EMBED_TOKEN}`, normalised to length 1; similarity is the cosine.
+
+- direct: system `{DIRECT_SYSTEM}`, user: the text, assistant: `{CLOSING}`
+- reasoned: system `{REASON_SYSTEM}`, user: the query, assistant: the model writes, and ends with `{CLOSING}`
+
+Documents are embedded directly, queries either way.
+"""
+
+# What both snippets below do with a tokenizer and the decoder without its head.
+_EMBED = f'''
+def embed(text):
+    messages = [{{"role": "system", "content": "{DIRECT_SYSTEM}"}}, {{"role": "user", "content": text.strip()}}]
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) + "{CLOSING}"
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+    with torch.no_grad():
+        state = decoder(**inputs).last_hidden_state[0, -1]
+    return torch.nn.functional.normalize(state.float(), dim=0)
+
+
+print(embed("sort a list by key") @ embed("def by_key(rows, key): return sorted(rows, key=key)"))
+```
+'''
+
+_TRANSFORMERS = f"""
+## transformers
+
+```python
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # where this file lies
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder)
+decoder = model.model
+
+{_EMBED}
+Cut long texts before they go into the prompt, so that the embed token stays. Special tokens written in a text are read as special tokens.
+"""
+
+_SENTENCE_TRANSFORMERS = f"""
+## sentence-transformers
+
+Version 6.2 or later.
+
+```python
+from sentence_transformers import SentenceTransformer
+
+folder = "."  # where this file lies
+model = SentenceTransformer(folder)
+queries = model.encode({_QUERIES}, prompt_name="query")
+documents = model.encode({_DOCUMENTS}, prompt_name="document")
+print(model.similarity(queries, documents))
+```
+
+A text that is too long is cut, never the prompt around it. Special tokens written in a text are read as plain text, if split a little
+otherwise than `Embedder` splits them. Embeddings are direct; for reasoned ones take `Embedder`.
+"""
+
+_NO_SENTENCE_TRANSFORMERS = """
+## sentence-transformers
+
+This folder has no files for it: in this tokenizer the prompt and a text around it share tokens, so the prompt cannot be added as text.
+"""
+
+_EMBEDDER = f"""
+## search_r3_jax
+
+```python
+from search_r3_jax import Embedder
+
+folder = "."  # where this file lies
+embedder = Embedder.load(folder)
+queries = embedder.encode({_QUERIES}, kind="query", mode="reason")
+documents = embedder.encode({_DOCUMENTS}, kind="document")
+print(embedder.similarity(queries, documents))
+print(embedder.think({_QUERIES})[0].text)
+```
+"""
+
+
+def model_card(*, sentence_transformers: bool) -> str:
+    """The card of an exported model; `sentence_transformers` says whether the folder has the files for it."""
+    front = "library_name: sentence-transformers" if sentence_transformers else "library_name: transformers"
+    second = _SENTENCE_TRANSFORMERS if sentence_transformers else _NO_SENTENCE_TRANSFORMERS
+    return f"---\n{front}\npipeline_tag: sentence-similarity\n---\n\n{_PROMPTS}{_TRANSFORMERS}{second}{_EMBEDDER}"
+
+
+def adapter_card(*, base: str, embed_id: int) -> str:
+    """The card of exported adapters for the checkpoint that `base` names."""
+    return f"""---
+base_model: {base}
+library_name: peft
+pipeline_tag: sentence-similarity
+---
+
+{_PROMPTS}
+## peft
+
+The adapters bring the row of `{EMBED_TOKEN}` with them. A base whose vocabulary ends before that row is grown first, as below.
+
+```python
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # where this file lies
+tokenizer = AutoTokenizer.from_pretrained(folder)
+base = AutoModelForCausalLM.from_pretrained("{base}", dtype=torch.float32)
+if base.get_input_embeddings().num_embeddings <= {embed_id}:
+    base.resize_token_embeddings({embed_id + 1}, mean_resizing=False)
+model = PeftModel.from_pretrained(base, folder).eval()
+decoder = model.get_base_model().model
+
+{_EMBED}"""

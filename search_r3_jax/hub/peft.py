@@ -1,0 +1,140 @@
+"""Writes adapters and the embed token's row for PEFT (`peft.PeftModel.from_pretrained` on the base checkpoint)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from flax import nnx
+
+from search_r3_jax.errors import UserError
+from search_r3_jax.files import write_json
+from search_r3_jax.hub.checkpoint import LoadedModel, load_model, with_lora
+from search_r3_jax.hub.export import MAX_TOKENS, RECORD, save_tensors, save_tokenizer, text_room, write_record
+from search_r3_jax.hub.folders import replaced_folder
+from search_r3_jax.hub.model_card import adapter_card
+from search_r3_jax.hub.snapshots import latest_snapshot, read_run, read_snapshot, start_of
+from search_r3_jax.models.decoder import Decoder
+from search_r3_jax.models.families import LAYER_TENSORS
+from search_r3_jax.models.lora import trainable_filter
+from search_r3_jax.text.prompts import Prompter
+
+TOKEN_ROW = "token_adapter.trainable_tokens_delta"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Adapters:
+    """A kernel changes by A·B·scale; of each target A [L,I,R] and B [L,R,O] float32."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    factors: dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+def export_peft(model: LoadedModel, out: Path, *, base: str, earlier: Sequence[LoadedModel] = ()) -> Path:
+    """`adapter_config.json`, `adapter_model.safetensors`, tokenizer, prompts and a card, at once or not at all.
+
+    `model` has unmerged adapters (`with_lora`); `base` is the name or folder of the checkpoint they belong to. `earlier` are the stages
+    whose merged result `model` has as its base, oldest first: their adapters join as further ranks, so that all loads on the first base.
+    Raises UserError where there are no adapters.
+    """
+    decoder = model.decoder
+    if decoder.lora is None or decoder.embed_row is None:
+        raise UserError(f"{base}: lora.rank: the model has no adapters of its own; export it without --peft")
+    adapters = _adapters_of(decoder)
+    for stage in reversed(earlier):
+        adapters = _joined(_adapters_of(stage.decoder), adapters)
+    rows = {"embed_tokens": np.asarray(decoder.embed_row[...])}
+    tensors = _factor_tensors(adapters) | {f"base_model.model.model.embed_tokens.{TOKEN_ROW}": rows["embed_tokens"][None]}
+    if decoder.head_row is not None:
+        rows["lm_head"] = np.asarray(decoder.head_row[...])
+        tensors[f"base_model.model.lm_head.{TOKEN_ROW}"] = rows["lm_head"][None]
+    with replaced_folder(out, marker=RECORD) as folder:
+        save_tensors(tensors, folder / "adapter_model.safetensors")
+        write_json(
+            folder / "adapter_config.json",
+            {
+                "peft_type": "LORA",
+                "task_type": "CAUSAL_LM",
+                "base_model_name_or_path": base,
+                "inference_mode": True,
+                "r": adapters.rank,
+                "lora_alpha": adapters.alpha,
+                "lora_dropout": adapters.dropout,
+                "target_modules": [_torch_name(target).rsplit(".", 1)[1] for target in adapters.factors],
+                "trainable_token_indices": {name: [model.embed_id] for name in rows},
+                "bias": "none",
+                "fan_in_fan_out": False,
+                "use_rslora": False,
+                "use_dora": False,
+            },
+        )
+        save_tokenizer(model.tokenizer, folder)
+        write_record(folder, model.embed_id, max_tokens=min(MAX_TOKENS, text_room(Prompter(model.tokenizer), decoder.config.max_positions)))
+        (folder / "README.md").write_text(adapter_card(base=base, embed_id=model.embed_id), encoding="utf-8")
+    return out
+
+
+def load_stages(run: Path, *, step: int | None = None) -> tuple[list[LoadedModel], str]:
+    """The run's model with unmerged adapters, behind those of the runs that it builds on, oldest first; and the model they started from.
+
+    `step` chooses a checkpoint of `run`; None is the newest. Raises UserError when a run trained without adapters or has no checkpoint.
+    """
+    config, record = read_run(run)
+    if config.lora.rank == 0:
+        raise UserError(f"{run / 'config.json'}: lora.rank: 0, so the run has no adapters; export it without --peft")
+    name = start_of(run, record)
+    model = with_lora(load_model(name), config.lora, seed=config.seed)
+    newest = latest_snapshot(run) if step is None else step
+    if newest is None:
+        raise UserError(f"{run}: checkpoints: none yet; wait for the first one")
+    params = nnx.state(model.decoder, trainable_filter(model.decoder))
+    nnx.update(model.decoder, read_snapshot(run, newest, params))
+    if (Path(name) / "checkpoints").is_dir():
+        earlier, first = load_stages(Path(name))
+        return [*earlier, model], first
+    return [model], name
+
+
+def _adapters_of(decoder: Decoder) -> _Adapters:
+    if decoder.lora is None:
+        raise UserError("lora.rank: an earlier stage has no adapters; export the model without --peft")
+    factors = {}
+    for target in decoder.lora.targets:
+        linear = getattr(decoder.layers, target)
+        factors[target] = np.asarray(linear.lora_a[...]), np.asarray(linear.lora_b[...])
+    return _Adapters(rank=decoder.lora.rank, alpha=decoder.lora.alpha, dropout=decoder.lora.dropout, factors=factors)
+
+
+def _joined(first: _Adapters, second: _Adapters) -> _Adapters:
+    """Both updates in one: ranks side by side, each scale folded into its B; a target that one of them lacks is zero there."""
+    rank = first.rank + second.rank
+    factors = {}
+    for target in {**first.factors, **second.factors}:
+        a, b = (second.factors if target in second.factors else first.factors)[target]
+        a_lir = np.zeros((a.shape[0], a.shape[1], rank), np.float32)
+        b_lro = np.zeros((b.shape[0], rank, b.shape[2]), np.float32)
+        for adapters, ranks in ((first, slice(0, first.rank)), (second, slice(first.rank, rank))):
+            if target in adapters.factors:
+                a_lir[:, :, ranks] = adapters.factors[target][0]
+                b_lro[:, ranks] = adapters.factors[target][1] * np.float32(adapters.alpha / adapters.rank)
+        factors[target] = a_lir, b_lro
+    return _Adapters(rank=rank, alpha=float(rank), dropout=second.dropout, factors=factors)
+
+
+def _factor_tensors(adapters: _Adapters) -> dict[str, np.ndarray]:
+    tensors = {}
+    for target, (a_lir, b_lro) in adapters.factors.items():
+        for i in range(a_lir.shape[0]):
+            name = f"base_model.model.model.layers.{i}.{_torch_name(target)}"
+            tensors[f"{name}.lora_A.weight"] = np.ascontiguousarray(a_lir[i].T)
+            tensors[f"{name}.lora_B.weight"] = np.ascontiguousarray(b_lro[i].T)
+    return tensors
+
+
+def _torch_name(target: str) -> str:
+    """`self_attn.q_proj` of `q`."""
+    return LAYER_TENSORS[target, "kernel"][0].removesuffix(".weight")
