@@ -13,14 +13,15 @@ from search_r3_jax.config import LoraConfig, ModelConfig
 from search_r3_jax.models.attention import NOTHING, Attend, Backend, KVBlock, plan_attention
 from search_r3_jax.models.rotary import rotary_tables, rotate
 
-_LAYER_INPUT = "layer_input"
+_LAYER_INPUT, _PRODUCT = "layer_input", "product"
 REMAT_POLICIES = {
-    # What the backward pass finds saved: nothing but each layer's input, that input in the host's memory, or every matrix product.
+    # What the backward pass finds saved: nothing but each layer's input, that input in the host's memory, or also what was multiplied by
+    # weights. Norms, activations and attention scores are recomputed under all three: they cost little and are most of the memory.
     "full": jax.checkpoint_policies.nothing_saveable,
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[], names_which_can_be_offloaded=[_LAYER_INPUT], offload_src="device", offload_dst="pinned_host"
     ),
-    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(_PRODUCT),
 }
 
 
@@ -55,7 +56,7 @@ class Linear(nnx.Module):
                 kept = jax.random.bernoulli(dropout_key, 1 - self.dropout, x.shape)
                 x = jnp.where(kept, x / (1 - self.dropout), 0)
             y += low_rank(x, self.lora_a[...].astype(x.dtype), self.lora_b[...].astype(x.dtype)) * self.lora_scale
-        return y
+        return checkpoint_name(y, _PRODUCT)
 
 
 @jax.custom_vjp
@@ -140,7 +141,7 @@ class Layer(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, rope), rotate(k, rope)
-        mixed = attend(q, [*contexts, (k, v)])
+        mixed = checkpoint_name(attend(q, [*contexts, (k, v)]), _PRODUCT)
         x_btd = x_btd + self.o(mixed.reshape(B, T, -1), adapters, keys["o"])
         h = self.feed_forward_norm(x_btd)
         gated = jax.nn.silu(self.gate(h, adapters, keys["gate"])) * self.up(h, adapters, keys["up"])
