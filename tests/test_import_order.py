@@ -21,6 +21,7 @@ ORDER = [
     {"models"},
     {"objectives"},
     {"configs"},
+    {"mesh"},
     {"config"},
     {"console", "files", "quiet"},
     {"errors"},
