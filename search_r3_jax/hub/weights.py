@@ -22,7 +22,7 @@ from search_r3_jax.models.families import layer_tensors
 
 _EMBEDDING, _FINAL_NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 _HARMLESS = "rotary_emb.inv_freq"
-_CHUNK_BYTES = 8 << 20
+_CHUNK_BYTES = 4 << 20
 # XLA on the host adopts a buffer that begins on such a boundary, and copies any other.
 _HOST_ALIGNMENT = 64
 
@@ -74,7 +74,7 @@ def build_decoder(
     shardings = None if mesh is None else param_shardings(decoder, mesh)
 
     def place(variable: nnx.Param, path: tuple[str, ...], fill: Fill) -> None:
-        variable.set_value(_on_devices(variable.shape, _at(shardings, path), fill))
+        variable.set_value(_Staging(variable.shape, _at(shardings, path)).put(fill))
 
     place(decoder.embedding, ("embedding",), _table(source, _EMBEDDING, embed_id, fresh))
     place(decoder.final_norm.scale, ("final_norm", "scale"), functools.partial(_copy, source, _FINAL_NORM))
@@ -218,41 +218,51 @@ def _equal(source: TensorSource, first: str, second: str) -> bool:
     return all(np.array_equal(source.read(first, part), source.read(second, part)) for part in parts)
 
 
-def _on_devices(shape: tuple[int, ...], sharding: Sharding | None, fill: Fill) -> jax.Array:
-    """An array whose shards are filled on the host one by one: never more than a device's part of it is held there."""
-    if sharding is None:
-        return jax.device_put(_filled(tuple(slice(0, size) for size in shape), fill))
-    holders: dict[tuple[tuple[int, ...], ...], list[Any]] = {}
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
-        bounds = tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))
-        holders.setdefault(bounds, []).append(device)
-    shards = []
-    for bounds, devices in holders.items():
-        piece = _filled(tuple(slice(*bound) for bound in bounds), fill)
-        shards += [jax.device_put(piece, device) for device in devices]
-        jax.block_until_ready(shards)
-    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+class _Staging:
+    """Host buffers for this process's shards of one array; filled, they are put on their devices.
+
+    XLA on the host adopts the buffers instead of copying them: refill only after the array made of them is no longer in use.
+    """
+
+    def __init__(self, shape: tuple[int, ...], sharding: Sharding | None):
+        self._shape, self._sharding = shape, sharding
+        self._devices: dict[tuple[tuple[int, ...], ...], list[Any]] = {}
+        if sharding is None:
+            self._devices[tuple((0, size) for size in shape)] = [None]
+        else:
+            for device, index in sharding.addressable_devices_indices_map(shape).items():
+                bounds = tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))
+                self._devices.setdefault(bounds, []).append(device)
+        self._buffers = {bounds: _aligned([stop - start for start, stop in bounds]) for bounds in self._devices}
+
+    def put(self, fill: Fill) -> jax.Array:
+        shards = []
+        for bounds, devices in self._devices.items():
+            buffer = self._buffers[bounds]
+            fill(buffer, tuple(slice(*bound) for bound in bounds))
+            shards += [jax.device_put(buffer, device) for device in devices]
+        if self._sharding is None:
+            return shards[0]
+        return jax.make_array_from_single_device_arrays(self._shape, self._sharding, shards)
 
 
-def _filled(index: Index, fill: Fill) -> np.ndarray:
-    part = [bounds.stop - bounds.start for bounds in index]
-    raw = np.empty(4 * math.prod(part) + _HOST_ALIGNMENT, np.uint8)
+def _aligned(shape: list[int]) -> np.ndarray:
+    size = 4 * math.prod(shape)
+    raw = np.empty(size + _HOST_ALIGNMENT, np.uint8)
     offset = -raw.ctypes.data % _HOST_ALIGNMENT
-    piece = raw[offset : offset + 4 * math.prod(part)].view(np.float32).reshape(part)
-    fill(piece, index)
-    return piece
+    return raw[offset : offset + size].view(np.float32).reshape(shape)
 
 
 def _stacked(source: TensorSource, names: list[str], transposed: bool, shape: tuple[int, ...], sharding: NamedSharding | None) -> jax.Array:
     """[L,…] on its devices, written layer by layer: the host holds one layer's tensor at a time."""
-    of_layer = None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    staging = _Staging(shape[1:], None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:])))
     stack = jnp.zeros(shape, jnp.float32, device=sharding)
     for i, name in enumerate(names):
 
         def fill(out: np.ndarray, index: Index, name: str = name) -> None:
             _copy(source, name, *((out.T, index[::-1]) if transposed else (out, index)))
 
-        stack = _write_layer(stack, _on_devices(shape[1:], of_layer, fill), i, sharding)
+        stack = _write_layer(stack, staging.put(fill), i, sharding)
         jax.block_until_ready(stack)
     return stack
 
