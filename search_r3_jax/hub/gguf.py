@@ -31,6 +31,8 @@ _LAYER = {
 _STORED = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 _BLOCK = re.compile(r"blk\.(?P<layer>0|[1-9][0-9]{0,5})\.(?P<own>\w+)")
 _ROPE_FACTORS = "rope_freqs.weight"
+# Llama 3.1 and 3.2.
+_LLAMA3_FACTORS = (8.0, 32.0)
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
 _MISSING: Any = object()
 
@@ -167,9 +169,8 @@ class GgufFile:
         tensor = self._header.tensors[_ROPE_FACTORS]
         if tensor.shape == (head_dim // 2,):
             divisors = self._rows(tensor, slice(0, 1))[0]
-            if np.isfinite(divisors).all() and np.all(divisors > 0):
-                # The slowest frequency is divided by the whole factor.
-                scaling = RopeScaling(kind="llama3", factor=float(divisors[-1]), original_positions=8192)
+            for factor in _LLAMA3_FACTORS:
+                scaling = RopeScaling(kind="llama3", factor=factor, original_positions=8192)
                 if np.allclose(divisors, _llama3_divisors(scaling, head_dim, rope_theta), rtol=1e-4):
                     return scaling
         raise UserError(f"{self._path}: {_ROPE_FACTORS}: not Llama 3.1's scaling; use the Hugging Face folder of this model")

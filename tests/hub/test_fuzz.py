@@ -1,0 +1,200 @@
+"""Damaged weights either load or end in one `UserError`: no other exception, no hang, no memory beyond the file's own size."""
+
+import json
+import resource
+import struct
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save
+from tiny import torch_model
+from tiny_gguf import write_gguf
+
+from search_r3_jax.errors import UserError
+from search_r3_jax.hub.checkpoint import load_model
+from search_r3_jax.hub.gguf import GgufFile
+from search_r3_jax.hub.safetensors_folder import SafetensorsFolder
+from search_r3_jax.text.tokenizer import tokenizer_from_gguf
+
+fuzz = settings(deadline=2000, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+few = settings(fuzz, deadline=20_000, max_examples=25)
+
+
+@pytest.fixture(autouse=True)
+def memory_limit() -> Any:
+    """Of address space, a gigabyte more than is in use: an absurd allocation fails the test at once."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), before[1]))
+    with warnings.catch_warnings():
+        # Random bits are often not a number.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def read_safetensors(folder: Path) -> bool:
+    """Whether it loads; anything but success and `UserError` escapes."""
+    try:
+        source = SafetensorsFolder(folder)
+        for name, shape in source.shapes.items():
+            if shape:
+                source.read(name, tuple(slice(0, size) for size in shape))
+    except UserError as error:
+        assert "\n" not in str(error)
+        assert str(folder) in str(error)
+        return False
+    return True
+
+
+def read_gguf(file: Path) -> bool:
+    try:
+        source = GgufFile(file)
+        for name, shape in source.shapes.items():
+            source.read(name, tuple(slice(0, size) for size in shape))
+        tokenizer_from_gguf(source.tokenizer_fields(), str(file))
+    except UserError as error:
+        assert "\n" not in str(error)
+        assert str(file) in str(error)
+        return False
+    return True
+
+
+def damaged(data: bytes, cut: int, flips: list[tuple[int, int]], header: int) -> bytes:
+    """`data` without its last `cut` bytes and with some bits changed, mostly among the first `header` bytes."""
+    changed = bytearray(data[: len(data) - cut])
+    for place, bit in flips:
+        if changed:
+            changed[place % min(header, len(changed))] ^= 1 << bit
+    return bytes(changed)
+
+
+flips = st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(0, 7)), max_size=4)
+cuts = st.one_of(st.just(0), st.integers(0, 4000))
+VALID = save({"a": np.arange(12, dtype=np.float32).reshape(3, 4), "b": np.ones(5, np.float16), "c": np.zeros((2, 0), np.float32)})
+
+
+@fuzz
+@given(st.binary(max_size=300))
+def test_random_bytes_as_safetensors(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "model.safetensors").write_bytes(data)
+    read_safetensors(tmp_path)
+
+
+@fuzz
+@given(st.integers(0, len(VALID)), flips)
+def test_damaged_safetensors(tmp_path: Path, cut: int, flips: list[tuple[int, int]]) -> None:
+    (tmp_path / "model.safetensors").write_bytes(damaged(VALID, cut, flips, len(VALID)))
+    loads = read_safetensors(tmp_path)
+    assert not (loads and cut)
+
+
+entries = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(["F32", "F16", "BF16", "I32", "F8_E4M3", "BOOL", "F64", "nonsense", 3]),
+        "shape": st.lists(st.sampled_from([0, 1, 2, 4, 1 << 31, 1 << 62, -1]), max_size=4),
+        "data_offsets": st.lists(st.sampled_from([-8, 0, 4, 8, 16, 64, 1 << 40, (1 << 64) - 1]), min_size=1, max_size=3),
+    }
+)
+
+
+@fuzz
+@given(st.dictionaries(st.sampled_from("abc"), entries, max_size=3), st.sampled_from([None, 0, 7, 1 << 32, (1 << 64) - 1]))
+def test_absurd_safetensors_headers(tmp_path: Path, header: dict[str, Any], length: int | None) -> None:
+    text = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + bytes(64))
+    read_safetensors(tmp_path)
+
+
+@pytest.mark.parametrize("nesting", ["[", '{"a":'])
+def test_deep_json_is_refused(tmp_path: Path, nesting: str) -> None:
+    deep = nesting.encode() * 100_000
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(deep)) + deep)
+    assert not read_safetensors(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_bytes(deep)
+    assert not read_safetensors(tmp_path)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=20) | st.sampled_from(["model.safetensors", "../model.safetensors", "/", ""]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@fuzz
+@given(st.one_of(json_values, st.fixed_dictionaries({"weight_map": json_values})))
+def test_absurd_indexes(tmp_path: Path, index: Any) -> None:
+    (tmp_path / "model.safetensors").write_bytes(VALID)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    read_safetensors(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def valid_gguf(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    file = write_gguf(tmp_path_factory.mktemp("gguf") / "model.gguf", torch_model("qwen2"), kind="Q8_0")
+    assert read_gguf(file)
+    return file.read_bytes()
+
+
+@fuzz
+@given(st.binary(max_size=300), st.booleans())
+def test_random_bytes_as_gguf(tmp_path: Path, data: bytes, magic: bool) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes((b"GGUF\x03\0\0\0" if magic else b"") + data)
+    assert not read_gguf(file)
+
+
+@fuzz
+@given(cuts, flips, st.sampled_from([24, 700, 12_000, 1 << 20]))
+def test_damaged_gguf(tmp_path: Path, valid_gguf: bytes, cut: int, flips: list[tuple[int, int]], header: int) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(damaged(valid_gguf, cut, flips, header))
+    read_gguf(file)
+
+
+@fuzz
+@given(
+    st.sampled_from([0, 1, 1 << 20, 1 << 63, (1 << 64) - 1]),
+    st.sampled_from([0, 1, 1 << 20, 1 << 63, (1 << 64) - 1]),
+    st.lists(st.tuples(st.sampled_from([0, 3, 1 << 20, (1 << 64) - 1]), st.integers(0, 14)), max_size=4),
+    st.sampled_from([0, 4, 1 << 30, (1 << 64) - 1]),
+)
+def test_absurd_gguf_counts(tmp_path: Path, tensors: int, fields: int, entries: list[tuple[int, int]], count: int) -> None:
+    """Counts, lengths and list sizes far beyond the file, lists within lists among them."""
+    data = b"GGUF" + struct.pack("<IQQ", 3, tensors, fields)
+    for length, kind in entries:
+        data += struct.pack("<Q", length) + b"key" + struct.pack("<IIQ", kind, kind, count) + bytes(8)
+    file = tmp_path / "model.gguf"
+    file.write_bytes(data)
+    assert not read_gguf(file)
+
+
+@few
+@given(cuts, flips)
+def test_damaged_gguf_through_the_whole_import(tmp_path: Path, valid_gguf: bytes, cut: int, flips: list[tuple[int, int]]) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(damaged(valid_gguf, cut, flips, 12_000))
+    try:
+        load_model(file)
+    except UserError as error:
+        assert "\n" not in str(error)
+
+
+@few
+@given(st.integers(0, 500), flips, st.sampled_from(["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"]))
+def test_damaged_folder_through_the_whole_import(
+    tmp_path: Path, tiny_folders: dict[str, Path], cut: int, flips: list[tuple[int, int]], which: str
+) -> None:
+    for file in tiny_folders["llama"].iterdir():
+        data = file.read_bytes()
+        (tmp_path / file.name).write_bytes(damaged(data, cut, flips, 3000) if file.name == which else data)
+    try:
+        load_model(tmp_path)
+    except UserError as error:
+        assert "\n" not in str(error)
