@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import jax
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from search_r3_jax.config import ModelConfig
 from search_r3_jax.errors import UserError
@@ -97,7 +97,7 @@ def param_sharding(path: tuple[str, ...], mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(LOGICAL_AXES[axis] for axis in PARAMETER_AXES[path])))
 
 
-def check_divisible(config: ModelConfig, mesh: Mesh) -> None:
+def check_divisible(config: ModelConfig, mesh: Mesh | AbstractMesh) -> None:
     """Raises UserError naming every mesh axis whose size does not divide the model, and the sizes that would."""
     # Heads, not their dimensions: a head is never split.
     sizes = {
