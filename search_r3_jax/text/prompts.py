@@ -70,15 +70,16 @@ class Prompter:
         self._lead = " " if before.endswith(" ") else ""
         self._text_begins = self._pieces.begins_after(before)
         self._reply_begins = self._pieces.begins_after(after)
-        self.direct = self._prompt_ids(DIRECT_SYSTEM)
-        self.reason = self._prompt_ids(REASON_SYSTEM)
+        self.direct = self._prompt_ids(DIRECT_SYSTEM, closing_begins=self._reply_begins)
+        # After a thought: never at the beginning of the reply.
+        self.reason = self._prompt_ids(REASON_SYSTEM, closing_begins=False)
 
-    def _prompt_ids(self, system: str) -> PromptIds:
+    def _prompt_ids(self, system: str, *, closing_begins: bool) -> PromptIds:
         before, after = prompt_text(self.tokenizer, system)
         return PromptIds(
             prefix=tuple(self._pieces.ids(before.removesuffix(self._lead), begins=True)),
             suffix=tuple(self._pieces.ids(after, begins=False)),
-            closing=tuple(self._pieces.ids(CLOSING, begins=self._reply_begins)),
+            closing=tuple(self._pieces.ids(CLOSING, begins=closing_begins)),
         )
 
     def of(self, mode: Mode) -> PromptIds:
