@@ -147,4 +147,7 @@ def _folder_config(file: Path) -> ModelConfig:
     if quantised:
         method = quantised.get("quant_method", "unnamed") if isinstance(quantised, dict) else "unnamed"
         raise UserError(f"{file}: quantization_config: {method} weights are not supported; use the unquantised checkpoint or a GGUF file")
-    return config_from_hf(fields, str(file))
+    try:
+        return config_from_hf(fields, str(file))
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"{file}: a field has a value of the wrong kind ({error}); download it again") from None

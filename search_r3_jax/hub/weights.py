@@ -128,6 +128,9 @@ def _check_sizes(config: ModelConfig, source: TensorSource, where: str) -> None:
     for name, size in sizes.items():
         if not isinstance(size, int) or size < 1:
             raise UserError(f"{where}: {name}: {size!r} is not a positive whole number; download the config again")
+    for name, value in {"norm epsilon": config.norm_eps, "rope theta": config.rope_theta, "positions": config.max_positions}.items():
+        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise UserError(f"{where}: {name}: {value!r} is not a positive number; download the config again")
     if config.heads % config.kv_heads or config.head_dim % 2:
         raise UserError(
             f"{where}: heads: {config.heads} heads, {config.kv_heads} key-value heads, {config.head_dim} dimensions each: "

@@ -196,3 +196,18 @@ def test_damaged_folder_through_the_whole_import(
         data = file.read_bytes()
         (tmp_path / file.name).write_bytes(damaged(data, cut, flips, 3000) if file.name == which else data)
     loads(load_model, tmp_path)
+
+
+FIELDS = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"]
+FIELDS += ["rms_norm_eps", "max_position_embeddings", "tie_word_embeddings", "model_type", "rope_parameters", "quantization_config"]
+junk = st.sampled_from([None, "64", "", -1, 0, 3, 1.5, float("inf"), float("nan"), 10**30, [], [1], {}, {"a": 1}, True])
+
+
+@few
+@given(st.dictionaries(st.sampled_from(FIELDS), junk, min_size=1, max_size=3))
+def test_absurd_configs_through_the_whole_import(tmp_path: Path, tiny_folders: dict[str, Path], fields: dict[str, Any]) -> None:
+    for file in tiny_folders["llama"].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | fields))
+    loads(load_model, tmp_path)
