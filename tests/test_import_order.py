@@ -22,6 +22,7 @@ ORDER = [
     {"models"},
     {"objectives"},
     {"configs"},
+    {"mesh"},
     {"config"},
     {"console", "files", "quiet"},
     {"errors"},

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from search_r3_jax.config import EMBED_TOKEN
 from search_r3_jax.errors import UserError
+from search_r3_jax.text.pieces import PieceTokenizer
 
 Mode = Literal["direct", "reason"]
 
@@ -35,12 +37,18 @@ class PromptIds:
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, system: str) -> tuple[str, str]:
-    """What stands before and after a user's text, up to where the assistant begins to write."""
+    """What stands before and after a user's text, up to where the assistant begins to write; raises UserError when the template fails."""
     messages = [{"role": "system", "content": system}, {"role": "user", "content": _SLOT}]
     if tokenizer.chat_template:
-        rendered = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        try:
+            rendered = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except (TemplateError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"tokenizer: chat_template: fails on a system prompt and a user's text ({reason}); mend the template") from None
     else:
         rendered = f"{system}\n\n{_SLOT}\n\n"
+    if rendered.count(_SLOT) != 1:
+        raise UserError("tokenizer: chat_template: does not repeat the user's text once and unchanged; mend the template")
     before, after = rendered.split(_SLOT)
     return before, after
 
@@ -51,18 +59,28 @@ class Prompter:
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         if EMBED_TOKEN not in tokenizer.get_vocab():
             raise UserError(f"tokenizer: {EMBED_TOKEN}: not in the vocabulary; add it before building prompts")
+        if tokenizer.eos_token is None or str(tokenizer.eos_token) not in tokenizer.get_vocab():
+            raise UserError("tokenizer: eos_token: not in the vocabulary; name the token that ends a turn in tokenizer_config.json")
         self.tokenizer = tokenizer
         self.embed_id = int(tokenizer.get_vocab()[EMBED_TOKEN])
         self.eos_id = int(tokenizer.get_vocab()[str(tokenizer.eos_token)])
-        self.direct = self._prompt_ids(DIRECT_SYSTEM)
-        self.reason = self._prompt_ids(REASON_SYSTEM)
+        self._pieces = PieceTokenizer(tokenizer)
+        before, after = prompt_text(tokenizer, DIRECT_SYSTEM)
+        # A word keeps the space before it: most vocabularies have the two as one token.
+        self._lead = " " if before.endswith(" ") else ""
+        self._text_begins = self._pieces.begins_after(before)
+        self._reply_begins = self._pieces.begins_after(after)
+        self.direct = self._prompt_ids(DIRECT_SYSTEM, closing_begins=self._reply_begins)
+        # After a thought: never at the beginning of the reply.
+        self.reason = self._prompt_ids(REASON_SYSTEM, closing_begins=False)
 
-    def _prompt_ids(self, system: str) -> PromptIds:
+    def _prompt_ids(self, system: str, *, closing_begins: bool) -> PromptIds:
         before, after = prompt_text(self.tokenizer, system)
-        return PromptIds(prefix=self._ids(before), suffix=self._ids(after), closing=self._ids(CLOSING))
-
-    def _ids(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return PromptIds(
+            prefix=tuple(self._pieces.ids(before.removesuffix(self._lead), begins=True)),
+            suffix=tuple(self._pieces.ids(after, begins=False)),
+            closing=tuple(self._pieces.ids(CLOSING, begins=closing_begins)),
+        )
 
     def of(self, mode: Mode) -> PromptIds:
         """The prompt of a mode."""
@@ -73,9 +91,8 @@ class Prompter:
         if not texts:
             return []
         # Trimmed: a leading newline would merge with the prompt's own and change the shared prefix.
-        plain = [text.strip().replace(EMBED_TOKEN, "") for text in texts]
-        ids = self.tokenizer(plain, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        return [row[:max_tokens] for row in ids]
+        plain = [self._lead + text.strip().replace(EMBED_TOKEN, "") for text in texts]
+        return [row[:max_tokens] for row in self._pieces.plain_ids(plain, begins=self._text_begins)]
 
     def direct_rows(self, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
         """What follows the shared prefix in direct mode: text, suffix, closing; truncation never reaches the embed token."""
@@ -88,4 +105,4 @@ class Prompter:
 
     def thought_ids(self, thought: str) -> list[int]:
         """A complete reasoned reply: the thought, then the closing with the embed token."""
-        return [*self._ids(thought.strip().replace(EMBED_TOKEN, "") + "\n"), *self.reason.closing]
+        return [*self._pieces.ids(thought.strip().replace(EMBED_TOKEN, "") + "\n", begins=self._reply_begins), *self.reason.closing]

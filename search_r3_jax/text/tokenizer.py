@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import json
+import re
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from search_r3_jax.config import EMBED_TOKEN
 from search_r3_jax.errors import UserError
 
 _ROW_MULTIPLE = 128
-# The word pattern of Qwen2, from its published tokenizer.json.
+# The word patterns of Qwen2 and Llama 3, from their published tokenizer.json.
 _QWEN2_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_RESERVED = re.compile(r"<\|?(?:reserved|unused)\w*\|?>")
+
+
+class EmbedToken(NamedTuple):
+    """Where `<|embed_token|>` is: `tokenizer` knows it, `vocab_size` rows hold it; `fresh`: the row is still a reserved token's."""
+
+    tokenizer: PreTrainedTokenizerBase
+    embed_id: int
+    vocab_size: int
+    fresh: bool
 
 
 def tokenizer_from_folder(folder: Path) -> PreTrainedTokenizerBase:
@@ -22,25 +36,32 @@ def tokenizer_from_folder(folder: Path) -> PreTrainedTokenizerBase:
         raise UserError(f"{folder}: tokenizer.json: missing; a checkpoint needs its tokenizer beside the weights")
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    # The tokenizers library raises bare `Exception` for a file that it cannot read.
+    except Exception as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{folder}: tokenizer.json: cannot be read ({reason}); download it again") from None
+        raise UserError(f"{folder}: tokenizer.json: cannot be read ({reason[:300]}); download it again") from None
 
 
-def tokenizer_from_gguf(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer from the fields of a GGUF file (`GgufFile.tokenizer_fields`)."""
+def tokenizer_from_gguf(fields: dict[str, Any], where: str) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer from the fields of a GGUF file (`GgufFile.tokenizer_fields`); raises UserError when they do not fit."""
     tokens: list[str] = fields["tokens"]
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    merges = [tuple(merge.split(" ", 1)) for merge in fields["merges"]]
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    tokenizer.pre_tokenizer = _pre_tokenizer(fields["pre"])
+    merges = [tuple(merge.split(" ")) for merge in fields["merges"]]
+    if not all(len(merge) == 2 and {*merge, "".join(merge)} <= vocabulary.keys() for merge in merges):
+        raise UserError(f"{where}: tokenizer.ggml.merges: not pairs of the file's tokens; download the file again")
+    pre = fields["pre"]
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre == "llama-bpe"))
+    tokenizer.pre_tokenizer = _pre_tokenizer(pre, where)
+    if pre == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(tokens[i], normalized=False, special=True) for i in fields["special"]])
+    tokenizer.add_tokens([AddedToken(tokens[i], normalized=False, special=False) for i in fields["whole"]])
     pad = fields["pad"] if fields["pad"] >= 0 else fields["eos"]
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        eos_token=tokens[fields["eos"]],
-        pad_token=tokens[pad],
+        eos_token=tokens[fields["eos"]] if fields["eos"] >= 0 else None,
+        pad_token=tokens[pad] if pad >= 0 else None,
         bos_token=tokens[fields["bos"]] if fields["bos"] >= 0 else None,
         clean_up_tokenization_spaces=False,
     )
@@ -48,26 +69,68 @@ def tokenizer_from_gguf(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
     return fast
 
 
-def _pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
+def _pre_tokenizer(name: str, where: str) -> pre_tokenizers.PreTokenizer:
     if name == "smollm":
         digits = pre_tokenizers.Digits(individual_digits=True)
         return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    if name == "qwen2":
-        words = pre_tokenizers.Split(Regex(_QWEN2_WORDS), behavior="isolated")
+    if name in ("qwen2", "llama-bpe"):
+        pattern = _QWEN2_WORDS if name == "qwen2" else _LLAMA3_WORDS
+        words = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
         return pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     if name == "default":
         return pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raise UserError(f"tokenizer.ggml.pre: {name!r} is not supported; use the Hugging Face folder of this model instead")
+    raise UserError(f"{where}: tokenizer.ggml.pre: {name!r} is not supported; use the Hugging Face folder of this model instead")
 
 
-def add_embed_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[int, int]:
-    """Give `<|embed_token|>` an id; returns `(embed_id, vocab_size)`, grown to a multiple of 128 where no padded row was free."""
-    embed_id = tokenizer.get_vocab().get(EMBED_TOKEN)
-    if embed_id is None:
-        # Typed loosely: transformers declares its own stand-in for this class.
-        token: Any = AddedToken(EMBED_TOKEN, normalized=False, special=True)
-        tokenizer.add_tokens(token, special_tokens=True)
-        embed_id = tokenizer.get_vocab()[EMBED_TOKEN]
-    if embed_id >= vocab_size:
-        vocab_size = -(-(embed_id + 1) // _ROW_MULTIPLE) * _ROW_MULTIPLE
-    return int(embed_id), vocab_size
+def add_embed_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> EmbedToken:
+    """Give `<|embed_token|>` an id: a padded row of the matrix, else a reserved token's, else the matrix grows to a multiple of 128.
+
+    Raises UserError when the tokenizer's ids leave no room for it.
+    """
+    vocabulary = tokenizer.get_vocab()
+    if EMBED_TOKEN in vocabulary:
+        embed_id = int(vocabulary[EMBED_TOKEN])
+        return EmbedToken(tokenizer, embed_id, _rows(embed_id, vocab_size), False)
+    if max(vocabulary.values()) + 1 >= vocab_size:
+        reserved = _reserved_token(tokenizer)
+        if reserved is not None:
+            renamed = _renamed(tokenizer, reserved)
+            return EmbedToken(renamed, int(vocabulary[reserved]), vocab_size, True)
+    # Typed loosely: transformers declares its own stand-in for this class.
+    token: Any = AddedToken(EMBED_TOKEN, normalized=False, special=True)
+    tokenizer.add_tokens(token, special_tokens=True)
+    embed_id = int(tokenizer.get_vocab()[EMBED_TOKEN])
+    if embed_id in vocabulary.values():
+        raise UserError(f"tokenizer: {EMBED_TOKEN}: id {embed_id} is taken, for the ids have gaps; add the token to tokenizer.json by hand")
+    return EmbedToken(tokenizer, embed_id, _rows(embed_id, vocab_size), False)
+
+
+def _rows(embed_id: int, vocab_size: int) -> int:
+    return vocab_size if embed_id < vocab_size else -(-(embed_id + 1) // _ROW_MULTIPLE) * _ROW_MULTIPLE
+
+
+def _reserved_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The first special token that its makers left free, such as Llama 3's `<|reserved_special_token_0|>`."""
+    used = {str(token) for token in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)}
+    template = str(tokenizer.chat_template or "")
+    for _, token in sorted(tokenizer.added_tokens_decoder.items()):
+        if token.special and _RESERVED.fullmatch(token.content) and token.content not in used and token.content not in template:
+            return token.content
+    return None
+
+
+def _renamed(tokenizer: PreTrainedTokenizerBase, old: str) -> PreTrainedTokenizerBase:
+    """The tokenizer with `old` called `<|embed_token|>`, under the same id: written out, changed in its files, and read again."""
+
+    def rename(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {rename(key): rename(entry) for key, entry in value.items()}
+        if isinstance(value, list):
+            return [rename(entry) for entry in value]
+        return EMBED_TOKEN if value == old else value
+
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        for file in Path(folder).glob("*.json"):
+            file.write_text(json.dumps(rename(json.loads(file.read_text(encoding="utf-8"))), ensure_ascii=False), encoding="utf-8")
+        return tokenizer_from_folder(Path(folder))

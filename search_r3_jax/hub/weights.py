@@ -1,0 +1,276 @@
+"""Tensors of a checkpoint → the decoder's stacked, sharded parameters, and back, one tensor at a time."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+
+from search_r3_jax.config import ModelConfig
+from search_r3_jax.errors import UserError
+from search_r3_jax.mesh import param_shardings
+from search_r3_jax.models.decoder import Decoder
+from search_r3_jax.models.families import layer_tensors
+
+_EMBEDDING, _FINAL_NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+_HARMLESS = "rotary_emb.inv_freq"
+_CHUNK_BYTES = 4 << 20
+# XLA on the host adopts a buffer that begins on such a boundary, and copies any other.
+_HOST_ALIGNMENT = 64
+
+Index = tuple[slice, ...]
+Fill = Callable[[np.ndarray, Index], None]
+
+
+class TensorSource(Protocol):
+    """A checkpoint's tensors under their `transformers` names, in torch layout."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """What there is."""
+        ...
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        """A part of a tensor, float32; `index` has one slice with bounds a dimension."""
+        ...
+
+
+def build_decoder(
+    config: ModelConfig,
+    source: TensorSource,
+    *,
+    where: str,
+    vocab_size: int,
+    embed_id: int,
+    fresh: bool,
+    compute_dtype: str,
+    remat: str,
+    mesh: Mesh | None = None,
+) -> Decoder:
+    """A decoder of `vocab_size` rows with float32 parameters read from a checkpoint of `config`, straight onto the devices of `mesh`.
+
+    A `fresh` embed token's row starts at the mean of the rows that were there (method, Model), as does one that is absent or zero.
+    Raises UserError listing all tensors that are missing, misshapen or unknown.
+    """
+    _check_sizes(config, source, where)
+    _check_fit(config, source, where)
+    if config.tied_embeddings and _HEAD in source.shapes and not _equal(source, _EMBEDDING, _HEAD):
+        # As `transformers` does: two different tables in the file outweigh the config.
+        config = replace(config, tied_embeddings=False)
+
+    def make() -> Decoder:
+        grown = replace(config, vocab_size=vocab_size)
+        return Decoder(grown, rngs=nnx.Rngs(0), embed_id=embed_id, compute_dtype=jnp.dtype(compute_dtype), remat=remat)
+
+    decoder = nnx.eval_shape(make)
+    shardings = None if mesh is None else param_shardings(decoder, mesh)
+
+    def place(variable: nnx.Param, path: tuple[str, ...], fill: Fill) -> None:
+        variable.set_value(_Staging(variable.shape, _at(shardings, path)).put(fill))
+
+    place(decoder.embedding, ("embedding",), _table(source, _EMBEDDING, embed_id, fresh))
+    place(decoder.final_norm.scale, ("final_norm", "scale"), functools.partial(_copy, source, _FINAL_NORM))
+    if decoder.head is not None:
+        table = _table(source, _HEAD, embed_id, fresh)
+        place(decoder.head, ("head",), lambda out, index: table(out.T, index[::-1]))
+    for (module, parameter), (name, transposed) in layer_tensors(config).items():
+        variable = getattr(getattr(decoder.layers, module), parameter)
+        names = [f"model.layers.{i}.{name}" for i in range(config.layers)]
+        sharding = _at(shardings, ("layers", module, parameter))
+        variable.set_value(_stacked(source, names, transposed, variable.shape, sharding))
+    return decoder
+
+
+def torch_tensors(decoder: Decoder) -> Iterator[tuple[str, np.ndarray]]:
+    """Every base tensor under its `transformers` name and in torch layout, float32, gathered from its shards when its turn comes."""
+    yield _EMBEDDING, _gather(decoder.embedding[...])
+    for (module, parameter), (name, transposed) in layer_tensors(decoder.config).items():
+        stacked = getattr(getattr(decoder.layers, module), parameter)[...]
+        for i in range(decoder.config.layers):
+            yield f"model.layers.{i}.{name}", _gather(stacked, layer=i, transposed=transposed)
+    yield _FINAL_NORM, _gather(decoder.final_norm.scale[...])
+    if decoder.head is not None:
+        yield _HEAD, _gather(decoder.head[...], transposed=True)
+
+
+def _gather(array: jax.Array, *, layer: int | None = None, transposed: bool = False) -> np.ndarray:
+    shape = array.shape if layer is None else array.shape[1:]
+    gathered = np.empty(shape[::-1] if transposed else shape, np.float32)
+    ours = gathered.T if transposed else gathered
+    for shard in array.addressable_shards:
+        if shard.replica_id == 0:
+            if layer is None:
+                ours[shard.index] = np.asarray(shard.data)
+            else:
+                ours[shard.index[1:]] = np.asarray(jax.lax.dynamic_index_in_dim(shard.data, layer, keepdims=False))
+    return gathered
+
+
+def _check_sizes(config: ModelConfig, source: TensorSource, where: str) -> None:
+    """Sizes that make sense at all, before anything is computed from them."""
+    sizes = {
+        "vocabulary": config.vocab_size,
+        "hidden size": config.hidden_size,
+        "feed-forward size": config.feed_forward,
+        "layers": config.layers,
+        "heads": config.heads,
+        "key-value heads": config.kv_heads,
+        "head dimension": config.head_dim,
+    }
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise UserError(f"{where}: {name}: {size!r} is not a positive whole number; download the config again")
+    for name, value in {"norm epsilon": config.norm_eps, "rope theta": config.rope_theta, "positions": config.max_positions}.items():
+        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise UserError(f"{where}: {name}: {value!r} is not a positive number; download the config again")
+    if config.heads % config.kv_heads or config.head_dim % 2:
+        raise UserError(
+            f"{where}: heads: {config.heads} heads, {config.kv_heads} key-value heads, {config.head_dim} dimensions each: "
+            "key-value heads must divide heads and a head has an even size; download the config again"
+        )
+    if config.layers > len(source.shapes):
+        raise UserError(f"{where}: layers: {config.layers}, but there are only {len(source.shapes)} tensors; download the weights again")
+
+
+def _check_fit(config: ModelConfig, source: TensorSource, where: str) -> None:
+    """Raises UserError listing every tensor that is missing, misshapen or unknown."""
+    expected = _file_shapes(config)
+    found = {name: shape for name, shape in source.shapes.items() if not name.endswith(_HARMLESS)}
+    optional = {_HEAD: (config.vocab_size, config.hidden_size)} if config.tied_embeddings else {}
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    for name, shape in (expected | optional).items():
+        if name in found and found[name] != shape:
+            problems.append(f"{name} is {list(found[name])}, expected {list(shape)}")
+    problems += [f"{name} is unknown" for name in found if name not in expected and name not in optional]
+    if problems:
+        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise UserError(f"{where}: the weights do not fit the config: {shown}")
+
+
+def _file_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    V, D, N, K, H, F = config.vocab_size, config.hidden_size, config.heads, config.kv_heads, config.head_dim, config.feed_forward
+    kernels = {"q": (D, N * H), "k": (D, K * H), "v": (D, K * H), "o": (N * H, D), "gate": (D, F), "up": (D, F), "down": (F, D)}
+    scales = {"attention_norm": D, "feed_forward_norm": D, "q_norm": H, "k_norm": H}
+    shapes: dict[str, tuple[int, ...]] = {_EMBEDDING: (V, D), _FINAL_NORM: (D,)}
+    if not config.tied_embeddings:
+        shapes[_HEAD] = (V, D)
+    for i in range(config.layers):
+        for (module, parameter), (name, transposed) in layer_tensors(config).items():
+            if parameter == "kernel":
+                inputs, outputs = kernels[module]
+                shape = (outputs, inputs) if transposed else (inputs, outputs)
+            else:
+                shape = (kernels[module][1] if parameter == "bias" else scales[module],)
+            shapes[f"model.layers.{i}.{name}"] = shape
+    return shapes
+
+
+def _at(shardings: dict[str, Any] | None, path: tuple[str, ...]) -> NamedSharding | None:
+    found: Any = shardings
+    for key in path:
+        found = None if found is None else found[key]
+    return found
+
+
+def _table(source: TensorSource, name: str, embed_id: int, fresh: bool) -> Fill:
+    """Fills rows [V,D]: those of the file, zeros after them, and the embed token's."""
+    V, D = source.shapes[name]
+    row = None
+    if fresh or embed_id >= V or not np.any(source.read(name, (slice(embed_id, embed_id + 1), slice(0, D)))):
+        total = np.zeros(D, np.float64)
+        for rows in _row_chunks(slice(0, V), D):
+            total += source.read(name, (rows, slice(0, D))).sum(axis=0, dtype=np.float64)
+        row = (total / V).astype(np.float32)
+
+    def fill(out: np.ndarray, index: Index) -> None:
+        rows, columns = index
+        known = min(max(V - rows.start, 0), rows.stop - rows.start)
+        if known:
+            _copy(source, name, out[:known], (slice(rows.start, rows.start + known), columns))
+        out[known:] = 0.0
+        if row is not None and rows.start <= embed_id < rows.stop:
+            out[embed_id - rows.start] = row[columns]
+
+    return fill
+
+
+def _copy(source: TensorSource, name: str, out: np.ndarray, index: Index) -> None:
+    """Copies a part of a tensor into `out`, a few rows at a time."""
+    rows, *rest = index
+    for chunk in _row_chunks(rows, math.prod(part.stop - part.start for part in rest)):
+        out[chunk.start - rows.start : chunk.stop - rows.start] = source.read(name, (chunk, *rest))
+
+
+def _row_chunks(rows: slice, width: int) -> Iterator[slice]:
+    step = max(1, _CHUNK_BYTES // (4 * width))
+    for start in range(rows.start, rows.stop, step):
+        yield slice(start, min(start + step, rows.stop))
+
+
+def _equal(source: TensorSource, first: str, second: str) -> bool:
+    V, D = source.shapes[first]
+    parts = ((rows, slice(0, D)) for rows in _row_chunks(slice(0, V), D))
+    return all(np.array_equal(source.read(first, part), source.read(second, part)) for part in parts)
+
+
+class _Staging:
+    """Host buffers for this process's shards of one array; filled, they are put on their devices.
+
+    XLA on the host adopts the buffers instead of copying them: refill only after the array made of them is no longer in use.
+    """
+
+    def __init__(self, shape: tuple[int, ...], sharding: Sharding | None):
+        self._shape, self._sharding = shape, sharding
+        self._devices: dict[tuple[tuple[int, ...], ...], list[Any]] = {}
+        if sharding is None:
+            self._devices[tuple((0, size) for size in shape)] = [None]
+        else:
+            for device, index in sharding.addressable_devices_indices_map(shape).items():
+                bounds = tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))
+                self._devices.setdefault(bounds, []).append(device)
+        self._buffers = {bounds: _aligned([stop - start for start, stop in bounds]) for bounds in self._devices}
+
+    def put(self, fill: Fill) -> jax.Array:
+        shards = []
+        for bounds, devices in self._devices.items():
+            buffer = self._buffers[bounds]
+            fill(buffer, tuple(slice(*bound) for bound in bounds))
+            shards += [jax.device_put(buffer, device) for device in devices]
+        if self._sharding is None:
+            return shards[0]
+        return jax.make_array_from_single_device_arrays(self._shape, self._sharding, shards)
+
+
+def _aligned(shape: list[int]) -> np.ndarray:
+    size = 4 * math.prod(shape)
+    raw = np.empty(size + _HOST_ALIGNMENT, np.uint8)
+    offset = -raw.ctypes.data % _HOST_ALIGNMENT
+    return raw[offset : offset + size].view(np.float32).reshape(shape)
+
+
+def _stacked(source: TensorSource, names: list[str], transposed: bool, shape: tuple[int, ...], sharding: NamedSharding | None) -> jax.Array:
+    """[L,…] on its devices, written layer by layer: the host holds one layer's tensor at a time."""
+    staging = _Staging(shape[1:], None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:])))
+    stack = jnp.zeros(shape, jnp.float32, device=sharding)
+    for i, name in enumerate(names):
+
+        def fill(out: np.ndarray, index: Index, name: str = name) -> None:
+            _copy(source, name, *((out.T, index[::-1]) if transposed else (out, index)))
+
+        stack = _write_layer(stack, staging.put(fill), i, sharding)
+        jax.block_until_ready(stack)
+    return stack
+
+
+@functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
+def _write_layer(stack: jax.Array, layer: jax.Array, i: int, sharding: NamedSharding | None) -> jax.Array:
+    written = jax.lax.dynamic_update_index_in_dim(stack, layer, i, 0)
+    return written if sharding is None else jax.lax.with_sharding_constraint(written, sharding)

@@ -1,0 +1,124 @@
+"""Meshes and shardings: one table from logical axes to mesh axes, one from parameters to logical axes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import jax
+from flax import nnx
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from search_r3_jax.config import ModelConfig
+from search_r3_jax.errors import UserError
+
+MESH_AXES = ("data", "fsdp", "tensor", "sequence")
+
+# Logical axis → mesh axis; None is replicated.
+LOGICAL_AXES: dict[str, str | None] = {
+    "layers": None,
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "feed_forward": "tensor",
+    "rank": None,
+    # Norms, biases over D and single rows are too small to be worth a gather.
+    "norm": None,
+}
+
+# A linear layer's input and output axes.
+_LINEARS = {
+    "q": ("embed", "heads"),
+    "k": ("embed", "kv_heads"),
+    "v": ("embed", "kv_heads"),
+    "o": ("heads", "embed"),
+    "gate": ("embed", "feed_forward"),
+    "up": ("embed", "feed_forward"),
+    "down": ("feed_forward", "embed"),
+}
+
+# Parameter path → its logical axes.
+PARAMETER_AXES: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("embedding",): ("vocab", "embed"),
+    ("head",): ("embed", "vocab"),
+    ("embed_row",): ("norm",),
+    ("head_row",): ("norm",),
+    ("final_norm", "scale"): ("norm",),
+    **{("layers", norm, "scale"): ("layers", "norm") for norm in ("attention_norm", "feed_forward_norm", "q_norm", "k_norm")},
+}
+for _name, (_inputs, _outputs) in _LINEARS.items():
+    PARAMETER_AXES |= {
+        ("layers", _name, "kernel"): ("layers", _inputs, _outputs),
+        ("layers", _name, "bias"): ("layers", _outputs),
+        ("layers", _name, "lora_a"): ("layers", _inputs, "rank"),
+        ("layers", _name, "lora_b"): ("layers", "rank", _outputs),
+    }
+
+
+class HasConfig(Protocol):
+    """A decoder, with arrays or with their shapes."""
+
+    config: ModelConfig
+
+
+def make_mesh(*, data: int = 1, fsdp: int = -1, tensor: int = 1, sequence: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh over the devices (None: all there are); a size of -1 takes those that the others leave.
+
+    Raises UserError when the sizes do not multiply to the number of devices.
+    """
+    chosen = jax.devices() if devices is None else list(devices)
+    sizes: dict[str, int] = dict(zip(MESH_AXES, (data, fsdp, tensor, sequence), strict=True))
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    open_axes = [axis for axis, size in sizes.items() if size == -1]
+    if len(open_axes) > 1 or fixed < 1:
+        raise UserError(f"mesh: {sizes}: sizes are positive, and one may be -1 to take the devices that are left")
+    if len(chosen) % fixed or (not open_axes and fixed != len(chosen)):
+        divisors = ", ".join(str(n) for n in _divisors(len(chosen)))
+        raise UserError(f"mesh: {sizes}: the sizes must multiply to {len(chosen)} devices; sizes that work divide that: {divisors}")
+    if open_axes:
+        sizes[open_axes[0]] = len(chosen) // fixed
+    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=chosen)
+
+
+def param_shardings(decoder: HasConfig, mesh: Mesh) -> dict[str, Any]:
+    """Each parameter's `NamedSharding`, nested like `nnx.to_pure_dict(nnx.state(decoder, nnx.Param))`.
+
+    Raises UserError when a size of the model is not a multiple of the mesh axis it lies on.
+    """
+    check_divisible(decoder.config, mesh)
+    params = nnx.to_pure_dict(nnx.state(decoder, nnx.Param))
+    return jax.tree_util.tree_map_with_path(lambda path, _: param_sharding(tuple(key.key for key in path), mesh), params)
+
+
+def param_sharding(path: tuple[str, ...], mesh: Mesh) -> NamedSharding:
+    """The sharding of the parameter at a path of `PARAMETER_AXES`."""
+    return NamedSharding(mesh, PartitionSpec(*(LOGICAL_AXES[axis] for axis in PARAMETER_AXES[path])))
+
+
+def check_divisible(config: ModelConfig, mesh: Mesh | AbstractMesh) -> None:
+    """Raises UserError naming every mesh axis whose size does not divide the model, and the sizes that would."""
+    # Heads, not their dimensions: a head is never split.
+    sizes = {
+        "vocab": config.vocab_size,
+        "embed": config.hidden_size,
+        "heads": config.heads,
+        "kv_heads": config.kv_heads,
+        "feed_forward": config.feed_forward,
+    }
+    problems = []
+    for mesh_axis in MESH_AXES:
+        lengths = {name: length for name, length in sizes.items() if LOGICAL_AXES[name] == mesh_axis}
+        size = mesh.shape[mesh_axis]
+        uneven = [f"{name} {length}" for name, length in lengths.items() if length % size]
+        if uneven:
+            works = ", ".join(str(n) for n in _divisors(math.gcd(*lengths.values())))
+            problems.append(f"{mesh_axis} = {size} does not divide {' and '.join(uneven)} (sizes that work: {works})")
+    if problems:
+        raise UserError(f"mesh: {'; '.join(problems)}")
+
+
+def _divisors(number: int) -> list[int]:
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
