@@ -93,7 +93,7 @@ class Quickstart:
     @functools.cached_property
     def _base(self) -> LoadedModel:
         self._stages.say(f"loading {self._config.model}")
-        return load_model(self._config.model, compute_dtype=self._config.compute_dtype, remat=self._config.remat)
+        return self._load(self._config.model)
 
     @functools.cached_property
     def _evaluator(self) -> Evaluator:
@@ -103,11 +103,15 @@ class Quickstart:
 
     @functools.cached_property
     def _tuned(self) -> LoadedModel:
-        return load_model(self._out / "sft", compute_dtype=self._config.compute_dtype, remat=self._config.remat)
+        return self._load(self._out / "sft")
 
     @functools.cached_property
     def _final(self) -> LoadedModel:
-        return load_model(self._out / "rl", compute_dtype=self._config.compute_dtype, remat=self._config.remat)
+        return self._load(self._out / "rl")
+
+    def _load(self, name: str | Path) -> LoadedModel:
+        config = self._config
+        return load_model(name, compute_dtype=config.compute_dtype, remat=config.remat, attention=config.attention)
 
     # The stages.
 

@@ -20,6 +20,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from search_r3_jax.config import EMBED_TOKEN
 from search_r3_jax.data.collection import Collection, Document, Query
 from search_r3_jax.models.decoder import Decoder, positions_from_lengths
 
@@ -39,14 +40,14 @@ SIZES = {
 }
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """256 bytes and three special tokens: 259 ids."""
+def byte_tokenizer(*, embed_token: bool = False) -> PreTrainedTokenizerFast:
+    """256 bytes and three special tokens, 259 ids, then perhaps `<|embed_token|>`."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.add_special_tokens([*SPECIAL, EMBED_TOKEN] if embed_token else SPECIAL)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     fast.chat_template = CHAT_TEMPLATE
     return fast
@@ -102,9 +103,9 @@ def torch_model(variant: str, *, vocab_size: int = 320, seed: int = 0) -> Any:
 
 
 def write_tiny_checkpoint(folder: Path, variant: str, *, seed: int = 0) -> Path:
-    """Save a tiny model and its tokenizer; returns the folder."""
+    """Save a tiny model and its tokenizer, which knows `<|embed_token|>`: no row changes when it is read. Returns the folder."""
     torch_model(variant, seed=seed).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    byte_tokenizer(embed_token=True).save_pretrained(folder)
     return folder
 
 

@@ -19,7 +19,7 @@ from search_r3_jax.config import (
 config = RunConfig(
     model="smollm2",
     compute_dtype="float32",
-    remat="none",
+    remat="dots",
     data=DataConfig(train_functions=384, dev_functions=50, test_functions=600, test_queries=128),
     text=TextConfig(max_query_tokens=32, max_document_tokens=21),
     lora=LoraConfig(rank=16, alpha=32.0),

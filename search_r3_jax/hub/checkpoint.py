@@ -21,6 +21,7 @@ from search_r3_jax.hub.safetensors_folder import SafetensorsFolder, read_json
 from search_r3_jax.hub.snapshots import latest_snapshot, read_run, read_snapshot, start_of
 from search_r3_jax.hub.weights import build_decoder, torch_tensors
 from search_r3_jax.mesh import param_shardings
+from search_r3_jax.models.attention import Backend
 from search_r3_jax.models.decoder import Decoder
 from search_r3_jax.models.families import config_from_hf
 from search_r3_jax.models.lora import add_lora, merge_lora, trainable_filter
@@ -50,6 +51,7 @@ def load_model(
     step: int | None = None,
     compute_dtype: str = "float32",
     remat: str = "none",
+    attention: Backend = "xla",
     mesh: Mesh | None = None,
 ) -> LoadedModel:
     """The model that `name` means (see `resolve`), float32 parameters on `mesh`, `<|embed_token|>` added where it is missing.
@@ -58,7 +60,7 @@ def load_model(
     """
     path = resolve(name)
     if path.is_dir() and (path / "checkpoints").is_dir():
-        return _load_run(path, step, compute_dtype, remat, mesh)
+        return _load_run(path, step, compute_dtype, remat, attention, mesh)
     if path.is_dir():
         config = _folder_config(path / "config.json")
         tokenizer = tokenizer_from_folder(path)
@@ -77,15 +79,16 @@ def load_model(
         fresh=embed.fresh,
         compute_dtype=compute_dtype,
         remat=remat,
+        attention=attention,
         mesh=mesh,
     )
     return LoadedModel(decoder=decoder, tokenizer=embed.tokenizer, embed_id=embed.embed_id, mesh=mesh)
 
 
-def _load_run(run: Path, step: int | None, compute_dtype: str, remat: str, mesh: Mesh | None) -> LoadedModel:
+def _load_run(run: Path, step: int | None, compute_dtype: str, remat: str, attention: Backend, mesh: Mesh | None) -> LoadedModel:
     """What a run has made of the model it started from, merged; `step` None is the newest checkpoint."""
     config, record = read_run(run)
-    start = load_model(start_of(run, record), compute_dtype=compute_dtype, remat=remat, mesh=mesh)
+    start = load_model(start_of(run, record), compute_dtype=compute_dtype, remat=remat, attention=attention, mesh=mesh)
     decoder = with_lora(start, config.lora, seed=config.seed).decoder
     newest = latest_snapshot(run) if step is None else step
     if newest is None:

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from search_r3_jax.config import ModelConfig
 from search_r3_jax.errors import UserError
 from search_r3_jax.mesh import param_shardings
+from search_r3_jax.models.attention import Backend
 from search_r3_jax.models.decoder import Decoder
 from search_r3_jax.models.families import layer_tensors
 
@@ -53,6 +54,7 @@ def build_decoder(
     fresh: bool,
     compute_dtype: str,
     remat: str,
+    attention: Backend = "xla",
     mesh: Mesh | None = None,
 ) -> Decoder:
     """A decoder of `vocab_size` rows with float32 parameters read from a checkpoint of `config`, straight onto the devices of `mesh`.
@@ -68,7 +70,8 @@ def build_decoder(
 
     def make() -> Decoder:
         grown = replace(config, vocab_size=vocab_size)
-        return Decoder(grown, rngs=nnx.Rngs(0), embed_id=embed_id, compute_dtype=jnp.dtype(compute_dtype), remat=remat)
+        dtype = jnp.dtype(compute_dtype)
+        return Decoder(grown, rngs=nnx.Rngs(0), embed_id=embed_id, compute_dtype=dtype, remat=remat, attention=attention)
 
     decoder = nnx.eval_shape(make)
     shardings = None if mesh is None else param_shardings(decoder, mesh)

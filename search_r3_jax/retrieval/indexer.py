@@ -60,7 +60,7 @@ class IndexWorker:
     def __init__(self, run: Path, config: RunConfig, record: dict[str, Any]):
         self._run, self._config = run, config
         self._collection = load_collection(start_relative(run, record["data"]), record["split"])
-        start = load_model(start_of(run, record), compute_dtype=config.compute_dtype)
+        start = load_model(start_of(run, record), compute_dtype=config.compute_dtype, attention=config.attention)
         # Merged parameters have the structure of the model without adapters, so one encoder serves every snapshot.
         self._encoder = Encoder(nnx.split(start.decoder)[0], Prompter(start.tokenizer))
         self._model = with_lora(start, config.lora, seed=config.seed)

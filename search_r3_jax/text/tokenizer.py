@@ -22,7 +22,7 @@ _RESERVED = re.compile(r"<\|?(?:reserved|unused)\w*\|?>")
 
 
 class EmbedToken(NamedTuple):
-    """Where `<|embed_token|>` is: `tokenizer` knows it, `vocab_size` rows hold it; `fresh`: the row is still a reserved token's."""
+    """Where `<|embed_token|>` is: `tokenizer` knows it, `vocab_size` rows hold it; `fresh`: the row was not its own before."""
 
     tokenizer: PreTrainedTokenizerBase
     embed_id: int
@@ -102,7 +102,7 @@ def add_embed_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Embe
     embed_id = int(tokenizer.get_vocab()[EMBED_TOKEN])
     if embed_id in vocabulary.values():
         raise UserError(f"tokenizer: {EMBED_TOKEN}: id {embed_id} is taken, for the ids have gaps; add the token to tokenizer.json by hand")
-    return EmbedToken(tokenizer, embed_id, _rows(embed_id, vocab_size), False)
+    return EmbedToken(tokenizer, embed_id, _rows(embed_id, vocab_size), True)
 
 
 def _rows(embed_id: int, vocab_size: int) -> int:

@@ -114,10 +114,10 @@ def test_padding_to_the_left_and_a_missing_pad_token_change_nothing(tiny_folders
     np.testing.assert_allclose(theirs, Embedder(model).encode(TEXTS), atol=1e-5)
 
 
-def test_what_transformers_sees_of_the_tokenizer_is_the_source_and_one_token(
-    tiny_folders: dict[str, Path], exports: dict[str, Path]
-) -> None:
-    before, after = (AutoTokenizer.from_pretrained(folder) for folder in (tiny_folders["llama"], exports["llama"]))
+def test_what_transformers_sees_of_the_tokenizer_is_the_source_and_one_token(tmp_path: Path) -> None:
+    source = write_full_vocabulary(tmp_path / "source", "llama")
+    exported = export_model(load_model(source), tmp_path / "exported")
+    before, after = (AutoTokenizer.from_pretrained(folder) for folder in (source, exported))
     for text in TEXTS:
         assert after(text)["input_ids"] == before(text)["input_ids"]
     assert after.chat_template == before.chat_template

@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import constants
 from ml_dtypes import bfloat16
 from safetensors.numpy import load_file, save_file
-from tiny import torch_model
+from tiny import byte_tokenizer, torch_model
 from transformers import AutoModelForCausalLM
 
 from search_r3_jax.errors import UserError
@@ -91,6 +91,17 @@ def test_a_new_row_starts_at_the_mean(folder: Path, monkeypatch: pytest.MonkeyPa
     np.testing.assert_array_equal(new[:259], old)
     np.testing.assert_allclose(new[model.embed_id], old.astype(np.float64).mean(0), atol=1e-7)
     assert not new[260:].any()
+
+
+def test_a_padded_row_starts_at_the_mean_once_it_is_the_embed_tokens(folder: Path) -> None:
+    byte_tokenizer().save_pretrained(folder)
+    old = load_file(folder / WEIGHTS)["model.embed_tokens.weight"]
+    model = load_model(folder)
+    new = np.asarray(model.decoder.embedding[...])
+    assert (model.embed_id, new.shape) == (259, (320, 64))
+    np.testing.assert_allclose(new[259], old.astype(np.float64).mean(0), atol=1e-7)
+    others = np.arange(320) != 259
+    np.testing.assert_array_equal(new[others], old[others])
 
 
 def test_all_mismatches_are_named_at_once(folder: Path) -> None:
@@ -210,8 +221,8 @@ def test_pickled_and_absent_weights_are_refused(folder: Path) -> None:
         ({"num_hidden_layers": 2}, "model.layers.2.input_layernorm.weight is unknown"),
         ({"num_hidden_layers": 4}, "model.layers.3.input_layernorm.weight is missing"),
         ({"num_hidden_layers": 10**12}, "layers: 1000000000000"),
-        ({"num_key_value_heads": 3}, "key-value heads must divide heads"),
-        ({"vocab_size": 0}, "vocabulary: 0 is not a positive whole number"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads: 3 does not divide the 4 heads"),
+        ({"vocab_size": 0}, "vocab_size: 0 is no positive whole number"),
     ],
 )
 def test_a_config_of_another_model_is_refused(folder: Path, fields: dict[str, Any], message: str) -> None:

@@ -41,12 +41,12 @@ def reloaded(tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedToke
 
 
 def test_a_padded_row_is_reused_and_else_the_matrix_grows_to_a_multiple_of_128() -> None:
-    assert add_embed_token(byte_tokenizer(), 320)[1:] == (259, 320, False)
-    assert add_embed_token(byte_tokenizer(), 259)[1:] == (259, 384, False)
+    assert add_embed_token(byte_tokenizer(), 320)[1:] == (259, 320, True)
+    assert add_embed_token(byte_tokenizer(), 259)[1:] == (259, 384, True)
 
 
 def test_a_reserved_token_is_taken_over_only_where_no_padded_row_is_free() -> None:
-    assert add_embed_token(with_reserved(), 320)[1:] == (262, 320, False)
+    assert add_embed_token(with_reserved(), 320)[1:] == (262, 320, True)
     taken = add_embed_token(with_reserved(), 262)
     assert taken[1:] == (259, 262, True)
     assert "<|reserved_special_token_0|>" not in taken.tokenizer.get_vocab()
@@ -94,7 +94,7 @@ def test_without_end_and_padding_token_it_saves_and_reloads(tmp_path: Path) -> N
 def test_adding_twice_gives_the_same_id() -> None:
     tokenizer = byte_tokenizer()
     first = add_embed_token(tokenizer, 320)
-    assert add_embed_token(tokenizer, 320)[1:] == first[1:]
+    assert add_embed_token(tokenizer, 320)[1:] == (first.embed_id, 320, False)
     assert tokenizer.decode([1, first.embed_id], skip_special_tokens=True) == ""
     assert tokenizer.decode([first.embed_id]) == EMBED_TOKEN
 
@@ -176,4 +176,4 @@ def test_rows_that_only_fill_up_are_free_and_no_end_is_allowed(tmp_path: Path) -
     source = GgufFile(file)
     tokenizer = tokenizer_from_gguf(source.tokenizer_fields(), str(file))
     assert tokenizer.eos_token is None
-    assert add_embed_token(tokenizer, source.config.vocab_size)[1:] == (source.config.vocab_size - 7, source.config.vocab_size, False)
+    assert add_embed_token(tokenizer, source.config.vocab_size)[1:] == (source.config.vocab_size - 7, source.config.vocab_size, True)
