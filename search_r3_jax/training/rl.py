@@ -16,7 +16,7 @@ from flax import nnx
 
 from search_r3_jax.config import RlConfig, RunConfig
 from search_r3_jax.data.collection import Collection, Query
-from search_r3_jax.data.pipeline import shuffled
+from search_r3_jax.data.mixture import shuffled
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub.checkpoint import LoadedModel
 from search_r3_jax.hub.snapshots import SnapshotWriter
