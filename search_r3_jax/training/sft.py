@@ -22,7 +22,7 @@ from search_r3_jax.hub.snapshots import SnapshotWriter
 from search_r3_jax.models.decoder import Decoder
 from search_r3_jax.models.embedding import unit
 from search_r3_jax.models.lora import trainable_filter
-from search_r3_jax.objectives.contrastive import info_nce
+from search_r3_jax.objectives.contrastive import info_nce, one_positive
 from search_r3_jax.objectives.language import cross_entropy, token_log_probs
 from search_r3_jax.rollout.encoder import both_prefixes
 from search_r3_jax.text.prompts import Prompter
@@ -112,8 +112,9 @@ def make_step(
         hidden_md = hidden.reshape(-1, hidden.shape[-1])
         vectors = unit(hidden_md[batch.embed_at])
         queries, documents = jnp.split(vectors, [batch.positive.shape[0]])
-        contrast_sum, contrast_count, hits = info_nce(
-            queries, documents, jnp.asarray(batch.positive), jnp.asarray(batch.excluded), config.temperature
+        relevance = one_positive(jnp.asarray(batch.positive), documents.shape[0])
+        contrast_sum, contrast_count, named = info_nce(
+            queries, documents, relevance, jnp.asarray(batch.excluded), temperature=config.temperature
         )
 
         # L_SFT: the reply's tokens, each predicted by the state before it; the head runs nowhere else.
@@ -122,7 +123,7 @@ def make_step(
         language_sum, language_count = cross_entropy(log_probs, jnp.asarray(batch.reply_at) >= 0)
         contrast, language = contrast_sum / contrast_count, language_sum / language_count
         loss = config.infonce_weight * contrast + config.language_weight * language
-        return loss, {"loss": loss, "infonce": contrast, "language": language, "in_batch_accuracy": hits / contrast_count}
+        return loss, {"loss": loss, "infonce": contrast, "language": language, "in_batch_accuracy": named["hits"] / contrast_count}
 
     @jax.jit
     def step(
