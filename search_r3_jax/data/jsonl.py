@@ -125,7 +125,8 @@ def _document(item: object, name: str, lowest: int, highest: int) -> tuple[Docum
     if not isinstance(relevance, int) or isinstance(relevance, bool):
         raise LineError("wrong type", f"field '{name}.relevance' must be an integer, got {type(relevance).__name__}")
     if not lowest <= relevance <= highest:
-        raise LineError("bad relevance", f"field '{name}.relevance' must be {lowest} to {highest}; relevance 0 belongs into 'negative'")
+        allowed = f"{lowest} to {highest}" if lowest < highest else f"{lowest}"
+        raise LineError("bad relevance", f"field '{name}.relevance' must be {allowed}; what is irrelevant belongs into 'negative'")
     document = Document(doc_id=_content_id(title, text), title=title, text=text)
     if not document.body.strip():
         raise LineError("empty text", f"field {name!r} is empty; fill it or remove it")
