@@ -4,7 +4,6 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -15,23 +14,31 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.dataset_info import DatasetIdentity
 
 from search_r3_jax.data.beir import read_beir
-from search_r3_jax.data.collection import Collection, Document, Query
+from search_r3_jax.data.collection import SHARED_CORPUS, Collection, Document, Query, usable_split_name
 from search_r3_jax.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "dataset.json"
-# TFDS reserves the split name "all".
-SHARED_CORPUS = "shared"
 MAX_EXAMPLES_PER_SHARD = 100_000
 EXAMPLES_PER_CALL = 1_000
 T = TypeVar("T")
 
 
-def build_dataset(collections: Mapping[str, Collection], out: Path | str, *, name: str, source: Mapping[str, object]) -> Path:
-    """Builds `out` from split name → collection, or reuses an equal one; raises UserError if `out` holds anything else."""
+def build_dataset(
+    collections: Mapping[str, Collection],
+    out: Path | str,
+    *,
+    name: str,
+    source: Mapping[str, object],
+    skipped: Mapping[str, int] | None = None,
+) -> Path:
+    """Builds `out` from split name → collection, or reuses an equal one; raises UserError if `out` holds anything else.
+
+    `skipped` says how many lines of the source were left out for which reason; it is recorded.
+    """
     out = Path(out)
     _check_split_names(collections, out)
-    description = _describe(collections, name, source)
+    description = {**_describe(collections, name, source), "skipped": dict(skipped or {})}
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         _check_reusable(out, description)
         return out
@@ -81,7 +88,8 @@ def _describe(collections: Mapping[str, Collection], name: str, source: Mapping[
 def _queries_hash(queries: Iterable[Query]) -> str:
     digest = hashlib.sha256()
     for query in queries:
-        fields = [query.query_id, query.text, list(query.positives.items()), query.negatives]
+        judgements = [list(query.positives.items()), query.negatives]
+        fields = [query.query_id, query.text, query.instruction, query.reasoning, *judgements]
         digest.update(json.dumps(fields).encode() + b"\n")
     return digest.hexdigest()
 
@@ -90,7 +98,7 @@ def _check_split_names(collections: Mapping[str, Collection], out: Path) -> None
     if not collections:
         raise UserError(f"{out}: nothing to build; give at least one split")
     for split, collection in collections.items():
-        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", split) or split in ("all", SHARED_CORPUS):
+        if not usable_split_name(split):
             raise UserError(f"{out}: split name {split!r} is not usable; use letters, digits and '_', not 'all' or 'shared'")
         if not collection.documents or not collection.queries:
             raise UserError(f"{out}: split {split!r} has no documents or no queries; leave it out")
@@ -144,7 +152,7 @@ def _write_parts(collections: Mapping[str, Collection], description: Mapping[str
         building / "queries",
         "queries",
         {
-            **{"row": np.int64, "query_id": text, "text": text},
+            **{"row": np.int64, "query_id": text, "text": text, "instruction": text, "reasoning": text},
             **{"positives": texts, "relevance": tfds.features.Sequence(np.int32), "negatives": texts},
         },
         {split: map(_query_example, itertools.count(), queries) for split, queries in queries_of.items()},
@@ -173,6 +181,8 @@ def _query_example(row: int, query: Query) -> dict[str, Any]:
         "row": row,
         "query_id": query.query_id,
         "text": query.text,
+        "instruction": query.instruction,
+        "reasoning": query.reasoning,
         "positives": list(query.positives),
         "relevance": list(query.positives.values()),
         "negatives": list(query.negatives),
@@ -214,6 +224,8 @@ def _query(record: dict[str, Any]) -> Query:
         text=record["text"].decode(),
         positives=dict(zip(positives, map(int, record["relevance"]), strict=True)),
         negatives=tuple(doc_id.decode() for doc_id in record["negatives"]),
+        instruction=record["instruction"].decode(),
+        reasoning=record["reasoning"].decode(),
     )
 
 
