@@ -18,17 +18,14 @@ ROW_TOKENS = 256
 FILLER = -1
 
 
-class PairBatch(NamedTuple):
-    """B queries and their P documents, packed into C chunks of rows [R,T]; N texts a chunk: its queries, their positives, their negatives.
+class TextChunks(NamedTuple):
+    """Texts packed into C chunks of rows [R,T], N texts a chunk.
 
     Attributes:
         ids, positions, segments: [C,R,T] int32 as in `PackedRows`.
         prefixes: [C,R,T] int32, which shared prompt prefix a token stands behind: 0 direct, 1 reasoned.
-        embed_at: [C,N] int32, flat position in its chunk of each text's embed token; −1 for a negative that there is none of.
-        reply_at: [C,M] int32, flat positions of the queries' reply tokens, −1 filled.
-        query_at, document_at: [B], [P] int32, each text's place among the C·N texts.
-        document_ids: [P] int32, the same for the same document, −1 for one that there is none of.
-        known_ids: [B,K] int32, documents known to be relevant to a query, −1 filled; `known_relevance` [B,K] float32.
+        embed_at: [C,N] int32, flat position in its chunk of each text's embed token.
+        reply_at: [C,M] int32, flat positions of the reply tokens that are learnt, −1 filled; M = 0 where none are.
     """
 
     ids: np.ndarray
@@ -37,15 +34,27 @@ class PairBatch(NamedTuple):
     prefixes: np.ndarray
     embed_at: np.ndarray
     reply_at: np.ndarray
-    query_at: np.ndarray
-    document_at: np.ndarray
+
+
+class PairBatch(NamedTuple):
+    """B queries and P documents: of each chunk its queries' positives, then their negatives.
+
+    Attributes:
+        document_ids: [P] int32, the same for the same document, −1 for a negative that there is none of.
+        known_ids: [B,K] int32, documents known to be relevant to a query, −1 filled; `known_relevance` [B,K] float32.
+        mined: [B,n] int32, rows of P that hold a query's own negatives, −1 where there are not enough.
+    """
+
+    queries: TextChunks
+    documents: TextChunks
     document_ids: np.ndarray
     known_ids: np.ndarray
     known_relevance: np.ndarray
+    mined: np.ndarray
 
     def padding_share(self) -> float:
         """The share of the computed tokens that are padding, in [0, 1]."""
-        return float(np.mean(self.segments < 0))
+        return float(np.mean(np.concatenate([self.queries.segments.ravel(), self.documents.segments.ravel()]) < 0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,32 +93,33 @@ class PairPipeline:
         """The batch of a step."""
         pairs = self.pairs(step)
         chunks = [pairs[start : start + self.encode_chunk] for start in range(0, len(pairs), self.encode_chunk)]
-        texts = [self._texts(chunk) for chunk in chunks]
-        packed = [
-            pack_rows(rows, starts, length=self._row_tokens, pad_id=0, row_multiple=1) for rows, starts, _, _ in texts
-        ]
+        return PairBatch(
+            queries=self._packed([self._query_rows(chunk) for chunk in chunks]),
+            documents=self._packed([self._document_rows(chunk) for chunk in chunks]),
+            **self._judgements(chunks),
+        )
+
+    def _packed(self, chunks: list[_Rows]) -> TextChunks:
+        T = self._row_tokens
+        packed = [pack_rows(chunk.ids, chunk.starts, length=T, pad_id=0, row_multiple=1) for chunk in chunks]
         # One shape for all chunks, and few shapes from step to step.
         R = _rounded(max(rows.ids.shape[0] for rows in packed))
-        M = _rounded(max(sum(replies) for _, _, replies, _ in texts))
-        T = self._row_tokens
+        M = _rounded(max(sum(chunk.replies) for chunk in chunks))
         embed_at, reply_at, prefixes = [], [], []
-        for (rows, _, replies, present), packed_rows in zip(texts, packed, strict=True):
-            flat = packed_rows.starts[:, 0] * T + packed_rows.starts[:, 1]
-            ends = flat + np.array([len(row) for row in rows])
-            embed_at.append(np.where(present, ends - 1, FILLER).astype(np.int32))
-            at = np.concatenate([np.arange(end - reply, end) for end, reply in zip(ends, replies, strict=False)])
-            reply_at.append(np.pad(at, (0, M - len(at)), constant_values=FILLER).astype(np.int32))
-            direct = self.encode_chunk - self.reasoned
-            is_reasoned = np.array([direct <= i < self.encode_chunk for i in range(len(rows))])
-            prefixes.append(np.where(packed_rows.segments >= 0, is_reasoned[packed_rows.segments], 0).astype(np.int32))
-        return PairBatch(
+        for chunk, rows in zip(chunks, packed, strict=True):
+            ends = rows.starts[:, 0] * T + rows.starts[:, 1] + np.array([len(row) for row in chunk.ids])
+            embed_at.append(ends - 1)
+            at = [np.arange(end - reply, end) for end, reply in zip(ends, chunk.replies, strict=True)]
+            reply_at.append(_filled(np.concatenate(at), M))
+            # The last entry serves the segment number of padding.
+            prefixes.append(np.array([*chunk.prefixes, 0])[rows.segments])
+        return TextChunks(
             ids=_stacked([rows.ids for rows in packed], R, 0),
             positions=_stacked([rows.positions for rows in packed], R, FILLER),
             segments=_stacked([rows.segments for rows in packed], R, FILLER),
             prefixes=_stacked(prefixes, R, 0),
-            embed_at=np.stack(embed_at),
-            reply_at=np.stack(reply_at),
-            **self._judgements(chunks),
+            embed_at=np.stack(embed_at).astype(np.int32),
+            reply_at=np.stack(reply_at).astype(np.int32),
         )
 
     @cached_property
@@ -138,48 +148,50 @@ class PairPipeline:
             known = [known[i] for i in np.random.default_rng([self.mixture.seed, pair.place]).choice(len(known), self.negatives, replace=False)]
         return known + [FILLER] * (self.negatives - len(known))
 
-    def _texts(self, chunk: list[Pair]) -> tuple[list[list[int]], list[int], list[int], np.ndarray]:
-        """Of a chunk's N texts: token rows, first positions, lengths of the queries' replies, and which texts there really are."""
+    def _query_rows(self, chunk: list[Pair]) -> _Rows:
         direct = self.encode_chunk - self.reasoned
-        queries = [self._query(pair).text for pair in chunk]
+        texts = [self._query(pair).text for pair in chunk]
         thoughts = [self._thought(pair) for pair in chunk[direct:]]
-        documents = [(pair.set, pair.document) for pair in chunk] + [(pair.set, row) for pair in chunk for row in self._negatives(pair)]
-        bodies = [self.mixture.collections[number].documents[row].body if row != FILLER else "" for number, row in documents]
-        reasoned_rows = self.prompter.reason_rows(queries[direct:], self.max_query_tokens)
-        rows = [
-            *self.prompter.direct_rows(queries[:direct], self.max_query_tokens),
-            *[row + thought for row, thought in zip(reasoned_rows, thoughts, strict=True)],
-            *self.prompter.direct_rows(bodies, self.max_document_tokens),
-        ]
-        prefix, reason_prefix = len(self.prompter.direct.prefix), len(self.prompter.reason.prefix)
-        starts = [prefix] * direct + [reason_prefix] * self.reasoned + [prefix] * len(documents)
-        replies = [len(self.prompter.direct.closing)] * direct + [len(thought) for thought in thoughts]
-        present = np.array([True] * len(chunk) + [row != FILLER for _, row in documents])
-        return rows, starts, replies, present
+        reasoned = self.prompter.reason_rows(texts[direct:], self.max_query_tokens)
+        return _Rows(
+            ids=[
+                *self.prompter.direct_rows(texts[:direct], self.max_query_tokens),
+                *[row + thought for row, thought in zip(reasoned, thoughts, strict=True)],
+            ],
+            starts=[len(self.prompter.direct.prefix)] * direct + [len(self.prompter.reason.prefix)] * self.reasoned,
+            prefixes=[0] * direct + [1] * self.reasoned,
+            replies=[len(self.prompter.direct.closing)] * direct + [len(thought) for thought in thoughts],
+        )
+
+    def _document_rows(self, chunk: list[Pair]) -> _Rows:
+        bodies = [self.mixture.collections[number].documents[row].body if row != FILLER else "" for number, row in self._documents(chunk)]
+        rows = self.prompter.direct_rows(bodies, self.max_document_tokens)
+        return _Rows(ids=rows, starts=[len(self.prompter.direct.prefix)] * len(rows), prefixes=[0] * len(rows), replies=[0] * len(rows))
+
+    def _documents(self, chunk: list[Pair]) -> list[tuple[int, int]]:
+        """`(set, row)` of a chunk's documents: the positives, then each query's negatives."""
+        negatives = [(pair.set, row) for pair in chunk for row in self._negatives(pair)]
+        return [(pair.set, pair.document) for pair in chunk] + negatives
 
     def _judgements(self, chunks: list[list[Pair]]) -> dict[str, np.ndarray]:
-        """Where queries and documents stand among the texts, and what is known of them."""
-        B, n = self.encode_chunk, self.negatives
-        N = B * (2 + n)
-        query_at = np.concatenate([c * N + np.arange(B) for c in range(len(chunks))])
-        document_at = np.concatenate([c * N + B + np.arange(B * (1 + n)) for c in range(len(chunks))])
-        document_ids, known_ids, relevance = [], [], []
+        document_ids, known_ids, relevance, mined = [], [], [], []
         for chunk in chunks:
-            negatives = [(pair.set, row) for pair in chunk for row in self._negatives(pair)]
-            documents = [(pair.set, pair.document) for pair in chunk] + negatives
+            first_row = len(document_ids)
+            documents = self._documents(chunk)
             document_ids += [self._first_document[number] + row if row != FILLER else FILLER for number, row in documents]
-            for pair in chunk:
+            for i, pair in enumerate(chunk):
                 collection, first = self.mixture.collections[pair.set], self._first_document[pair.set]
                 positives = self._query(pair).positives
                 fill = [FILLER] * (self._most_known - len(positives))
                 known_ids.append([first + collection.row_of[doc_id] for doc_id in positives] + fill)
                 relevance.append([*positives.values(), *[0] * len(fill)])
+                own = first_row + len(chunk) + i * self.negatives + np.arange(self.negatives)
+                mined.append([row if document_ids[row] != FILLER else FILLER for row in own])
         return {
-            "query_at": query_at.astype(np.int32),
-            "document_at": document_at.astype(np.int32),
             "document_ids": np.array(document_ids, np.int32),
             "known_ids": np.array(known_ids, np.int32),
             "known_relevance": np.array(relevance, np.float32),
+            "mined": np.array(mined, np.int32).reshape(self.global_batch, self.negatives),
         }
 
     def _query(self, pair: Pair) -> Query:
@@ -192,15 +204,23 @@ class PairPipeline:
         return self.prompter.thought_ids(own or self.key_terms[pair.set].thought(pair.document), self.max_thought_tokens)
 
 
-def single(collection: Collection, *, seed: int) -> Mixture:
-    """The mixture of one collection."""
-    return Mixture(collections=(collection,), seed=seed)
+class _Rows(NamedTuple):
+    """A chunk's texts: token rows, first positions, prefix numbers, lengths of the replies that are learnt."""
+
+    ids: list[list[int]]
+    starts: list[int]
+    prefixes: list[int]
+    replies: list[int]
 
 
 def _rounded(count: int) -> int:
     """Up to a multiple of a sixteenth of the power of two below: at most 6 % more."""
-    step = max(1, (1 << (count.bit_length() - 1)) // 16)
+    step = max(1, (1 << max(0, count.bit_length() - 1)) // 16)
     return -(-count // step) * step
+
+
+def _filled(values: np.ndarray, count: int) -> np.ndarray:
+    return np.pad(values, (0, count - len(values)), constant_values=FILLER)
 
 
 def _stacked(chunks: list[np.ndarray], R: int, fill: int) -> np.ndarray:

@@ -31,8 +31,11 @@ def cached_value_and_grad(
     again = jax.checkpoint(encode, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
 
     def encode_all(params: Pytree, sums: Pytree, chunked: Pytree) -> tuple[Pytree, Pytree]:
+        # A single chunk is the whole batch: nothing is gained by computing it twice.
+        encode_chunk = encode if jax.tree.leaves(chunked)[0].shape[0] == 1 else again
+
         def body(sums: Pytree, chunk: Pytree) -> tuple[Pytree, Pytree]:
-            vectors, more = again(params, chunk)
+            vectors, more = encode_chunk(params, chunk)
             return jax.tree.map(jnp.add, sums, more), vectors
 
         sums, vectors = jax.lax.scan(body, sums, chunked)
