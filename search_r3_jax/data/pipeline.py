@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from search_r3_jax.data.collection import Collection, Query
+from search_r3_jax.data.collection import Query
 from search_r3_jax.data.key_terms import KeyTerms
 from search_r3_jax.data.mixture import Mixture, Pair
 from search_r3_jax.text.packing import bucket_length, pack_rows
@@ -145,7 +145,9 @@ class PairPipeline:
         collection = self.mixture.collections[pair.set]
         known = [collection.row_of[doc_id] for doc_id in collection.queries[pair.query].negatives]
         if len(known) > self.negatives:
-            known = [known[i] for i in np.random.default_rng([self.mixture.seed, pair.place]).choice(len(known), self.negatives, replace=False)]
+            known = [
+                known[i] for i in np.random.default_rng([self.mixture.seed, pair.place]).choice(len(known), self.negatives, replace=False)
+            ]
         return known + [FILLER] * (self.negatives - len(known))
 
     def _query_rows(self, chunk: list[Pair]) -> _Rows:

@@ -156,7 +156,9 @@ def _check_directions(directions: Sequence[Direction], partition: str) -> None:
     if "query_to_document" not in directions:
         raise ValueError(f"directions {tuple(directions)}: the pair itself stands in query_to_document")
     if partition == "per_direction" and {"query_to_query", "document_to_document"} & set(directions):
-        raise ValueError(f"directions {tuple(directions)}: query_to_query and document_to_document hold no pair; they need partition 'joint'")
+        raise ValueError(
+            f"directions {tuple(directions)}: query_to_query and document_to_document hold no pair; they need partition 'joint'"
+        )
 
 
 def _log_partition(scores_rn: jax.Array, negative_rn: jax.Array, ceiling_rk: jax.Array | None) -> tuple[jax.Array, jax.Array]:

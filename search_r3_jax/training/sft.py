@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 
@@ -210,9 +209,7 @@ def contrastive_losses(
     return infonce, margin, scalars
 
 
-def _hidden(
-    decoder: Decoder, prompter: Prompter, chunk: TextChunks, *, adapters: bool = True, key: jax.Array | None = None
-) -> jax.Array:
+def _hidden(decoder: Decoder, prompter: Prompter, chunk: TextChunks, *, adapters: bool = True, key: jax.Array | None = None) -> jax.Array:
     """Final hidden states [R·T,D] of a chunk's packed texts behind their shared prefixes."""
     hidden, _ = decoder(
         jnp.asarray(chunk.ids),

@@ -56,7 +56,9 @@ def disturbed(model: LoadedModel, seed: int = 0) -> LoadedModel:
     return model
 
 
-def one_step(config: RunConfig, folder: Path, collection: Collection, step: int = 3) -> tuple[LoadedModel, PairPipeline, dict[str, float], Any]:
+def one_step(
+    config: RunConfig, folder: Path, collection: Collection, step: int = 3
+) -> tuple[LoadedModel, PairPipeline, dict[str, float], Any]:
     """One update of a disturbed model: the model before, the pipeline, the scalars, the parameters after."""
     model = disturbed(ready(folder, config))
     prompter = Prompter(model.tokenizer)
@@ -147,6 +149,8 @@ def test_it_learns_and_a_resumed_run_is_bit_equal(tiny_folders: dict[str, Path],
     folder = tiny_folders["llama"]
     collection = word_collection(documents=24, queries=24)
     config = config_of(folder, 20)
+    # Without the term that holds it where it began, and the one whose margin no tiny model reaches.
+    config = dataclasses.replace(config, sft=dataclasses.replace(config.sft, kl_weight=0.0, triplet_weight=0.0))
     whole = train_sft(config, tmp_path / "whole", collection, ready(folder, config), lambda *_: None)
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(20))
