@@ -11,10 +11,17 @@ import torch
 from search_r3_jax.objectives.language import Head, kl_to_base, token_kl, token_log_probs
 
 M, D, V, ROW = 13, 8, 50, 37
+SCALE = np.float32(D**-0.5)
 
 
 def normal(*shape: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def two_models(distance: float) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """States [M,D] and heads [V,D] of the base and of a model so far from it; logits are about 1."""
+    base = normal(M, D, seed=0), SCALE * normal(V, D, seed=1)
+    return base, (base[0] + distance * normal(M, D, seed=2), base[1] + distance * SCALE * normal(V, D, seed=3))
 
 
 def kl_by_hand(hidden: torch.Tensor, weight_vd: torch.Tensor, base_hidden: np.ndarray, base_vd: np.ndarray) -> torch.Tensor:
@@ -23,16 +30,13 @@ def kl_by_hand(hidden: torch.Tensor, weight_vd: torch.Tensor, base_hidden: np.nd
     return torch.sum(torch.exp(log_p) * (log_p - log_q), -1)
 
 
-@pytest.mark.parametrize("near", [False, True])
+@pytest.mark.parametrize("distance", [1.0, 0.3])
 @pytest.mark.parametrize(("chunk", "vocab_chunk"), [(256, 16384), (4, 16), (5, 50), (13, 7)])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("own_row", [True, False])
-def test_equals_float64_over_the_full_matrices(near: bool, chunk: int, vocab_chunk: int, tied: bool, own_row: bool) -> None:
-    base_hidden, base_vd = normal(M, D, seed=0), normal(V, D, seed=1)
-    # Near the base, the divergence is small: rounding must be small beside it, not beside the logits.
-    distance = 0.1 if near else 1.0
-    hidden, weight_vd = base_hidden + distance * normal(M, D, seed=2), base_vd + distance * normal(V, D, seed=3)
-    row, mask = normal(D, seed=4), np.random.default_rng(5).random(M) < 0.7
+def test_equals_float64_over_the_full_matrices(distance: float, chunk: int, vocab_chunk: int, tied: bool, own_row: bool) -> None:
+    (base_hidden, base_vd), (hidden, weight_vd) = two_models(distance)
+    row, mask = weight_vd[0] + distance * SCALE * normal(D, seed=4), np.random.default_rng(5).random(M) < 0.7
 
     def mean(hidden: jax.Array, weight: jax.Array, row: jax.Array) -> jax.Array:
         layout: dict[str, Any] = {"weight": weight, "vocab_axis": 0} if tied else {"weight": weight.T, "vocab_axis": 1}
@@ -51,7 +55,15 @@ def test_equals_float64_over_the_full_matrices(near: bool, chunk: int, vocab_chu
     assert float(value) == pytest.approx(expected.item(), rel=1e-6)
     for gradient, leaf in zip(gradients, leaves, strict=True):
         wanted = np.zeros(leaf.shape) if leaf.grad is None else leaf.grad.numpy()
-        np.testing.assert_allclose(gradient, wanted, atol=1e-6 * max(np.abs(wanted).max(), 1e-30))
+        assert np.linalg.norm(gradient - wanted) <= 1e-6 * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("distance", [0.1, 0.01])
+def test_a_small_divergence_is_not_drowned_by_rounding(distance: float) -> None:
+    (base_hidden, base_vd), (hidden, weight_vd) = two_models(distance)
+    ours = token_kl(jnp.asarray(hidden), Head(weight=jnp.asarray(weight_vd)), jnp.asarray(base_hidden), Head(weight=jnp.asarray(base_vd)))
+    expected = kl_by_hand(torch.tensor(hidden, dtype=torch.float64), torch.tensor(weight_vd, dtype=torch.float64), base_hidden, base_vd)
+    np.testing.assert_allclose(ours, expected.numpy(), rtol=1e-6 / distance)
 
 
 def test_the_same_model_has_no_divergence_and_no_gradient() -> None:
