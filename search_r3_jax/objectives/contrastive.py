@@ -51,8 +51,7 @@ def _pairs(
     valid_b: jax.Array | None,
     query_weight_b: jax.Array | None,
 ) -> _Pairs:
-    B, P = relevance_bp.shape
-    valid_b = jnp.ones(B, bool) if valid_b is None else valid_b
+    valid_b = jnp.ones(relevance_bp.shape[0], bool) if valid_b is None else valid_b
     relevance_bp = jnp.where(valid_b[:, None], relevance_bp, 0).astype(jnp.float32)
     positive_bp = relevance_bp > 0
     negative_bp = ~positive_bp & ~excluded_bp & valid_b[:, None]
@@ -156,9 +155,7 @@ def _check_directions(directions: Sequence[Direction], partition: str) -> None:
     if "query_to_document" not in directions:
         raise ValueError(f"directions {tuple(directions)}: the pair itself stands in query_to_document")
     if partition == "per_direction" and {"query_to_query", "document_to_document"} & set(directions):
-        raise ValueError(
-            f"directions {tuple(directions)}: query_to_query and document_to_document hold no pair; they need partition 'joint'"
-        )
+        raise ValueError(f"directions {tuple(directions)}: query_to_query and document_to_document need partition 'joint'")
 
 
 def _log_partition(scores_rn: jax.Array, negative_rn: jax.Array, ceiling_rk: jax.Array | None) -> tuple[jax.Array, jax.Array]:
@@ -209,7 +206,7 @@ def triplet_margin(
 
 
 def matryoshka(loss_of_vectors: Callable[..., Loss], dims: Sequence[int], weights: Sequence[float] | None = None) -> Callable[..., Loss]:
-    """The weighted sum of a loss over vectors truncated to each of `dims` and normalised again (arXiv 2205.13147); weights are 1 by default.
+    """The weighted sum of a loss over vectors truncated to each of `dims` and normalised again (arXiv 2205.13147); weights default to 1.
 
     `loss_of_vectors` takes arrays [..., E] only; its scalars come back once for each dimension, as `name_dim`.
     Raises ValueError for a dimension that the vectors do not have.

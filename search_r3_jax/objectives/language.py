@@ -153,41 +153,57 @@ def _kl(size: int, hidden_ncd: jax.Array, head: Head, base_hidden_ncd: jax.Array
     return _kl_forward(size, hidden_ncd, head, base_hidden_ncd, base_head)[0]
 
 
-def _log_normalisers(size: int, hidden_ncd: jax.Array, head: Head) -> jax.Array:
-    """log Σ exp of all logits [n,C]."""
+class _Normaliser(NamedTuple):
+    """log Σ exp of all logits as the largest of them and the rest: subtracted one after the other they cost no digits."""
 
-    def add_slice(total_nc: jax.Array, start: jax.Array) -> tuple[jax.Array, None]:
+    top: jax.Array
+    rest: jax.Array
+
+    def log_probs(self, logits_cs: jax.Array) -> jax.Array:
+        return (logits_cs - self.top[:, None]) - self.rest[:, None]
+
+
+def _normaliser(size: int, hidden_ncd: jax.Array, head: Head) -> _Normaliser:
+    """Of every state, [n,C] each."""
+
+    def add_slice(carry: tuple[jax.Array, jax.Array], start: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
         first, fresh_s = _fitted(start, head.vocab_size, size)
         part = _slice(head, first, size)
 
-        def of_chunk(hidden_cd: jax.Array) -> jax.Array:
-            return jax.nn.logsumexp(_logits(hidden_cd, part, head, first), where=fresh_s, axis=-1)
+        def of_chunk(xs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+            hidden_cd, top_c, sum_c = xs
+            logits_cs = _logits(hidden_cd, part, head, first)
+            higher_c = jnp.maximum(top_c, jnp.max(logits_cs, axis=-1))
+            more_c = jnp.sum(jnp.exp(logits_cs - higher_c[:, None]), where=fresh_s, axis=-1)
+            return higher_c, sum_c * jnp.exp(top_c - higher_c) + more_c
 
-        return jnp.logaddexp(total_nc, jax.lax.map(of_chunk, hidden_ncd)), None
+        return jax.lax.map(of_chunk, (hidden_ncd, *carry)), None
 
-    return jax.lax.scan(add_slice, jnp.full(hidden_ncd.shape[:2], 4 * LOWEST), _starts(head.vocab_size, size))[0]
+    nothing = jnp.full(hidden_ncd.shape[:2], LOWEST, jnp.float32), jnp.zeros(hidden_ncd.shape[:2], jnp.float32)
+    (top_nc, sum_nc), _ = jax.lax.scan(add_slice, nothing, _starts(head.vocab_size, size))
+    return _Normaliser(top_nc, jnp.log(sum_nc))
 
 
 def _kl_forward(
     size: int, hidden_ncd: jax.Array, head: Head, base_hidden_ncd: jax.Array, base_head: Head
 ) -> tuple[jax.Array, tuple[Any, ...]]:
     V = head.vocab_size
-    log_z_nc, base_log_z_nc = _log_normalisers(size, hidden_ncd, head), _log_normalisers(size, base_hidden_ncd, base_head)
+    log_z, base_log_z = _normaliser(size, hidden_ncd, head), _normaliser(size, base_hidden_ncd, base_head)
 
     def add_slice(kl_nc: jax.Array, start: jax.Array) -> tuple[jax.Array, None]:
         first, fresh_s = _fitted(start, V, size)
         part, base_part = _slice(head, first, size), _slice(base_head, first, size)
 
-        def of_chunk(xs: tuple[jax.Array, ...]) -> jax.Array:
-            hidden_cd, base_hidden_cd, log_z_c, base_log_z_c = xs
-            log_p_cs = _logits(hidden_cd, part, head, first) - log_z_c[:, None]
-            log_q_cs = _logits(base_hidden_cd, base_part, base_head, first) - base_log_z_c[:, None]
+        def of_chunk(xs: tuple[jax.Array, jax.Array, _Normaliser, _Normaliser]) -> jax.Array:
+            hidden_cd, base_hidden_cd, log_z, base_log_z = xs
+            log_p_cs = log_z.log_probs(_logits(hidden_cd, part, head, first))
+            log_q_cs = base_log_z.log_probs(_logits(base_hidden_cd, base_part, base_head, first))
             return jnp.sum(_kl_terms(log_p_cs, log_q_cs), where=fresh_s, axis=-1)
 
-        return kl_nc + jax.lax.map(of_chunk, (hidden_ncd, base_hidden_ncd, log_z_nc, base_log_z_nc)), None
+        return kl_nc + jax.lax.map(of_chunk, (hidden_ncd, base_hidden_ncd, log_z, base_log_z)), None
 
     kl_nc, _ = jax.lax.scan(add_slice, jnp.zeros(hidden_ncd.shape[:2], jnp.float32), _starts(V, size))
-    return kl_nc, (hidden_ncd, head, base_hidden_ncd, base_head, log_z_nc, base_log_z_nc, kl_nc)
+    return kl_nc, (hidden_ncd, head, base_hidden_ncd, base_head, log_z, base_log_z, kl_nc)
 
 
 def _kl_terms(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
@@ -204,7 +220,7 @@ def _kl_terms(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
 
 def _kl_backward(size: int, saved: tuple[Any, ...], gradient_nc: jax.Array) -> tuple[jax.Array, Head, None, None]:
     """d KL / d logit = p·(log p − log q − KL), pulled back through the logits of one slice and one chunk at a time."""
-    hidden_ncd, head, base_hidden_ncd, base_head, log_z_nc, base_log_z_nc, kl_nc = saved
+    hidden_ncd, head, base_hidden_ncd, base_head, log_z, base_log_z, kl_nc = saved
     V = head.vocab_size
 
     def add_slice(total: tuple[jax.Array, _Slice], start: jax.Array) -> tuple[tuple[jax.Array, _Slice], None]:
@@ -212,16 +228,16 @@ def _kl_backward(size: int, saved: tuple[Any, ...], gradient_nc: jax.Array) -> t
         first, fresh_s = _fitted(start, V, size)
         part, base_part = _slice(head, first, size), _slice(base_head, first, size)
 
-        def add_chunk(d_part: _Slice, xs: tuple[jax.Array, ...]) -> tuple[_Slice, jax.Array]:
-            hidden_cd, base_hidden_cd, log_z_c, base_log_z_c, kl_c, gradient_c = xs
+        def add_chunk(d_part: _Slice, xs: tuple[Any, ...]) -> tuple[_Slice, jax.Array]:
+            hidden_cd, base_hidden_cd, log_z, base_log_z, kl_c, gradient_c = xs
             logits_cs, pull = jax.vjp(lambda h, w: _logits(h, w, head, first), hidden_cd, part)
-            log_p_cs = logits_cs - log_z_c[:, None]
-            log_q_cs = _logits(base_hidden_cd, base_part, base_head, first) - base_log_z_c[:, None]
+            log_p_cs = log_z.log_probs(logits_cs)
+            log_q_cs = base_log_z.log_probs(_logits(base_hidden_cd, base_part, base_head, first))
             d_logits_cs = gradient_c[:, None] * jnp.exp(log_p_cs) * (log_p_cs - log_q_cs - kl_c[:, None])
             d_hidden_cd, more = pull(jnp.where(fresh_s, d_logits_cs, 0.0))
             return jax.tree.map(jnp.add, d_part, more), d_hidden_cd.astype(jnp.float32)
 
-        xs = (hidden_ncd, base_hidden_ncd, log_z_nc, base_log_z_nc, kl_nc, gradient_nc)
+        xs = (hidden_ncd, base_hidden_ncd, log_z, base_log_z, kl_nc, gradient_nc)
         d_part, more_ncd = jax.lax.scan(add_chunk, jax.tree.map(jnp.zeros_like, part), xs)
         # The last slice overlaps the one before it: add, do not replace.
         before = jax.lax.dynamic_slice_in_dim(d_head.weight, first, size, axis=head.vocab_axis)
