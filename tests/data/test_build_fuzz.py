@@ -71,18 +71,18 @@ def write(file: Path, content: bytes, zipped: bool, cut: int) -> None:
 
 
 def check(build, source: Path, out: Path, skip_bad: bool) -> None:
+    built, refusal = None, ""
     try:
         built = build(source, out, skip_bad=skip_bad)
     except UserError as error:
-        event("refused")
-        assert "\n" not in str(error)
-        assert not out.exists()
-    else:
-        event("built")
-        for split, collection in built.items():
-            assert collection.queries
-            assert all(query.positives for query in collection.queries)
-            assert load_collection(out, split) == collection
+        refusal = str(error)
+    event("refused" if built is None else "built")
+    assert (built is None) == bool(refusal) == (not out.exists())
+    assert "\n" not in refusal
+    for split, collection in (built or {}).items():
+        assert collection.queries
+        assert all(query.positives for query in collection.queries)
+        assert load_collection(out, split) == collection
     assert {path.name for path in out.parent.iterdir()} <= {source.name, out.name}
 
 
