@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
+from etils import epath
 from tensorflow_datasets.core.dataset_info import DatasetIdentity
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 from tensorflow_datasets.core.file_adapters import FileFormat
@@ -168,7 +169,8 @@ def _write_parts(collections: Mapping[str, Collection], description: Mapping[str
 def _write_part(folder: Path, name: str, features: dict[str, Any], splits: Mapping[str, Iterator[dict[str, Any]]]) -> None:
     folder.mkdir(parents=True)
     identity = DatasetIdentity(name=name, version=tfds.core.Version("1.0.0"), data_dir=str(folder), module_name="search_r3_jax")
-    described = tfds.features.FeaturesDict(features)
+    # Any: what TFDS says it returns here is wider than what it takes below.
+    described: Any = tfds.features.FeaturesDict(features)
     info = tfds.core.DatasetInfo(builder=identity, features=described)
     info.set_file_format(FileFormat.ARRAY_RECORD)
     serializer = ExampleSerializer(described.get_serialized_info())
@@ -183,7 +185,9 @@ def _write_part(folder: Path, name: str, features: dict[str, Any], splits: Mappi
 
 
 def _write_split(folder: Path, name: str, split: str, records: Iterator[bytes]) -> SplitInfo:
-    template = ShardedFileTemplate(dataset_name=name, data_dir=folder, split=split, filetype_suffix="array_record", template=SHARD_NAME)
+    template = ShardedFileTemplate(
+        dataset_name=name, data_dir=epath.Path(folder), split=split, filetype_suffix="array_record", template=SHARD_NAME
+    )
     shard_lengths: list[int] = []
     num_bytes = 0
     while (first := next(records, None)) is not None:
