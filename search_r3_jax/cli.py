@@ -207,7 +207,7 @@ class DataBuild:
 
 
 # A union of one would be no group of subcommands: the hidden second member makes it one.
-DataCommand = Annotated[DataBuild, tyro.conf.subcommand("build")] | Annotated[None, tyro.conf.Suppress]
+DataCommand = Annotated[DataBuild, tyro.conf.subcommand("build")] | Annotated[DataBuild, tyro.conf.Suppress]
 
 Command = (
     Annotated[Quickstart, tyro.conf.subcommand("quickstart")]

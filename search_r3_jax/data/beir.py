@@ -43,8 +43,7 @@ def read_beir_splits(folder: Path, splits: Sequence[str], problems: Problems) ->
 
 def find_splits(folder: Path) -> list[str]:
     """The splits that `folder` has judgements of; raises UserError when there is none or a name is of no use."""
-    names = {file.name.removesuffix(".gz") for file in (folder / "qrels").glob("*.tsv*") if file.name.endswith((".tsv", ".tsv.gz"))}
-    splits = sorted(name.removesuffix(".tsv") for name in names)
+    splits = _judged_splits(folder)
     if not splits:
         raise UserError(f"{folder}: no qrels/<split>.tsv; without judgements there is nothing to learn or measure")
     for split in splits:
@@ -147,9 +146,13 @@ def _identifier(record: dict[str, object], seen: Container[str]) -> str:
 def _find_split(folder: Path, split: str) -> Path:
     path = _existing(folder / "qrels" / f"{split}.tsv")
     if path is None:
-        available = sorted(file.name.split(".tsv")[0] for file in (folder / "qrels").glob("*.tsv*"))
-        raise UserError(f"{folder}: no qrels/{split}.tsv; splits found: {', '.join(available) or 'none'}")
+        raise UserError(f"{folder}: no qrels/{split}.tsv; splits found: {', '.join(_judged_splits(folder)) or 'none'}")
     return path
+
+
+def _judged_splits(folder: Path) -> list[str]:
+    names = {file.name.removesuffix(".gz") for file in (folder / "qrels").glob("*.tsv*")}
+    return sorted(name.removesuffix(".tsv") for name in names if name.endswith(".tsv"))
 
 
 def _find(folder: Path, name: str) -> Path:

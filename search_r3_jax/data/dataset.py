@@ -11,7 +11,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
+from etils import epath
 from tensorflow_datasets.core.dataset_info import DatasetIdentity
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
+from tensorflow_datasets.core.file_adapters import FileFormat
+from tensorflow_datasets.core.naming import ShardedFileTemplate
+from tensorflow_datasets.core.splits import SplitDict, SplitInfo
 
 from search_r3_jax.data.beir import read_beir
 from search_r3_jax.data.collection import SHARED_CORPUS, Collection, Document, Query, usable_split_name
@@ -20,6 +26,7 @@ from search_r3_jax.errors import UserError
 FORMAT_VERSION = 2
 MANIFEST = "dataset.json"
 MAX_EXAMPLES_PER_SHARD = 100_000
+SHARD_NAME = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}"
 EXAMPLES_PER_CALL = 1_000
 T = TypeVar("T")
 
@@ -162,14 +169,41 @@ def _write_parts(collections: Mapping[str, Collection], description: Mapping[str
 def _write_part(folder: Path, name: str, features: dict[str, Any], splits: Mapping[str, Iterator[dict[str, Any]]]) -> None:
     folder.mkdir(parents=True)
     identity = DatasetIdentity(name=name, version=tfds.core.Version("1.0.0"), data_dir=str(folder), module_name="search_r3_jax")
-    info = tfds.core.DatasetInfo(builder=identity, features=tfds.features.FeaturesDict(features))
-    # Unlike a generator-based builder this writer needs no TensorFlow above 1 GB, keeps the order and prints nothing.
-    writer = tfds.core.SequentialWriter(info, max_examples_per_shard=MAX_EXAMPLES_PER_SHARD, file_format="array_record")
-    writer.initialize_splits(list(splits))
-    for split, examples in splits.items():
-        while chunk := list(itertools.islice(examples, EXAMPLES_PER_CALL)):
-            writer.add_examples({split: chunk})
-    writer.close_all()
+    # Any: what TFDS says it returns here is wider than what it takes below.
+    described: Any = tfds.features.FeaturesDict(features)
+    info = tfds.core.DatasetInfo(builder=identity, features=described)
+    info.set_file_format(FileFormat.ARRAY_RECORD)
+    serializer = ExampleSerializer(described.get_serialized_info())
+
+    def serialized(example: dict[str, Any]) -> bytes:
+        # The writers of TFDS leave out `deterministic`: the fields' order then differs from process to process. A builder
+        # would also shuffle, and need TensorFlow above 1 GB.
+        return serializer.get_tf_example(described.encode_example(example)).SerializeToString(deterministic=True)
+
+    info.set_splits(SplitDict([_write_split(folder, name, split, map(serialized, examples)) for split, examples in splits.items()]))
+    info.write_to_directory(folder)
+
+
+def _write_split(folder: Path, name: str, split: str, records: Iterator[bytes]) -> SplitInfo:
+    template = ShardedFileTemplate(
+        dataset_name=name, data_dir=epath.Path(folder), split=split, filetype_suffix="array_record", template=SHARD_NAME
+    )
+    shard_lengths: list[int] = []
+    num_bytes = 0
+    while (first := next(records, None)) is not None:
+        path = template.sharded_filepath(shard_index=len(shard_lengths), num_shards=None)
+        count = 0
+        try:
+            writer = ArrayRecordWriter(str(path), "group_size:1")
+            for record in itertools.chain([first], itertools.islice(records, MAX_EXAMPLES_PER_SHARD - 1)):
+                writer.write(record)
+                count, num_bytes = count + 1, num_bytes + len(record)
+            writer.close()
+        except RuntimeError as error:
+            # How array_record says that the disk is full.
+            raise OSError(str(error)) from error
+        shard_lengths.append(count)
+    return SplitInfo(name=split, shard_lengths=shard_lengths, num_bytes=num_bytes, filename_template=template)
 
 
 def _document_example(row: int, document: Document) -> dict[str, Any]:

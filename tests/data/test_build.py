@@ -191,7 +191,7 @@ BAD_BEIR: list[tuple[Callable[[Path], object], str, dict[str, int] | None]] = [
     (lambda f: append(f / "qrels/dev.tsv", b"q1\td1\t1"), "dev.tsv, line 12: the pair", {"contradictory judgement": 1}),
     (lambda f: append(f / "qrels/dev.tsv", b"q1 0 d1 1"), "dev.tsv, line 12: expected 3", {"wrong number of fields": 1}),
     (lambda f: append(f / "qrels/dev.tsv", b"q1\td9\t" + b"1" * 99), "dev.tsv, line 12: field 'score'", {"bad score": 1}),
-    (lambda f: cut_short(f / "corpus.jsonl"), "corpus.jsonl.gz, after line", None),
+    (lambda f: cut_short(f / "queries.jsonl"), "queries.jsonl.gz, after line", None),
     (lambda f: cut_short(f / "qrels/train.tsv"), "train.tsv.gz, after line", None),
     (lambda f: (f / "corpus.jsonl").write_bytes(b""), "corpus.jsonl: no documents", None),
     (lambda f: (f / "queries.jsonl").write_bytes(b"\n"), "queries.jsonl: no queries", None),
@@ -273,7 +273,21 @@ def test_a_place_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> None:
         build_beir(folder, tmp_path / "file")
     assert (tmp_path / "file").read_text() == "keep"
     for missing in (tmp_path / "nowhere", tmp_path / "file"):
-        with pytest.raises(UserError, match="--input: .*no such folder"):
+        with pytest.raises(UserError, match=r"--input: .*no such folder"):
             build_beir(missing, tmp_path / "set")
-    with pytest.raises(UserError, match="--input: .*no such file"):
+    with pytest.raises(UserError, match=r"--input: .*no such file"):
         build_jsonl(folder, tmp_path / "set")
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    folder = write_beir(tmp_path / "made", documents=3000)
+    program = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000));"
+        f"sys.argv[1:] = ['data', 'build', '--source', 'beir', '--input', {str(folder)!r}, '--out', {str(tmp_path / 'set')!r}];"
+        "from search_r3_jax.cli import main; main()"
+    )
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY, check=False)
+    assert (shown.returncode, shown.stdout) == (2, "")
+    assert "cannot be written (write() failed: File too large" in shown.stderr
+    assert shown.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [folder]

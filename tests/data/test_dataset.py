@@ -92,11 +92,11 @@ def test_equal_data_set_is_reused_and_others_are_refused(tmp_path: Path) -> None
 
 
 def test_failed_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_: object) -> None:
+    def fail(*_: object) -> None:
         assert any(tmp_path.iterdir())
         raise OSError("disk full")
 
-    monkeypatch.setattr("tensorflow_datasets.core.SequentialWriter.close_all", fail)
+    monkeypatch.setattr("tensorflow_datasets.core.DatasetInfo.write_to_directory", fail)
     with pytest.raises(OSError, match="disk full"):
         build_dataset({"train": collection("train", documents=3, queries=1)}, tmp_path / "set", name="made", source=SOURCE)
     assert list(tmp_path.iterdir()) == []

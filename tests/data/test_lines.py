@@ -83,13 +83,11 @@ def test_every_cut_and_every_flipped_byte_of_a_gzip_file_is_read_or_named(tmp_pa
     refused = 0
     for content in damaged:
         file.write_bytes(content)
-        try:
-            read(file)
-        except UserError as error:
+        _, problems = read(file, skip_bad=True)
+        if problems.counts:
             refused += 1
-            assert str(error).startswith(f"{file}, ")
-            _, problems = read(file, skip_bad=True)
-            assert problems.counts.total() >= 1
+            with pytest.raises(UserError, match=r"a\.gz, (after )?line \d+: "):
+                read(file)
     # What may pass is the header's time stamp, system and flags.
     assert refused >= len(damaged) - 12
 
