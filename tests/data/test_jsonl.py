@@ -101,7 +101,7 @@ BAD = [
     ({**GOOD, "negative": [{"text": "a", "relevance": 1}]}, r"field 'negative\[0\].relevance' must be 0;", "bad relevance"),
     ({**GOOD, "negative": ["b", GOOD["positive"]]}, "is judged twice, 1 and 0", "contradictory judgement"),
     ({**GOOD, "positive": ["a", {"text": "a", "relevance": 2}]}, "is judged twice, 1 and 2", "contradictory judgement"),
-    ({"query": "first", "positive": [{"text": "a", "relevance": 2}]}, "is judged twice, 1 and 2", "contradictory judgement"),
+    ({"query": "first", "positive": ["only here", {"text": "a", "relevance": 2}]}, "is judged twice, 1 and 2", "contradictory judgement"),
     ({**GOOD, "instruction": None}, "field 'instruction' must be a string", "wrong type"),
     ({**GOOD, "reasoning": ["x"]}, "field 'reasoning' must be a string", "wrong type"),
     ({**GOOD, "split": 0}, "field 'split' must be a string", "wrong type"),
