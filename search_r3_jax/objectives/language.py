@@ -127,7 +127,7 @@ def token_kl(
     V = head.vocab_size
     if base_head.vocab_size != V:
         raise ValueError(f"the vocabularies differ in size: {V} and {base_head.vocab_size}")
-    kl_nc = _kl(min(vocab_chunk, V), _cut(hidden_md, chunk), head, _cut(base_hidden_md, chunk), base_head)
+    kl_nc = jnp.asarray(_kl(min(vocab_chunk, V), _cut(hidden_md, chunk), head, _cut(base_hidden_md, chunk), base_head))
     return _joined(kl_nc, hidden_md.shape[0])
 
 

@@ -128,7 +128,7 @@ def make_step(
             if not chunk.reply_at.shape[0]:
                 return vectors, {name: jnp.zeros(()) for name in ("language", "reply_tokens", "kl")}
             # The reply's tokens, each predicted by the state before it; the head runs nowhere else.
-            mask_m, reply_at = chunk.reply_at >= 0, jnp.maximum(chunk.reply_at, 1)
+            mask_m, reply_at = jnp.asarray(chunk.reply_at) >= 0, jnp.maximum(chunk.reply_at, 1)
             read_md = hidden_md[reply_at - 1]
             log_probs, _ = token_log_probs(decoder.logits, read_md, chunk.ids.reshape(-1)[reply_at])
             language, count = cross_entropy(log_probs, mask_m)
@@ -177,7 +177,7 @@ def contrastive_losses(
     # Every document of the batch that is known to be relevant is a positive, whichever query it came with.
     same_bpk = batch.known_ids[:, None, :] == batch.document_ids[None, :, None]
     relevance_bp = jnp.sum(jnp.where(same_bpk & (batch.known_ids >= 0)[:, None, :], batch.known_relevance[:, None, :], 0.0), axis=-1)
-    excluded_bp = exclusions(batch.document_ids, batch.known_ids)
+    excluded_bp = exclusions(jnp.asarray(batch.document_ids), jnp.asarray(batch.known_ids))
 
     def contrast(queries_be: jax.Array, documents_pe: jax.Array) -> Loss:
         return info_nce(
@@ -192,7 +192,7 @@ def contrastive_losses(
         )
 
     def triplet(queries_be: jax.Array, documents_pe: jax.Array) -> Loss:
-        mined = batch.mined if config.negatives else None
+        mined = jnp.asarray(batch.mined) if config.negatives else None
         return triplet_margin(queries_be, documents_pe, relevance_bp, excluded_bp, margin=config.triplet_margin, mined_bk=mined)
 
     def mean(loss: Callable[..., Loss]) -> tuple[jax.Array, dict[str, jax.Array]]:
