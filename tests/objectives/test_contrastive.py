@@ -136,10 +136,10 @@ def test_exclusions_mask_copies_known_positives_and_padding() -> None:
 
 
 def test_a_copy_of_the_positive_changes_nothing() -> None:
-    queries, documents = unit_rows(3, E, 7), unit_rows(4, E, 8)
+    queries, documents = jnp.asarray(unit_rows(3, E, 7)), jnp.asarray(unit_rows(4, E, 8))
     ids, known = jnp.array([0, 1, 2, 3, 0]), jnp.array([[0], [1], [2]])
     alone = info_nce(queries, documents, jnp.eye(3, 4), exclusions(ids[:4], known), temperature=0.1)
-    doubled = np.concatenate([documents, documents[:1]])
+    doubled = jnp.concatenate([documents, documents[:1]])
     first = jnp.array([True, False, False])
     options: dict[str, Any] = {"temperature": 0.1, "valid_b": first}
     with_copy = info_nce(queries, doubled, jnp.eye(3, 5), exclusions(ids, known), **options)

@@ -69,7 +69,7 @@ def test_triplet_equals_sentence_transformers() -> None:
     theirs = TripletLoss(no_model, distance_metric=TripletDistanceMetric.COSINE, triplet_margin=0.15)
     expected = theirs([{"vectors": torch.tensor(column, dtype=torch.float64)} for column in columns], torch.empty(0)).item()
     total, count, scalars = triplet_margin(
-        columns[0],
+        jnp.asarray(columns[0]),
         jnp.concatenate(columns[1:]),
         one_positive(jnp.arange(8), 16),
         jnp.zeros((8, 16), bool),
