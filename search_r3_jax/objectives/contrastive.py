@@ -12,7 +12,7 @@ import jax.numpy as jnp
 Direction = Literal["query_to_document", "query_to_query", "document_to_query", "document_to_document"]
 Loss = tuple[jax.Array, jax.Array, dict[str, jax.Array]]
 
-# A score that contributes nothing. Finite, because a row of −inf alone has the gradient 0 · ∞.
+# A score that contributes nothing. Finite, so that nothing here or in a gradient is ∞ − ∞ or 0 · ∞, whatever is excluded.
 FLOOR = -1e30
 
 

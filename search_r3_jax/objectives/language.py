@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -148,8 +147,7 @@ def kl_to_base(
     return jnp.sum(jnp.where(mask_m, kl_m, 0.0)), jnp.sum(mask_m, dtype=jnp.float32)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _kl(size: int, hidden_ncd: jax.Array, head: Head, base_hidden_ncd: jax.Array, base_head: Head) -> jax.Array:
+def _kl_value(size: int, hidden_ncd: jax.Array, head: Head, base_hidden_ncd: jax.Array, base_head: Head) -> jax.Array:
     return _kl_forward(size, hidden_ncd, head, base_hidden_ncd, base_head)[0]
 
 
@@ -251,4 +249,5 @@ def _kl_backward(size: int, saved: tuple[Any, ...], gradient_nc: jax.Array) -> t
     return d_hidden_ncd.astype(hidden_ncd.dtype), d_head, None, None
 
 
+_kl = jax.custom_vjp(_kl_value, nondiff_argnums=(0,))
 _kl.defvjp(_kl_forward, _kl_backward)

@@ -192,6 +192,17 @@ def test_degenerate_rows_are_finite(directions: tuple[Direction, ...], margin: f
     assert all((np.asarray(gradient) == 0).all() for gradient in gradients)
 
 
+def test_a_negative_at_the_margin_is_kept_and_one_beyond_it_dropped() -> None:
+    query, documents = jnp.array([[1.0, 0.0]]), jnp.array([[0.5, 0.0], [0.25, 0.0], [0.375, 0.0], [0.75, 0.0]])
+    for margin, kept in ((0.25, 1), (0.125, 2), (0.0, 2), (-0.25, 3)):
+        total, _, scalars = info_nce(
+            query, documents, jnp.eye(1, 4), jnp.zeros((1, 4), bool), temperature=1.0, false_negative_margin=margin
+        )
+        negatives = np.sort(np.asarray(documents)[1:, 0])[:kept].astype(np.float64)
+        assert float(scalars["negatives"]) == kept
+        assert float(total) == pytest.approx(np.log1p(np.exp(negatives - 0.5).sum()), rel=1e-6)
+
+
 def test_directions_that_hold_no_pair_are_refused() -> None:
     arguments = jnp.eye(2), jnp.eye(2), jnp.eye(2), jnp.zeros((2, 2), bool)
     with pytest.raises(ValueError, match="query_to_document"):

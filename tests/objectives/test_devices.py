@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
 PROGRAM = Path(__file__).with_name("losses_across_devices.py")
 
 
@@ -50,7 +51,6 @@ def test_eight_devices_compute_what_one_computes() -> None:
     check(run(processes=1, devices=8)[0])
 
 
-@pytest.mark.slow
 def test_two_processes_of_four_devices_compute_what_one_computes() -> None:
     for report in run(processes=2, devices=4):
         assert report["processes"] == 2
