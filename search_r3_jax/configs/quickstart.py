@@ -21,7 +21,7 @@ config = RunConfig(
     compute_dtype="float32",
     remat="dots",
     data=DataConfig(train_functions=384, dev_functions=50, test_functions=600, test_queries=128),
-    text=TextConfig(max_query_tokens=32, max_document_tokens=21),
+    text=TextConfig(max_query_tokens=32, max_document_tokens=21, max_thought_tokens=24),
     lora=LoraConfig(rank=16, alpha=32.0),
     sft=SftConfig(
         steps=40,

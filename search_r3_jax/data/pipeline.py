@@ -124,11 +124,12 @@ class PairPipeline:
 
     @cached_property
     def _row_tokens(self) -> int:
-        """The length of a row: the longest text fits, and several of the usual ones do."""
+        """The length of a row: as many of the longest texts as reach ROW_TOKENS fit, so that full-length texts leave little over."""
         direct, reason = self.prompter.direct, self.prompter.reason
         longest = max(self.max_document_tokens, self.max_query_tokens) + len(direct.suffix) + len(direct.closing)
         reasoned = self.max_query_tokens + len(reason.suffix) + self.max_thought_tokens + len(reason.closing)
-        return max(ROW_TOKENS, bucket_length(max(longest, reasoned if self.reasoned else 0)))
+        longest = max(longest, reasoned if self.reasoned else 0)
+        return bucket_length(-(-ROW_TOKENS // longest) * longest)
 
     @cached_property
     def _first_document(self) -> list[int]:
