@@ -4,6 +4,7 @@ import dataclasses
 import os
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def judged_collection() -> Collection:
 
 def pipeline(collections: tuple[Collection, ...], *, weights: tuple[float, ...] = (), **options: int) -> PairPipeline:
     mixture = Mixture(collections=collections, weights=weights, seed=7)
-    sizes = {"global_batch": 8, "encode_chunk": 8, "max_query_tokens": 24, "max_document_tokens": 40} | options
+    sizes: dict[str, Any] = {"global_batch": 8, "encode_chunk": 8, "max_query_tokens": 24, "max_document_tokens": 40} | options
     return PairPipeline(mixture=mixture, prompter=PROMPTER, **sizes)
 
 

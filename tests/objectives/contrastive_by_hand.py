@@ -83,7 +83,7 @@ def triplet_by_hand(
         positives = [p for p in range(len(grades)) if grades[p] > 0]
         allowed = [p for p in range(len(grades)) if grades[p] == 0 and not out[p]]
         if mined is None:
-            negatives = sorted(allowed, key=lambda p: float(queries[b] @ documents[p]))[-1:]
+            negatives = sorted(allowed, key=lambda p: float((queries[b] @ documents[p]).detach()))[-1:]
         else:
             negatives = [p for p in mined[b] if p in allowed]
         if not (valid[b] and positives and negatives):
