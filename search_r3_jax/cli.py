@@ -157,11 +157,64 @@ class Embed:
         print(f"{self.out}: {count} {self.kind} vectors of {dimension} dimensions, {self.mode}, in {seconds:.1f} s")
 
 
+@dataclass(frozen=True, kw_only=True)
+class DataBuild:
+    """Build a TFDS data set (array_record) from a BEIR folder, a .jsonl file or installed Python packages.
+
+    Attributes:
+        source: `beir` reads a folder, `jsonl` a file with a query and its documents a line, `python-functions` Python packages.
+        out: folder to write; must not exist, or hold the same data set.
+        input: what the source reads; `python-functions` takes the installed packages by default.
+        split: the splits to build; all that are there by default.
+        skip_bad: leave bad lines out, name the first 20 and count them; otherwise the first one ends the build.
+        seed: with python-functions: draws the packages and functions.
+        train_functions: with python-functions: size of the split.
+        dev_functions: with python-functions: size of the split.
+        test_functions: with python-functions: size of the split.
+        debug: show the traceback of an error.
+    """
+
+    source: Literal["beir", "jsonl", "python-functions"]
+    out: Path
+    input: Path | None = None
+    split: tuple[str, ...] = ()
+    skip_bad: bool = False
+    seed: int = 0
+    train_functions: int = 384
+    dev_functions: int = 50
+    test_functions: int = 600
+    debug: bool = False
+
+    def run(self) -> None:
+        from search_r3_jax.data.build import FunctionCounts, build_beir, build_jsonl, build_python_functions
+
+        if self.source == "python-functions":
+            counts = FunctionCounts(
+                seed=self.seed,
+                train_functions=self.train_functions,
+                dev_functions=self.dev_functions,
+                test_functions=self.test_functions,
+            )
+            collections = build_python_functions(self.input, self.out, counts=counts, splits=self.split)
+        elif self.input is None:
+            raise UserError(f"--input: missing; --source {self.source} reads it")
+        elif self.source == "beir":
+            collections = build_beir(self.input, self.out, splits=self.split, skip_bad=self.skip_bad)
+        else:
+            collections = build_jsonl(self.input, self.out, splits=self.split, skip_bad=self.skip_bad)
+        for split, collection in collections.items():
+            print(f"{self.out}: {split}: {len(collection.queries)} queries over {len(collection.documents)} documents")
+
+
+# A union of one would be no group of subcommands: the hidden second member makes it one.
+DataCommand = Annotated[DataBuild, tyro.conf.subcommand("build")] | Annotated[DataBuild, tyro.conf.Suppress]
+
 Command = (
     Annotated[Quickstart, tyro.conf.subcommand("quickstart")]
     | Annotated[Indexer, tyro.conf.subcommand("indexer")]
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Embed, tyro.conf.subcommand("embed")]
+    | Annotated[DataCommand, tyro.conf.subcommand("data", description="Build data sets.")]
 )
 
 

@@ -91,10 +91,12 @@ class TextConfig:
     Attributes:
         max_query_tokens: a query's own tokens; the prompt around it is never cut.
         max_document_tokens: a document's own tokens.
+        max_thought_tokens: tokens of a given reasoning; the closing behind it is never cut.
     """
 
     max_query_tokens: int = 64
     max_document_tokens: int = 256
+    max_thought_tokens: int = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,25 +128,41 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SftConfig:
-    """Stage 1.
+    """Stage 1: cross-entropy on the reply + KL to the base + InfoNCE + triplet margin; a weight of 0 leaves a term out.
 
     Attributes:
         global_batch: (query, document) pairs a step.
+        encode_chunk: pairs whose activations are in memory at a time (GradCache); 0 is the whole batch, encoded once.
         temperature: τ of InfoNCE.
+        symmetric: InfoNCE from documents to queries as well, in equal parts.
+        false_negative_margin: negatives within this cosine of the positive, or above it, are left out; None leaves none out.
+        triplet_margin: θ, in cosine.
+        matryoshka: dimensions at which the contrastive losses are taken too, the whole vector included; empty is the whole alone.
+        negatives: judged irrelevant or mined documents a query.
         reasoned_share: share of queries in the reasoned format, in [0, 1].
-        reasoning: where their reasoning text comes from.
+        reasoning: where their reasoning text comes from: a column of the data set, or key terms of the positive document.
         key_terms: how many terms a key-term reasoning names.
+        max_skipped: steps with a loss or gradient that is not finite are skipped; so many in a row end the run.
     """
 
     steps: int = 1000
     global_batch: int = 64
+    encode_chunk: int = 0
     temperature: float = 0.05
+    symmetric: bool = False
+    false_negative_margin: float | None = None
+    triplet_margin: float = 0.15
     infonce_weight: float = 1.0
+    triplet_weight: float = 1.0
     language_weight: float = 1.0
+    kl_weight: float = 1.0
+    matryoshka: tuple[int, ...] = ()
+    negatives: int = 0
     reasoned_share: float = 0.0
-    reasoning: Literal["off", "key_terms"] = "off"
+    reasoning: Literal["off", "column", "key_terms"] = "off"
     key_terms: int = 6
     save_every: int = 100
+    max_skipped: int = 10
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 

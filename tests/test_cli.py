@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from search_r3_jax.cli import Embed, Export
+from search_r3_jax.cli import DataBuild, Embed, Export
 from search_r3_jax.embedder import Embedder
 from search_r3_jax.errors import UserError
 
@@ -20,7 +20,7 @@ def search_r3(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_help_names_the_commands() -> None:
     shown = search_r3("--help")
     assert shown.returncode == 0
-    for command in ("quickstart", "indexer", "export", "embed"):
+    for command in ("quickstart", "indexer", "export", "embed", "data"):
         assert command in shown.stdout
 
 
@@ -117,3 +117,26 @@ def test_export_asks_for_one_source(tmp_path: Path) -> None:
         Export(out=tmp_path / "out", run_folder=tmp_path).run()
     with pytest.raises(UserError, match="give --peft"):
         Export(out=tmp_path / "out", model="smollm2", base="x").run()
+
+
+def test_data_build_from_a_beir_folder_and_from_lines(tmp_path: Path) -> None:
+    (tmp_path / "in" / "qrels").mkdir(parents=True)
+    (tmp_path / "in" / "corpus.jsonl").write_text('{"_id": "d1", "text": "a"}\n{"_id": "d2", "text": ""}\n')
+    (tmp_path / "in" / "queries.jsonl").write_text('{"_id": "q1", "text": "b"}\n')
+    (tmp_path / "in" / "qrels" / "test.tsv").write_text("q1\td1\t1\n")
+    (tmp_path / "pairs.jsonl").write_text('{"query": "q", "positive": ["a", "b"]}\n')
+    command = ["data", "build", "--source", "beir", "--input", str(tmp_path / "in"), "--out", str(tmp_path / "set")]
+    shown = search_r3(*command)
+    error = f"{tmp_path}/in/corpus.jsonl, line 2: fields 'title' and 'text' are both empty; fill one or remove the line\n"
+    assert (shown.returncode, shown.stdout, shown.stderr) == (2, "", f"search-r3: {error}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "pairs.jsonl"]
+    assert "Traceback" in search_r3(*command, "--debug").stderr
+    shown = search_r3(*command, "--skip-bad", "--split", "test")
+    assert (shown.returncode, shown.stdout) == (0, f"{tmp_path}/set: test: 1 queries over 1 documents\n")
+    assert shown.stderr == f"skipped: {error}skipped 1 in all: empty text 1\n"
+
+    out = tmp_path / "lines"
+    shown = search_r3("data", "build", "--source", "jsonl", "--input", str(tmp_path / "pairs.jsonl"), "--out", str(out))
+    assert (shown.returncode, shown.stdout, shown.stderr) == (0, f"{out}: train: 1 queries over 2 documents\n", "")
+    with pytest.raises(UserError, match="--input: missing; --source beir reads it"):
+        DataBuild(source="beir", out=tmp_path / "other").run()

@@ -1,158 +1,158 @@
 """Reads a folder in BEIR's layout, gzipped or not."""
 
-import gzip
-import json
-import zlib
-from collections.abc import Iterator
+import re
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
 
-from search_r3_jax.data.collection import Collection, Document, Query
+from search_r3_jax.data.collection import Collection, Document, Query, usable_split_name
+from search_r3_jax.data.lines import LineError, Problems, filled_field, parse_object, read_lines, shown, string_field
 from search_r3_jax.errors import UserError
 
-QRELS_HEADER = ["query-id", "corpus-id", "score"]
+# The last word of a header, which the layout has and some copies of it lack; it is never a score.
+SCORE_HEADERS = ("score", "relevance", "rel", "label")
+MAX_SCORE = 2**31 - 1
 
 
 def read_beir(folder: Path | str, split: str) -> Collection:
     """The collection in `folder` with the queries judged in `split`; raises UserError naming file and line."""
-    folder = Path(folder)
+    return read_beir_splits(Path(folder), [split], Problems())[split]
+
+
+def read_beir_splits(folder: Path, splits: Sequence[str], problems: Problems) -> dict[str, Collection]:
+    """Split name → collection, all with the same documents; what `problems` lets pass is left out."""
     corpus_file = _find(folder, "corpus.jsonl")
     queries_file = _find(folder, "queries.jsonl")
-    qrels_file = _find_split(folder, split)
-    documents = _read_documents(corpus_file)
-    texts = _read_query_texts(queries_file)
-    doc_ids = {document.doc_id for document in documents}
-    positives: dict[str, dict[str, int]] = {}
-    for query_id, doc_id, score in _read_judgements(qrels_file, texts, queries_file, doc_ids, corpus_file):
-        if score > 0:
-            positives.setdefault(query_id, {})[doc_id] = score
-    negatives: dict[str, list[str]] = {}
-    if (negatives_file := _existing(folder / "neg" / f"{split}.tsv")) is not None:
-        for query_id, doc_id, _ in _read_judgements(negatives_file, texts, queries_file, doc_ids, corpus_file):
-            if doc_id in positives.get(query_id, ()):
-                raise UserError(f"{negatives_file}: document {doc_id!r} is also a positive of query {query_id!r}; remove one")
-            negatives.setdefault(query_id, []).append(doc_id)
-    if not positives:
-        raise UserError(f"{qrels_file}: no row with score > 0; a split needs at least one judged query")
-    queries = tuple(
-        Query(query_id=query_id, text=text, positives=positives[query_id], negatives=tuple(negatives.get(query_id, ())))
-        for query_id, text in texts.items()
-        if query_id in positives
-    )
-    return Collection(name=folder.resolve().name, split=split, documents=documents, queries=queries)
-
-
-def _read_documents(path: Path) -> tuple[Document, ...]:
-    documents: list[Document] = []
-    seen: set[str] = set()
-    for line_number, record in _json_lines(path):
-        document = Document(
-            doc_id=_identifier(record, path, line_number, seen),
-            title=_string(record, "title", path, line_number) if "title" in record else "",
-            text=_string(record, "text", path, line_number),
+    qrels_files = {split: _find_split(folder, split) for split in splits}
+    documents = _read_documents(corpus_file, problems)
+    texts = _read_query_texts(queries_file, problems)
+    known = _Known(texts=texts, doc_ids=documents, queries_file=queries_file, corpus_file=corpus_file)
+    collections: dict[str, Collection] = {}
+    for split, qrels_file in qrels_files.items():
+        judged: dict[str, dict[str, int]] = {}
+        _read_judgements(qrels_file, known, judged, problems)
+        if not any(score > 0 for scores in judged.values() for score in scores.values()):
+            raise UserError(f"{qrels_file}: no row with score > 0; a split needs at least one judged query")
+        if (negatives_file := _existing(folder / "neg" / f"{split}.tsv")) is not None:
+            _read_judgements(negatives_file, known, judged, problems, highest=0)
+        collections[split] = Collection(
+            name=folder.resolve().name, split=split, documents=tuple(documents.values()), queries=_queries(texts, judged)
         )
-        if not document.body.strip():
-            raise UserError(f"{path}, line {line_number}: fields 'title' and 'text' are both empty; fill one or remove the line")
-        documents.append(document)
+    return collections
+
+
+def find_splits(folder: Path) -> list[str]:
+    """The splits that `folder` has judgements of; raises UserError when there is none or a name is of no use."""
+    splits = _judged_splits(folder)
+    if not splits:
+        raise UserError(f"{folder}: no qrels/<split>.tsv; without judgements there is nothing to learn or measure")
+    for split in splits:
+        if not usable_split_name(split):
+            remedy = "rename it to letters, digits and '_', not 'all' or 'shared', or choose others with --split"
+            raise UserError(f"{folder / 'qrels'}: split name {shown(split)} is not usable; {remedy}")
+    return splits
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Known:
+    """What a judgement may name, and the files that say so."""
+
+    texts: Container[str]
+    doc_ids: Container[str]
+    queries_file: Path
+    corpus_file: Path
+
+
+def _read_documents(path: Path, problems: Problems) -> dict[str, Document]:
+    documents: dict[str, Document] = {}
+    for where, line in read_lines(path, problems):
+        with problems.at(where):
+            record = parse_object(line)
+            doc_id = _identifier(record, documents)
+            document = Document(doc_id=doc_id, title=string_field(record, "title", default=""), text=string_field(record, "text"))
+            if not document.body.strip():
+                raise LineError("empty text", "fields 'title' and 'text' are both empty; fill one or remove the line")
+            documents[doc_id] = document
     if not documents:
         raise UserError(f"{path}: no documents; expected one JSON object a line")
-    return tuple(documents)
+    return documents
 
 
-def _read_query_texts(path: Path) -> dict[str, str]:
+def _read_query_texts(path: Path, problems: Problems) -> dict[str, str]:
     texts: dict[str, str] = {}
-    seen: set[str] = set()
-    for line_number, record in _json_lines(path):
-        query_id = _identifier(record, path, line_number, seen)
-        texts[query_id] = _string(record, "text", path, line_number)
-        if not texts[query_id].strip():
-            raise UserError(f"{path}, line {line_number}: field 'text' is empty; fill it or remove the line")
+    for where, line in read_lines(path, problems):
+        with problems.at(where):
+            record = parse_object(line)
+            query_id = _identifier(record, texts)
+            texts[query_id] = filled_field(record, "text")
+    if not texts:
+        raise UserError(f"{path}: no queries; expected one JSON object a line")
     return texts
 
 
-def _read_judgements(
-    path: Path, texts: dict[str, str], queries_file: Path, doc_ids: set[str], corpus_file: Path
-) -> Iterator[tuple[str, str, int]]:
-    seen: set[tuple[str, str]] = set()
-    for line_number, line in _lines(path):
-        where = f"{path}, line {line_number}"
+def _read_judgements(path: Path, known: _Known, judged: dict[str, dict[str, int]], problems: Problems, *, highest: int = MAX_SCORE) -> None:
+    for row, (where, line) in enumerate(read_lines(path, problems)):
         fields = line.split("\t")
-        if line_number == 1:
-            if fields != QRELS_HEADER:
-                raise UserError(f"{where}: expected the header 'query-id<TAB>corpus-id<TAB>score'; add it")
+        if row == 0 and fields[-1].strip().lower() in SCORE_HEADERS:
             continue
-        if len(fields) != 3:
-            raise UserError(f"{where}: expected 3 tab-separated fields (query-id, corpus-id, score), got {len(fields)}")
-        query_id, doc_id, score = fields
-        if query_id not in texts:
-            raise UserError(f"{where}: field 'query-id': {query_id!r} is not in {queries_file.name}; add it or remove the row")
-        if doc_id not in doc_ids:
-            raise UserError(f"{where}: field 'corpus-id': {doc_id!r} is not in {corpus_file.name}; add it or remove the row")
-        if (query_id, doc_id) in seen:
-            raise UserError(f"{where}: the pair {query_id!r}, {doc_id!r} is judged twice; remove one row")
-        seen.add((query_id, doc_id))
-        try:
-            yield query_id, doc_id, int(score)
-        except ValueError:
-            raise UserError(f"{where}: field 'score': expected an integer, got {score!r}") from None
+        with problems.at(where):
+            query_id, doc_id, score = _judgement(fields, known, highest)
+            earlier = judged.setdefault(query_id, {}).setdefault(doc_id, score)
+            # A row repeated as it is says nothing new; nor do two ways to say "irrelevant".
+            if earlier != score and max(earlier, score) > 0:
+                text = f"the pair {shown(query_id)}, {shown(doc_id)} is judged twice, {earlier} and {score}; remove one row"
+                raise LineError("contradictory judgement", text)
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for line_number, line in _lines(path):
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}, line {line_number}: not valid JSON ({error}); expected one object a line") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{path}, line {line_number}: expected a JSON object, got {type(record).__name__}")
-        yield line_number, record
+def _judgement(fields: Sequence[str], known: _Known, highest: int) -> tuple[str, str, int]:
+    if len(fields) != 3:
+        text = f"expected 3 tab-separated fields (query-id, corpus-id, score), got {len(fields)}"
+        raise LineError("wrong number of fields", text)
+    query_id, doc_id, score = fields
+    if query_id not in known.texts:
+        text = f"field 'query-id': {shown(query_id)} is not in {known.queries_file.name}; add it or remove the row"
+        raise LineError("unknown or skipped query", text)
+    if doc_id not in known.doc_ids:
+        text = f"field 'corpus-id': {shown(doc_id)} is not in {known.corpus_file.name}; add it or remove the row"
+        raise LineError("unknown or skipped document", text)
+    # int() alone also reads "1_0" and digits of other scripts, and refuses thousands of digits in words of its own.
+    if not re.fullmatch(r"[+-]?[0-9]{1,10}", score.strip()) or abs(int(score)) > MAX_SCORE:
+        raise LineError("bad score", f"field 'score': expected an integer of 32 bits, got {shown(score)}")
+    if int(score) > highest:
+        raise LineError("bad score", f"field 'score': {score} in a file of negatives; expected {highest} or less")
+    return query_id, doc_id, int(score)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    line_number = 0
-    try:
-        with _open(path) as file:
-            # Bytes are split at "\n" only: text may hold other separators such as U+2028.
-            for line_number, raw in enumerate(file, start=1):
-                line = raw.decode("utf-8-sig" if line_number == 1 else "utf-8").rstrip("\r\n")
-                if line.strip():
-                    yield line_number, line
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}, line {line_number}: not UTF-8 ({error.reason}); convert the file to UTF-8") from None
-    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise UserError(f"{path}, after line {line_number}: damaged gzip file ({error}); fetch it again") from None
+def _queries(texts: dict[str, str], judged: dict[str, dict[str, int]]) -> tuple[Query, ...]:
+    queries: list[Query] = []
+    for query_id, text in texts.items():
+        scores = judged.get(query_id, {})
+        positives = {doc_id: score for doc_id, score in scores.items() if score > 0}
+        negatives = tuple(doc_id for doc_id, score in scores.items() if score <= 0)
+        if positives:
+            queries.append(Query(query_id=query_id, text=text, positives=positives, negatives=negatives))
+    return tuple(queries)
 
 
-def _identifier(record: dict[str, Any], path: Path, line_number: int, seen: set[str]) -> str:
-    identifier = _string(record, "_id", path, line_number)
+def _identifier(record: dict[str, object], seen: Container[str]) -> str:
+    identifier = string_field(record, "_id")
     if not identifier:
-        raise UserError(f"{path}, line {line_number}: field '_id' is empty; give every line an id")
+        raise LineError("empty id", "field '_id' is empty; give every line an id")
     if identifier in seen:
-        raise UserError(f"{path}, line {line_number}: field '_id': {identifier!r} appears twice; ids must be unique")
-    seen.add(identifier)
+        raise LineError("duplicate id", f"field '_id': {shown(identifier)} appears twice; ids must be unique")
     return identifier
-
-
-def _string(record: dict[str, Any], field: str, path: Path, line_number: int) -> str:
-    if field not in record:
-        raise UserError(f"{path}, line {line_number}: field {field!r} is missing; add it")
-    value = record[field]
-    if not isinstance(value, str):
-        raise UserError(f"{path}, line {line_number}: field {field!r} must be a string, got {type(value).__name__}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        # JSON escapes can spell half a surrogate pair, which no UTF-8 file can store.
-        raise UserError(f"{path}, line {line_number}: field {field!r} holds an unpaired surrogate escape; remove it") from None
-    return value
 
 
 def _find_split(folder: Path, split: str) -> Path:
     path = _existing(folder / "qrels" / f"{split}.tsv")
     if path is None:
-        available = sorted(file.name.split(".tsv")[0] for file in (folder / "qrels").glob("*.tsv*"))
-        raise UserError(f"{folder}: no qrels/{split}.tsv; splits found: {', '.join(available) or 'none'}")
+        raise UserError(f"{folder}: no qrels/{split}.tsv; splits found: {', '.join(_judged_splits(folder)) or 'none'}")
     return path
+
+
+def _judged_splits(folder: Path) -> list[str]:
+    names = {file.name.removesuffix(".gz") for file in (folder / "qrels").glob("*.tsv*")}
+    return sorted(name.removesuffix(".tsv") for name in names if name.endswith(".tsv"))
 
 
 def _find(folder: Path, name: str) -> Path:
@@ -165,7 +165,3 @@ def _find(folder: Path, name: str) -> Path:
 def _existing(path: Path) -> Path | None:
     zipped = path.with_name(path.name + ".gz")
     return next((candidate for candidate in (path, zipped) if candidate.is_file()), None)
-
-
-def _open(path: Path) -> gzip.GzipFile | BinaryIO:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")

@@ -1,9 +1,19 @@
 """The in-memory shape of a retrieval collection."""
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+
+# TFDS reserves the split name "all".
+SHARED_CORPUS = "shared"
+RESERVED_SPLIT_NAMES = ("all", SHARED_CORPUS)
+
+
+def usable_split_name(name: str) -> bool:
+    """Whether a split of a data set may be called `name`."""
+    return re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,63}", name) is not None and name not in RESERVED_SPLIT_NAMES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,12 +32,19 @@ class Document:
 
 @dataclass(frozen=True, kw_only=True)
 class Query:
-    """One query; `positives` maps document ids to relevance > 0, `negatives` are judged irrelevant."""
+    """One query; `positives` maps document ids to relevance > 0, `negatives` are judged irrelevant.
+
+    Attributes:
+        instruction: what kind of search this is; empty for none.
+        reasoning: a text that the model shall learn to write before it embeds; empty for none.
+    """
 
     query_id: str
     text: str
     positives: Mapping[str, int]
     negatives: tuple[str, ...] = ()
+    instruction: str = ""
+    reasoning: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,6 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -12,26 +11,41 @@ from typing import Any, TypeVar
 
 import numpy as np
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
+from etils import epath
 from tensorflow_datasets.core.dataset_info import DatasetIdentity
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
+from tensorflow_datasets.core.file_adapters import FileFormat
+from tensorflow_datasets.core.naming import ShardedFileTemplate
+from tensorflow_datasets.core.splits import SplitDict, SplitInfo
 
 from search_r3_jax.data.beir import read_beir
-from search_r3_jax.data.collection import Collection, Document, Query
+from search_r3_jax.data.collection import SHARED_CORPUS, Collection, Document, Query, usable_split_name
 from search_r3_jax.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "dataset.json"
-# TFDS reserves the split name "all".
-SHARED_CORPUS = "shared"
 MAX_EXAMPLES_PER_SHARD = 100_000
+SHARD_NAME = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}"
 EXAMPLES_PER_CALL = 1_000
 T = TypeVar("T")
 
 
-def build_dataset(collections: Mapping[str, Collection], out: Path | str, *, name: str, source: Mapping[str, object]) -> Path:
-    """Builds `out` from split name → collection, or reuses an equal one; raises UserError if `out` holds anything else."""
+def build_dataset(
+    collections: Mapping[str, Collection],
+    out: Path | str,
+    *,
+    name: str,
+    source: Mapping[str, object],
+    skipped: Mapping[str, int] | None = None,
+) -> Path:
+    """Builds `out` from split name → collection, or reuses an equal one; raises UserError if `out` holds anything else.
+
+    `skipped` says how many lines of the source were left out for which reason; it is recorded.
+    """
     out = Path(out)
     _check_split_names(collections, out)
-    description = _describe(collections, name, source)
+    description = {**_describe(collections, name, source), "skipped": dict(skipped or {})}
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         _check_reusable(out, description)
         return out
@@ -81,7 +95,8 @@ def _describe(collections: Mapping[str, Collection], name: str, source: Mapping[
 def _queries_hash(queries: Iterable[Query]) -> str:
     digest = hashlib.sha256()
     for query in queries:
-        fields = [query.query_id, query.text, list(query.positives.items()), query.negatives]
+        judgements = [list(query.positives.items()), query.negatives]
+        fields = [query.query_id, query.text, query.instruction, query.reasoning, *judgements]
         digest.update(json.dumps(fields).encode() + b"\n")
     return digest.hexdigest()
 
@@ -90,7 +105,7 @@ def _check_split_names(collections: Mapping[str, Collection], out: Path) -> None
     if not collections:
         raise UserError(f"{out}: nothing to build; give at least one split")
     for split, collection in collections.items():
-        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", split) or split in ("all", SHARED_CORPUS):
+        if not usable_split_name(split):
             raise UserError(f"{out}: split name {split!r} is not usable; use letters, digits and '_', not 'all' or 'shared'")
         if not collection.documents or not collection.queries:
             raise UserError(f"{out}: split {split!r} has no documents or no queries; leave it out")
@@ -144,7 +159,7 @@ def _write_parts(collections: Mapping[str, Collection], description: Mapping[str
         building / "queries",
         "queries",
         {
-            **{"row": np.int64, "query_id": text, "text": text},
+            **{"row": np.int64, "query_id": text, "text": text, "instruction": text, "reasoning": text},
             **{"positives": texts, "relevance": tfds.features.Sequence(np.int32), "negatives": texts},
         },
         {split: map(_query_example, itertools.count(), queries) for split, queries in queries_of.items()},
@@ -154,14 +169,41 @@ def _write_parts(collections: Mapping[str, Collection], description: Mapping[str
 def _write_part(folder: Path, name: str, features: dict[str, Any], splits: Mapping[str, Iterator[dict[str, Any]]]) -> None:
     folder.mkdir(parents=True)
     identity = DatasetIdentity(name=name, version=tfds.core.Version("1.0.0"), data_dir=str(folder), module_name="search_r3_jax")
-    info = tfds.core.DatasetInfo(builder=identity, features=tfds.features.FeaturesDict(features))
-    # Unlike a generator-based builder this writer needs no TensorFlow above 1 GB, keeps the order and prints nothing.
-    writer = tfds.core.SequentialWriter(info, max_examples_per_shard=MAX_EXAMPLES_PER_SHARD, file_format="array_record")
-    writer.initialize_splits(list(splits))
-    for split, examples in splits.items():
-        while chunk := list(itertools.islice(examples, EXAMPLES_PER_CALL)):
-            writer.add_examples({split: chunk})
-    writer.close_all()
+    # Any: what TFDS says it returns here is wider than what it takes below.
+    described: Any = tfds.features.FeaturesDict(features)
+    info = tfds.core.DatasetInfo(builder=identity, features=described)
+    info.set_file_format(FileFormat.ARRAY_RECORD)
+    serializer = ExampleSerializer(described.get_serialized_info())
+
+    def serialized(example: dict[str, Any]) -> bytes:
+        # The writers of TFDS leave out `deterministic`: the fields' order then differs from process to process. A builder
+        # would also shuffle, and need TensorFlow above 1 GB.
+        return serializer.get_tf_example(described.encode_example(example)).SerializeToString(deterministic=True)
+
+    info.set_splits(SplitDict([_write_split(folder, name, split, map(serialized, examples)) for split, examples in splits.items()]))
+    info.write_to_directory(folder)
+
+
+def _write_split(folder: Path, name: str, split: str, records: Iterator[bytes]) -> SplitInfo:
+    template = ShardedFileTemplate(
+        dataset_name=name, data_dir=epath.Path(folder), split=split, filetype_suffix="array_record", template=SHARD_NAME
+    )
+    shard_lengths: list[int] = []
+    num_bytes = 0
+    while (first := next(records, None)) is not None:
+        path = template.sharded_filepath(shard_index=len(shard_lengths), num_shards=None)
+        count = 0
+        try:
+            writer = ArrayRecordWriter(str(path), "group_size:1")
+            for record in itertools.chain([first], itertools.islice(records, MAX_EXAMPLES_PER_SHARD - 1)):
+                writer.write(record)
+                count, num_bytes = count + 1, num_bytes + len(record)
+            writer.close()
+        except RuntimeError as error:
+            # How array_record says that the disk is full.
+            raise OSError(str(error)) from error
+        shard_lengths.append(count)
+    return SplitInfo(name=split, shard_lengths=shard_lengths, num_bytes=num_bytes, filename_template=template)
 
 
 def _document_example(row: int, document: Document) -> dict[str, Any]:
@@ -173,6 +215,8 @@ def _query_example(row: int, query: Query) -> dict[str, Any]:
         "row": row,
         "query_id": query.query_id,
         "text": query.text,
+        "instruction": query.instruction,
+        "reasoning": query.reasoning,
         "positives": list(query.positives),
         "relevance": list(query.positives.values()),
         "negatives": list(query.negatives),
@@ -214,6 +258,8 @@ def _query(record: dict[str, Any]) -> Query:
         text=record["text"].decode(),
         positives=dict(zip(positives, map(int, record["relevance"]), strict=True)),
         negatives=tuple(doc_id.decode() for doc_id in record["negatives"]),
+        instruction=record["instruction"].decode(),
+        reasoning=record["reasoning"].decode(),
     )
 
 

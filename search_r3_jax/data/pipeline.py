@@ -1,31 +1,31 @@
-"""Training batches as a pure function of the step: `PairPipeline.batch(step)`."""
+"""Training batches of stage 1 as a pure function of the step: `PairPipeline.batch(step)`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
-import grain.python as grain
 import numpy as np
 
-from search_r3_jax.data.collection import Collection
+from search_r3_jax.data.collection import Query
 from search_r3_jax.data.key_terms import KeyTerms
+from search_r3_jax.data.mixture import Mixture, Pair
 from search_r3_jax.text.packing import bucket_length, pack_rows
 from search_r3_jax.text.prompts import Prompter
 
-ROW_TOKENS = 128
+ROW_TOKENS = 256
+FILLER = -1
 
 
-class PairBatch(NamedTuple):
-    """B (query, document) pairs packed into rows [R,T]; N = B queries, then P documents, each a segment.
+class TextChunks(NamedTuple):
+    """Texts packed into C chunks of rows [R,T], N texts a chunk.
 
     Attributes:
-        ids, positions, segments: [R,T] int32 as in `PackedRows`.
-        prefixes: [R,T] int32, which shared prompt prefix a token stands behind: 0 direct, 1 reasoned.
-        embed_at: [N] int32, flat position of each text's embed token.
-        reply_at: [M] int32, flat positions of the queries' reply tokens, −1 filled.
-        positive: [B] int32, each query's row of P.
-        excluded: [B,P] bool, documents that are no negatives of a query.
+        ids, positions, segments: [C,R,T] int32 as in `PackedRows`.
+        prefixes: [C,R,T] int32, which shared prompt prefix a token stands behind: 0 direct, 1 reasoned.
+        embed_at: [C,N] int32, flat position in its chunk of each text's embed token.
+        reply_at: [C,M] int32, flat positions of the reply tokens that are learnt, −1 filled; M = 0 where none are.
     """
 
     ids: np.ndarray
@@ -34,90 +34,197 @@ class PairBatch(NamedTuple):
     prefixes: np.ndarray
     embed_at: np.ndarray
     reply_at: np.ndarray
-    positive: np.ndarray
-    excluded: np.ndarray
 
 
-def shuffled(size: int, seed: int, start: int, count: int) -> list[int]:
-    """Items `start` to `start + count` of an endless sequence of seeded shuffles of 0..size−1; a pure function of its arguments."""
-    order = grain.MapDataset.range(size).shuffle(seed=seed).repeat()
-    items = [order[start + i] for i in range(count)]
-    return [item for item in items if item is not None]
+class PairBatch(NamedTuple):
+    """B queries and P documents: of each chunk its queries' positives, then their negatives.
+
+    Attributes:
+        document_ids: [P] int32, the same for the same document, −1 for a negative that there is none of.
+        known_ids: [B,K] int32, documents known to be relevant to a query, −1 filled; `known_relevance` [B,K] float32.
+        mined: [B,n] int32, rows of P that hold a query's own negatives, −1 where there are not enough.
+    """
+
+    queries: TextChunks
+    documents: TextChunks
+    document_ids: np.ndarray
+    known_ids: np.ndarray
+    known_relevance: np.ndarray
+    mined: np.ndarray
+
+    def padding_share(self) -> float:
+        """The share of the computed tokens that are padding, in [0, 1]."""
+        return float(np.mean(np.concatenate([self.queries.segments.ravel(), self.documents.segments.ravel()]) < 0))
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairPipeline:
-    """Pairs of a collection in a seeded order, tokenised; the state of the pipeline is the step alone.
+    """Pairs of a mixture in a seeded order, tokenised and packed; the state of the pipeline is the step alone.
 
-    Raises ValueError when `global_batch` exceeds the number of pairs.
+    Attributes:
+        encode_chunk: pairs that are encoded together; divides `global_batch`.
+        reasoned: of the pairs of a chunk, how many have their query in the reasoned format.
+        negatives: judged irrelevant or mined documents a query.
+        key_terms: writes the reasoning of a document where its query's own `reasoning` is empty.
     """
 
-    collection: Collection
+    mixture: Mixture
     prompter: Prompter
     global_batch: int
-    seed: int
+    encode_chunk: int
     max_query_tokens: int
     max_document_tokens: int
+    max_thought_tokens: int = 64
     reasoned: int = 0
-    key_terms: KeyTerms | None = None
+    negatives: int = 0
+    key_terms: tuple[KeyTerms, ...] = ()
 
-    def pairs(self, step: int) -> list[tuple[int, int]]:
-        """The `(query row, document row)` pairs of a step."""
-        all_pairs = [
-            (row, self.collection.row_of[doc_id]) for row, query in enumerate(self.collection.queries) for doc_id in sorted(query.positives)
-        ]
-        if self.global_batch > len(all_pairs):
-            raise ValueError(f"global_batch {self.global_batch} exceeds the {len(all_pairs)} pairs of {self.collection.name}")
-        return [all_pairs[i] for i in shuffled(len(all_pairs), self.seed, step * self.global_batch, self.global_batch)]
+    def __post_init__(self) -> None:
+        if self.global_batch > self.mixture.size():
+            raise ValueError(f"global_batch {self.global_batch} exceeds the {self.mixture.size()} pairs there are")
+        if self.encode_chunk < 1 or self.global_batch % self.encode_chunk:
+            raise ValueError(f"encode_chunk {self.encode_chunk} does not divide global_batch {self.global_batch}")
+
+    def pairs(self, step: int) -> list[Pair]:
+        """The pairs of a step."""
+        return self.mixture.pairs(range(step * self.global_batch, (step + 1) * self.global_batch))
 
     def batch(self, step: int) -> PairBatch:
         """The batch of a step."""
         pairs = self.pairs(step)
-        queries = [self.collection.queries[query] for query, _ in pairs]
-        documents = [self.collection.documents[document] for _, document in pairs]
-        direct = self.global_batch - self.reasoned
-        thoughts = [self._thought(document) for _, document in pairs[direct:]]
-        reasoned_rows = self.prompter.reason_rows([query.text for query in queries[direct:]], self.max_query_tokens)
-        rows = [
-            *self.prompter.direct_rows([query.text for query in queries[:direct]], self.max_query_tokens),
-            *[row + thought for row, thought in zip(reasoned_rows, thoughts, strict=True)],
-            *self.prompter.direct_rows([document.body for document in documents], self.max_document_tokens),
-        ]
-        closing = len(self.prompter.direct.closing)
-        replies = [closing] * direct + [len(thought) for thought in thoughts]
-        is_reasoned = np.array([direct <= i < self.global_batch for i in range(len(rows))])
-
-        starts = [len(self.prompter.of("reason" if flag else "direct").prefix) for flag in is_reasoned]
-        longest = max(len(row) for row in rows)
-        packed = pack_rows(
-            rows, starts, length=max(ROW_TOKENS, bucket_length(longest)), pad_id=0, row_multiple=max(1, self.global_batch // 4)
-        )
-        T = packed.ids.shape[1]
-        flat = packed.starts[:, 0] * T + packed.starts[:, 1]
-        ends = flat + np.array([len(row) for row in rows])
-        reply_at = np.concatenate([np.arange(end - reply, end) for end, reply in zip(ends, replies, strict=False)])
-        ids = np.array([document for _, document in pairs])
-        known = [{self.collection.row_of[doc_id] for doc_id in query.positives} for query in queries]
+        chunks = [pairs[start : start + self.encode_chunk] for start in range(0, len(pairs), self.encode_chunk)]
         return PairBatch(
-            ids=packed.ids,
-            positions=packed.positions,
-            segments=packed.segments,
-            prefixes=np.where(packed.segments >= 0, is_reasoned[packed.segments], 0).astype(np.int32),
-            embed_at=(ends - 1).astype(np.int32),
-            reply_at=_filled(reply_at, 16 * self.global_batch),
-            positive=np.arange(self.global_batch, dtype=np.int32),
-            # A copy of the positive, or another known positive, must not be pushed away as a negative.
-            excluded=np.array([[other in positives for other in ids] for positives in known]),
+            queries=self._packed([self._query_rows(chunk) for chunk in chunks]),
+            documents=self._packed([self._document_rows(chunk) for chunk in chunks]),
+            **self._judgements(chunks),
         )
 
-    def _thought(self, document: int) -> list[int]:
-        if self.key_terms is None:
-            raise ValueError("reasoned examples need key terms")
-        return self.prompter.thought_ids(self.key_terms.thought(document))
+    def _packed(self, chunks: list[_Rows]) -> TextChunks:
+        T = self._row_tokens
+        packed = [pack_rows(chunk.ids, chunk.starts, length=T, pad_id=0, row_multiple=1) for chunk in chunks]
+        # One shape for all chunks, and few shapes from step to step.
+        R = _rounded(max(rows.ids.shape[0] for rows in packed))
+        M = _rounded(max(sum(chunk.replies) for chunk in chunks))
+        embed_at, reply_at, prefixes = [], [], []
+        for chunk, rows in zip(chunks, packed, strict=True):
+            ends = rows.starts[:, 0] * T + rows.starts[:, 1] + np.array([len(row) for row in chunk.ids])
+            embed_at.append(ends - 1)
+            at = [np.arange(end - reply, end) for end, reply in zip(ends, chunk.replies, strict=True)]
+            reply_at.append(_filled(np.concatenate(at), M))
+            # The last entry serves the segment number of padding.
+            prefixes.append(np.array([*chunk.prefixes, 0])[rows.segments])
+        return TextChunks(
+            ids=_stacked([rows.ids for rows in packed], R, 0),
+            positions=_stacked([rows.positions for rows in packed], R, FILLER),
+            segments=_stacked([rows.segments for rows in packed], R, FILLER),
+            prefixes=_stacked(prefixes, R, 0),
+            embed_at=np.stack(embed_at).astype(np.int32),
+            reply_at=np.stack(reply_at).astype(np.int32),
+        )
+
+    @cached_property
+    def _row_tokens(self) -> int:
+        """The length of a row: as many of the longest texts as reach ROW_TOKENS fit, so that full-length texts leave little over."""
+        direct, reason = self.prompter.direct, self.prompter.reason
+        longest = max(self.max_document_tokens, self.max_query_tokens) + len(direct.suffix) + len(direct.closing)
+        reasoned = self.max_query_tokens + len(reason.suffix) + self.max_thought_tokens + len(reason.closing)
+        longest = max(longest, reasoned if self.reasoned else 0)
+        return bucket_length(-(-ROW_TOKENS // longest) * longest)
+
+    @cached_property
+    def _first_document(self) -> list[int]:
+        """The number of each set's first document among the documents of all sets."""
+        sizes = [len(collection.documents) for collection in self.mixture.collections]
+        return [sum(sizes[:i]) for i in range(len(sizes))]
+
+    @cached_property
+    def _most_known(self) -> int:
+        return max(len(query.positives) for collection in self.mixture.collections for query in collection.queries)
+
+    def _negatives(self, pair: Pair) -> list[int]:
+        """Rows of a pair's negatives, FILLER where there are not enough; which of many is decided by the pair's place alone."""
+        collection = self.mixture.collections[pair.set]
+        known = [collection.row_of[doc_id] for doc_id in collection.queries[pair.query].negatives]
+        if len(known) > self.negatives:
+            known = [
+                known[i] for i in np.random.default_rng([self.mixture.seed, pair.place]).choice(len(known), self.negatives, replace=False)
+            ]
+        return known + [FILLER] * (self.negatives - len(known))
+
+    def _query_rows(self, chunk: list[Pair]) -> _Rows:
+        direct = self.encode_chunk - self.reasoned
+        texts = [self._query(pair).text for pair in chunk]
+        thoughts = [self._thought(pair) for pair in chunk[direct:]]
+        reasoned = self.prompter.reason_rows(texts[direct:], self.max_query_tokens)
+        return _Rows(
+            ids=[
+                *self.prompter.direct_rows(texts[:direct], self.max_query_tokens),
+                *[row + thought for row, thought in zip(reasoned, thoughts, strict=True)],
+            ],
+            starts=[len(self.prompter.direct.prefix)] * direct + [len(self.prompter.reason.prefix)] * self.reasoned,
+            prefixes=[0] * direct + [1] * self.reasoned,
+            replies=[len(self.prompter.direct.closing)] * direct + [len(thought) for thought in thoughts],
+        )
+
+    def _document_rows(self, chunk: list[Pair]) -> _Rows:
+        bodies = [self.mixture.collections[number].documents[row].body if row != FILLER else "" for number, row in self._documents(chunk)]
+        rows = self.prompter.direct_rows(bodies, self.max_document_tokens)
+        return _Rows(ids=rows, starts=[len(self.prompter.direct.prefix)] * len(rows), prefixes=[0] * len(rows), replies=[0] * len(rows))
+
+    def _documents(self, chunk: list[Pair]) -> list[tuple[int, int]]:
+        """`(set, row)` of a chunk's documents: the positives, then each query's negatives."""
+        negatives = [(pair.set, row) for pair in chunk for row in self._negatives(pair)]
+        return [(pair.set, pair.document) for pair in chunk] + negatives
+
+    def _judgements(self, chunks: list[list[Pair]]) -> dict[str, np.ndarray]:
+        document_ids, known_ids, relevance, mined = [], [], [], []
+        for chunk in chunks:
+            first_row = len(document_ids)
+            documents = self._documents(chunk)
+            document_ids += [self._first_document[number] + row if row != FILLER else FILLER for number, row in documents]
+            for i, pair in enumerate(chunk):
+                collection, first = self.mixture.collections[pair.set], self._first_document[pair.set]
+                positives = self._query(pair).positives
+                fill = [FILLER] * (self._most_known - len(positives))
+                known_ids.append([first + collection.row_of[doc_id] for doc_id in positives] + fill)
+                relevance.append([*positives.values(), *[0] * len(fill)])
+                own = first_row + len(chunk) + i * self.negatives + np.arange(self.negatives)
+                mined.append([row if document_ids[row] != FILLER else FILLER for row in own])
+        return {
+            "document_ids": np.array(document_ids, np.int32),
+            "known_ids": np.array(known_ids, np.int32),
+            "known_relevance": np.array(relevance, np.float32),
+            "mined": np.array(mined, np.int32).reshape(self.global_batch, self.negatives),
+        }
+
+    def _query(self, pair: Pair) -> Query:
+        return self.mixture.collections[pair.set].queries[pair.query]
+
+    def _thought(self, pair: Pair) -> list[int]:
+        own = self._query(pair).reasoning
+        if not own and not self.key_terms:
+            raise ValueError("reasoned examples need a reasoning column or key terms")
+        return self.prompter.thought_ids(own or self.key_terms[pair.set].thought(pair.document), self.max_thought_tokens)
 
 
-def _filled(values: np.ndarray, multiple: int) -> np.ndarray:
-    """Filled with −1 up to a multiple, so that few shapes are compiled."""
-    filled = np.full(-(-len(values) // multiple) * multiple, -1, dtype=np.int32)
-    filled[: len(values)] = values
-    return filled
+class _Rows(NamedTuple):
+    """A chunk's texts: token rows, first positions, prefix numbers, lengths of the replies that are learnt."""
+
+    ids: list[list[int]]
+    starts: list[int]
+    prefixes: list[int]
+    replies: list[int]
+
+
+def _rounded(count: int) -> int:
+    """Up to a multiple of a sixteenth of the power of two below: at most 6 % more."""
+    step = max(1, (1 << max(0, count.bit_length() - 1)) // 16)
+    return -(-count // step) * step
+
+
+def _filled(values: np.ndarray, count: int) -> np.ndarray:
+    return np.pad(values, (0, count - len(values)), constant_values=FILLER)
+
+
+def _stacked(chunks: list[np.ndarray], R: int, fill: int) -> np.ndarray:
+    return np.stack([np.pad(rows, ((0, R - rows.shape[0]), (0, 0)), constant_values=fill) for rows in chunks])

@@ -29,13 +29,13 @@ def prefix_block(decoder: Decoder, prefix: Sequence[int], *, adapters: bool = Tr
     return decoder(ids, positions, adapters=adapters)[1]
 
 
-def both_prefixes(decoder: Decoder, prompter: Prompter) -> KVBlock:
+def both_prefixes(decoder: Decoder, prompter: Prompter, *, adapters: bool = True) -> KVBlock:
     """The direct and the reasoned prefix in one block [L,1,S,K,H]: segment 0 and segment 1."""
     prefixes = (prompter.direct.prefix, prompter.reason.prefix)
     ids = jnp.asarray([[token for prefix in prefixes for token in prefix]], jnp.int32)
     positions = jnp.concatenate([jnp.arange(len(prefix), dtype=jnp.int32) for prefix in prefixes])[None]
     segments = jnp.concatenate([jnp.full(len(prefix), i, jnp.int32) for i, prefix in enumerate(prefixes)])[None]
-    return decoder(ids, positions, segments_bt=segments)[1]
+    return decoder(ids, positions, segments_bt=segments, adapters=adapters)[1]
 
 
 class Encoder:

@@ -103,6 +103,7 @@ class Prompter:
         """What follows the shared prefix in reasoned mode, up to where the assistant begins to write."""
         return [ids + list(self.reason.suffix) for ids in self.text_ids(texts, max_tokens)]
 
-    def thought_ids(self, thought: str) -> list[int]:
-        """A complete reasoned reply: the thought, then the closing with the embed token."""
-        return [*self._pieces.ids(thought.strip().replace(EMBED_TOKEN, "") + "\n", begins=self._reply_begins), *self.reason.closing]
+    def thought_ids(self, thought: str, max_tokens: int | None = None) -> list[int]:
+        """A complete reasoned reply: the thought, cut to `max_tokens`, then the closing with the embed token."""
+        ids = self._pieces.ids(thought.strip().replace(EMBED_TOKEN, "") + "\n", begins=self._reply_begins)
+        return [*ids[:max_tokens], *self.reason.closing]

@@ -16,7 +16,7 @@ from flax import nnx
 
 from search_r3_jax.config import RlConfig, RunConfig
 from search_r3_jax.data.collection import Collection, Query
-from search_r3_jax.data.pipeline import shuffled
+from search_r3_jax.data.mixture import shuffled
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub.checkpoint import LoadedModel
 from search_r3_jax.hub.snapshots import SnapshotWriter
@@ -24,7 +24,7 @@ from search_r3_jax.models.attention import KVBlock
 from search_r3_jax.models.decoder import Decoder, positions_from_lengths
 from search_r3_jax.models.embedding import unit
 from search_r3_jax.models.lora import trainable_filter
-from search_r3_jax.objectives.contrastive import info_nce
+from search_r3_jax.objectives.contrastive import info_nce, one_positive
 from search_r3_jax.objectives.language import token_log_probs
 from search_r3_jax.objectives.policy_gradient import group_advantages, grpo_loss
 from search_r3_jax.retrieval.environment import Environment, StepResult
@@ -327,7 +327,11 @@ def make_update(
         # Equal vectors mean the same document: then it is no negative.
         same_qq = jnp.all(batch.documents[:, None] == batch.documents[None], axis=-1)
         contrast_sum, contrast_count, _ = info_nce(
-            unit(embeds_bd), jnp.asarray(batch.documents), positive_b, same_qq[positive_b], config.infonce_temperature
+            unit(embeds_bd),
+            jnp.asarray(batch.documents),
+            one_positive(positive_b, Q),
+            same_qq[positive_b],
+            temperature=config.infonce_temperature,
         )
         contrast = contrast_sum / contrast_count
         tokens = jnp.maximum(jnp.sum(read >= 0), 1)

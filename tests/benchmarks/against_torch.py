@@ -213,6 +213,9 @@ def our_training(folder: str, given: dict[str, Any], lora: bool) -> Work:
             steps=1000,
             global_batch=len(pairs) // given["rounds"],
             temperature=TEMPERATURE,
+            # What torch computes here as well: InfoNCE and the cross-entropy.
+            triplet_weight=0.0,
+            kl_weight=0.0,
             optimizer=OptimizerConfig(learning_rate=LEARNING_RATE),
         ),
     )
@@ -221,7 +224,7 @@ def our_training(folder: str, given: dict[str, Any], lora: bool) -> Work:
     pipeline = make_pipeline(config, collection, prompter)
     graph, params, frozen = nnx.split(model.decoder, trainable_filter(model.decoder), ...)
     optimizer = make_optimizer(config.sft.optimizer, config.sft.steps)
-    state = SftState(params, optimizer.init(params))
+    state = SftState(params, optimizer.init(params), jax.numpy.zeros((), "int32"))
     step = make_step(graph, prompter, optimizer, config.sft)
     del model, params
 

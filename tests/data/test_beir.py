@@ -28,12 +28,13 @@ def write(folder: Path, corpus: Sequence[str] = CORPUS, queries: Sequence[str] =
     return folder
 
 
-def test_reads_only_judged_queries_and_drops_zero_scores(tmp_path: Path) -> None:
+def test_reads_only_judged_queries_and_takes_zero_scores_as_negatives(tmp_path: Path) -> None:
     collection = read_beir(write(tmp_path / "pets"), "test")
     assert (collection.name, collection.split) == ("pets", "test")
     assert [document.body for document in collection.documents] == ["Cats\nA cat\u2028purrs.", "Dogs bark.", "Owls hoot."]
     assert [query.query_id for query in collection.queries] == ["q1", "q2"]
     assert collection.qrels() == {"q1": {"d1": 1}, "q2": {"d2": 2}}
+    assert [query.negatives for query in collection.queries] == [(), ("d1",)]
     assert collection.row_of == {"d1": 0, "d2": 1, "d3": 2}
 
 
@@ -45,11 +46,28 @@ def test_gzipped_folder_reads_the_same(tmp_path: Path) -> None:
     assert read_beir(zipped, "test") == read_beir(plain, "test")
 
 
+@pytest.mark.parametrize("header", [[], ["query_id\tdoc_id\tRelevance"]])
+def test_a_header_may_be_missing_or_of_other_words(tmp_path: Path, header: list[str]) -> None:
+    expected = read_beir(write(tmp_path / "a" / "pets"), "test")
+    assert read_beir(write(tmp_path / "b" / "pets", qrels=[*header, *QRELS[1:]]), "test") == expected
+
+
+def test_a_repeated_row_says_nothing_new(tmp_path: Path) -> None:
+    expected = read_beir(write(tmp_path / "a" / "pets"), "test")
+    assert read_beir(write(tmp_path / "b" / "pets", qrels=[*QRELS, QRELS[1], "q2\td1\t-1"]), "test") == expected
+
+
 def test_negatives_are_read_for_the_queries_of_the_split(tmp_path: Path) -> None:
     folder = write(tmp_path)
     (folder / "neg").mkdir()
     (folder / "neg" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td3\t0\nq3\td1\t0\nq1\td2\t0\n")
-    assert [query.negatives for query in read_beir(folder, "test").queries] == [("d3", "d2"), ()]
+    assert [query.negatives for query in read_beir(folder, "test").queries] == [("d3", "d2"), ("d1",)]
+    (folder / "neg" / "test.tsv").write_text("q2\td3\t0\nq1\td1\t0\n")
+    with pytest.raises(UserError, match=r"neg/test\.tsv, line 2: the pair 'q1', 'd1' is judged twice, 1 and 0; remove one row"):
+        read_beir(folder, "test")
+    (folder / "neg" / "test.tsv").write_text("q2\td3\t1\n")
+    with pytest.raises(UserError, match=r"neg/test\.tsv, line 1: field 'score': 1 in a file of negatives"):
+        read_beir(folder, "test")
 
 
 def test_corpus_hash_sees_order_and_field_borders(tmp_path: Path) -> None:
@@ -73,10 +91,17 @@ def test_corpus_hash_sees_order_and_field_borders(tmp_path: Path) -> None:
         ("corpus", [*CORPUS, '{"_id": "d9", "text": "\\ud800"}'], r"corpus\.jsonl, line 4: field 'text' holds an unpaired"),
         ("queries", [*QUERIES, '{"_id": "q9", "text": ""}'], r"queries\.jsonl, line 4: field 'text' is empty"),
         ("queries", [*QUERIES, QUERIES[1]], r"queries\.jsonl, line 4: field '_id': 'q2' appears twice"),
-        ("qrels", QRELS[1:], r"test\.tsv, line 1: expected the header"),
+        ("queries", [" "], r"queries\.jsonl: no queries"),
+        ("corpus", [""], r"corpus\.jsonl: no documents"),
+        ("qrels", [""], r"test\.tsv: no row with score > 0"),
+        ("qrels", ["q1\td1\thigh", *QRELS[1:]], r"test\.tsv, line 1: field 'score': expected an integer"),
+        ("qrels", [*QRELS, "q1\td2\t1_0"], r"test\.tsv, line 5: field 'score': expected an integer"),
+        ("qrels", [*QRELS, f"q1\td2\t{'9' * 5000}"], r"test\.tsv, line 5: field 'score': expected an integer"),
+        ("qrels", [*QRELS, "q1\td2\t2147483648"], r"test\.tsv, line 5: field 'score': expected an integer of 32 bits"),
+        ("qrels", [*QRELS, QRELS[0]], r"test\.tsv, line 5: field 'query-id': 'query-id' is not in queries\.jsonl"),
         ("qrels", [*QRELS, "q1\td9\t1"], r"test\.tsv, line 5: field 'corpus-id': 'd9' is not in corpus\.jsonl"),
         ("qrels", [*QRELS, "q9\td1\t1"], r"test\.tsv, line 5: field 'query-id': 'q9' is not in queries\.jsonl"),
-        ("qrels", [*QRELS, "q1\td1\t1"], r"test\.tsv, line 5: the pair 'q1', 'd1' is judged twice"),
+        ("qrels", [*QRELS, "q1\td1\t2"], r"test\.tsv, line 5: the pair 'q1', 'd1' is judged twice, 1 and 2"),
         ("qrels", [*QRELS, "q1\td2"], r"test\.tsv, line 5: expected 3 tab-separated fields"),
         ("qrels", [*QRELS, "q1\td2\thigh"], r"test\.tsv, line 5: field 'score': expected an integer"),
         ("qrels", [QRELS[0], "q1\td1\t0"], r"test\.tsv: no row with score > 0"),

@@ -31,6 +31,8 @@ def collection(split: str, *, documents: int = 2500, queries: int = 30, prefix: 
                 text=f"query {row} ü",
                 positives={f"{prefix}{row + 2}": 2, f"{prefix}{row + 1}": 1},
                 negatives=tuple(f"{prefix}{row + other}" for other in range(3, 3 + row % 3)),
+                instruction="find the text" * (row % 2),
+                reasoning="ü\n" * (row % 3),
             )
             for row in range(queries)
         ),
@@ -75,10 +77,13 @@ def test_equal_data_set_is_reused_and_others_are_refused(tmp_path: Path) -> None
     before = {file: file.stat().st_mtime_ns for file in out.rglob("*")}
     assert build_dataset(collections, out, name="made", source=SOURCE) == out
     assert {file: file.stat().st_mtime_ns for file in out.rglob("*")} == before
-    queries = (replace(collections["train"].queries[0], text="changed"), *collections["train"].queries[1:])
-    changed = {"train": replace(collections["train"], queries=queries)}
-    with pytest.raises(UserError, match=r"holds another data set \(differs in splits\); remove it or choose another --out"):
-        build_dataset(changed, out, name="made", source=SOURCE)
+    for change in ({"text": "changed"}, {"instruction": "changed"}, {"reasoning": "changed"}):
+        queries = (replace(collections["train"].queries[0], **change), *collections["train"].queries[1:])
+        changed = {"train": replace(collections["train"], queries=queries)}
+        with pytest.raises(UserError, match=r"holds another data set \(differs in splits\); remove it or choose another --out"):
+            build_dataset(changed, out, name="made", source=SOURCE)
+    with pytest.raises(UserError, match=r"differs in skipped"):
+        build_dataset(collections, out, name="made", source=SOURCE, skipped={"not UTF-8": 1})
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "precious.txt").write_text("keep")
     with pytest.raises(UserError, match="is no data set; remove it or choose another --out"):
@@ -87,11 +92,11 @@ def test_equal_data_set_is_reused_and_others_are_refused(tmp_path: Path) -> None
 
 
 def test_failed_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_: object) -> None:
+    def fail(*_: object) -> None:
         assert any(tmp_path.iterdir())
         raise OSError("disk full")
 
-    monkeypatch.setattr("tensorflow_datasets.core.SequentialWriter.close_all", fail)
+    monkeypatch.setattr("tensorflow_datasets.core.DatasetInfo.write_to_directory", fail)
     with pytest.raises(OSError, match="disk full"):
         build_dataset({"train": collection("train", documents=3, queries=1)}, tmp_path / "set", name="made", source=SOURCE)
     assert list(tmp_path.iterdir()) == []
@@ -113,7 +118,7 @@ def test_damage_and_wrong_paths_are_user_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="missing; remove"):
         load_collection(out, "train")
     (out / "dataset.json").write_text('{"format_version": 99}')
-    with pytest.raises(UserError, match="field 'format_version': expected 1, got 99"):
+    with pytest.raises(UserError, match="field 'format_version': expected 2, got 99"):
         load_collection(out, "train")
 
 

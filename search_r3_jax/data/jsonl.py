@@ -1,0 +1,142 @@
+"""Reads a .jsonl file of queries with their documents, gzipped or not: one object a line."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from search_r3_jax.data.collection import Collection, Document, Query, usable_split_name
+from search_r3_jax.data.lines import LineError, Problems, checked_string, filled_field, parse_object, read_lines, shown, string_field
+from search_r3_jax.errors import UserError
+
+ID_CHARACTERS = 32
+MAX_RELEVANCE = 2**31 - 1
+
+
+def read_jsonl(path: Path, problems: Problems) -> dict[str, Collection]:
+    """Split name → collection in the order of the file, all with the same documents; raises UserError naming file and line.
+
+    Lines that ask the same query under no `query_id` are one query with the documents of all of them.
+    """
+    documents: dict[str, Document] = {}
+    asked: dict[str, dict[str, _Asked]] = {}
+    ids: set[str] = set()
+    for where, line in read_lines(path, problems):
+        with problems.at(where):
+            record = parse_object(line)
+            query, judged = _read_query(record), _read_judgements(record)
+            split = string_field(record, "split", default="train")
+            if not usable_split_name(split):
+                remedy = "use letters, digits and '_', not 'all' or 'shared'"
+                raise LineError("bad split name", f"field 'split': {shown(split)} is not usable; {remedy}")
+            if "query_id" in record and query.query_id in ids:
+                raise LineError("duplicate id", f"field 'query_id': {shown(query.query_id)} appears twice; ids must be unique")
+            same = asked.get(split, {}).get(query.query_id, query)
+            same.add(judged)
+            # Nothing of a bad line is kept, so this comes after the last check.
+            asked.setdefault(split, {})[query.query_id] = same
+            ids.add(query.query_id)
+            documents.update({document.doc_id: document for document, _ in judged.values()})
+    if not asked:
+        raise UserError(f"{path}: no queries; expected one JSON object a line, with 'query' and 'positive'")
+    name = path.resolve().name.removesuffix(".gz").removesuffix(".jsonl")
+    return {
+        split: Collection(
+            name=name, split=split, documents=tuple(documents.values()), queries=tuple(each.query() for each in queries.values())
+        )
+        for split, queries in asked.items()
+    }
+
+
+@dataclass(kw_only=True)
+class _Asked:
+    """A query and the relevance of its documents so far; 0 is a negative."""
+
+    query_id: str
+    text: str
+    instruction: str
+    reasoning: str
+    relevance: dict[str, int] = field(default_factory=dict)
+
+    def add(self, judged: Mapping[str, tuple[Document, int]]) -> None:
+        for doc_id, (_, relevance) in judged.items():
+            _check_agreement(self.relevance.get(doc_id, relevance), relevance)
+        self.relevance.update({doc_id: relevance for doc_id, (_, relevance) in judged.items()})
+
+    def query(self) -> Query:
+        return Query(
+            query_id=self.query_id,
+            text=self.text,
+            positives={doc_id: relevance for doc_id, relevance in self.relevance.items() if relevance > 0},
+            negatives=tuple(doc_id for doc_id, relevance in self.relevance.items() if relevance == 0),
+            instruction=self.instruction,
+            reasoning=self.reasoning,
+        )
+
+
+def _read_query(record: dict[str, Any]) -> _Asked:
+    text = filled_field(record, "query")
+    instruction = string_field(record, "instruction", default="")
+    reasoning = string_field(record, "reasoning", default="")
+    query_id = filled_field(record, "query_id") if "query_id" in record else _content_id(text, instruction, reasoning)
+    return _Asked(query_id=query_id, text=text, instruction=instruction, reasoning=reasoning)
+
+
+def _read_judgements(record: dict[str, Any]) -> dict[str, tuple[Document, int]]:
+    if "positive" not in record:
+        raise LineError("missing field", "field 'positive' is missing; add it")
+    judged: dict[str, tuple[Document, int]] = {}
+    for name, lowest, highest in (("positive", 1, MAX_RELEVANCE), ("negative", 0, 0)):
+        for document, relevance in _documents(record[name], name, lowest, highest) if name in record else ():
+            _, earlier = judged.setdefault(document.doc_id, (document, relevance))
+            _check_agreement(earlier, relevance)
+    if not any(relevance > 0 for _, relevance in judged.values()):
+        raise LineError("empty list", "field 'positive' is an empty list; name a document or remove the line")
+    return judged
+
+
+def _check_agreement(earlier: int, relevance: int) -> None:
+    if earlier != relevance:
+        text = f"a document of this query is judged twice, {earlier} and {relevance} (0 is a negative); leave one"
+        raise LineError("contradictory judgement", text)
+
+
+def _documents(value: object, name: str, lowest: int, highest: int) -> Iterator[tuple[Document, int]]:
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list):
+        raise LineError("wrong type", f"field {name!r} must be a string or a list, got {type(value).__name__}")
+    for number, item in enumerate(value):
+        yield _document(item, f"{name}[{number}]", lowest, highest)
+
+
+def _document(item: object, name: str, lowest: int, highest: int) -> tuple[Document, int]:
+    title, relevance = "", lowest
+    if isinstance(item, dict):
+        if "text" not in item:
+            raise LineError("missing field", f"field '{name}.text' is missing; add it")
+        text = checked_string(item["text"], f"{name}.text")
+        title = checked_string(item.get("title", ""), f"{name}.title")
+        relevance = item.get("relevance", lowest)
+    else:
+        text = checked_string(item, name)
+    # bool is a kind of int in Python.
+    if not isinstance(relevance, int) or isinstance(relevance, bool):
+        raise LineError("wrong type", f"field '{name}.relevance' must be an integer, got {type(relevance).__name__}")
+    if not lowest <= relevance <= highest:
+        allowed = f"{lowest} to {highest}" if lowest < highest else f"{lowest}"
+        raise LineError("bad relevance", f"field '{name}.relevance' must be {allowed}; what is irrelevant belongs into 'negative'")
+    document = Document(doc_id=_content_id(title, text), title=title, text=text)
+    if not document.body.strip():
+        raise LineError("empty text", f"field {name!r} is empty; fill it or remove it")
+    return document, relevance
+
+
+def _content_id(*fields: str) -> str:
+    digest = hashlib.sha256()
+    for each in fields:
+        encoded = each.encode()
+        # Lengths keep ("ab", "c") and ("a", "bc") apart.
+        digest.update(len(encoded).to_bytes(8, "big") + encoded)
+    return digest.hexdigest()[:ID_CHARACTERS]

@@ -1,0 +1,136 @@
+"""Lines and fields of files that may hold anything: bounded reading, gzipped or not; what is wrong is raised, or counted and skipped."""
+
+import gzip
+import json
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from search_r3_jax.errors import UserError
+
+# A file without line ends must not be read into memory whole.
+MAX_LINE_BYTES = 64 * 2**20
+MAX_LISTED = 20
+MAX_SHOWN = 80
+
+
+class LineError(Exception):
+    """One line that cannot be used; `reason` is what it is counted under, the text names field and remedy."""
+
+    def __init__(self, reason: str, text: str):
+        super().__init__(text)
+        self.reason = reason
+
+
+@dataclass(kw_only=True)
+class Problems:
+    """What is wrong with the input: a UserError at the first, or with `skip_bad` counts by reason and the first few in words."""
+
+    skip_bad: bool = False
+    counts: Counter[str] = field(default_factory=Counter)
+    listed: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def at(self, where: str) -> Iterator[None]:
+        """Turns a LineError of the block into a UserError that begins with `where`, or with `skip_bad` notes it and goes on."""
+        try:
+            yield
+        except LineError as problem:
+            if not self.skip_bad:
+                raise UserError(f"{where}: {problem}") from None
+            self.counts[problem.reason] += 1
+            if len(self.listed) < MAX_LISTED:
+                self.listed.append(f"{where}: {problem}")
+
+
+def read_lines(path: Path, problems: Problems) -> Iterator[tuple[str, str]]:
+    """`(where, line)` of each line that is not blank, without its line end; `where` names file and line."""
+    number = 0
+    try:
+        # Bytes are split at "\n" only: text may hold other separators such as U+2028.
+        with _open(path) as file:
+            while raw := file.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                where, line = f"{path}, line {number}", ""
+                with problems.at(where):
+                    line = _decoded(raw, first=number == 1)
+                while len(raw) > MAX_LINE_BYTES and not raw.endswith(b"\n"):
+                    raw = file.readline(MAX_LINE_BYTES + 1)
+                if line.strip():
+                    yield where, line
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        with problems.at(f"{path}, after line {number}"):
+            raise LineError("damaged gzip file", f"damaged gzip file ({error}); fetch it again") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); mend it or choose another --input") from None
+
+
+def parse_object(line: str) -> dict[str, Any]:
+    """The JSON object of a line; raises LineError."""
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        text = f"not valid JSON ({error.msg} at column {error.colno}); expected one object a line"
+        raise LineError("malformed JSON", text) from None
+    except ValueError:
+        raise LineError("malformed JSON", "not valid JSON for us (a number with too many digits); shorten it") from None
+    except RecursionError:
+        raise LineError("malformed JSON", "not valid JSON for us (nested too deeply); expected a flat object") from None
+    if not isinstance(record, dict):
+        raise LineError("no JSON object", f"expected a JSON object, got {type(record).__name__}")
+    return record
+
+
+def string_field(record: dict[str, Any], name: str, *, default: str | None = None) -> str:
+    """A string of `record`, `default` where there is one and the field is missing; raises LineError."""
+    if name not in record and default is not None:
+        return default
+    if name not in record:
+        raise LineError("missing field", f"field {name!r} is missing; add it")
+    return checked_string(record[name], name)
+
+
+def filled_field(record: dict[str, Any], name: str) -> str:
+    """A string of `record` that is not blank; raises LineError."""
+    text = string_field(record, name)
+    if not text.strip():
+        raise LineError("empty text", f"field {name!r} is empty; fill it or remove the line")
+    return text
+
+
+def checked_string(value: object, name: str) -> str:
+    """`value` if it is a string that UTF-8 can store, without NUL; raises LineError naming the field."""
+    if not isinstance(value, str):
+        raise LineError("wrong type", f"field {name!r} must be a string, got {type(value).__name__}")
+    if "\0" in value:
+        raise LineError("NUL byte", f"field {name!r} holds a NUL byte; remove it")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        # JSON escapes can spell half a surrogate pair, which no UTF-8 file can store.
+        raise LineError("unpaired surrogate", f"field {name!r} holds an unpaired surrogate escape; remove it") from None
+    return value
+
+
+def shown(value: str) -> str:
+    """`value` as a message quotes it: one line, cut when long."""
+    return repr(value if len(value) <= MAX_SHOWN else value[:MAX_SHOWN] + "…")
+
+
+def _decoded(raw: bytes, *, first: bool) -> str:
+    if len(raw) > MAX_LINE_BYTES:
+        raise LineError("line too long", f"longer than {MAX_LINE_BYTES} bytes; shorten or remove it")
+    if b"\0" in raw:
+        raise LineError("NUL byte", "holds a NUL byte; remove it, or convert the file to UTF-8")
+    try:
+        return raw.decode("utf-8-sig" if first else "utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise LineError("not UTF-8", f"not UTF-8 ({error.reason}); convert the file to UTF-8") from None
+
+
+def _open(path: Path) -> gzip.GzipFile | BinaryIO:
+    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")

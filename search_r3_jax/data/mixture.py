@@ -1,0 +1,82 @@
+"""Which pairs of which data set a step trains on: a pure function of the step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import grain.python as grain
+
+from search_r3_jax.data.collection import Collection
+from search_r3_jax.errors import UserError
+
+
+class Pair(NamedTuple):
+    """One training pair: the data set's number, the query's row, the positive document's row, and the place in the sequence."""
+
+    set: int
+    query: int
+    document: int
+    place: int
+
+
+def shuffled(size: int, seed: int, start: int, count: int) -> list[int]:
+    """Items `start` to `start + count` of an endless sequence of seeded shuffles of 0..size−1; a pure function of its arguments."""
+    order = grain.MapDataset.range(size).shuffle(seed=seed).repeat()
+    items = [order[start + i] for i in range(count)]
+    return [item for item in items if item is not None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """An endless, globally shuffled sequence of pairs from several collections; `weights` are shares of the pairs, not of the sets' sizes.
+
+    Raises UserError when a set has no pairs, or the weights do not fit the sets.
+    """
+
+    collections: tuple[Collection, ...]
+    weights: tuple[float, ...] = ()
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.weights and (len(self.weights) != len(self.collections) or min(self.weights) <= 0):
+            raise UserError(f"data.weights: {self.weights}: give one positive weight for each of the {len(self.collections)} data sets")
+        for collection, pairs in zip(self.collections, self._pairs, strict=True):
+            if not pairs:
+                raise UserError(f"data: {collection.name}, split {collection.split!r}: no query has a relevant document to train on")
+
+    @cached_property
+    def _pairs(self) -> list[list[tuple[int, int]]]:
+        return [
+            [(row, collection.row_of[doc_id]) for row, query in enumerate(collection.queries) for doc_id in sorted(query.positives)]
+            for collection in self.collections
+        ]
+
+    @cached_property
+    def _order(self) -> grain.MapDataset[tuple[int, int]]:
+        def numbered(number: int, size: int) -> grain.MapDataset[tuple[int, int]]:
+            # Each set in its own order, shuffled anew every epoch.
+            return grain.MapDataset.range(size).shuffle(seed=self.seed + number).repeat().map(lambda item: (number, item))
+
+        sets = [numbered(number, len(pairs)) for number, pairs in enumerate(self._pairs)]
+        if len(sets) == 1:
+            return sets[0]
+        return grain.MapDataset.mix(sets, weights=list(self.weights) or [len(pairs) for pairs in self._pairs])
+
+    def size(self) -> int:
+        """How many pairs there are in all."""
+        return sum(map(len, self._pairs))
+
+    def pairs(self, items: Sequence[int]) -> list[Pair]:
+        """The pairs at these places of the sequence."""
+        found = []
+        for item in items:
+            chosen = self._order[item]
+            if chosen is None:
+                raise ValueError(f"item {item} of an endless sequence is missing")
+            number, at = chosen
+            query, document = self._pairs[number][at]
+            found.append(Pair(number, query, document, item))
+        return found
