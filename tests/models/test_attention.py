@@ -98,3 +98,15 @@ def test_scores_beyond_float32_do_not_overflow() -> None:
     for backend in ("xla", "splash"):
         found, gradients = case.run(backend, 0)
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((found, gradients)))
+
+
+@pytest.mark.parametrize("backend", ["xla", "splash"])
+def test_a_row_of_padding_alone_stays_finite(backend: Backend) -> None:
+    """Nothing is visible in any tile of it: neither its output nor a gradient may become NaN and reach the other rows."""
+    case = Case(seed=4)
+    case.positions[1], case.segments[1] = NOTHING, -1
+    found, gradients = case.run(backend, 0)
+    assert np.isfinite(found).all()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+    there = case.positions != NOTHING
+    np.testing.assert_allclose(found[there], case.by_hand(0)[there], atol=2e-6)
