@@ -20,7 +20,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from search_r3_jax.config import EMBED_TOKEN
+from search_r3_jax.config import EMBED_TOKEN, ModelConfig
 from search_r3_jax.data.collection import Collection, Document, Query
 from search_r3_jax.models.decoder import Decoder, positions_from_lengths
 
@@ -38,6 +38,21 @@ SIZES = {
     "max_position_embeddings": 512,
     "rms_norm_eps": 1e-5,
 }
+
+CONFIG = ModelConfig(
+    family="llama",
+    vocab_size=320,
+    hidden_size=48,
+    feed_forward=64,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+    rope_theta=1e4,
+    norm_eps=1e-5,
+    max_positions=512,
+)
+"""For decoders that need no checkpoint."""
 
 
 def byte_tokenizer(*, embed_token: bool = False) -> PreTrainedTokenizerFast:

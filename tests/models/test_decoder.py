@@ -9,29 +9,15 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from tiny import VARIANTS, write_tiny_checkpoint
+from tiny import CONFIG, VARIANTS, write_tiny_checkpoint
 from transformers import AutoModelForCausalLM
 
-from search_r3_jax.config import ModelConfig
 from search_r3_jax.hub.checkpoint import LoadedModel, load_model
 from search_r3_jax.models.attention import NOTHING, KVBlock
 from search_r3_jax.models.decoder import REMAT_POLICIES, Decoder, positions_from_lengths
 from search_r3_jax.rollout.prefill import prefill
 
 TOLERANCE = 1e-4
-CONFIG = ModelConfig(
-    family="llama",
-    vocab_size=320,
-    hidden_size=48,
-    feed_forward=64,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_dim=16,
-    rope_theta=1e4,
-    norm_eps=1e-5,
-    max_positions=128,
-)
 
 
 @pytest.fixture(scope="module", params=VARIANTS)

@@ -7,26 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from flax import nnx
 
 from search_r3_jax.config import ModelConfig
 from search_r3_jax.models.attention import NOTHING, Backend
 from search_r3_jax.models.decoder import Decoder, positions_from_lengths
 
-CONFIG = ModelConfig(
-    family="qwen3",
-    vocab_size=128,
-    hidden_size=48,
-    feed_forward=64,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_dim=16,
-    rope_theta=1e4,
-    norm_eps=1e-5,
-    max_positions=512,
-    qk_norm=True,
-)
+CONFIG = dataclasses.replace(tiny.CONFIG, family="qwen3", vocab_size=128, qk_norm=True)
 
 
 def hidden_and_gradient(config: ModelConfig, backend: Backend, dtype: Any) -> tuple[np.ndarray, Any]:
