@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
+from search_r3_jax.config import RunConfig
+from search_r3_jax.configs import load_config
 from search_r3_jax.errors import UserError
 from search_r3_jax.quiet import quiet
 
@@ -36,6 +40,44 @@ class Quickstart:
         from search_r3_jax.quickstart import Quickstart as Work
 
         Work(self.out, config).run()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sft:
+    """Stage 1: contrastive fine-tuning. Calling it again with the same --run goes on from the last checkpoint.
+
+    Attributes:
+        config: an experiment; the settings below show its values and change them.
+        run_folder: folder of the run; made where it is missing.
+        debug: show the traceback of an error.
+    """
+
+    config: str
+    run_folder: Annotated[Path, tyro.conf.arg(name="run")]
+    settings: Annotated[RunConfig, tyro.conf.arg(name="")]
+    debug: bool = False
+
+    def run(self) -> None:
+        from search_r3_jax.console import Stages
+        from search_r3_jax.data.development import load_training_sets
+        from search_r3_jax.hub.checkpoint import load_model, with_lora
+        from search_r3_jax.training.sft import train_sft
+
+        config, console = self.settings, Stages(1)
+        sets = load_training_sets(config.data)
+        for each in sets:
+            dev = f"; {len(each.dev.queries)} of {each.dev.split} over {len(each.dev.documents)} to watch" if each.dev else ""
+            console.say(f"{each.train.name}: {len(each.train.queries)} queries of {each.train.split}{dev}")
+        console.say(f"loading {config.model}")
+        model = load_model(config.model, compute_dtype=config.compute_dtype, remat=config.remat, attention=config.attention)
+        with console.bar("steps", config.sft.steps) as bar:
+
+            def on_step(done: int, total: int, values: dict[str, float]) -> None:
+                rate = f"{values['tokens_per_second']:,.0f} tokens/s, MFU {values['mfu']:.0%}"
+                bar.to(done, f"loss {values['loss']:.3f}, in-batch accuracy {values['in_batch_accuracy']:.0%}, {rate}", total)
+
+            train_sft(config, self.run_folder, sets, with_lora(model, config.lora, seed=config.seed), on_step, say=console.say)
+        console.say(f"{self.run_folder}: done; search-r3 export --run {self.run_folder} --out FOLDER writes the model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,12 +263,12 @@ Command = (
 def main() -> None:
     """Parse the command line and run one subcommand; exit status 2 for a user's mistake, 130 when interrupted."""
     quiet()
-    command = tyro.cli(Command, prog="search-r3", config=(tyro.conf.OmitSubcommandPrefixes,))
     signal.signal(signal.SIGTERM, _interrupt)
     try:
+        command = tyro.cli(_commands(sys.argv[1:]), prog="search-r3", config=(tyro.conf.OmitSubcommandPrefixes,))
         command.run()
     except UserError as error:
-        if command.debug:
+        if "--debug" in sys.argv:
             raise
         print(f"search-r3: {error}", file=sys.stderr)
         sys.exit(2)
@@ -235,6 +277,23 @@ def main() -> None:
         sys.stderr.flush()
         # Threads of the libraries beneath may still be busy; nothing of ours is unwritten.
         os._exit(INTERRUPTED)
+
+
+def _commands(arguments: Sequence[str]) -> Any:
+    """The subcommands; settings of a stage of training begin with the values of the experiment that --config names."""
+    name = _value_of("--config", arguments)
+    required = tyro.MISSING
+    sft = Sft(config=name or required, run_folder=required, settings=load_config(name) if name else RunConfig())
+    return Command | Annotated[Sft, tyro.conf.subcommand("sft", default=sft)]
+
+
+def _value_of(option: str, arguments: Sequence[str]) -> str | None:
+    for argument, following in itertools.pairwise([*arguments, ""]):
+        if argument.startswith(f"{option}="):
+            return argument.removeprefix(f"{option}=")
+        if argument == option and following:
+            return following
+    return None
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

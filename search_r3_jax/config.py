@@ -101,8 +101,24 @@ class TextConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which data set, and how large when it is built from installed packages; of the test functions `test_queries` are searched for."""
+    """Which data sets, and how large a set is when the quickstart builds it from installed packages.
 
+    Attributes:
+        sets: folders of data sets, built ones or in BEIR's layout.
+        weights: each set's share of the training pairs; empty is by their numbers.
+        split: the split to train on.
+        dev_split: the split that training is watched on; a set that has none gives up some of its training queries.
+        dev_queries: of each set, so many at most; 0 watches nothing.
+        dev_documents: of each set: all those judged for these queries, filled up with others to so many.
+        test_queries: of the test functions so many are searched for (quickstart).
+    """
+
+    sets: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+    split: str = "train"
+    dev_split: str = "dev"
+    dev_queries: int = 128
+    dev_documents: int = 1000
     source: str = "python-functions"
     train_functions: int = 0
     dev_functions: int = 0
@@ -112,17 +128,26 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with a linear warm-up and a cosine decay to a tenth.
+    """AdamW after a linear warm-up.
 
     Attributes:
+        schedule: how the rate goes from its peak to the last step: a cosine or a line to its end, constant, or `wsd`, which is constant
+            and falls along a line over the last fifth of the steps.
+        final_share: the last step's share of the peak rate.
+        weight_decay: of matrices; norms, biases and the embed token's row are never decayed.
+        clip_norm: gradients longer than this are scaled down to it; 0 never does.
         row_scale: the embed token's row learns at this multiple of the rate: it starts from nothing while all else is trained,
             and a short run must move it as far as a token's row lies from the mean of the rows.
     """
 
     learning_rate: float = 1e-4
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    final_share: float = 0.1
     row_scale: float = 1.0
     warmup_steps: int = 0
     weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
     clip_norm: float = 1.0
 
 
@@ -140,8 +165,12 @@ class SftConfig:
         matryoshka: dimensions at which the contrastive losses are taken too, the whole vector included; empty is the whole alone.
         negatives: judged irrelevant or mined documents a query.
         reasoned_share: share of queries in the reasoned format, in [0, 1].
-        reasoning: where their reasoning text comes from: a column of the data set, or key terms of the positive document.
+        reasoning: where their reasoning text comes from: a column of the data set, what the untrained model writes itself, or
+            key terms of the positive document.
         key_terms: how many terms a key-term reasoning names.
+        eval_every: steps from one evaluation on the development queries to the next; 0 never looks.
+        save_every: steps from one checkpoint to the next; there is one after every evaluation too.
+        keep: so many of the newest checkpoints stay, and the best.
         max_skipped: steps with a loss or gradient that is not finite are skipped; so many in a row end the run.
     """
 
@@ -159,9 +188,11 @@ class SftConfig:
     matryoshka: tuple[int, ...] = ()
     negatives: int = 0
     reasoned_share: float = 0.0
-    reasoning: Literal["off", "column", "key_terms"] = "off"
+    reasoning: Literal["off", "column", "self", "key_terms"] = "off"
     key_terms: int = 6
+    eval_every: int = 0
     save_every: int = 100
+    keep: int = 2
     max_skipped: int = 10
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 

@@ -17,6 +17,7 @@ from search_r3_jax.config import RunConfig
 from search_r3_jax.console import Stages
 from search_r3_jax.data.collection import Collection
 from search_r3_jax.data.dataset import build_dataset, load_collection
+from search_r3_jax.data.development import TrainingSet
 from search_r3_jax.data.python_functions import python_functions
 from search_r3_jax.errors import UserError
 from search_r3_jax.evaluation.bm25 import bm25_run
@@ -164,7 +165,7 @@ class Quickstart:
                 bar.to(step, f"loss {values['loss']:.2f}, in-batch accuracy {values['in_batch_accuracy']:.0%}", total)
 
             model = with_lora(self._base, config.lora, seed=config.seed)
-            params = train_sft(config, self._out / "sft", self._train, model, on_step)
+            params = train_sft(config, self._out / "sft", [TrainingSet(train=self._train, dev=None)], model, on_step, say=self._stages.say)
         self._tuned = _merged(model, params)
         return {"steps": config.sft.steps}
 

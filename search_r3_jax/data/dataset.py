@@ -19,7 +19,7 @@ from tensorflow_datasets.core.file_adapters import FileFormat
 from tensorflow_datasets.core.naming import ShardedFileTemplate
 from tensorflow_datasets.core.splits import SplitDict, SplitInfo
 
-from search_r3_jax.data.beir import read_beir
+from search_r3_jax.data.beir import find_splits, read_beir
 from search_r3_jax.data.collection import SHARED_CORPUS, Collection, Document, Query, usable_split_name
 from search_r3_jax.errors import UserError
 
@@ -70,6 +70,12 @@ def load_collection(path: Path | str, split: str) -> Collection:
     if any((path / name).is_file() for name in ("corpus.jsonl", "corpus.jsonl.gz")):
         return read_beir(path, split)
     raise UserError(f"{path}: expected a built data set (with {MANIFEST}) or a BEIR folder (with corpus.jsonl or corpus.jsonl.gz)")
+
+
+def splits_of(path: Path | str) -> list[str]:
+    """The splits of a built data set or of a BEIR folder; raises UserError when there are none."""
+    path = Path(path)
+    return sorted(_read_manifest(path)["splits"]) if (path / MANIFEST).is_file() else find_splits(path)
 
 
 def _describe(collections: Mapping[str, Collection], name: str, source: Mapping[str, object]) -> dict[str, Any]:

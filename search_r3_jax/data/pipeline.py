@@ -89,6 +89,11 @@ class PairPipeline:
         """The pairs of a step."""
         return self.mixture.pairs(range(step * self.global_batch, (step + 1) * self.global_batch))
 
+    def reasoned_pairs(self, step: int) -> list[Pair]:
+        """Those whose query is in the reasoned format."""
+        pairs = self.pairs(step)
+        return [pair for i, pair in enumerate(pairs) if i % self.encode_chunk >= self.encode_chunk - self.reasoned]
+
     def batch(self, step: int) -> PairBatch:
         """The batch of a step."""
         pairs = self.pairs(step)

@@ -15,6 +15,7 @@ from search_r3_jax.config import RunConfig, config_from_dict
 from search_r3_jax.errors import UserError
 
 PARAMS, OPTIMIZER, META = "params", "optimizer", "meta"
+SCORE = "score"
 
 
 def checkpoint_folder(run: Path) -> Path:
@@ -23,25 +24,28 @@ def checkpoint_folder(run: Path) -> Path:
 
 
 class SnapshotWriter:
-    """Saves steps asynchronously; an error of a background save is raised by the next call."""
+    """Saves steps asynchronously and keeps the newest `keep` and the best; an error of a background save is raised by the next call."""
 
     def __init__(self, run: Path, *, keep: int = 3):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        managers = ocp.checkpoint_managers
+        best = managers.BestN(get_metric_fn=lambda metrics: metrics[SCORE], n=1, keep_checkpoints_without_metrics=False)
+        policy = managers.AnyPreservationPolicy([managers.LatestN(keep), best])
+        options = ocp.CheckpointManagerOptions(preservation_policy=policy, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(checkpoint_folder(run), options=options)
 
     def latest(self) -> int | None:
         """The newest committed step."""
         return self._manager.latest_step()
 
-    def save(self, step: int, params: nnx.State, optimizer: Any, meta: dict[str, Any]) -> None:
-        """Begin to save one step: trainable parameters, optimiser state and what else decides the next step."""
+    def save(self, step: int, params: nnx.State, optimizer: Any, meta: dict[str, Any], *, score: float | None = None) -> None:
+        """Begin to save one step: trainable parameters, optimiser state and what else decides the next step; the best has the highest score."""
         self._manager.check_for_errors()
         items = {
             PARAMS: ocp.args.StandardSave(nnx.to_pure_dict(params)),
             OPTIMIZER: ocp.args.StandardSave(optimizer),
             META: ocp.args.JsonSave(meta),
         }
-        self._manager.save(step, args=ocp.args.Composite(**items))
+        self._manager.save(step, args=ocp.args.Composite(**items), metrics=None if score is None else {SCORE: score})
 
     def restore(self, step: int, params: nnx.State, optimizer: Any) -> tuple[nnx.State, Any, dict[str, Any]]:
         """`(params, optimizer, meta)` of a step, shaped like the ones given."""

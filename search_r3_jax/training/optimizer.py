@@ -1,4 +1,4 @@
-"""AdamW with warm-up, cosine decay and clipping, the same for both stages."""
+"""AdamW with warm-up, a schedule, decay of matrices alone and clipping, the same for both stages."""
 
 from __future__ import annotations
 
@@ -9,24 +9,50 @@ import optax
 
 from search_r3_jax.config import OptimizerConfig
 
+# The share of the steps over which `wsd` falls.
+WSD_DECAY = 0.2
+# What weight decay pulls at: matrices. Norms, biases and the embed token's row have a scale of their own.
+DECAYED = ("kernel", "lora_a", "lora_b", "embedding", "head")
+ROWS = ("embed_row", "head_row")
+
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The update rule of a run of `steps` steps; the learning rate ends at a tenth of its peak."""
-    peak = config.learning_rate
-    if config.warmup_steps > 0:
-        schedule = optax.warmup_cosine_decay_schedule(0.0, peak, config.warmup_steps, max(steps, config.warmup_steps + 1), peak / 10)
-    else:
-        schedule = optax.cosine_decay_schedule(peak, max(steps, 1), alpha=0.1)
+    """The update rule of a run of `steps` steps."""
+
+    def decayed(params: optax.Params) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, _: _names(path)[-1] in DECAYED, params)
 
     def scale_rows(updates: optax.Updates, params: optax.Params | None = None) -> optax.Updates:
-        def scaled(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
-            is_row = jax.tree_util.keystr(path[:1]).strip("[]'.") in ("embed_row", "head_row")
-            return update * config.row_scale if is_row else update
-
-        return jax.tree_util.tree_map_with_path(scaled, updates)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, update: update * config.row_scale if _names(path)[0] in ROWS else update, updates
+        )
 
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(schedule, b1=0.9, b2=0.999, weight_decay=config.weight_decay),
+        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity(),
+        optax.adamw(make_schedule(config, steps), b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=decayed),
         optax.stateless(scale_rows),
     )
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Step → learning rate: a line up over `warmup_steps`, then the schedule down to `final_share` of the peak at step `steps`."""
+    peak, final = config.learning_rate, config.learning_rate * config.final_share
+    left = max(steps - config.warmup_steps, 1)
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, left, alpha=config.final_share)
+    elif config.schedule == "linear":
+        after = optax.linear_schedule(peak, final, left)
+    elif config.schedule == "wsd":
+        fall = max(round(left * WSD_DECAY), 1)
+        after = optax.linear_schedule(peak, final, fall, transition_begin=left - fall)
+    else:
+        after = optax.constant_schedule(peak)
+    if config.warmup_steps == 0:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, config.warmup_steps), after], [config.warmup_steps])
+
+
+def _names(path: tuple[Any, ...]) -> list[str]:
+    """The names along a parameter's path; a leaf of an NNX state ends in its variable's value, which has none."""
+    keys = [jax.tree_util.keystr((key,)).strip("[]'.") for key in path]
+    return [key for key in keys if key != "value"]

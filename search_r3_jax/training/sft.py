@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +15,11 @@ from flax import nnx
 
 from search_r3_jax.config import RunConfig, SftConfig
 from search_r3_jax.data.collection import Collection
+from search_r3_jax.data.development import TrainingSet
 from search_r3_jax.data.key_terms import KeyTerms
 from search_r3_jax.data.mixture import Mixture
 from search_r3_jax.data.pipeline import PairBatch, PairPipeline, TextChunks
+from search_r3_jax.errors import UserError
 from search_r3_jax.hub.checkpoint import LoadedModel
 from search_r3_jax.hub.snapshots import SnapshotWriter
 from search_r3_jax.models.decoder import Decoder
@@ -27,9 +30,13 @@ from search_r3_jax.objectives.grad_cache import cached_value_and_grad
 from search_r3_jax.objectives.language import Head, cross_entropy, kl_to_base, token_log_probs
 from search_r3_jax.rollout.encoder import both_prefixes
 from search_r3_jax.text.prompts import Prompter
+from search_r3_jax.training.development import Development
 from search_r3_jax.training.optimizer import make_optimizer
+from search_r3_jax.training.own_reasoning import with_own_reasoning
 from search_r3_jax.training.run import Run
+from search_r3_jax.training.throughput import Throughput, peak_flops
 
+BEST_BY = "dev_direct_ndcg@10"
 OnStep = Callable[[int, int, dict[str, float]], object]
 
 
@@ -41,58 +48,96 @@ class SftState(NamedTuple):
     skipped: jax.Array
 
 
-def train_sft(config: RunConfig, folder: Path, collection: Collection, model: LoadedModel, on_step: OnStep) -> nnx.State:
-    """Run stage 1 to its last step, from the newest checkpoint where there is one; returns the trained parameters."""
+def train_sft(
+    config: RunConfig,
+    folder: Path,
+    sets: Sequence[TrainingSet],
+    model: LoadedModel,
+    on_step: OnStep,
+    *,
+    say: Callable[[str], object],
+) -> nnx.State:
+    """Run stage 1 to its last step, from the newest checkpoint where there is one; returns the trained parameters.
+
+    `on_step(steps done, steps in all, scalars)`. Raises UserError when too many steps in a row were not finite.
+    """
     # Act 1: what is needed.
+    sft = config.sft
     prompter = Prompter(model.tokenizer)
-    pipeline = make_pipeline(config, collection, prompter)
     graph, params, frozen = nnx.split(model.decoder, trainable_filter(model.decoder), ...)
-    optimizer = make_optimizer(config.sft.optimizer, config.sft.steps)
+    optimizer = make_optimizer(sft.optimizer, sft.steps)
     state = SftState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
     # Under LoRA the base itself is the reference; full fine-tuning keeps a copy of where it began.
-    reference = params if config.sft.kl_weight > 0 and config.lora.rank == 0 else None
-    step_function = make_step(graph, prompter, optimizer, config.sft)
+    reference = params if sft.kl_weight > 0 and config.lora.rank == 0 else None
+    step_function = make_step(graph, prompter, optimizer, sft)
+    throughput = Throughput(model=model.decoder.config, lora=config.lora, peak=peak_flops(), with_base=sft.kl_weight > 0)
+    development = _make_development(config, sets, model, prompter)
 
     # Act 2: the run directory, and where to begin.
-    run = Run(folder, config, stage="sft", extra={"data_name": collection.name})
+    data = [{"name": s.train.name, "split": s.train.split, "corpus_hash": s.train.corpus_hash()} for s in sets]
+    run = Run(folder, config, stage="sft", extra={"data": data})
     run.save_tokenizer(model.tokenizer)
-    snapshots = SnapshotWriter(folder)
+    pipeline = make_pipeline(config, [each.train for each in sets], prompter)
+    if sft.reasoning == "self":
+        pipeline = _own_reasoning(config, folder, pipeline, model, say)
+    snapshots = SnapshotWriter(folder, keep=sft.keep)
+    skipped = 0
     try:
         first = snapshots.latest() or 0
         if first:
-            restored, optimizer_state, _ = snapshots.restore(first, state.params, state.optimizer)
-            state = SftState(restored, optimizer_state, state.skipped)
+            restored, optimizer_state, meta = snapshots.restore(first, state.params, state.optimizer)
+            state = SftState(restored, optimizer_state, jnp.asarray(meta["skipped_in_a_row"], jnp.int32))
+            skipped = meta["skipped"]
+            say(f"going on from step {first}")
+        elif development is not None:
+            scalars, _ = development.evaluate(nnx.merge_state(state.params, frozen), 0, folder)
+            say(f"before training: {_told(scalars)}")
         run.start_at(first)
 
         # Act 3: the loop.
-        for step in range(first, config.sft.steps):
+        batch = pipeline.batch(first)
+        for step in range(first, sft.steps):
             started = time.perf_counter()
             key = jax.random.fold_in(jax.random.key(config.seed), step) if config.lora.dropout > 0 else None
-            batch = pipeline.batch(step)
-            state, scalars = step_function(state, frozen, batch, reference, key)
-            values = {name: float(value) for name, value in scalars.items()}
-            if values["skipped"] >= config.sft.max_skipped:
-                raise FloatingPointError(
-                    f"stage 1, step {step}: {config.sft.max_skipped} steps in a row were not finite; lower sft.optimizer.learning_rate"
-                )
-            values["padding_share"] = batch.padding_share()
-            values["seconds"] = time.perf_counter() - started
+            state, found = step_function(state, frozen, batch, reference, key)
+            # The host packs the next batch while the device computes this one.
+            following = pipeline.batch(step + 1)
+            values = {name: float(value) for name, value in found.items()}
+            in_a_row = int(values.pop("skipped_in_a_row"))
+            skipped += in_a_row > 0
+            values |= {"skipped": skipped, "padding_share": batch.padding_share(), "seconds": time.perf_counter() - started}
+            values |= throughput.of(batch.queries, batch.documents, values["seconds"])
+            batch, done = following, step + 1
+
+            looked = development is not None and sft.eval_every > 0 and (done % sft.eval_every == 0 or done == sft.steps)
+            if development is not None and looked:
+                scalars, samples = development.evaluate(nnx.merge_state(state.params, frozen), done, folder)
+                values |= scalars
+                for sample in samples:
+                    run.sample(sample)
+                say(f"step {done}: {_told(scalars)}")
             run.log(step, values)
-            on_step(step + 1, config.sft.steps, values)
-            if (step + 1) % config.sft.save_every == 0 or step + 1 == config.sft.steps:
-                snapshots.save(step + 1, state.params, state.optimizer, {"stage": "sft", "seed": config.seed})
+            on_step(done, sft.steps, values)
+            if looked or done % sft.save_every == 0 or done == sft.steps or in_a_row >= sft.max_skipped:
+                meta = {"stage": "sft", "seed": config.seed, "skipped": skipped, "skipped_in_a_row": in_a_row}
+                snapshots.save(done, state.params, state.optimizer, meta, score=values.get(BEST_BY))
+            if in_a_row >= sft.max_skipped:
+                raise UserError(
+                    f"sft.optimizer.learning_rate: step {step}: {in_a_row} steps in a row were not finite; lower the rate, and "
+                    f"give another --run (the last good parameters are in {folder})"
+                )
     finally:
         snapshots.close()
         run.close()
     return state.params
 
 
-def make_pipeline(config: RunConfig, collection: Collection, prompter: Prompter) -> PairPipeline:
+def make_pipeline(config: RunConfig, collections: Sequence[Collection], prompter: Prompter) -> PairPipeline:
     """The batches of stage 1."""
     sft = config.sft
     chunk = sft.encode_chunk or sft.global_batch
     return PairPipeline(
-        mixture=Mixture(collections=(collection,), seed=config.seed),
+        mixture=Mixture(collections=tuple(collections), weights=config.data.weights, seed=config.seed),
         prompter=prompter,
         global_batch=sft.global_batch,
         encode_chunk=chunk,
@@ -101,8 +146,38 @@ def make_pipeline(config: RunConfig, collection: Collection, prompter: Prompter)
         max_thought_tokens=config.text.max_thought_tokens,
         reasoned=round(sft.reasoned_share * chunk) if sft.reasoning != "off" else 0,
         negatives=sft.negatives,
-        key_terms=(KeyTerms(collection, count=sft.key_terms),) if sft.reasoning == "key_terms" else (),
+        key_terms=tuple(KeyTerms(each, count=sft.key_terms) for each in collections) if sft.reasoning == "key_terms" else (),
     )
+
+
+def _own_reasoning(config: RunConfig, folder: Path, pipeline: PairPipeline, model: LoadedModel, say: Callable[[str], object]) -> PairPipeline:
+    """The pipeline with the model's own text as the reasoning of just the queries that are trained in the reasoned format."""
+    wanted = {(pair.set, pair.query) for step in range(config.sft.steps) for pair in pipeline.reasoned_pairs(step)}
+    collections = with_own_reasoning(
+        config,
+        folder / "own_reasoning.jsonl",
+        pipeline.mixture.collections,
+        wanted,
+        model,
+        lambda done, total: say(f"the model writes its own reasoning: {done}/{total} queries"),
+    )
+    return dataclasses.replace(pipeline, mixture=dataclasses.replace(pipeline.mixture, collections=collections))
+
+
+def _make_development(config: RunConfig, sets: Sequence[TrainingSet], model: LoadedModel, prompter: Prompter) -> Development | None:
+    collections = [each.dev for each in sets if each.dev is not None]
+    if not collections or config.sft.eval_every == 0:
+        return None
+    reasoned = config.sft.reasoning != "off" and config.sft.reasoned_share > 0
+    return Development(config, collections, nnx.split(model.decoder)[0], prompter, reasoned=reasoned)
+
+
+def _told(scalars: dict[str, float]) -> str:
+    """What a reader wants to know of an evaluation."""
+    told = f"nDCG@10 {scalars[BEST_BY]:.3f} direct"
+    if "dev_reason_ndcg@10" in scalars:
+        told += f", {scalars['dev_reason_ndcg@10']:.3f} reasoned ({scalars['dev_reason_valid_rate']:.0%} valid)"
+    return told
 
 
 def make_step(
@@ -165,7 +240,7 @@ def make_step(
             lambda new, old: jnp.where(finite, new, old), (params, optimizer_state), (state.params, state.optimizer)
         )
         skipped = jnp.where(finite, 0, state.skipped + 1)
-        return SftState(params, optimizer_state, skipped), scalars | {"skipped": skipped}
+        return SftState(params, optimizer_state, skipped), scalars | {"skipped_in_a_row": skipped}
 
     return step
 

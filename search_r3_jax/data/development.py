@@ -1,0 +1,67 @@
+"""Queries that training is watched on: a split of their own, or some of the training queries."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+from search_r3_jax.config import DataConfig
+from search_r3_jax.data.collection import Collection, Query
+from search_r3_jax.data.dataset import load_collection, splits_of
+from search_r3_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingSet:
+    """What to train on, and what to watch training on; no query is in both."""
+
+    train: Collection
+    dev: Collection | None
+
+
+def load_training_sets(config: DataConfig) -> tuple[TrainingSet, ...]:
+    """Each of the data sets of a config; raises UserError when one cannot be read or there is none."""
+    if not config.sets:
+        raise UserError("data.sets: no data set; name one or more folders: --data.sets FOLDER …")
+    return tuple(_load(Path(folder), config) for folder in config.sets)
+
+
+def _load(folder: Path, config: DataConfig) -> TrainingSet:
+    train = load_collection(folder, config.split)
+    if config.dev_queries == 0:
+        return TrainingSet(train=train, dev=None)
+    if config.dev_split in splits_of(folder):
+        watched = load_collection(folder, config.dev_split)
+        chosen = {query.query_id for query in _drawn(watched, config.dev_queries)}
+        dev = dataclasses.replace(watched, queries=tuple(query for query in watched.queries if query.query_id in chosen))
+    else:
+        # Never more than a tenth: a small set is for training first.
+        drawn = _drawn(train, min(config.dev_queries, len(train.queries) // 10))
+        if not drawn:
+            return TrainingSet(train=train, dev=None)
+        dev = dataclasses.replace(train, split=f"{config.split}, held out", queries=tuple(drawn))
+    texts = {query.text for query in dev.queries}
+    train = dataclasses.replace(train, queries=tuple(query for query in train.queries if query.text not in texts))
+    return TrainingSet(train=train, dev=cut_corpus(dev, config.dev_documents))
+
+
+def cut_corpus(collection: Collection, documents: int, *, seed: int = 0) -> Collection:
+    """The collection over all its judged documents and random others, `documents` in all, or as many as are judged.
+
+    Which ones depends on the ids and the seed alone, not on the order of the corpus.
+    """
+    judged = {doc_id for query in collection.queries for doc_id in (*query.positives, *query.negatives)}
+    others = sorted((d.doc_id for d in collection.documents if d.doc_id not in judged), key=lambda doc_id: _draw(seed, doc_id))
+    kept = judged | set(others[: max(0, documents - len(judged))])
+    return dataclasses.replace(collection, documents=tuple(d for d in collection.documents if d.doc_id in kept))
+
+
+def _drawn(collection: Collection, count: int) -> list[Query]:
+    """`count` queries with a relevant document, by a hash of their ids."""
+    judged = [query for query in collection.queries if query.positives]
+    return sorted(judged, key=lambda query: _draw(0, query.query_id))[:count]
+
+
+def _draw(seed: int, key: str) -> bytes:
+    return hashlib.sha256(f"{seed}:{key}".encode()).digest()

@@ -1,0 +1,74 @@
+"""How a run in training does on its development queries: metrics, a few searches to read, the best step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from search_r3_jax.config import RunConfig
+from search_r3_jax.data.collection import Collection
+from search_r3_jax.evaluation.evaluate import Evaluator, ModeResult
+from search_r3_jax.files import write_json
+from search_r3_jax.models.decoder import Decoder
+from search_r3_jax.text.prompts import Prompter
+
+SHOWN_QUERIES = 3
+SHOWN_DOCUMENTS = 3
+
+
+class Development:
+    """Evaluates parameters on every development collection, direct, and reasoned where `reasoned` asks for it."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        collections: Sequence[Collection],
+        graph: nnx.GraphDef[Decoder],
+        prompter: Prompter,
+        *,
+        reasoned: bool,
+    ):
+        self._evaluator = Evaluator(graph, prompter, config.text, config.rl.sampler)
+        self._collections, self._reasoned = collections, reasoned
+
+    def evaluate(self, state: nnx.State, step: int, folder: Path) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Scalars named `dev_…` (means over the collections) and a few searches; all of it goes to `eval/dev_<step>.json` of the run."""
+        results: dict[str, dict[str, Any]] = {}
+        scalars: dict[str, list[float]] = {}
+        samples = []
+        for collection in self._collections:
+            documents_ne = self._evaluator.documents(state, collection)
+            modes = {"direct": self._evaluator.direct(state, collection, documents_ne)}
+            if self._reasoned:
+                modes["reason"] = self._evaluator.reason(state, collection, documents_ne)
+            results[collection.name] = {mode: result.as_dict() for mode, result in modes.items()}
+            for mode, result in modes.items():
+                for name, value in result.as_dict().items():
+                    scalars.setdefault(f"dev_{mode}_{name}", []).append(value)
+                samples += _samples(collection, mode, result, step)
+        (folder / "eval").mkdir(exist_ok=True)
+        write_json(folder / "eval" / f"dev_{step:06d}.json", {"step": step, "results": results})
+        return {name: float(np.mean(values)) for name, values in scalars.items()}, samples
+
+
+def _samples(collection: Collection, mode: str, result: ModeResult, step: int) -> list[dict[str, Any]]:
+    """The same first queries every time: a reader sees how they change."""
+    found = []
+    for i, query in enumerate(collection.queries[:SHOWN_QUERIES]):
+        ranked = sorted(result.run[query.query_id].items(), key=lambda pair: -pair[1])[:SHOWN_DOCUMENTS]
+        found.append(
+            {
+                "step": step,
+                "set": collection.name,
+                "mode": mode,
+                "query": query.text,
+                "reasoning": result.thoughts[i] if result.thoughts else "",
+                "ndcg@10": result.of_query[query.query_id].ndcg_at_10,
+                "top": [{"document": doc_id, "score": score, "relevant": doc_id in query.positives} for doc_id, score in ranked],
+            }
+        )
+    return found

@@ -1,0 +1,82 @@
+"""Reasoning without a teacher: what the untrained model writes about a query, greedily, for stage 1 to end in an embedding."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from flax import nnx
+
+from search_r3_jax.config import RunConfig
+from search_r3_jax.data.collection import Collection
+from search_r3_jax.files import write_text
+from search_r3_jax.hub.checkpoint import LoadedModel
+from search_r3_jax.rollout.sampler import Rollout, Sampler
+from search_r3_jax.text.prompts import Prompter
+
+QUERIES_A_PASS = 64
+
+
+def with_own_reasoning(
+    config: RunConfig,
+    file: Path,
+    collections: Sequence[Collection],
+    wanted: Iterable[tuple[int, int]],
+    model: LoadedModel,
+    on_progress: Callable[[int, int], object],
+) -> tuple[Collection, ...]:
+    """The collections with the model's own text as `reasoning` of the wanted `(set, query row)`; kept in `file`, one a line.
+
+    `model` is untrained: adapters that are new add nothing. A pass whose texts are in the file already is not written again.
+    """
+    missing = sorted({(number, row) for number, row in wanted if not collections[number].queries[row].reasoning})
+    thoughts = _read(file)
+    prompter = Prompter(model.tokenizer)
+    graph, state = nnx.split(model.decoder)
+    sampler = Sampler(graph, prompter, max_think_tokens=config.text.max_thought_tokens, temperature=0.0)
+    todo = [(number, row) for number, row in missing if (number, collections[number].queries[row].query_id) not in thoughts]
+    # Sorted by length, so that a pass holds prompts of one bucket.
+    todo.sort(key=lambda at: (len(collections[at[0]].queries[at[1]].text), at))
+    for start in range(0, len(todo), QUERIES_A_PASS):
+        chosen = todo[start : start + QUERIES_A_PASS]
+        filled = chosen + chosen[:1] * (QUERIES_A_PASS - len(chosen))
+        texts = [collections[number].queries[row].text for number, row in filled]
+        rollout = sampler.sample(state, texts, np.zeros((len(texts), 1), np.uint32), max_tokens=config.text.max_query_tokens)
+        for (number, row), thought in zip(chosen, _thoughts(rollout, prompter), strict=False):
+            thoughts[number, collections[number].queries[row].query_id] = thought
+        lines = [{"set": number, "query_id": query_id, "reasoning": text} for (number, query_id), text in thoughts.items()]
+        write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        on_progress(start + len(chosen), len(todo))
+    return tuple(_with(collection, number, thoughts) for number, collection in enumerate(collections))
+
+
+def _thoughts(rollout: Rollout, prompter: Prompter) -> list[str]:
+    """What the model chose to write, up to the closing or the end of its turn, and no broken last word."""
+    found = []
+    for ids, sampled, valid in zip(rollout.ids, rollout.sampled, rollout.valid, strict=True):
+        chosen = ids[sampled].tolist()
+        if valid:
+            chosen = chosen[: -len(prompter.reason.closing)]
+        complete = prompter.eos_id in chosen
+        text = str(prompter.tokenizer.decode([token for token in chosen if token not in (prompter.eos_id, prompter.embed_id)]))
+        words = text.split()
+        # The budget ends anywhere: a word cut in two would be learnt as one.
+        found.append(" ".join(words if complete or valid or len(words) < 2 else words[:-1]))
+    return found
+
+
+def _with(collection: Collection, number: int, thoughts: dict[tuple[int, str], str]) -> Collection:
+    queries = tuple(
+        dataclasses.replace(query, reasoning=query.reasoning or thoughts.get((number, query.query_id), "")) for query in collection.queries
+    )
+    return dataclasses.replace(collection, queries=queries)
+
+
+def _read(file: Path) -> dict[tuple[int, str], str]:
+    if not file.is_file():
+        return {}
+    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return {(record["set"], record["query_id"]): record["reasoning"] for record in records}

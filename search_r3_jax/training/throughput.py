@@ -1,0 +1,72 @@
+"""Tokens a second and model FLOPs utilisation of a training step."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from search_r3_jax.config import LoraConfig, ModelConfig
+from search_r3_jax.data.pipeline import TextChunks
+from search_r3_jax.models.flops import head_flops, layers_flops, training_flops
+
+# Dense bfloat16 peak of a device, FLOP/s, as Google Cloud's pages on each TPU version give it.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+}
+PROBE_SIZE = 1536
+
+
+def peak_flops() -> float:
+    """What all devices together can do, FLOP/s: published for a TPU; elsewhere what a float32 matrix product reaches, measured now."""
+    kind = jax.devices()[0].device_kind
+    if kind in PEAK_FLOPS:
+        return PEAK_FLOPS[kind] * jax.device_count()
+    matrix = jnp.ones((PROBE_SIZE, PROBE_SIZE), jnp.float32)
+    product = jax.jit(jnp.dot)
+    product(matrix, matrix).block_until_ready()
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        product(matrix, matrix).block_until_ready()
+        seconds.append(time.perf_counter() - started)
+    return 2.0 * PROBE_SIZE**3 / min(seconds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Throughput:
+    """Counts what a step had to compute; padding, shared prefixes and recomputation are no work.
+
+    Attributes:
+        peak: of all devices together, FLOP/s.
+        with_base: the frozen base reads the queries too, for the KL term.
+    """
+
+    model: ModelConfig
+    lora: LoraConfig
+    peak: float
+    with_base: bool
+
+    def of(self, queries: TextChunks, documents: TextChunks, seconds: float) -> dict[str, float]:
+        """`tokens_per_second`, `tflops` (model FLOPs a second, in 10¹²) and `mfu` (their share of the peak, in [0, 1])."""
+        tokens, attended = 0, 0
+        for chunks in (queries, documents):
+            real = chunks.segments >= 0
+            tokens += int(real.sum())
+            attended += int(np.sum(chunks.positions[real].astype(np.int64) + 1))
+        read = int((queries.reply_at >= 0).sum())
+        flops = training_flops(self.model, self.lora, tokens, attended, read)
+        if self.with_base:
+            real = queries.segments >= 0
+            flops += layers_flops(self.model, int(real.sum()), int(np.sum(queries.positions[real].astype(np.int64) + 1)))
+            flops += head_flops(self.model, read)
+        return {"tokens_per_second": tokens / seconds, "tflops": flops / seconds / 1e12, "mfu": flops / seconds / self.peak}
