@@ -108,7 +108,7 @@ class Export:
         out: folder to write; must not exist, or be an earlier export.
         model: a run directory, a Hugging Face folder, a GGUF file, or `smollm2`.
         run_folder: a run directory.
-        step: checkpoint of a run; the newest by default.
+        step: checkpoint of a run, a number or `best` (on its development queries); the newest by default.
         dtype: of the weights.
         peft: write the adapters of a run instead of merged weights.
         base: with --peft: name or folder of the checkpoint the adapters belong to; the folder that the run started from by default.
@@ -118,7 +118,7 @@ class Export:
     out: Path
     model: str | None = None
     run_folder: Annotated[Path | None, tyro.conf.arg(name="run")] = None
-    step: int | None = None
+    step: int | Literal["best"] | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     peft: bool = False
     base: str | None = None
@@ -167,7 +167,7 @@ class Embed:
         kind: what the texts are; documents are embedded directly.
         truncate_dim: keep so many dimensions, normalised again.
         max_tokens: tokens of a text that are read.
-        step: checkpoint of a run; the newest by default.
+        step: checkpoint of a run, a number or `best` (on its development queries); the newest by default.
         debug: show the traceback of an error.
     """
 
@@ -178,7 +178,7 @@ class Embed:
     kind: Literal["query", "document"] = "query"
     truncate_dim: int | None = None
     max_tokens: int | None = None
-    step: int | None = None
+    step: int | Literal["best"] | None = None
     debug: bool = False
 
     def run(self) -> None:

@@ -18,6 +18,7 @@ from search_r3_jax.console import Bar, progress_bar
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub.checkpoint import LoadedModel, load_model, resolve
 from search_r3_jax.hub.export import MAX_TOKENS, read_record, text_room
+from search_r3_jax.hub.snapshots import Step
 from search_r3_jax.rollout.encoder import Encoder
 from search_r3_jax.rollout.sampler import Sampler
 from search_r3_jax.text.prompts import CLOSING, Mode, Prompter
@@ -76,7 +77,7 @@ class Embedder:
         cls,
         name: str | Path,
         *,
-        step: int | None = None,
+        step: Step = None,
         compute_dtype: Literal["float32", "bfloat16"] = "float32",
         max_tokens: int | None = None,
         max_think_tokens: int = MAX_THINK_TOKENS,

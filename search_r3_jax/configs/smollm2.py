@@ -1,6 +1,6 @@
 """Stage 1 of SmolLM2-135M-Instruct on one real collection, on two CPU cores.
 
-    search-r3 sft --config smollm2 --run runs/cosqa --data.sets DATA/cosqa
+search-r3 sft --config smollm2 --run runs/cosqa --data.sets DATA/cosqa
 """
 
 from search_r3_jax.config import DataConfig, LoraConfig, OptimizerConfig, RunConfig, SftConfig, TextConfig
@@ -13,13 +13,13 @@ config = RunConfig(
     text=TextConfig(max_query_tokens=32, max_document_tokens=96, max_thought_tokens=24),
     lora=LoraConfig(rank=16, alpha=32.0),
     sft=SftConfig(
-        steps=150,
-        global_batch=32,
+        steps=120,
+        global_batch=24,
         reasoned_share=0.125,
         reasoning="key_terms",
         key_terms=6,
-        eval_every=50,
-        save_every=50,
+        eval_every=40,
+        save_every=20,
         optimizer=OptimizerConfig(learning_rate=1e-3, row_scale=10.0, warmup_steps=8),
     ),
 )

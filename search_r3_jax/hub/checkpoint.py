@@ -18,7 +18,7 @@ from search_r3_jax.config import LoraConfig, ModelConfig
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub.gguf import GgufFile
 from search_r3_jax.hub.safetensors_folder import SafetensorsFolder, read_json
-from search_r3_jax.hub.snapshots import latest_snapshot, read_run, read_snapshot, start_of
+from search_r3_jax.hub.snapshots import Step, chosen_snapshot, read_run, read_snapshot, start_of
 from search_r3_jax.hub.weights import build_decoder, torch_tensors
 from search_r3_jax.mesh import param_shardings
 from search_r3_jax.models.attention import Backend
@@ -48,7 +48,7 @@ class LoadedModel:
 def load_model(
     name: str | Path,
     *,
-    step: int | None = None,
+    step: Step = None,
     compute_dtype: str = "float32",
     remat: str = "none",
     attention: Backend = "xla",
@@ -56,7 +56,8 @@ def load_model(
 ) -> LoadedModel:
     """The model that `name` means (see `resolve`), float32 parameters on `mesh`, `<|embed_token|>` added where it is missing.
 
-    `step` chooses a checkpoint when `name` is a run directory; None is the newest. Raises UserError when it cannot be read.
+    `step` chooses a checkpoint when `name` is a run directory: a number, `best`, or None for the newest. Raises UserError when it cannot
+    be read.
     """
     path = resolve(name)
     if path.is_dir() and (path / "checkpoints").is_dir():
@@ -85,16 +86,14 @@ def load_model(
     return LoadedModel(decoder=decoder, tokenizer=embed.tokenizer, embed_id=embed.embed_id, mesh=mesh)
 
 
-def _load_run(run: Path, step: int | None, compute_dtype: str, remat: str, attention: Backend, mesh: Mesh | None) -> LoadedModel:
-    """What a run has made of the model it started from, merged; `step` None is the newest checkpoint."""
+def _load_run(run: Path, step: Step, compute_dtype: str, remat: str, attention: Backend, mesh: Mesh | None) -> LoadedModel:
+    """What a run has made of the model it started from, merged."""
     config, record = read_run(run)
+    chosen = chosen_snapshot(run, step)
     start = load_model(start_of(run, record), compute_dtype=compute_dtype, remat=remat, attention=attention, mesh=mesh)
     decoder = with_lora(start, config.lora, seed=config.seed).decoder
-    newest = latest_snapshot(run) if step is None else step
-    if newest is None:
-        raise UserError(f"{run}: checkpoints: none yet; wait for the first one, or give the model that the run starts from")
     params = nnx.state(decoder, trainable_filter(decoder))
-    nnx.update(decoder, read_snapshot(run, newest, params))
+    nnx.update(decoder, read_snapshot(run, chosen, params))
     return replace(start, decoder=_on_mesh(merge_lora(decoder), mesh))
 
 

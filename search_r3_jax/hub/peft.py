@@ -15,7 +15,7 @@ from search_r3_jax.hub.checkpoint import LoadedModel, load_model, with_lora
 from search_r3_jax.hub.export import MAX_TOKENS, RECORD, save_tensors, save_tokenizer, text_room, write_record
 from search_r3_jax.hub.folders import replaced_folder
 from search_r3_jax.hub.model_card import adapter_card
-from search_r3_jax.hub.snapshots import latest_snapshot, read_run, read_snapshot, start_of
+from search_r3_jax.hub.snapshots import Step, chosen_snapshot, read_run, read_snapshot, start_of
 from search_r3_jax.models.decoder import Decoder
 from search_r3_jax.models.families import LAYER_TENSORS
 from search_r3_jax.models.lora import trainable_filter
@@ -78,21 +78,20 @@ def export_peft(model: LoadedModel, out: Path, *, base: str, earlier: Sequence[L
     return out
 
 
-def load_stages(run: Path, *, step: int | None = None) -> tuple[list[LoadedModel], str]:
+def load_stages(run: Path, *, step: Step = None) -> tuple[list[LoadedModel], str]:
     """The run's model with unmerged adapters, behind those of the runs that it builds on, oldest first; and the model they started from.
 
-    `step` chooses a checkpoint of `run`; None is the newest. Raises UserError when a run trained without adapters or has no checkpoint.
+    `step` chooses a checkpoint of `run` (a number, `best`, None for the newest). Raises UserError when a run trained without adapters, or
+    has no checkpoint.
     """
     config, record = read_run(run)
     if config.lora.rank == 0:
         raise UserError(f"{run / 'config.json'}: lora.rank: 0, so the run has no adapters; export it without --peft")
+    chosen = chosen_snapshot(run, step)
     name = start_of(run, record)
     model = with_lora(load_model(name), config.lora, seed=config.seed)
-    newest = latest_snapshot(run) if step is None else step
-    if newest is None:
-        raise UserError(f"{run}: checkpoints: none yet; wait for the first one")
     params = nnx.state(model.decoder, trainable_filter(model.decoder))
-    nnx.update(model.decoder, read_snapshot(run, newest, params))
+    nnx.update(model.decoder, read_snapshot(run, chosen, params))
     if (Path(name) / "checkpoints").is_dir():
         earlier, first = load_stages(Path(name))
         return [*earlier, model], first

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from search_r3_jax.errors import UserError
 
 PARAMS, OPTIMIZER, META = "params", "optimizer", "meta"
 SCORE = "score"
+Step = int | Literal["best"] | None
 
 
 def checkpoint_folder(run: Path) -> Path:
@@ -27,9 +29,8 @@ class SnapshotWriter:
     """Saves steps asynchronously and keeps the newest `keep` and the best; an error of a background save is raised by the next call."""
 
     def __init__(self, run: Path, *, keep: int = 3):
-        managers = ocp.checkpoint_managers
-        best = managers.BestN(get_metric_fn=lambda metrics: metrics[SCORE], n=1, keep_checkpoints_without_metrics=False)
-        policy = managers.AnyPreservationPolicy([managers.LatestN(keep), best])
+        self._scores = _scores(run)
+        policy = _NewestAndBest(keep, self._scores)
         options = ocp.CheckpointManagerOptions(preservation_policy=policy, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(checkpoint_folder(run), options=options)
 
@@ -38,14 +39,16 @@ class SnapshotWriter:
         return self._manager.latest_step()
 
     def save(self, step: int, params: nnx.State, optimizer: Any, meta: dict[str, Any], *, score: float | None = None) -> None:
-        """Begin to save one step: trainable parameters, optimiser state and what else decides the next step; the best has the highest score."""
+        """Begin to save one step: trainable parameters, optimiser state, what else decides the next step; the highest score is the best."""
         self._manager.check_for_errors()
+        if score is not None:
+            self._scores[step] = score
         items = {
             PARAMS: ocp.args.StandardSave(nnx.to_pure_dict(params)),
             OPTIMIZER: ocp.args.StandardSave(optimizer),
-            META: ocp.args.JsonSave(meta),
+            META: ocp.args.JsonSave({**meta, SCORE: score}),
         }
-        self._manager.save(step, args=ocp.args.Composite(**items), metrics=None if score is None else {SCORE: score})
+        self._manager.save(step, args=ocp.args.Composite(**items))
 
     def restore(self, step: int, params: nnx.State, optimizer: Any) -> tuple[nnx.State, Any, dict[str, Any]]:
         """`(params, optimizer, meta)` of a step, shaped like the ones given."""
@@ -68,6 +71,31 @@ class SnapshotWriter:
         self._manager.close()
 
 
+class _NewestAndBest:
+    """Which checkpoints Orbax keeps: `keep` of the newest and the best. Its own policy forgets the scores when a run is opened again."""
+
+    def __init__(self, keep: int, scores: dict[int, float]):
+        self._keep, self._scores = keep, scores
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        steps = sorted(info.step for info in checkpoints)
+        kept = {*steps[-self._keep :], _best({step: score for step, score in self._scores.items() if step in steps})}
+        return [info.step in kept for info in checkpoints]
+
+
+def _scores(run: Path) -> dict[int, float]:
+    """The scores of the committed steps that have one."""
+    folder = checkpoint_folder(run)
+    # Orbax publishes a step by renaming its temporary directory to the bare number.
+    files = [file for file in folder.glob(f"*/{META}/metadata") if file.parts[-3].isdigit()] if folder.is_dir() else []
+    scores = {int(file.parts[-3]): json.loads(file.read_text(encoding="utf-8")).get(SCORE) for file in files}
+    return {step: score for step, score in scores.items() if score is not None}
+
+
+def _best(scores: dict[int, float]) -> int | None:
+    return max(scores, key=lambda step: (scores[step], step), default=None)
+
+
 def latest_snapshot(run: Path) -> int | None:
     """The newest committed step of a run, or None; sees what another process has committed by now."""
     folder = checkpoint_folder(run)
@@ -76,6 +104,23 @@ def latest_snapshot(run: Path) -> int | None:
     # Orbax publishes a step by renaming its temporary directory to the bare number.
     steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
     return max(steps, default=None)
+
+
+def best_snapshot(run: Path) -> int | None:
+    """The committed step with the highest score, the newest of equals; None where no step has one."""
+    return _best(_scores(run))
+
+
+def chosen_snapshot(run: Path, step: Step) -> int:
+    """The step that is meant: a number, None for the newest, `best`; raises UserError when there is none."""
+    found = step if isinstance(step, int) else latest_snapshot(run) if step is None else best_snapshot(run)
+    if found is None and step is None:
+        raise UserError(f"{run}: checkpoints: none yet; wait for the first one, or give the model that the run starts from")
+    if found is None:
+        raise UserError(
+            f"{run}: no checkpoint was evaluated while it was trained, so none is the best; leave --step out or give its number"
+        )
+    return found
 
 
 def read_snapshot(run: Path, step: int, params: nnx.State) -> nnx.State:

@@ -49,20 +49,19 @@ class Development:
             for mode, result in modes.items():
                 for name, value in result.as_dict().items():
                     scalars.setdefault(f"dev_{mode}_{name}", []).append(value)
-                samples += _samples(collection, mode, result, step)
+                samples += _samples(collection, mode, result)
         (folder / "eval").mkdir(exist_ok=True)
         write_json(folder / "eval" / f"dev_{step:06d}.json", {"step": step, "results": results})
         return {name: float(np.mean(values)) for name, values in scalars.items()}, samples
 
 
-def _samples(collection: Collection, mode: str, result: ModeResult, step: int) -> list[dict[str, Any]]:
+def _samples(collection: Collection, mode: str, result: ModeResult) -> list[dict[str, Any]]:
     """The same first queries every time: a reader sees how they change."""
     found = []
     for i, query in enumerate(collection.queries[:SHOWN_QUERIES]):
         ranked = sorted(result.run[query.query_id].items(), key=lambda pair: -pair[1])[:SHOWN_DOCUMENTS]
         found.append(
             {
-                "step": step,
                 "set": collection.name,
                 "mode": mode,
                 "query": query.text,

@@ -33,15 +33,15 @@ class Run:
                 raise UserError(f"{file}: {changed}: this run was made with another value; give another folder or remove this one")
         else:
             write_json(file, record)
-        self._metrics = path / "metrics.jsonl"
+        self._metrics, self._samples = path / "metrics.jsonl", path / "samples.jsonl"
         self._board: SummaryWriter | None = None
 
     def start_at(self, step: int) -> None:
-        """Forget metrics of steps from `step` on: they will be computed again, and each step must stand once."""
-        if self._metrics.is_file():
-            lines = self._metrics.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _step_of(line) < step]
-            write_text(self._metrics, "".join(line + "\n" for line in kept))
+        """Forget metrics and samples of steps from `step` on: they will be computed again, and each step must stand once."""
+        for file in (self._metrics, self._samples):
+            if file.is_file():
+                lines = file.read_text(encoding="utf-8").splitlines()
+                write_text(file, "".join(line + "\n" for line in lines if _step_of(line) < step))
 
     def log(self, step: int, scalars: dict[str, float]) -> None:
         """Append one step's scalars to `metrics.jsonl` and TensorBoard."""
@@ -53,8 +53,8 @@ class Run:
             self._board.add_scalar(name, value, step)
 
     def sample(self, record: dict[str, Any]) -> None:
-        """Append one rollout to `samples.jsonl`."""
-        with (self.path / "samples.jsonl").open("a", encoding="utf-8") as file:
+        """Append one search, with its `step`, to `samples.jsonl`."""
+        with self._samples.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def save_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -37,6 +37,7 @@ from search_r3_jax.training.run import Run
 from search_r3_jax.training.throughput import Throughput, peak_flops
 
 BEST_BY = "dev_direct_ndcg@10"
+Say = Callable[[str], object]
 OnStep = Callable[[int, int, dict[str, float]], object]
 
 
@@ -55,7 +56,7 @@ def train_sft(
     model: LoadedModel,
     on_step: OnStep,
     *,
-    say: Callable[[str], object],
+    say: Say,
 ) -> nnx.State:
     """Run stage 1 to its last step, from the newest checkpoint where there is one; returns the trained parameters.
 
@@ -114,7 +115,7 @@ def train_sft(
                 scalars, samples = development.evaluate(nnx.merge_state(state.params, frozen), done, folder)
                 values |= scalars
                 for sample in samples:
-                    run.sample(sample)
+                    run.sample({"step": step, **sample})
                 say(f"step {done}: {_told(scalars)}")
             run.log(step, values)
             on_step(done, sft.steps, values)
@@ -150,7 +151,9 @@ def make_pipeline(config: RunConfig, collections: Sequence[Collection], prompter
     )
 
 
-def _own_reasoning(config: RunConfig, folder: Path, pipeline: PairPipeline, model: LoadedModel, say: Callable[[str], object]) -> PairPipeline:
+def _own_reasoning(
+    config: RunConfig, folder: Path, pipeline: PairPipeline, model: LoadedModel, say: Callable[[str], object]
+) -> PairPipeline:
     """The pipeline with the model's own text as the reasoning of just the queries that are trained in the reasoned format."""
     wanted = {(pair.set, pair.query) for step in range(config.sft.steps) for pair in pipeline.reasoned_pairs(step)}
     collections = with_own_reasoning(

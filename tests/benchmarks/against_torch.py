@@ -221,7 +221,7 @@ def our_training(folder: str, given: dict[str, Any], lora: bool) -> Work:
     )
     model = with_lora(load_model(folder, compute_dtype=config.compute_dtype, remat=config.remat), config.lora, seed=0)
     prompter = Prompter(model.tokenizer)
-    pipeline = make_pipeline(config, collection, prompter)
+    pipeline = make_pipeline(config, [collection], prompter)
     graph, params, frozen = nnx.split(model.decoder, trainable_filter(model.decoder), ...)
     optimizer = make_optimizer(config.sft.optimizer, config.sft.steps)
     state = SftState(params, optimizer.init(params), jax.numpy.zeros((), "int32"))

@@ -13,16 +13,19 @@ import pytest
 from flax import nnx
 from tiny import plain_hidden, word_collection
 
-from search_r3_jax.config import LoraConfig, OptimizerConfig, RunConfig, SftConfig, TextConfig
+from search_r3_jax.config import LoraConfig, OptimizerConfig, RunConfig, SamplerConfig, SftConfig, TextConfig
 from search_r3_jax.data.collection import Collection
+from search_r3_jax.data.development import TrainingSet
 from search_r3_jax.data.pipeline import PairPipeline
 from search_r3_jax.errors import UserError
+from search_r3_jax.evaluation.evaluate import Evaluator
 from search_r3_jax.hub.checkpoint import LoadedModel, load_model, with_lora
+from search_r3_jax.hub.snapshots import SnapshotWriter, best_snapshot
 from search_r3_jax.models.decoder import LoraParam
 from search_r3_jax.models.embedding import unit
 from search_r3_jax.models.lora import merge_lora
 from search_r3_jax.text.prompts import Prompter
-from search_r3_jax.training.sft import SftState, make_pipeline, make_step, train_sft
+from search_r3_jax.training.sft import OnStep, SftState, make_pipeline, make_step, train_sft
 
 
 def config_of(folder: Path, steps: int) -> RunConfig:
@@ -44,6 +47,12 @@ def config_of(folder: Path, steps: int) -> RunConfig:
     )
 
 
+def train(config: RunConfig, run: Path, collection: Collection, on_step: OnStep = lambda *_: None, *, dev: Collection | None = None) -> Any:
+    """The trained parameters of a fresh model, as plain arrays."""
+    sets = [TrainingSet(train=collection, dev=dev)]
+    return nnx.to_pure_dict(train_sft(config, run, sets, ready(Path(config.model), config), on_step, say=lambda _: None))
+
+
 def ready(folder: Path, config: RunConfig) -> LoadedModel:
     return with_lora(load_model(folder, remat=config.remat), config.lora, seed=config.seed)
 
@@ -62,7 +71,7 @@ def one_step(
     """One update of a disturbed model: the model before, the pipeline, the scalars, the parameters after."""
     model = disturbed(ready(folder, config))
     prompter = Prompter(model.tokenizer)
-    pipeline = make_pipeline(config, collection, prompter)
+    pipeline = make_pipeline(config, [collection], prompter)
     graph, params, frozen = nnx.split(model.decoder, LoraParam, ...)
     # Plain descent: the change is the gradient itself.
     optimizer = optax.sgd(1.0)
@@ -130,16 +139,18 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tiny_folders: 
     config = config_of(folder, 12)
     config = dataclasses.replace(config, sft=dataclasses.replace(config.sft, temperature=1e-45, max_skipped=4))
     model, _, scalars, after = one_step(config, folder, collection)
-    assert scalars["skipped"] == 1
+    assert scalars["skipped_in_a_row"] == 1
     jax.tree.map(np.testing.assert_array_equal, after, nnx.to_pure_dict(nnx.state(model.decoder, LoraParam)))
-    with pytest.raises(FloatingPointError, match="4 steps in a row were not finite"):
-        train_sft(config, tmp_path / "run", collection, ready(folder, config), lambda *_: None)
+    with pytest.raises(UserError, match=r"sft\.optimizer\.learning_rate: step 3: 4 steps in a row were not finite; lower the rate"):
+        train(config, tmp_path / "run", collection)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped"] for line in lines] == [1, 2, 3, 4]
 
 
 def test_full_fine_tuning_keeps_its_start_as_the_reference(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
     folder, collection = tiny_folders["llama"], word_collection(documents=24, queries=24)
     config = dataclasses.replace(config_of(folder, 4), lora=LoraConfig(rank=0))
-    train_sft(config, tmp_path / "run", collection, ready(folder, config), lambda *_: None)
+    train(config, tmp_path / "run", collection)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines[0]["kl"] == pytest.approx(0, abs=1e-6)
     assert lines[-1]["kl"] > 1e-4
@@ -151,7 +162,7 @@ def test_it_learns_and_a_resumed_run_is_bit_equal(tiny_folders: dict[str, Path],
     config = config_of(folder, 20)
     # Without the term that holds it where it began, and the one whose margin no tiny model reaches.
     config = dataclasses.replace(config, sft=dataclasses.replace(config.sft, kl_weight=0.0, triplet_weight=0.0))
-    whole = train_sft(config, tmp_path / "whole", collection, ready(folder, config), lambda *_: None)
+    whole = train(config, tmp_path / "whole", collection)
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(20))
     assert lines[-1]["loss"] < 0.7 * lines[0]["loss"]
@@ -165,9 +176,9 @@ def test_it_learns_and_a_resumed_run_is_bit_equal(tiny_folders: dict[str, Path],
 
     run = tmp_path / "stopped"
     with pytest.raises(StopRunError):
-        train_sft(config, run, collection, ready(folder, config), stop_at_12)
-    resumed = train_sft(config, run, collection, ready(folder, config), lambda *_: None)
-    jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(whole), nnx.to_pure_dict(resumed))
+        train(config, run, collection, stop_at_12)
+    resumed = train(config, run, collection)
+    jax.tree.map(np.testing.assert_array_equal, whole, resumed)
     again = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["loss"]) for line in again] == [(line["step"], line["loss"]) for line in lines]
 
@@ -176,8 +187,10 @@ def test_a_run_directory_is_a_model(tiny_folders: dict[str, Path], tmp_path: Pat
     folder = tiny_folders["llama"]
     config = config_of(folder, 6)
     model = ready(folder, config)
-    params = train_sft(config, tmp_path / "run", word_collection(documents=24, queries=24), model, lambda *_: None)
-    nnx.update(model.decoder, params)
+    params = train(config, tmp_path / "run", word_collection(documents=24, queries=24))
+    trained = nnx.state(model.decoder, LoraParam)
+    nnx.replace_by_pure_dict(trained, params)
+    nnx.update(model.decoder, trained)
     expected = nnx.to_pure_dict(nnx.state(merge_lora(model.decoder)))
     jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(load_model(tmp_path / "run").decoder)), expected)
 
@@ -187,7 +200,101 @@ def test_another_config_in_the_same_folder_is_refused(tiny_folders: dict[str, Pa
     folder = tiny_folders["llama"]
     config = config_of(folder, 2)
     collection = word_collection(documents=24, queries=24)
-    train_sft(config, tmp_path / "run", collection, ready(folder, config), lambda *_: None)
+    train(config, tmp_path / "run", collection)
     other = dataclasses.replace(config, sft=dataclasses.replace(config.sft, temperature=0.1))
     with pytest.raises(UserError, match=r"config\.sft\.temperature"):
-        train_sft(other, tmp_path / "run", collection, ready(folder, other), lambda *_: None)
+        train(other, tmp_path / "run", collection)
+
+
+def watched(folder: Path, steps: int) -> RunConfig:
+    """A config that evaluates every third step and keeps one checkpoint and the best."""
+    config = config_of(folder, steps)
+    sampler = SamplerConfig(max_think_tokens=4)
+    sft = dataclasses.replace(config.sft, eval_every=3, save_every=100, keep=1, kl_weight=0.0, triplet_weight=0.0)
+    return dataclasses.replace(config, sft=sft, rl=dataclasses.replace(config.rl, sampler=sampler))
+
+
+def test_development_queries_are_evaluated_and_the_best_checkpoint_stays(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    folder, run = tiny_folders["llama"], tmp_path / "run"
+    collection = word_collection(documents=24, queries=24)
+    dev = dataclasses.replace(collection, queries=collection.queries[16:])
+    collection = dataclasses.replace(collection, queries=collection.queries[:16])
+    # A rate so high that it gets worse: the last checkpoint is not the best.
+    config = watched(folder, 9)
+    config = dataclasses.replace(config, sft=dataclasses.replace(config.sft, optimizer=OptimizerConfig(learning_rate=0.3)))
+    train(config, run, collection, dev=dev)
+    lines = {line["step"]: line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
+    scores = {step + 1: line["dev_direct_ndcg@10"] for step, line in lines.items() if "dev_direct_ndcg@10" in line}
+    assert list(scores) == [3, 6, 9]
+    best = max(scores, key=lambda step: (scores[step], step))
+    assert best != 9
+    assert {int(path.name) for path in (run / "checkpoints").iterdir()} == {best, 9}
+    assert best_snapshot(run) == best
+    # What was logged is what the checkpoint gives, merged and evaluated apart.
+    loaded = load_model(run, step=best)
+    evaluator = Evaluator(nnx.split(loaded.decoder)[0], Prompter(loaded.tokenizer), config.text, config.rl.sampler)
+    state = nnx.state(loaded.decoder)
+    again = evaluator.direct(state, dev, evaluator.documents(state, dev))
+    assert again.metrics.ndcg_at_10 == pytest.approx(scores[best], abs=1e-6)
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert {(sample["step"], sample["mode"]) for sample in samples} == {(step, mode) for step in (2, 5, 8) for mode in ("direct", "reason")}
+    assert sorted(path.name for path in (run / "eval").iterdir()) == [f"dev_{step:06d}.json" for step in (0, 3, 6, 9)]
+
+
+def test_the_best_checkpoint_survives_a_restart(tmp_path: Path) -> None:
+    params: Any = nnx.State({"w": nnx.Param(jnp.ones(3))})
+    for step, score in [(1, 0.2), (2, 0.9), (3, None), (4, 0.5), (5, 0.9), (6, 0.1), (7, None)]:
+        # Opened anew for every step: what was the best has to be read from the disk.
+        writer = SnapshotWriter(tmp_path, keep=2)
+        writer.save(step, params, {}, {"stage": "sft"}, score=score)
+        writer.close()
+    # Of two that are equally good the newer one.
+    assert {int(path.name) for path in (tmp_path / "checkpoints").iterdir()} == {5, 6, 7}
+    assert best_snapshot(tmp_path) == 5
+
+
+def test_a_kill_between_evaluations_leaves_each_sample_once(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    folder, run = tiny_folders["llama"], tmp_path / "run"
+    collection = word_collection(documents=24, queries=24)
+    config = watched(folder, 6)
+
+    class StopRunError(Exception):
+        pass
+
+    def stop_after_the_last(step: int, total: int, values: dict[str, float]) -> None:
+        if step == 6:
+            raise StopRunError
+
+    # Step 6 was evaluated and logged, and its checkpoint never written.
+    with pytest.raises(StopRunError):
+        train(config, run, collection, stop_after_the_last, dev=collection)
+    train(config, run, collection, dev=collection)
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    told = [(sample["step"], sample["mode"], sample["query"]) for sample in samples]
+    assert len(told) == len(set(told)) == 2 * 2 * 3
+
+
+def test_the_models_own_reasoning_is_what_it_writes(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    folder, run = tiny_folders["llama"], tmp_path / "run"
+    collection = word_collection(documents=24, queries=24)
+    config = watched(folder, 3)
+    text = dataclasses.replace(config.text, max_thought_tokens=6)
+    config = dataclasses.replace(config, text=text, sft=dataclasses.replace(config.sft, reasoning="self", eval_every=0))
+    train(config, run, collection)
+    written = {line["query_id"]: line["reasoning"] for line in map(json.loads, (run / "own_reasoning.jsonl").read_text().splitlines())}
+    base = load_model(folder)
+    prompter = Prompter(base.tokenizer)
+    pipeline = make_pipeline(dataclasses.replace(config, sft=dataclasses.replace(config.sft, reasoning="off")), [collection], prompter)
+    pipeline = dataclasses.replace(pipeline, reasoned=2)
+    asked = {collection.queries[pair.query] for step in range(3) for pair in pipeline.pairs(step)[6:]}
+    assert written.keys() == {query.query_id for query in asked}
+    for query in asked:
+        row = [*prompter.reason.prefix, *prompter.reason_rows([query.text], 16)[0]]
+        chosen: list[int] = []
+        # Greedy, a whole forward pass a token.
+        while len(chosen) < 6 and prompter.eos_id not in chosen:
+            hidden = plain_hidden(base.decoder, [row + chosen])[0, len(row) + len(chosen) - 1]
+            chosen.append(int(jnp.argmax(base.decoder.logits(hidden))))
+        ended = prompter.eos_id in chosen
+        words = str(base.tokenizer.decode([token for token in chosen if token != prompter.eos_id])).split()
+        assert written[query.query_id] == " ".join(words if ended or len(words) < 2 else words[:-1])
