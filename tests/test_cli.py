@@ -1,5 +1,6 @@
 """The command line: a user's mistake is one line and status 2; start-up is quiet."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -7,21 +8,73 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny import word_collection
 
 from search_r3_jax.cli import DataBuild, Embed, Export
+from search_r3_jax.configs import load_config
+from search_r3_jax.data.dataset import build_dataset
 from search_r3_jax.embedder import Embedder
 from search_r3_jax.errors import UserError
 
 
 def search_r3(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "search_r3_jax", *arguments], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-m", "search_r3_jax", *arguments], capture_output=True, text=True, timeout=400)
 
 
 def test_help_names_the_commands() -> None:
     shown = search_r3("--help")
     assert shown.returncode == 0
-    for command in ("quickstart", "indexer", "export", "embed", "data"):
+    for command in ("quickstart", "indexer", "export", "embed", "data", "sft"):
         assert command in shown.stdout
+
+
+def test_settings_of_a_stage_are_those_of_its_experiment_and_can_be_changed(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    collection = word_collection(documents=40, queries=40)
+    build_dataset({"train": collection}, data, name="words", source={"kind": "words"})
+    settings = ["--sft.steps", "2", "--sft.eval-every", "2", "--sft.global-batch", "8", "--text.max-thought-tokens=8"]
+    settings += ["--model", str(tiny_folders["llama"]), "--data.sets", str(data), "--rl.sampler.max-think-tokens", "4"]
+    shown = search_r3("sft", "--config", "smollm2", "--run", str(tmp_path / "run"), *settings)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "words: 36 queries of train; 4 of train, held out over 40 to watch" in shown.stdout
+    assert "before training: nDCG@10" in shown.stdout
+    assert "step 2: nDCG@10" in shown.stdout
+    record = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    assert (record["sft"]["steps"], record["sft"]["global_batch"], record["text"]["max_thought_tokens"]) == (2, 8, 8)
+    # What was not changed is the experiment's.
+    assert record["sft"]["optimizer"] == dataclasses.asdict(load_config("smollm2").sft.optimizer)
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in metrics] == [0, 1]
+    for name in ("infonce", "triplet", "language", "kl", "tokens_per_second", "mfu", "padding_share", "skipped"):
+        assert name in metrics[0]
+    again = search_r3("sft", "--config=smollm2", "--run", str(tmp_path / "run"), *settings[:-2], "--rl.sampler.max-think-tokens", "5")
+    assert again.returncode == 2
+    assert "config.rl.sampler.max_think_tokens" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", "nope"], "--config: nope: no such experiment"),
+        (["--config", "smollm2"], "data.sets: no data set"),
+        (["--config", "smollm2", "--data.sets", "nowhere"], "nowhere"),
+        (["--config", "smollm2", "--model", "nowhere"], "data.sets"),
+        (["--config", "smollm2", "--data.weights", "1", "2", "--data.sets", "{data}"], "data.weights"),
+        (["--config", "smollm2", "--sft.encode-chunk", "7", "--data.sets", "{data}"], "sft.encode_chunk"),
+        (["--config", "smollm2", "--sft.global-batch", "4096", "--data.sets", "{data}"], "sft.global_batch"),
+        (["--config", "smollm2", "--sft.reasoning", "column", "--data.sets", "{data}"], "sft.reasoning"),
+    ],
+)
+def test_mistakes_before_training(tiny_folders: dict[str, Path], tmp_path: Path, arguments: list[str], message: str) -> None:
+    data = tmp_path / "data"
+    build_dataset({"train": word_collection(documents=40, queries=40)}, data, name="words", source={"kind": "words"})
+    given = [argument.replace("{data}", str(data)) for argument in arguments]
+    if "--model" not in given:
+        given += ["--model", str(tiny_folders["llama"])]
+    shown = search_r3("sft", *given, "--run", str(tmp_path / "run"))
+    assert (shown.returncode, shown.stderr.count("\n")) == (2, 1)
+    assert message in shown.stderr
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("model", ["nowhere", "folder", "bad.gguf", "pickled"])

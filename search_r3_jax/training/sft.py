@@ -64,7 +64,9 @@ def train_sft(
     """
     # Act 1: what is needed.
     sft = config.sft
+    _check(config, sets)
     prompter = Prompter(model.tokenizer)
+    pipeline = make_pipeline(config, [each.train for each in sets], prompter)
     graph, params, frozen = nnx.split(model.decoder, trainable_filter(model.decoder), ...)
     optimizer = make_optimizer(sft.optimizer, sft.steps)
     state = SftState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
@@ -78,7 +80,6 @@ def train_sft(
     data = [{"name": s.train.name, "split": s.train.split, "corpus_hash": s.train.corpus_hash()} for s in sets]
     run = Run(folder, config, stage="sft", extra={"data": data})
     run.save_tokenizer(model.tokenizer)
-    pipeline = make_pipeline(config, [each.train for each in sets], prompter)
     if sft.reasoning == "self":
         pipeline = _own_reasoning(config, folder, pipeline, model, say)
     snapshots = SnapshotWriter(folder, keep=sft.keep)
@@ -131,6 +132,24 @@ def train_sft(
         snapshots.close()
         run.close()
     return state.params
+
+
+def _check(config: RunConfig, sets: Sequence[TrainingSet]) -> None:
+    """Raises UserError where the settings do not fit each other or the data."""
+    sft = config.sft
+    pairs = sum(len(query.positives) for each in sets for query in each.train.queries)
+    if sft.global_batch > pairs:
+        raise UserError(f"sft.global_batch: {sft.global_batch}: there are {pairs} pairs to train on; give that many or fewer")
+    if sft.encode_chunk < 0 or (sft.encode_chunk and sft.global_batch % sft.encode_chunk):
+        raise UserError(f"sft.encode_chunk: {sft.encode_chunk}: does not divide sft.global_batch {sft.global_batch}; 0 is the whole batch")
+    if sft.reasoning == "column" and sft.reasoned_share > 0:
+        for each in sets:
+            for query in each.train.queries:
+                if query.positives and not query.reasoning:
+                    raise UserError(
+                        f"sft.reasoning: column: {each.train.name}, query {query.query_id!r} has no reasoning; "
+                        "give it one in the data set, or choose key_terms or self"
+                    )
 
 
 def make_pipeline(config: RunConfig, collections: Sequence[Collection], prompter: Prompter) -> PairPipeline:

@@ -1,0 +1,85 @@
+"""Memory of a stage-1 step whose batch grows while its chunks do not: `python tests/benchmarks/step_memory.py [--out FILE]`.
+
+SmolLM2-135M, adapters of rank 16, float32, all four losses, encode_chunk 16. Every batch size has a process of its own that takes one step;
+counted are the compiler's own plan of temporary memory and the peak of the process's anonymous pages above what is there before the step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "hub")]
+
+SIZES = (64, 256, 1024)
+CHUNK = 16
+
+
+def measure(global_batch: int) -> dict[str, Any]:
+    """One step of so many pairs."""
+    import jax
+    from flax import nnx
+    from import_memory import PeakMemory
+    from tiny import word_collection
+
+    from search_r3_jax.config import LoraConfig, OptimizerConfig, RunConfig, SftConfig, TextConfig
+    from search_r3_jax.hub.checkpoint import load_model, with_lora
+    from search_r3_jax.models.lora import trainable_filter
+    from search_r3_jax.text.prompts import Prompter
+    from search_r3_jax.training.optimizer import make_optimizer
+    from search_r3_jax.training.sft import SftState, make_pipeline, make_step
+
+    config = RunConfig(
+        compute_dtype="float32",
+        remat="dots",
+        text=TextConfig(max_query_tokens=8, max_document_tokens=16),
+        lora=LoraConfig(),
+        sft=SftConfig(global_batch=global_batch, encode_chunk=CHUNK, optimizer=OptimizerConfig(learning_rate=1e-4)),
+    )
+    model = with_lora(load_model("smollm2", compute_dtype=config.compute_dtype, remat=config.remat), config.lora, seed=0)
+    prompter = Prompter(model.tokenizer)
+    pipeline = make_pipeline(config, [word_collection(documents=SIZES[-1], queries=SIZES[-1])], prompter)
+    graph, params, frozen = nnx.split(model.decoder, trainable_filter(model.decoder), ...)
+    del model
+    optimizer = make_optimizer(config.sft.optimizer, 10)
+    state = SftState(params, optimizer.init(params), jax.numpy.zeros((), "int32"))
+    batch = pipeline.batch(0)
+    compiled = jax.jit(make_step(graph, prompter, optimizer, config.sft)).lower(state, frozen, batch).compile()
+    planned = compiled.memory_analysis()
+    with PeakMemory() as memory:
+        _, scalars = compiled(state, frozen, batch)
+        loss = float(scalars["loss"])
+    return {
+        "global_batch": global_batch,
+        "rows": batch.queries.ids.shape[1] + batch.documents.ids.shape[1],
+        "planned_mib": round(planned.temp_size_in_bytes / 2**20, 1),
+        "step_mib": round((memory.peak - memory.start) / 2**20, 1),
+        "peak_mib": round(memory.peak / 2**20, 1),
+        "loss": round(loss, 4),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", type=int)
+    arguments = parser.parse_args()
+    if arguments.only:
+        print(json.dumps(measure(arguments.only)))
+        return
+    results = []
+    for size in SIZES:
+        done = subprocess.run([sys.executable, __file__, "--only", str(size)], capture_output=True, text=True, check=True)
+        results.append(json.loads(done.stdout.splitlines()[-1]))
+        growth = {name: round(results[-1][name] / results[0][name], 3) for name in ("planned_mib", "step_mib", "peak_mib")}
+        print(results[-1], "relative to the first:", growth, flush=True)
+    if arguments.out:
+        arguments.out.write_text(json.dumps({"encode_chunk": CHUNK, "results": results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
