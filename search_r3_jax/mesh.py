@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -10,10 +11,12 @@ import jax
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from search_r3_jax.config import ModelConfig
+from search_r3_jax.config import MeshConfig, ModelConfig
 from search_r3_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
+# The rows of a batch lie over both: fully sharded data parallelism is data parallelism with sharded parameters.
+BATCH_AXES = ("data", "fsdp")
 
 # Logical axis → mesh axis; None is replicated.
 LOGICAL_AXES: dict[str, str | None] = {
@@ -80,6 +83,12 @@ def make_mesh(*, data: int = 1, fsdp: int = -1, tensor: int = 1, sequence: int =
     if open_axes:
         sizes[open_axes[0]] = len(chosen) // fixed
     return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=chosen)
+
+
+def mesh_from_config(config: MeshConfig) -> Mesh | None:
+    """The mesh of a run over all devices, or None where there is one device and nothing to lay out."""
+    mesh = make_mesh(**dataclasses.asdict(config))
+    return mesh if mesh.size > 1 else None
 
 
 def param_shardings(decoder: HasConfig, mesh: Mesh) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from search_r3_jax.config import RunConfig, SftConfig
 from search_r3_jax.data.collection import Collection
@@ -27,6 +29,7 @@ from search_r3_jax.objectives.grad_cache import cached_value_and_grad
 from search_r3_jax.objectives.language import Head, cross_entropy, kl_to_base, token_log_probs
 from search_r3_jax.rollout.encoder import both_prefixes
 from search_r3_jax.text.prompts import Prompter
+from search_r3_jax.training import sharding
 from search_r3_jax.training.optimizer import make_optimizer
 from search_r3_jax.training.run import Run
 
@@ -41,6 +44,29 @@ class SftState(NamedTuple):
     skipped: jax.Array
 
 
+def init_state(params: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh | None = None, *, copy: bool = False) -> SftState:
+    """The state before the first step, each array made where `state_shardings` wants it; `copy` leaves `params` to the caller."""
+    # A donated state takes its arrays with it, which the model and the reference of the KL term still hold.
+    own = jax.tree.map(jnp.copy, params) if copy else params
+    if mesh is None:
+        return SftState(own, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+    def start(params: nnx.State) -> SftState:
+        return SftState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+    wanted = state_shardings(jax.eval_shape(start, params), optimizer, mesh)
+    moments, skipped = jax.jit(lambda params: start(params)[1:], out_shardings=wanted[1:])(params)
+    return SftState(jax.device_put(own, wanted.params), moments, skipped)
+
+
+def state_shardings(state: SftState, optimizer: optax.GradientTransformation, mesh: Mesh) -> SftState:
+    """Where a state lies on a mesh, as a state of shardings: moments with their parameters, counters everywhere."""
+    params = sharding.params_shardings(state.params, mesh)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    moments = optax.tree_map_params(optimizer, lambda _, own: own, state.optimizer, params, transform_non_params=lambda _: everywhere)
+    return SftState(params, moments, everywhere)
+
+
 def train_sft(config: RunConfig, folder: Path, collection: Collection, model: LoadedModel, on_step: OnStep) -> nnx.State:
     """Run stage 1 to its last step, from the newest checkpoint where there is one; returns the trained parameters."""
     # Act 1: what is needed.
@@ -48,10 +74,12 @@ def train_sft(config: RunConfig, folder: Path, collection: Collection, model: Lo
     pipeline = make_pipeline(config, collection, prompter)
     graph, params, frozen = nnx.split(model.decoder, trainable_filter(model.decoder), ...)
     optimizer = make_optimizer(config.sft.optimizer, config.sft.steps)
-    state = SftState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    # Orbax reads the arrays of a save before it returns, except on CPU, where it writes from their own memory in the background.
+    donate = jax.default_backend() != "cpu"
+    state = init_state(params, optimizer, model.mesh, copy=donate)
     # Under LoRA the base itself is the reference; full fine-tuning keeps a copy of where it began.
     reference = params if config.sft.kl_weight > 0 and config.lora.rank == 0 else None
-    step_function = make_step(graph, prompter, optimizer, config.sft)
+    step_function = make_step(graph, prompter, optimizer, config.sft, model.mesh, donate=donate)
 
     # Act 2: the run directory, and where to begin.
     run = Run(folder, config, stage="sft", extra={"data_name": collection.name})
@@ -69,7 +97,7 @@ def train_sft(config: RunConfig, folder: Path, collection: Collection, model: Lo
             started = time.perf_counter()
             key = jax.random.fold_in(jax.random.key(config.seed), step) if config.lora.dropout > 0 else None
             batch = pipeline.batch(step)
-            state, scalars = step_function(state, frozen, batch, reference, key)
+            state, scalars = step_function(state, frozen, sharding.put_batch(batch, model.mesh), reference, key)
             values = {name: float(value) for name, value in scalars.items()}
             if values["skipped"] >= config.sft.max_skipped:
                 raise FloatingPointError(
@@ -106,11 +134,19 @@ def make_pipeline(config: RunConfig, collection: Collection, prompter: Prompter)
 
 
 def make_step(
-    graph: nnx.GraphDef[Decoder], prompter: Prompter, optimizer: optax.GradientTransformation, config: SftConfig
+    graph: nnx.GraphDef[Decoder],
+    prompter: Prompter,
+    optimizer: optax.GradientTransformation,
+    config: SftConfig,
+    mesh: Mesh | None = None,
+    *,
+    donate: bool = False,
 ) -> Callable[..., tuple[SftState, dict[str, jax.Array]]]:
     """One jitted update `(state, frozen, batch, reference=None, dropout_key=None) → (state, scalars)` of the trainable parameters.
 
     `reference` are the starting values of the trainable parameters, for the KL term of full fine-tuning; under LoRA the base is at hand.
+    On a mesh the batch comes from `put_batch` and the state from `init_state`, and the new state lies where the old one did; with
+    `donate` it also takes its memory, and the old one is gone.
     """
 
     def loss_and_gradient(
@@ -123,18 +159,19 @@ def make_step(
             decoder = nnx.merge(graph, params, frozen)
             # Every chunk drops other inputs, and the same ones when it is encoded again: the sum of its ids tells it apart.
             chunk_key = None if key is None else jax.random.fold_in(key, jnp.sum(chunk.ids.astype(jnp.uint32)))
-            hidden_md = _hidden(decoder, prompter, chunk, key=chunk_key)
-            vectors = unit(hidden_md[chunk.embed_at])
+            hidden_rtd = _hidden(decoder, prompter, chunk, mesh, key=chunk_key)
+            vectors = unit(sharding.everywhere(sharding.read_tokens(hidden_rtd, chunk.embed_at, mesh), mesh))
             if not chunk.reply_at.shape[0]:
                 return vectors, {name: jnp.zeros(()) for name in ("language", "reply_tokens", "kl")}
             # The reply's tokens, each predicted by the state before it; the head runs nowhere else.
             mask_m, reply_at = jnp.asarray(chunk.reply_at) >= 0, jnp.maximum(chunk.reply_at, 1)
-            read_md = hidden_md[reply_at - 1]
+            read_md = sharding.across(sharding.read_tokens(hidden_rtd, reply_at - 1, mesh), mesh)
             log_probs, _ = token_log_probs(decoder.logits, read_md, chunk.ids.reshape(-1)[reply_at])
             language, count = cross_entropy(log_probs, mask_m)
             sums = {"language": language, "reply_tokens": count, "kl": jnp.zeros(())}
             if config.kl_weight > 0:
-                base_md = jax.lax.stop_gradient(_hidden(base, prompter, chunk, adapters=False))[reply_at - 1]
+                base_rtd = jax.lax.stop_gradient(_hidden(base, prompter, chunk, mesh, adapters=False))
+                base_md = sharding.across(sharding.read_tokens(base_rtd, reply_at - 1, mesh), mesh)
                 sums["kl"], _ = kl_to_base(read_md, _head(decoder), base_md, _head(base, adapters=False), mask_m)
             return vectors, sums
 
@@ -147,7 +184,7 @@ def make_step(
 
         return cached_value_and_grad(encode, loss)(params, batch.queries, batch.documents)
 
-    @jax.jit
+    @partial(jax.jit, donate_argnums=0 if donate else ())
     def step(
         state: SftState,
         frozen: nnx.State,
@@ -165,7 +202,11 @@ def make_step(
             lambda new, old: jnp.where(finite, new, old), (params, optimizer_state), (state.params, state.optimizer)
         )
         skipped = jnp.where(finite, 0, state.skipped + 1)
-        return SftState(params, optimizer_state, skipped), scalars | {"skipped": skipped}
+        after = SftState(params, optimizer_state, skipped)
+        if mesh is not None:
+            # Left to XLA, an output may lie elsewhere than its input did, and the next step would compile and move it.
+            after = jax.lax.with_sharding_constraint(after, state_shardings(after, optimizer, mesh))
+        return after, scalars | {"skipped": skipped}
 
     return step
 
@@ -209,8 +250,10 @@ def contrastive_losses(
     return infonce, margin, scalars
 
 
-def _hidden(decoder: Decoder, prompter: Prompter, chunk: TextChunks, *, adapters: bool = True, key: jax.Array | None = None) -> jax.Array:
-    """Final hidden states [R·T,D] of a chunk's packed texts behind their shared prefixes."""
+def _hidden(
+    decoder: Decoder, prompter: Prompter, chunk: TextChunks, mesh: Mesh | None, *, adapters: bool = True, key: jax.Array | None = None
+) -> jax.Array:
+    """Final hidden states [R,T,D] of a chunk's packed texts behind their shared prefixes."""
     hidden, _ = decoder(
         jnp.asarray(chunk.ids),
         jnp.asarray(chunk.positions),
@@ -220,7 +263,7 @@ def _hidden(decoder: Decoder, prompter: Prompter, chunk: TextChunks, *, adapters
         adapters=adapters,
         dropout_key=key,
     )
-    return hidden.reshape(-1, hidden.shape[-1])
+    return sharding.across(hidden, mesh)
 
 
 def _head(decoder: Decoder, *, adapters: bool = True) -> Head:
