@@ -106,6 +106,22 @@ def param_sharding(path: tuple[str, ...], mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(LOGICAL_AXES[axis] for axis in PARAMETER_AXES[path])))
 
 
+def laid(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
+    """`x` with each dimension over its mesh axes (None: whole) on the mesh in use, `jax.sharding.use_abstract_mesh`; without one, `x`.
+
+    An array whose first dimension cannot be shared out equally, such as a single prompt prefix, is left to XLA.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or x.shape[0] % axis_size(mesh, axes[0] if axes else None):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
+
+
+def axis_size(mesh: Mesh | AbstractMesh, axes: str | tuple[str, ...] | None) -> int:
+    """Into how many parts a dimension over these mesh axes is cut."""
+    return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+
+
 def check_divisible(config: ModelConfig, mesh: Mesh | AbstractMesh) -> None:
     """Raises UserError naming every mesh axis whose size does not divide the model, and the sizes that would."""
     # Heads, not their dimensions: a head is never split.

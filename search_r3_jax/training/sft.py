@@ -21,6 +21,7 @@ from search_r3_jax.data.mixture import Mixture
 from search_r3_jax.data.pipeline import PairBatch, PairPipeline, TextChunks
 from search_r3_jax.hub.checkpoint import LoadedModel
 from search_r3_jax.hub.snapshots import SnapshotWriter
+from search_r3_jax.mesh import BATCH_AXES, laid
 from search_r3_jax.models.decoder import Decoder
 from search_r3_jax.models.embedding import unit
 from search_r3_jax.models.lora import trainable_filter
@@ -44,27 +45,29 @@ class SftState(NamedTuple):
     skipped: jax.Array
 
 
-def init_state(params: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh | None = None, *, copy: bool = False) -> SftState:
-    """The state before the first step, each array made where `state_shardings` wants it; `copy` leaves `params` to the caller."""
+def state_shardings(params: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh) -> SftState:
+    """Where a state lies on a mesh, as a state of shardings: moments with their parameters, counters everywhere."""
+    of_params = sharding.params_shardings(params, mesh)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    moments = optax.tree_map_params(
+        optimizer, lambda _, own: own, jax.eval_shape(optimizer.init, params), of_params, transform_non_params=lambda _: everywhere
+    )
+    return SftState(of_params, moments, everywhere)
+
+
+def init_state(
+    params: nnx.State, optimizer: optax.GradientTransformation, shardings: SftState | None = None, *, copy: bool = False
+) -> SftState:
+    """The state before the first step, each array made where `shardings` wants it; `copy` leaves `params` to the caller."""
     # A donated state takes its arrays with it, which the model and the reference of the KL term still hold.
     own = jax.tree.map(jnp.copy, params) if copy else params
-    if mesh is None:
+    if shardings is None:
         return SftState(own, optimizer.init(params), jnp.zeros((), jnp.int32))
 
-    def start(params: nnx.State) -> SftState:
-        return SftState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    def start(params: nnx.State) -> tuple[Any, jax.Array]:
+        return optimizer.init(params), jnp.zeros((), jnp.int32)
 
-    wanted = state_shardings(jax.eval_shape(start, params), optimizer, mesh)
-    moments, skipped = jax.jit(lambda params: start(params)[1:], out_shardings=wanted[1:])(params)
-    return SftState(jax.device_put(own, wanted.params), moments, skipped)
-
-
-def state_shardings(state: SftState, optimizer: optax.GradientTransformation, mesh: Mesh) -> SftState:
-    """Where a state lies on a mesh, as a state of shardings: moments with their parameters, counters everywhere."""
-    params = sharding.params_shardings(state.params, mesh)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    moments = optax.tree_map_params(optimizer, lambda _, own: own, state.optimizer, params, transform_non_params=lambda _: everywhere)
-    return SftState(params, moments, everywhere)
+    return SftState(jax.device_put(own, shardings.params), *jax.jit(start, out_shardings=shardings[1:])(params))
 
 
 def train_sft(config: RunConfig, folder: Path, collection: Collection, model: LoadedModel, on_step: OnStep) -> nnx.State:
@@ -76,10 +79,11 @@ def train_sft(config: RunConfig, folder: Path, collection: Collection, model: Lo
     optimizer = make_optimizer(config.sft.optimizer, config.sft.steps)
     # Orbax reads the arrays of a save before it returns, except on CPU, where it writes from their own memory in the background.
     donate = jax.default_backend() != "cpu"
-    state = init_state(params, optimizer, model.mesh, copy=donate)
+    shardings = None if model.mesh is None else state_shardings(params, optimizer, model.mesh)
+    state = init_state(params, optimizer, shardings, copy=donate)
     # Under LoRA the base itself is the reference; full fine-tuning keeps a copy of where it began.
     reference = params if config.sft.kl_weight > 0 and config.lora.rank == 0 else None
-    step_function = make_step(graph, prompter, optimizer, config.sft, model.mesh, donate=donate)
+    step_function = make_step(graph, prompter, optimizer, config.sft, shardings, donate=donate)
 
     # Act 2: the run directory, and where to begin.
     run = Run(folder, config, stage="sft", extra={"data_name": collection.name})
@@ -138,16 +142,17 @@ def make_step(
     prompter: Prompter,
     optimizer: optax.GradientTransformation,
     config: SftConfig,
-    mesh: Mesh | None = None,
+    shardings: SftState | None = None,
     *,
     donate: bool = False,
 ) -> Callable[..., tuple[SftState, dict[str, jax.Array]]]:
     """One jitted update `(state, frozen, batch, reference=None, dropout_key=None) → (state, scalars)` of the trainable parameters.
 
     `reference` are the starting values of the trainable parameters, for the KL term of full fine-tuning; under LoRA the base is at hand.
-    On a mesh the batch comes from `put_batch` and the state from `init_state`, and the new state lies where the old one did; with
-    `donate` it also takes its memory, and the old one is gone.
+    On a mesh the batch comes from `put_batch`, and the new state lies as the old one did, by `shardings`; with `donate` it also takes the
+    old one's memory.
     """
+    mesh = None if shardings is None else jax.tree.leaves(shardings)[0].mesh
 
     def loss_and_gradient(
         params: nnx.State, frozen: nnx.State, batch: PairBatch, reference: nnx.State | None, key: jax.Array | None
@@ -159,20 +164,22 @@ def make_step(
             decoder = nnx.merge(graph, params, frozen)
             # Every chunk drops other inputs, and the same ones when it is encoded again: the sum of its ids tells it apart.
             chunk_key = None if key is None else jax.random.fold_in(key, jnp.sum(chunk.ids.astype(jnp.uint32)))
-            hidden_rtd = _hidden(decoder, prompter, chunk, mesh, key=chunk_key)
-            vectors = unit(sharding.everywhere(sharding.read_tokens(hidden_rtd, chunk.embed_at, mesh), mesh))
+            hidden_md = _hidden(decoder, prompter, chunk, key=chunk_key)
+            vectors = laid(unit(hidden_md[chunk.embed_at]), None)
             if not chunk.reply_at.shape[0]:
                 return vectors, {name: jnp.zeros(()) for name in ("language", "reply_tokens", "kl")}
             # The reply's tokens, each predicted by the state before it; the head runs nowhere else.
             mask_m, reply_at = jnp.asarray(chunk.reply_at) >= 0, jnp.maximum(chunk.reply_at, 1)
-            read_md = sharding.across(sharding.read_tokens(hidden_rtd, reply_at - 1, mesh), mesh)
-            log_probs, _ = token_log_probs(decoder.logits, read_md, chunk.ids.reshape(-1)[reply_at])
+            read_md = laid(hidden_md[reply_at - 1], BATCH_AXES)
+            states, columns = sharding.head_chunks(decoder.config.vocab_size, mesh)
+            log_probs, _ = token_log_probs(decoder.logits, read_md, chunk.ids.reshape(-1)[reply_at], chunk=states)
             language, count = cross_entropy(log_probs, mask_m)
             sums = {"language": language, "reply_tokens": count, "kl": jnp.zeros(())}
             if config.kl_weight > 0:
-                base_rtd = jax.lax.stop_gradient(_hidden(base, prompter, chunk, mesh, adapters=False))
-                base_md = sharding.across(sharding.read_tokens(base_rtd, reply_at - 1, mesh), mesh)
-                sums["kl"], _ = kl_to_base(read_md, _head(decoder), base_md, _head(base, adapters=False), mask_m)
+                base_md = jax.lax.stop_gradient(_hidden(base, prompter, chunk, adapters=False))
+                base_md = laid(base_md[reply_at - 1], BATCH_AXES)
+                heads = _head(decoder), _head(base, adapters=False)
+                sums["kl"], _ = kl_to_base(read_md, heads[0], base_md, heads[1], mask_m, chunk=states, vocab_chunk=columns)
             return vectors, sums
 
         def loss(sums: dict[str, jax.Array], queries_be: jax.Array, documents_pe: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -184,7 +191,8 @@ def make_step(
 
         return cached_value_and_grad(encode, loss)(params, batch.queries, batch.documents)
 
-    @partial(jax.jit, donate_argnums=0 if donate else ())
+    # Left to XLA, a parameter may end up elsewhere than it began, and the next step would be compiled again and move it.
+    @partial(jax.jit, donate_argnums=0 if donate else (), out_shardings=None if shardings is None else (shardings, shardings.skipped))
     def step(
         state: SftState,
         frozen: nnx.State,
@@ -193,7 +201,8 @@ def make_step(
         dropout_key: jax.Array | None = None,
     ) -> tuple[SftState, dict[str, jax.Array]]:
         batch = jax.tree.map(jnp.asarray, batch)
-        (value, scalars), gradients = loss_and_gradient(state.params, frozen, batch, reference, dropout_key)
+        with sharding.in_use(mesh):
+            (value, scalars), gradients = loss_and_gradient(state.params, frozen, batch, reference, dropout_key)
         scalars["gradient_norm"] = optax.tree.norm(gradients)
         finite = jnp.isfinite(value) & jnp.isfinite(scalars["gradient_norm"])
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
@@ -202,11 +211,7 @@ def make_step(
             lambda new, old: jnp.where(finite, new, old), (params, optimizer_state), (state.params, state.optimizer)
         )
         skipped = jnp.where(finite, 0, state.skipped + 1)
-        after = SftState(params, optimizer_state, skipped)
-        if mesh is not None:
-            # Left to XLA, an output may lie elsewhere than its input did, and the next step would compile and move it.
-            after = jax.lax.with_sharding_constraint(after, state_shardings(after, optimizer, mesh))
-        return after, scalars | {"skipped": skipped}
+        return SftState(params, optimizer_state, skipped), scalars | {"skipped": skipped}
 
     return step
 
@@ -250,10 +255,8 @@ def contrastive_losses(
     return infonce, margin, scalars
 
 
-def _hidden(
-    decoder: Decoder, prompter: Prompter, chunk: TextChunks, mesh: Mesh | None, *, adapters: bool = True, key: jax.Array | None = None
-) -> jax.Array:
-    """Final hidden states [R,T,D] of a chunk's packed texts behind their shared prefixes."""
+def _hidden(decoder: Decoder, prompter: Prompter, chunk: TextChunks, *, adapters: bool = True, key: jax.Array | None = None) -> jax.Array:
+    """Final hidden states [R·T,D] of a chunk's packed texts behind their shared prefixes."""
     hidden, _ = decoder(
         jnp.asarray(chunk.ids),
         jnp.asarray(chunk.positions),
@@ -263,7 +266,7 @@ def _hidden(
         adapters=adapters,
         dropout_key=key,
     )
-    return sharding.across(hidden, mesh)
+    return laid(hidden, BATCH_AXES).reshape(-1, hidden.shape[-1])
 
 
 def _head(decoder: Decoder, *, adapters: bool = True) -> Head:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -11,15 +11,12 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from search_r3_jax.data.pipeline import ROW_FIELDS, PairBatch, TextChunks
-from search_r3_jax.mesh import BATCH_AXES, param_sharding
+from search_r3_jax.mesh import BATCH_AXES, axis_size, param_sharding
 
+# What one device takes of the head's logits at a time.
+HEAD_STATES, HEAD_COLUMNS = 256, 16384
 # Of arrays [C,R,T].
 ROWS = PartitionSpec(None, BATCH_AXES)
-
-
-def row_shards(mesh: Mesh) -> int:
-    """Into how many parts the rows of a batch are cut."""
-    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def put_batch(batch: PairBatch, mesh: Mesh | None) -> PairBatch:
@@ -36,7 +33,7 @@ def put_batch(batch: PairBatch, mesh: Mesh | None) -> PairBatch:
     rows, everywhere = NamedSharding(mesh, ROWS), NamedSharding(mesh, PartitionSpec())
     texts = TextChunks(*[rows if name in ROW_FIELDS else everywhere for name in TextChunks._fields])
     where = PairBatch(texts, texts, *[everywhere] * (len(PairBatch._fields) - 2))
-    return jax.tree.map(put, batch.padded(row_shards(mesh)), where)
+    return jax.tree.map(put, batch.padded(axis_size(mesh, BATCH_AXES)), where)
 
 
 def params_shardings(params: nnx.State, mesh: Mesh) -> nnx.State:
@@ -48,16 +45,14 @@ def params_shardings(params: nnx.State, mesh: Mesh) -> nnx.State:
     return jax.tree_util.tree_map_with_path(of, params)
 
 
-def across(x: jax.Array, mesh: Mesh | None) -> jax.Array:
-    """The first axis lies over `BATCH_AXES`, all others are whole."""
-    return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(BATCH_AXES)))
+def in_use(mesh: Mesh | None) -> AbstractContextManager[Any]:
+    """While a step is traced under it, `laid` lays activations out on this mesh."""
+    return nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
-def everywhere(x: jax.Array, mesh: Mesh | None) -> jax.Array:
-    """Every device holds all of it."""
-    return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
-
-
-def read_tokens(hidden_rtd: jax.Array, at_n: jax.Array, mesh: Mesh | None) -> jax.Array:
-    """States [N,D] at flat positions of the rows."""
-    return hidden_rtd.reshape(-1, hidden_rtd.shape[-1])[at_n]
+def head_chunks(vocab_size: int, mesh: Mesh | None) -> tuple[int, int]:
+    """How many states, and how many columns of the vocabulary, the losses on the head take at a time; each device its part of them."""
+    if mesh is None:
+        return HEAD_STATES, HEAD_COLUMNS
+    # The head's weights are gathered once for each chunk of states, and a slice of a vocabulary that is cut already would be gathered too.
+    return HEAD_STATES * axis_size(mesh, BATCH_AXES), HEAD_COLUMNS if mesh.shape["tensor"] == 1 else vocab_size
