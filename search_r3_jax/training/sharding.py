@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from search_r3_jax.data.pipeline import ROW_FIELDS, PairBatch, TextChunks
+from search_r3_jax.data.pipeline import ROW_FIELDS, PairBatch
 from search_r3_jax.mesh import BATCH_AXES, axis_size, param_sharding
 
 # What one device takes of the head's logits at a time.
@@ -27,13 +27,11 @@ def put_batch(batch: PairBatch, mesh: Mesh | None) -> PairBatch:
     if mesh is None:
         return batch
 
-    def put(x: np.ndarray, where: NamedSharding) -> jax.Array:
-        return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+    def put(path: tuple[Any, ...], x: np.ndarray) -> jax.Array:
+        spec = ROWS if path[-1].name in ROW_FIELDS else PartitionSpec()
+        return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda index: x[index])
 
-    rows, everywhere = NamedSharding(mesh, ROWS), NamedSharding(mesh, PartitionSpec())
-    texts = TextChunks(*[rows if name in ROW_FIELDS else everywhere for name in TextChunks._fields])
-    where = PairBatch(texts, texts, *[everywhere] * (len(PairBatch._fields) - 2))
-    return jax.tree.map(put, batch.padded(axis_size(mesh, BATCH_AXES)), where)
+    return jax.tree_util.tree_map_with_path(put, batch.padded(axis_size(mesh, BATCH_AXES)))
 
 
 def params_shardings(params: nnx.State, mesh: Mesh) -> nnx.State:

@@ -87,7 +87,7 @@ def steps(folder: str, *, lora: bool, mesh: Mesh | None) -> dict[str, Any]:
         found["scalars"].append({name: float(value) for name, value in scalars.items()})
         found["gradients"].append(whole(state.optimizer[0].trace, mesh))
         assert shardings is None or jax.tree.map(lambda x: x.sharding, (before, state)) == (shardings, shardings)
-    local = put_batch(pipeline.batch(0), mesh).queries.ids
+    local: Any = put_batch(pipeline.batch(0), mesh).queries.ids
     kernel = model.decoder.layers.gate.kernel[...]
     return found | {
         "params": whole(state.params, mesh),
@@ -134,4 +134,4 @@ def main(folder: str, kind: str, meshes: str, process: int, processes: int, port
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4], *(int(argument) for argument in sys.argv[4:]))
+    main(sys.argv[1], sys.argv[2], sys.argv[3], *(int(argument) for argument in sys.argv[4:]))

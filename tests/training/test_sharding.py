@@ -1,5 +1,6 @@
 """Stage 1 on a mesh: every shard holds its rows, donated memory is nobody else's, and eight devices compute what one computes."""
 
+import dataclasses
 import json
 import os
 import socket
@@ -90,6 +91,8 @@ def test_moments_lie_where_their_parameters_lie(tiny_folders: dict[str, Path]) -
 
 def test_a_donated_state_leaves_the_model_and_the_result_alone(tiny_folders: dict[str, Path]) -> None:
     config = config_of(str(tiny_folders["llama"]), lora=True)
+    sft = dataclasses.replace(config.sft, encode_chunk=config.sft.global_batch, kl_weight=0.0)
+    config = dataclasses.replace(config, sft=sft)
     model = with_lora(load_model(tiny_folders["llama"]), config.lora, seed=0)
     prompter = Prompter(model.tokenizer)
     batch = make_pipeline(config, collection_of(), prompter).batch(0)
