@@ -265,6 +265,23 @@ class IndexConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Over how many devices each axis goes; one of them may be -1 and takes the devices that the others leave.
+
+    Attributes:
+        data: rows of a batch; parameters are repeated.
+        fsdp: rows of a batch, and the parameters' hidden dimension.
+        tensor: heads, the feed-forward dimension and the vocabulary.
+        sequence: tokens of a row; 1 is the only size that is supported.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+    sequence: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One experiment: everything that decides what a run computes.
 
@@ -284,6 +301,7 @@ class RunConfig:
     sft: SftConfig = field(default_factory=SftConfig)
     rl: RlConfig = field(default_factory=RlConfig)
     index: IndexConfig = field(default_factory=IndexConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
 
 def config_from_dict(kind: Any, fields: dict[str, Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -10,10 +11,12 @@ import jax
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from search_r3_jax.config import ModelConfig
+from search_r3_jax.config import MeshConfig, ModelConfig
 from search_r3_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
+# The rows of a batch lie over both: fully sharded data parallelism is data parallelism with sharded parameters.
+BATCH_AXES = ("data", "fsdp")
 
 # Logical axis → mesh axis; None is replicated.
 LOGICAL_AXES: dict[str, str | None] = {
@@ -82,6 +85,17 @@ def make_mesh(*, data: int = 1, fsdp: int = -1, tensor: int = 1, sequence: int =
     return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=chosen)
 
 
+def mesh_from_config(config: MeshConfig) -> Mesh | None:
+    """The mesh of a run over all devices, or None where there is one device and nothing to lay out.
+
+    Raises UserError when the sizes do not fit the devices, or a row's tokens are to be spread.
+    """
+    if config.sequence != 1:
+        raise UserError(f"mesh.sequence: {config.sequence}: a row's tokens stay on one device; give 1")
+    mesh = make_mesh(**dataclasses.asdict(config))
+    return mesh if mesh.size > 1 else None
+
+
 def param_shardings(decoder: HasConfig, mesh: Mesh) -> dict[str, Any]:
     """Each parameter's `NamedSharding`, nested like `nnx.to_pure_dict(nnx.state(decoder, nnx.Param))`.
 
@@ -95,6 +109,22 @@ def param_shardings(decoder: HasConfig, mesh: Mesh) -> dict[str, Any]:
 def param_sharding(path: tuple[str, ...], mesh: Mesh) -> NamedSharding:
     """The sharding of the parameter at a path of `PARAMETER_AXES`."""
     return NamedSharding(mesh, PartitionSpec(*(LOGICAL_AXES[axis] for axis in PARAMETER_AXES[path])))
+
+
+def laid(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
+    """`x` with each dimension over its mesh axes (None: whole) on the mesh in use, `jax.sharding.use_abstract_mesh`; without one, `x`.
+
+    An array whose first dimension cannot be shared out equally, such as a single prompt prefix, is left to XLA.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or x.shape[0] % axis_size(mesh, axes[0] if axes else None):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
+
+
+def axis_size(mesh: Mesh | AbstractMesh, axes: str | tuple[str, ...] | None) -> int:
+    """Into how many parts a dimension over these mesh axes is cut."""
+    return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
 
 
 def check_divisible(config: ModelConfig, mesh: Mesh | AbstractMesh) -> None:

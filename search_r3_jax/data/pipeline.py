@@ -16,6 +16,7 @@ from search_r3_jax.text.prompts import Prompter
 
 ROW_TOKENS = 256
 FILLER = -1
+ROW_FIELDS = ("ids", "positions", "segments", "prefixes")
 
 
 class TextChunks(NamedTuple):
@@ -34,6 +35,16 @@ class TextChunks(NamedTuple):
     prefixes: np.ndarray
     embed_at: np.ndarray
     reply_at: np.ndarray
+
+    def padded(self, shares: int) -> TextChunks:
+        """With R and M filled up to multiples of `shares`."""
+        fills = {"ids": 0, "positions": FILLER, "segments": FILLER, "prefixes": 0, "reply_at": FILLER}
+        return self._replace(**{name: _padded(getattr(self, name), shares, fill) for name, fill in fills.items()})
+
+    def slice(self, index: int, count: int) -> TextChunks:
+        """Share `index` of `count` of each chunk's rows, padded as they are; positions still count from the whole chunk's first row."""
+        whole = self.padded(count)
+        return whole._replace(**{name: np.split(getattr(whole, name), count, axis=1)[index] for name in ROW_FIELDS})
 
 
 class PairBatch(NamedTuple):
@@ -55,6 +66,14 @@ class PairBatch(NamedTuple):
     def padding_share(self) -> float:
         """The share of the computed tokens that are padding, in [0, 1]."""
         return float(np.mean(np.concatenate([self.queries.segments.ravel(), self.documents.segments.ravel()]) < 0))
+
+    def padded(self, shares: int) -> PairBatch:
+        """With the rows of queries and of documents filled up to multiples of `shares`."""
+        return self._replace(queries=self.queries.padded(shares), documents=self.documents.padded(shares))
+
+    def slice(self, index: int, count: int) -> PairBatch:
+        """What process `index` of `count` holds: its share of the rows, and everything else whole."""
+        return self._replace(queries=self.queries.slice(index, count), documents=self.documents.slice(index, count))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,6 +248,11 @@ def _rounded(count: int) -> int:
 
 def _filled(values: np.ndarray, count: int) -> np.ndarray:
     return np.pad(values, (0, count - len(values)), constant_values=FILLER)
+
+
+def _padded(x: np.ndarray, multiple: int, fill: int) -> np.ndarray:
+    """The second axis filled up to a multiple."""
+    return np.pad(x, ((0, 0), (0, -x.shape[1] % multiple), *((0, 0),) * (x.ndim - 2)), constant_values=fill)
 
 
 def _stacked(chunks: list[np.ndarray], R: int, fill: int) -> np.ndarray:

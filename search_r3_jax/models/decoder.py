@@ -10,6 +10,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from search_r3_jax.config import LoraConfig, ModelConfig
+from search_r3_jax.mesh import BATCH_AXES, laid
 from search_r3_jax.models.attention import NOTHING, Attend, Backend, KVBlock, plan_attention
 from search_r3_jax.models.rotary import rotary_tables, rotate
 
@@ -237,7 +238,10 @@ class Decoder(nnx.Module):
 
     def embed(self, ids_bt: jax.Array, adapters: bool = True) -> jax.Array:
         """Input embeddings [B,T,D] in the compute dtype."""
-        x = self.embedding[...][ids_bt]
+        # The table's D lies over "fsdp", as rows do: every device looks up its part of D for its neighbours' rows, then they exchange.
+        # Left to itself, XLA may gather the whole batch instead.
+        x = laid(self.embedding[...][laid(ids_bt, "data")], "data", None, "fsdp")
+        x = laid(x, BATCH_AXES)
         if adapters and self.embed_row is not None:
             x = jnp.where((ids_bt == self.embed_id)[..., None], self.embed_row[...], x)
         return x.astype(self.compute_dtype)

@@ -31,7 +31,8 @@ def measure(global_batch: int) -> dict[str, Any]:
     from search_r3_jax.models.lora import trainable_filter
     from search_r3_jax.text.prompts import Prompter
     from search_r3_jax.training.optimizer import make_optimizer
-    from search_r3_jax.training.sft import SftState, make_pipeline, make_step
+    from search_r3_jax.training.sft import make_pipeline
+    from search_r3_jax.training.sft_step import SftState, make_step
 
     config = RunConfig(
         compute_dtype="float32",

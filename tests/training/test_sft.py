@@ -25,7 +25,8 @@ from search_r3_jax.models.decoder import LoraParam
 from search_r3_jax.models.embedding import unit
 from search_r3_jax.models.lora import merge_lora
 from search_r3_jax.text.prompts import Prompter
-from search_r3_jax.training.sft import OnStep, SftState, make_pipeline, make_step, train_sft
+from search_r3_jax.training.sft import OnStep, make_pipeline, train_sft
+from search_r3_jax.training.sft_step import SftState, make_step
 
 
 def config_of(folder: Path, steps: int) -> RunConfig:

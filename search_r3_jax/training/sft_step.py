@@ -1,0 +1,200 @@
+"""The update of stage 1: four losses, one gradient, in the memory of one chunk and on any mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from search_r3_jax.config import SftConfig
+from search_r3_jax.data.pipeline import PairBatch, TextChunks
+from search_r3_jax.mesh import BATCH_AXES, laid
+from search_r3_jax.models.decoder import Decoder
+from search_r3_jax.models.embedding import unit
+from search_r3_jax.objectives.contrastive import Loss, exclusions, info_nce, matryoshka, triplet_margin
+from search_r3_jax.objectives.grad_cache import cached_value_and_grad
+from search_r3_jax.objectives.language import Head, cross_entropy, kl_to_base, token_log_probs
+from search_r3_jax.rollout.encoder import both_prefixes
+from search_r3_jax.text.prompts import Prompter
+from search_r3_jax.training import sharding
+
+
+class SftState(NamedTuple):
+    """What a step changes; a plain pytree. `skipped` [] int32: steps in a row that were not finite and changed nothing."""
+
+    params: Any
+    optimizer: Any
+    skipped: jax.Array
+
+
+def state_shardings(params: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh) -> SftState:
+    """Where a state lies on a mesh, as a state of shardings: moments with their parameters, counters everywhere."""
+    of_params = sharding.params_shardings(params, mesh)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    moments = optax.tree_map_params(
+        optimizer, lambda _, own: own, jax.eval_shape(optimizer.init, params), of_params, transform_non_params=lambda _: everywhere
+    )
+    return SftState(of_params, moments, everywhere)
+
+
+def init_state(
+    params: nnx.State, optimizer: optax.GradientTransformation, shardings: SftState | None = None, *, copy: bool = False
+) -> SftState:
+    """The state before the first step, each array made where `shardings` wants it; `copy` leaves `params` to the caller."""
+    # A donated state takes its arrays with it, which the model and the reference of the KL term still hold.
+    own = jax.tree.map(jnp.copy, params) if copy else params
+    if shardings is None:
+        return SftState(own, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+    def start(params: nnx.State) -> tuple[Any, jax.Array]:
+        return optimizer.init(params), jnp.zeros((), jnp.int32)
+
+    return SftState(jax.device_put(own, shardings.params), *jax.jit(start, out_shardings=shardings[1:])(params))
+
+
+def make_step(
+    graph: nnx.GraphDef[Decoder],
+    prompter: Prompter,
+    optimizer: optax.GradientTransformation,
+    config: SftConfig,
+    shardings: SftState | None = None,
+    *,
+    donate: bool = False,
+) -> Callable[..., tuple[SftState, dict[str, jax.Array]]]:
+    """One jitted update `(state, frozen, batch, reference=None, dropout_key=None) → (state, scalars)` of the trainable parameters.
+
+    `reference` are the starting values of the trainable parameters, for the KL term of full fine-tuning; under LoRA the base is at hand.
+    On a mesh the batch comes from `put_batch`, and the new state lies as the old one did, by `shardings`; with `donate` it also takes the
+    old one's memory.
+    """
+    mesh = None if shardings is None else jax.tree.leaves(shardings)[0].mesh
+
+    def loss_and_gradient(
+        params: nnx.State, frozen: nnx.State, batch: PairBatch, reference: nnx.State | None, key: jax.Array | None
+    ) -> tuple[tuple[jax.Array, dict[str, jax.Array]], nnx.State]:
+        base = nnx.merge(graph, params if reference is None else reference, frozen)
+
+        def encode(params: nnx.State, chunk: TextChunks) -> tuple[jax.Array, dict[str, jax.Array]]:
+            """Unit vectors [N,E] of one chunk's texts, and the sums of the losses on its replies."""
+            decoder = nnx.merge(graph, params, frozen)
+            # Every chunk drops other inputs, and the same ones when it is encoded again: the sum of its ids tells it apart.
+            chunk_key = None if key is None else jax.random.fold_in(key, jnp.sum(chunk.ids.astype(jnp.uint32)))
+            hidden_md = _hidden(decoder, prompter, chunk, key=chunk_key)
+            vectors = laid(unit(hidden_md[chunk.embed_at]), None)
+            if not chunk.reply_at.shape[0]:
+                return vectors, {name: jnp.zeros(()) for name in ("language", "reply_tokens", "kl")}
+            # The reply's tokens, each predicted by the state before it; the head runs nowhere else.
+            mask_m, reply_at = jnp.asarray(chunk.reply_at) >= 0, jnp.maximum(chunk.reply_at, 1)
+            read_md = laid(hidden_md[reply_at - 1], BATCH_AXES)
+            states, columns = sharding.head_chunks(decoder.config.vocab_size, mesh)
+            log_probs, _ = token_log_probs(decoder.logits, read_md, chunk.ids.reshape(-1)[reply_at], chunk=states)
+            language, count = cross_entropy(log_probs, mask_m)
+            sums = {"language": language, "reply_tokens": count, "kl": jnp.zeros(())}
+            if config.kl_weight > 0:
+                base_md = jax.lax.stop_gradient(_hidden(base, prompter, chunk, adapters=False))
+                base_md = laid(base_md[reply_at - 1], BATCH_AXES)
+                heads = _head(decoder), _head(base, adapters=False)
+                sums["kl"], _ = kl_to_base(read_md, heads[0], base_md, heads[1], mask_m, chunk=states, vocab_chunk=columns)
+            return vectors, sums
+
+        def loss(sums: dict[str, jax.Array], queries_be: jax.Array, documents_pe: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+            contrast, triplet, scalars = contrastive_losses(queries_be, documents_pe, batch, config)
+            scalars |= {name: sums[name] / jnp.maximum(sums["reply_tokens"], 1) for name in ("language", "kl")}
+            total = config.infonce_weight * contrast + config.triplet_weight * triplet
+            total += config.language_weight * scalars["language"] + config.kl_weight * scalars["kl"]
+            return total, {"loss": total} | scalars
+
+        return cached_value_and_grad(encode, loss)(params, batch.queries, batch.documents)
+
+    # Left to XLA, a parameter may end up elsewhere than it began, and the next step would be compiled again and move it.
+    @partial(jax.jit, donate_argnums=0 if donate else (), out_shardings=None if shardings is None else (shardings, shardings.skipped))
+    def step(
+        state: SftState,
+        frozen: nnx.State,
+        batch: PairBatch,
+        reference: nnx.State | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[SftState, dict[str, jax.Array]]:
+        batch = jax.tree.map(jnp.asarray, batch)
+        with sharding.in_use(mesh):
+            (value, scalars), gradients = loss_and_gradient(state.params, frozen, batch, reference, dropout_key)
+        scalars["gradient_norm"] = optax.tree.norm(gradients)
+        finite = jnp.isfinite(value) & jnp.isfinite(scalars["gradient_norm"])
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        params, optimizer_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (params, optimizer_state), (state.params, state.optimizer)
+        )
+        skipped = jnp.where(finite, 0, state.skipped + 1)
+        return SftState(params, optimizer_state, skipped), scalars | {"skipped_in_a_row": skipped}
+
+    return step
+
+
+def contrastive_losses(
+    queries_be: jax.Array, documents_pe: jax.Array, batch: PairBatch, config: SftConfig
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """`(InfoNCE, triplet margin, scalars)` of a batch, each a mean over its queries."""
+    # Every document of the batch that is known to be relevant is a positive, whichever query it came with.
+    same_bpk = batch.known_ids[:, None, :] == batch.document_ids[None, :, None]
+    relevance_bp = jnp.sum(jnp.where(same_bpk & (batch.known_ids >= 0)[:, None, :], batch.known_relevance[:, None, :], 0.0), axis=-1)
+    excluded_bp = exclusions(jnp.asarray(batch.document_ids), jnp.asarray(batch.known_ids))
+
+    def contrast(queries_be: jax.Array, documents_pe: jax.Array) -> Loss:
+        return info_nce(
+            queries_be,
+            documents_pe,
+            relevance_bp,
+            excluded_bp,
+            temperature=config.temperature,
+            directions=("query_to_document", "document_to_query") if config.symmetric else ("query_to_document",),
+            partition="per_direction" if config.symmetric else "joint",
+            false_negative_margin=config.false_negative_margin,
+        )
+
+    def triplet(queries_be: jax.Array, documents_pe: jax.Array) -> Loss:
+        mined = jnp.asarray(batch.mined) if config.negatives else None
+        return triplet_margin(queries_be, documents_pe, relevance_bp, excluded_bp, margin=config.triplet_margin, mined_bk=mined)
+
+    def mean(loss: Callable[..., Loss]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        total, count, named = (matryoshka(loss, config.matryoshka) if config.matryoshka else loss)(queries_be, documents_pe)
+        count = jnp.maximum(count, 1)
+        return total / count, {name: value / count for name, value in named.items()}
+
+    infonce, about_infonce = mean(contrast)
+    scalars = {"infonce": infonce} | {name.replace("hits", "in_batch_accuracy"): value for name, value in about_infonce.items()}
+    margin = jnp.zeros(())
+    if config.triplet_weight > 0:
+        margin, about_triplet = mean(triplet)
+        scalars |= {"triplet": margin} | {f"triplet_{name}": value for name, value in about_triplet.items()}
+    return infonce, margin, scalars
+
+
+def _hidden(decoder: Decoder, prompter: Prompter, chunk: TextChunks, *, adapters: bool = True, key: jax.Array | None = None) -> jax.Array:
+    """Final hidden states [R·T,D] of a chunk's packed texts behind their shared prefixes."""
+    hidden, _ = decoder(
+        jnp.asarray(chunk.ids),
+        jnp.asarray(chunk.positions),
+        segments_bt=jnp.asarray(chunk.segments),
+        contexts=[both_prefixes(decoder, prompter, adapters=adapters)],
+        context_segments_bt=jnp.asarray(chunk.prefixes),
+        adapters=adapters,
+        dropout_key=key,
+    )
+    return laid(hidden, BATCH_AXES).reshape(-1, hidden.shape[-1])
+
+
+def _head(decoder: Decoder, *, adapters: bool = True) -> Head:
+    """What makes logits of a decoder's hidden states, as `Decoder.logits` does."""
+    weight, vocab_axis, row = (
+        (decoder.embedding[...], 0, decoder.embed_row) if decoder.head is None else (decoder.head[...], 1, decoder.head_row)
+    )
+    if not adapters or row is None or decoder.embed_id is None:
+        return Head(weight=weight, vocab_axis=vocab_axis)
+    return Head(weight=weight, vocab_axis=vocab_axis, row_d=row[...], row_id=decoder.embed_id)

@@ -1,0 +1,172 @@
+"""Stage 1 on a mesh: every shard holds its rows, donated memory is nobody else's, and eight devices compute what one computes."""
+
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec
+from sharded_steps import collection_of, config_of
+from tiny import byte_tokenizer
+
+from search_r3_jax.config import MeshConfig
+from search_r3_jax.data.pipeline import ROW_FIELDS, PairBatch, TextChunks
+from search_r3_jax.hub.checkpoint import load_model, with_lora
+from search_r3_jax.mesh import make_mesh, mesh_from_config
+from search_r3_jax.models.decoder import LoraParam
+from search_r3_jax.text.prompts import Prompter
+from search_r3_jax.training.sft import make_pipeline
+from search_r3_jax.training.sft_step import init_state, make_step, state_shardings
+from search_r3_jax.training.sharding import put_batch
+
+PROGRAM = Path(__file__).with_name("sharded_steps.py")
+FSDP, DATA, MIXED = {"fsdp": 8}, {"data": 8, "fsdp": 1}, {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+def batch_of() -> PairBatch:
+    return make_pipeline(config_of("", lora=True), [collection_of()], Prompter(byte_tokenizer(embed_token=True))).batch(0)
+
+
+def read(rows: np.ndarray, at: np.ndarray) -> list[list[int]]:
+    """What stands at each chunk's flat positions."""
+    return [chunk.ravel()[positions].tolist() for chunk, positions in zip(rows, at, strict=True)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_the_slices_of_all_processes_are_the_batch(count: int) -> None:
+    batch = batch_of()
+    slices = [batch.slice(index, count) for index in range(count)]
+    for name in ("queries", "documents"):
+        whole: TextChunks = getattr(batch, name)
+        parts: list[TextChunks] = [getattr(part, name) for part in slices]
+        R = whole.ids.shape[1]
+        for field in ROW_FIELDS:
+            shares = [getattr(part, field) for part in parts]
+            assert len({share.shape for share in shares}) == 1
+            joined = np.concatenate(shares, axis=1)
+            assert joined.shape[1] - R < count
+            np.testing.assert_array_equal(joined[:, :R], getattr(whole, field))
+            # What fills up is padding to attention and to the losses.
+            assert set(np.unique(joined[:, R:])) <= ({-1} if field in ("positions", "segments") else {0})
+        ids = np.concatenate([part.ids for part in parts], axis=1)
+        for part in parts:
+            assert read(ids, part.embed_at) == read(whole.ids, whole.embed_at)
+            kept = part.reply_at.shape[1] - whole.reply_at.shape[1]
+            assert 0 <= kept < count
+            np.testing.assert_array_equal(part.reply_at, np.pad(whole.reply_at, ((0, 0), (0, kept)), constant_values=-1))
+    for part in slices:
+        for field in PairBatch._fields[2:]:
+            np.testing.assert_array_equal(getattr(part, field), getattr(batch, field))
+
+
+def test_one_device_needs_no_mesh_and_a_mesh_of_one_changes_nothing() -> None:
+    batch = batch_of()
+    assert mesh_from_config(MeshConfig()) is None or jax.device_count() > 1
+    assert put_batch(batch, None) is batch
+    put = put_batch(batch, make_mesh(devices=jax.devices()[:1]))
+    for ours, theirs in zip(jax.tree.leaves(put), jax.tree.leaves(batch), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_moments_lie_where_their_parameters_lie(tiny_folders: dict[str, Path]) -> None:
+    mesh = make_mesh(devices=jax.devices()[:1])
+    _, params = nnx.split(load_model(tiny_folders["llama"]).decoder)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.cosine_decay_schedule(1e-3, 10)))
+    shardings = state_shardings(params, optimizer, mesh)
+    state = init_state(params, optimizer, shardings)
+    assert jax.tree.map(lambda x: x.sharding, state) == shardings
+    adam = shardings.optimizer[1][0]
+    assert adam.mu == adam.nu == shardings.params
+    assert adam.count.spec == PartitionSpec()
+    assert PartitionSpec("tensor", "fsdp") in [sharding.spec for sharding in jax.tree.leaves(adam.mu)]
+
+
+def test_a_donated_state_leaves_the_model_and_the_result_alone(tiny_folders: dict[str, Path]) -> None:
+    config = config_of(str(tiny_folders["llama"]), lora=True)
+    sft = dataclasses.replace(config.sft, encode_chunk=config.sft.global_batch, kl_weight=0.0)
+    config = dataclasses.replace(config, sft=sft)
+    model = with_lora(load_model(tiny_folders["llama"]), config.lora, seed=0)
+    prompter = Prompter(model.tokenizer)
+    batch = make_pipeline(config, [collection_of()], prompter).batch(0)
+    graph, params, frozen = nnx.split(model.decoder, LoraParam, ...)
+    before = jax.tree.map(np.array, params)
+    optimizer = optax.adam(1e-2)
+    after = []
+    for donate in (False, True):
+        state = init_state(params, optimizer, copy=donate)
+        new, _ = make_step(graph, prompter, optimizer, config.sft, donate=donate)(state, frozen, batch)
+        assert {x.is_deleted() for x in jax.tree.leaves(state.params)} == {donate}
+        after.append(jax.tree.map(np.array, new.params))
+    jax.tree.map(np.testing.assert_array_equal, *after)
+    jax.tree.map(np.testing.assert_array_equal, before, params)
+
+
+def run(folder: Path, kind: str, meshes: list[dict[str, int]], *, processes: int, devices: int) -> list[dict[str, Any]]:
+    """The reports of all processes, each with so many devices."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": os.pathsep.join([str(PROGRAM.parents[1]), os.environ.get("PYTHONPATH", "")]),
+    }
+    arguments = [sys.executable, str(PROGRAM), str(folder), kind, json.dumps(meshes)]
+    started = [
+        subprocess.Popen(
+            [*arguments, str(process), str(processes), str(port)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for process in range(processes)
+    ]
+    try:
+        outputs = [process.communicate(timeout=1500) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0] * processes, outputs[0][1]
+    return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+
+
+def check(report: dict[str, Any], meshes: list[dict[str, int]]) -> None:
+    assert report["devices"] == 8
+    # From the second step on, even full fine-tuning has left its reference.
+    for name in ("infonce", "triplet", "language", "kl"):
+        assert report["scalars"][-1][name] > 1e-4, name
+    for sizes in meshes:
+        found = report[json.dumps(sizes)]
+        assert found["scalars"] <= 1e-5
+        assert max(found["gradients"]) <= 1e-5
+        assert found["params"] <= 1e-5
+        assert found["compiled"] == found["shapes"]
+        assert found["kernel_share"] == 1 / (sizes.get("fsdp", 1) * sizes.get("tensor", 1))
+        assert found["rows_share"] == 1 / (sizes.get("data", 1) * sizes.get("fsdp", 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "kind"), [("qwen2", "lora"), ("llama", "full")])
+def test_eight_devices_compute_what_one_computes(tiny_folders: dict[str, Path], family: str, kind: str) -> None:
+    meshes = [FSDP, DATA, MIXED]
+    check(run(tiny_folders[family], kind, meshes, processes=1, devices=8)[0], meshes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "kind", "sizes"), [("qwen2", "lora", MIXED), ("llama", "full", FSDP)])
+def test_two_processes_of_four_devices_compute_what_one_computes(
+    tiny_folders: dict[str, Path], family: str, kind: str, sizes: dict[str, int]
+) -> None:
+    for report in run(tiny_folders[family], kind, [sizes], processes=2, devices=4):
+        assert report["processes"] == 2
+        check(report, [sizes])
