@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from search_r3_jax.config import RunConfig
+from search_r3_jax.config import RunConfig, TextConfig
 from search_r3_jax.configs import load_config
 from search_r3_jax.errors import UserError
 from search_r3_jax.quiet import quiet
@@ -248,15 +248,87 @@ class DataBuild:
             print(f"{self.out}: {split}: {len(collection.queries)} queries over {len(collection.documents)} documents")
 
 
-# A union of one would be no group of subcommands: the hidden second member makes it one.
-DataCommand = Annotated[DataBuild, tyro.conf.subcommand("build")] | Annotated[DataBuild, tyro.conf.Suppress]
+@dataclass(frozen=True, kw_only=True)
+class DataMine:
+    """Add hard negatives to the queries of a split: the nearest documents that are not known to be relevant; a new data set.
+
+    Attributes:
+        model: a run directory, a Hugging Face folder, a GGUF file, or `smollm2`.
+        data: a built data set or a BEIR folder.
+        out: folder to write; must not exist.
+        split: whose queries get negatives; the others are carried over.
+        num_negatives: at most so many for each query, behind those it has.
+        first_rank: first rank to choose from; 0 is the most similar document that is not judged.
+        last_rank: first rank not to choose from; by default so that num-negatives fit, ten times as many with a limit or random sampling.
+        margin: least distance below the cosine of the query's weakest positive.
+        relative_margin: the same, as a share of that cosine.
+        max_score: highest cosine.
+        sampling: `top` takes the most similar ones of those left, `random` any.
+        seed: of random sampling.
+        index: how documents are searched; `auto` is ScaNN where it is installed.
+        max_query_tokens: tokens of a query that are read.
+        max_document_tokens: tokens of a document that are read.
+        step: checkpoint of a run; the newest by default.
+        debug: show the traceback of an error.
+    """
+
+    model: str
+    data: Path
+    out: Path
+    split: str = "train"
+    num_negatives: int = 4
+    first_rank: int = 0
+    last_rank: int | None = None
+    margin: float | None = None
+    relative_margin: float | None = None
+    max_score: float | None = None
+    sampling: Literal["top", "random"] = "top"
+    seed: int = 0
+    index: Literal["auto", "exact", "scann"] = "auto"
+    max_query_tokens: int = TextConfig().max_query_tokens
+    max_document_tokens: int = TextConfig().max_document_tokens
+    step: int | None = None
+    debug: bool = False
+
+    def run(self) -> None:
+        from search_r3_jax.retrieval.mined_dataset import mine_dataset
+        from search_r3_jax.retrieval.mining import MiningOptions
+
+        options = MiningOptions(
+            num_negatives=self.num_negatives,
+            first_rank=self.first_rank,
+            last_rank=self.last_rank,
+            max_score=self.max_score,
+            margin=self.margin,
+            relative_margin=self.relative_margin,
+            sampling=self.sampling,
+            seed=self.seed,
+        )
+        counts = mine_dataset(
+            self.model,
+            self.data,
+            self.out,
+            split=self.split,
+            options=options,
+            index=self.index,
+            max_query_tokens=self.max_query_tokens,
+            max_document_tokens=self.max_document_tokens,
+            step=self.step,
+        )
+        print(f"{counts.queries} queries of split {self.split}, {counts.documents} different documents")
+        print(f"{counts.mined} negatives mined; {counts.short} queries have fewer than {self.num_negatives}")
+        print(f"left out: {counts.positives} known to be relevant, {counts.judged} negatives already, {counts.too_close} within a limit")
+        print(f"written to {self.out}")
+
+
+DataCommand = Annotated[DataBuild, tyro.conf.subcommand("build")] | Annotated[DataMine, tyro.conf.subcommand("mine")]
 
 Command = (
     Annotated[Quickstart, tyro.conf.subcommand("quickstart")]
     | Annotated[Indexer, tyro.conf.subcommand("indexer")]
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Embed, tyro.conf.subcommand("embed")]
-    | Annotated[DataCommand, tyro.conf.subcommand("data", description="Build data sets.")]
+    | Annotated[DataCommand, tyro.conf.subcommand("data", description="Build data sets, and mine hard negatives.")]
 )
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -66,11 +66,16 @@ class Collection:
         return {document.doc_id: row for row, document in enumerate(self.documents)}
 
     def corpus_hash(self) -> str:
-        """Hexadecimal sha256 over ids and bodies in order: equal hashes, equal index rows."""
-        digest = hashlib.sha256()
-        for document in self.documents:
-            for field in (document.doc_id, document.body):
-                encoded = field.encode()
-                # Lengths keep ("ab", "c") and ("a", "bc") apart.
-                digest.update(len(encoded).to_bytes(8, "big") + encoded)
-        return digest.hexdigest()
+        """`corpus_hash` of the documents."""
+        return corpus_hash(self.documents)
+
+
+def corpus_hash(documents: Iterable[Document]) -> str:
+    """Hexadecimal sha256 over ids and bodies in order: equal hashes, equal index rows."""
+    digest = hashlib.sha256()
+    for document in documents:
+        for field in (document.doc_id, document.body):
+            encoded = field.encode()
+            # Lengths keep ("ab", "c") and ("a", "bc") apart.
+            digest.update(len(encoded).to_bytes(8, "big") + encoded)
+    return digest.hexdigest()

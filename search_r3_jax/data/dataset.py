@@ -5,7 +5,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,8 +19,9 @@ from tensorflow_datasets.core.file_adapters import FileFormat
 from tensorflow_datasets.core.naming import ShardedFileTemplate
 from tensorflow_datasets.core.splits import SplitDict, SplitInfo
 
-from search_r3_jax.data.beir import find_splits, read_beir
+from search_r3_jax.data.beir import find_splits, read_beir_splits
 from search_r3_jax.data.collection import SHARED_CORPUS, Collection, Document, Query, usable_split_name
+from search_r3_jax.data.lines import Problems
 from search_r3_jax.errors import UserError
 
 FORMAT_VERSION = 2
@@ -64,11 +65,31 @@ def build_dataset(
 
 def load_collection(path: Path | str, split: str) -> Collection:
     """One split of a built data set or of a BEIR folder, in its original order; raises UserError for anything else."""
-    path = Path(path)
+    return _load(Path(path), [split])[split]
+
+
+def load_collections(path: Path | str) -> dict[str, Collection]:
+    """Every split, by name; the rest as in `load_collection`."""
+    return _load(Path(path), None)
+
+
+def queries_hash(queries: Iterable[Query]) -> str:
+    """Hexadecimal sha256 over all fields of the queries in order."""
+    digest = hashlib.sha256()
+    for query in queries:
+        judgements = [list(query.positives.items()), query.negatives]
+        fields = [query.query_id, query.text, query.instruction, query.reasoning, *judgements]
+        digest.update(json.dumps(fields).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _load(path: Path, splits: Sequence[str] | None) -> dict[str, Collection]:
+    """The named splits, or all that there are where `splits` is None."""
     if (path / MANIFEST).is_file():
-        return _read_split(path, _read_manifest(path), split)
+        manifest = _read_manifest(path)
+        return _read_splits(path, manifest, sorted(manifest["splits"]) if splits is None else splits)
     if any((path / name).is_file() for name in ("corpus.jsonl", "corpus.jsonl.gz")):
-        return read_beir(path, split)
+        return read_beir_splits(path, find_splits(path) if splits is None else splits, Problems())
     raise UserError(f"{path}: expected a built data set (with {MANIFEST}) or a BEIR folder (with corpus.jsonl or corpus.jsonl.gz)")
 
 
@@ -91,20 +112,11 @@ def _describe(collections: Mapping[str, Collection], name: str, source: Mapping[
                 "queries": len(collection.queries),
                 "corpus_split": SHARED_CORPUS if shared else split,
                 "corpus_hash": corpus_hashes[split],
-                "queries_hash": _queries_hash(collection.queries),
+                "queries_hash": queries_hash(collection.queries),
             }
             for split, collection in collections.items()
         },
     }
-
-
-def _queries_hash(queries: Iterable[Query]) -> str:
-    digest = hashlib.sha256()
-    for query in queries:
-        judgements = [list(query.positives.items()), query.negatives]
-        fields = [query.query_id, query.text, query.instruction, query.reasoning, *judgements]
-        digest.update(json.dumps(fields).encode() + b"\n")
-    return digest.hexdigest()
 
 
 def _check_split_names(collections: Mapping[str, Collection], out: Path) -> None:
@@ -229,17 +241,23 @@ def _query_example(row: int, query: Query) -> dict[str, Any]:
     }
 
 
-def _read_split(path: Path, manifest: Mapping[str, Any], split: str) -> Collection:
-    if split not in manifest["splits"]:
-        raise UserError(f"{path}: no split {split!r}; splits found: {', '.join(sorted(manifest['splits']))}")
+def _read_splits(path: Path, manifest: Mapping[str, Any], splits: Sequence[str]) -> dict[str, Collection]:
+    for split in splits:
+        if split not in manifest["splits"]:
+            raise UserError(f"{path}: no split {split!r}; splits found: {', '.join(sorted(manifest['splits']))}")
     _check_files(path, manifest)
-    corpus_split = manifest["splits"][split]["corpus_split"]
-    return Collection(
-        name=manifest["name"],
-        split=split,
-        documents=_read_part(path / "corpus", corpus_split, _document),
-        queries=_read_part(path / "queries", split, _query),
-    )
+    corpus_of = {split: manifest["splits"][split]["corpus_split"] for split in splits}
+    # A corpus that several splits share is read, and kept, once.
+    documents = {corpus: _read_part(path / "corpus", corpus, _document) for corpus in set(corpus_of.values())}
+    return {
+        split: Collection(
+            name=manifest["name"],
+            split=split,
+            documents=documents[corpus_of[split]],
+            queries=_read_part(path / "queries", split, _query),
+        )
+        for split in splits
+    }
 
 
 def _read_part(folder: Path, split: str, decode: Callable[[dict[str, Any]], T]) -> tuple[T, ...]:
