@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 import tyro
 
 from search_r3_jax.errors import UserError
+from search_r3_jax.evaluation.settings import EvalSettings
 from search_r3_jax.quiet import quiet
 
 INTERRUPTED = 130
@@ -158,6 +159,22 @@ class Embed:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Eval(EvalSettings):
+    """Measure a model or a baseline on a data set: nDCG@10, recall, MRR, MAP and what it costs.
+
+    Attributes:
+        debug: show the traceback of an error.
+    """
+
+    debug: bool = False
+
+    def run(self) -> None:
+        from search_r3_jax.evaluation.report import run_evaluation
+
+        run_evaluation(self)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataBuild:
     """Build a TFDS data set (array_record) from a BEIR folder, a .jsonl file or installed Python packages.
 
@@ -214,6 +231,7 @@ Command = (
     | Annotated[Indexer, tyro.conf.subcommand("indexer")]
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Embed, tyro.conf.subcommand("embed")]
+    | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[DataCommand, tyro.conf.subcommand("data", description="Build data sets.")]
 )
 
