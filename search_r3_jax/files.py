@@ -38,6 +38,14 @@ def write_array(path: Path, array: np.ndarray) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def check_output(flag: str, path: Path | None) -> None:
+    """Raise UserError, before any work, for a file that could not be written; `flag` is what named it."""
+    if path is not None and not path.parent.is_dir():
+        raise UserError(f"{flag}: {path.parent}: no such folder; make it first")
+    if path is not None and path.is_dir():
+        raise UserError(f"{flag}: {path}: is a folder; name a file")
+
+
 def file_sha256(path: Path) -> str:
     """Hexadecimal sha256 of a file's bytes."""
     with path.open("rb") as file:

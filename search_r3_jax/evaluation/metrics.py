@@ -110,6 +110,7 @@ def _metrics(measured: Mapping[str, float]) -> Metrics:
 
 
 def _mean(metrics: Iterable[Metrics]) -> Metrics:
-    values = np.array([list(each.as_dict().values()) for each in metrics], np.float64)
-    ndcg_at_10, recall_at_10, recall_at_100, mrr, average_precision = values.mean(axis=0).tolist()
+    # Each on its own, as pytrec_eval adds them up: over an axis NumPy rounds otherwise in the last digit.
+    columns = zip(*(each.as_dict().values() for each in metrics), strict=True)
+    ndcg_at_10, recall_at_10, recall_at_100, mrr, average_precision = (float(np.mean(column)) for column in columns)
     return Metrics(ndcg_at_10=ndcg_at_10, recall_at_10=recall_at_10, recall_at_100=recall_at_100, mrr=mrr, map=average_precision)

@@ -10,6 +10,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from search_r3_jax import __version__
 from search_r3_jax.data.collection import Collection
@@ -20,7 +21,7 @@ from search_r3_jax.evaluation.evaluate import DEPTH, ModeResult
 from search_r3_jax.evaluation.metrics import write_trec_qrels, write_trec_run
 from search_r3_jax.evaluation.settings import EvalSettings
 from search_r3_jax.evaluation.systems import SystemResult, open_system
-from search_r3_jax.files import write_json
+from search_r3_jax.files import check_output, write_json
 from search_r3_jax.text.prompts import Mode
 
 FORMAT_VERSION = 1
@@ -61,11 +62,8 @@ def run_evaluation(settings: EvalSettings) -> dict[str, Any]:
 
 
 def _check(settings: EvalSettings) -> None:
-    for flag, file in (("--out", settings.out), ("--run-file", settings.run_file)):
-        if file is not None and not file.parent.is_dir():
-            raise UserError(f"{flag}: {file.parent}: no such folder; make it first")
-        if file is not None and file.is_dir():
-            raise UserError(f"{flag}: {file}: is a folder; name a file")
+    check_output("--out", settings.out)
+    check_output("--run-file", settings.run_file)
     counts = {
         "--max-documents": settings.max_documents,
         "--max-query-tokens": settings.max_query_tokens,
@@ -120,7 +118,7 @@ def _show(record: Mapping[str, Any]) -> None:
     data, cut = record["data"], record["data"]["cut"]
     of_all = f" of {cut['whole']}" if cut is not None else ""
     title = f"{record['model']}: {data['queries']} queries of {data['name']} ({data['split']}) over {data['documents']}{of_all} documents"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD)
     table.add_column("", no_wrap=True)
     for mode in record["modes"]:
         table.add_column(mode, justify="right", no_wrap=True)

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from flax import nnx
 from rich.console import Console
+from transformers.utils.logging import disable_progress_bar
 
 from search_r3_jax.config import SamplerConfig, TextConfig
 from search_r3_jax.console import Bar, progress_bar
@@ -111,6 +112,8 @@ class SentenceTransformersSystem:
             from sentence_transformers import SentenceTransformer
         except ImportError:
             raise UserError("sentence-transformers is not installed; run: pip install 'search_r3_jax[eval]'") from None
+        # Its own bar would stand between ours.
+        disable_progress_bar()
         try:
             self._model = SentenceTransformer(str(folder), local_files_only=True, model_kwargs={"use_safetensors": True})
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -153,15 +156,7 @@ class DecoderSystem:
     def __init__(self, settings: EvalSettings):
         """Raises UserError when the model cannot be read."""
         self._settings = settings
-        path = resolve(settings.model)
-        self._run_config: dict[str, Any] | None = None
-        self._step = settings.step
-        if (path / "checkpoints").is_dir():
-            self._run_config = read_run(path)[1]["config"]
-            # Fixed before loading: a run may write another checkpoint meanwhile.
-            self._step = latest_snapshot(path) if settings.step is None else settings.step
-        elif settings.step is not None:
-            raise UserError(f"--step: {settings.model} is no run, so it has no steps; leave it out")
+        self._step, self._run_config = pinned_step(settings.model, settings.step)
         model = load_model(settings.model, step=self._step)
         prompter = Prompter(model.tokenizer)
         room = text_room(prompter, model.decoder.config.max_positions)
@@ -197,6 +192,19 @@ class DecoderSystem:
                 embed = self._evaluator.direct_queries if mode == "direct" else self._evaluator.reasoned_queries
                 results[mode] = search_result(collection, index, embed(self._state, collection, bar.advance))
         return SystemResult(modes=results, document_seconds=document_seconds)
+
+
+def pinned_step(model: str, step: int | None) -> tuple[int | None, dict[str, Any] | None]:
+    """The checkpoint of a run that is meant, and the run's config; (None, None) for a model that is no run.
+
+    Asked before loading: a run may write another checkpoint meanwhile. Raises UserError for a step of what has none.
+    """
+    path = resolve(model)
+    if (path / "checkpoints").is_dir():
+        return latest_snapshot(path) if step is None else step, read_run(path)[1]["config"]
+    if step is not None:
+        raise UserError(f"--step: {model} is no run, so it has no steps; leave it out")
+    return None, None
 
 
 def minilm_folder() -> Path:
