@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -58,7 +59,7 @@ def test_a_text_without_a_second_token_is_refused(tiny_model) -> None:
 def test_the_record_says_what_was_read(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
     made = word_collection(documents=30, queries=5, split="test")
     build_dataset({"test": made}, tmp_path / "data", name="words", source={})
-    asked = {"split": "test", "max_documents": 7, "max_tokens": 20, "step": None, "seed": 0}
+    asked: dict[str, Any] = {"split": "test", "max_documents": 7, "max_tokens": 20, "step": None, "seed": 0}
     found = measure_perplexity(str(tiny_folders["llama"]), tmp_path / "data", out=tmp_path / "out.json", **asked)
     assert json.loads((tmp_path / "out.json").read_text()) == found
     assert (found["texts"], found["tokens"], found["cut"]["documents"]) == (7, 7 * 19, 7)
