@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -23,6 +23,7 @@ from search_r3_jax.evaluation.systems import MINILM_PACKAGE
 from search_r3_jax.hub.checkpoint import load_model
 from search_r3_jax.hub.export import export_model
 
+KINDS: tuple[Literal["exact"], Literal["scann"]] = ("exact", "scann")
 TREC = {"ndcg@10": "ndcg_cut_10", "recall@10": "recall_10", "recall@100": "recall_100", "mrr": "recip_rank", "map": "map"}
 
 

@@ -64,7 +64,7 @@ def test_the_record_says_what_was_read(tiny_folders: dict[str, Path], tmp_path: 
     assert json.loads((tmp_path / "out.json").read_text()) == found
     assert (found["texts"], found["tokens"], found["cut"]["documents"]) == (7, 7 * 19, 7)
     with pytest.raises(UserError, match="--step"):
-        measure_perplexity(str(tiny_folders["llama"]), tmp_path / "data", out=None, **(asked | {"step": 3}))
+        measure_perplexity(str(tiny_folders["llama"]), tmp_path / "data", out=None, **{**asked, "step": 3})
 
 
 def test_equal_logits_have_the_perplexity_of_the_vocabulary(tmp_path: Path) -> None:
