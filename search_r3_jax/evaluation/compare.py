@@ -100,8 +100,9 @@ def compare_results(first: Result, second: Result, metric: str, *, samples: int,
 def show_comparison(first: Result, second: Result, comparison: Comparison, console: Console) -> None:
     """The tests in one table, then the queries that moved most, with both thoughts where there are any."""
     table = Table(title=f"{comparison.metric} of {len(first.queries)} queries", title_justify="left", box=SIMPLE_HEAD)
-    for name, justify in (("", "left"), ("mean", "right"), ("95 % interval", "right")):
-        table.add_column(name, justify=justify, overflow="fold")
+    table.add_column("", overflow="fold")
+    for name in ("mean", "95 % interval"):
+        table.add_column(name, justify="right", no_wrap=True)
     for name, interval, shape in (
         (f"A  {first.name}", comparison.means[0], "{:.4f}"),
         (f"B  {second.name}", comparison.means[1], "{:.4f}"),

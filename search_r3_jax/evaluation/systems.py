@@ -102,7 +102,8 @@ class SentenceTransformersSystem:
 
     def __init__(self, folder: Path, index: Literal["exact", "scann"]):
         """Raises UserError when the package or the model is missing, or the weights are pickled."""
-        self._folder, self._index = folder, index
+        self._folder = folder
+        self._index: Literal["exact", "scann"] = index
         if not (folder / "modules.json").is_file():
             raise UserError(f"--model: {folder}: no modules.json there; give the folder of a sentence-transformers model")
         for file in sorted(folder.rglob("*")):
