@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -35,6 +36,20 @@ def write_array(path: Path, array: np.ndarray) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror or error}); make room or choose another --out") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_output(flag: str, path: Path | None) -> None:
+    """Raise UserError, before any work, for a file that could not be written; `flag` is what named it."""
+    if path is not None and not path.parent.is_dir():
+        raise UserError(f"{flag}: {path.parent}: no such folder; make it first")
+    if path is not None and path.is_dir():
+        raise UserError(f"{flag}: {path}: is a folder; name a file")
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_texts(path: Path) -> list[str]:

@@ -1,36 +1,65 @@
 """The BM25 baseline (Lucene's variant) that a trained embedder has to beat."""
 
 import logging
+from collections.abc import Callable, Container, Sequence
 
 import numpy as np
 
-from search_r3_jax.data.collection import Collection
+from search_r3_jax.data.collection import Collection, Query
 from search_r3_jax.errors import UserError
 from search_r3_jax.evaluation.metrics import Run, run_from_scores
 from search_r3_jax.text.words import plain_words, split_identifiers
 
+Words = Callable[[str], list[str]]
+
+
+class Bm25:
+    """A corpus indexed for BM25.
+
+    English stop words are dropped. With `identifiers` snake_case and camelCase fall into their parts and nothing is stemmed, which suits
+    code; without, words of two or more characters are stemmed (Snowball, English), as is usual for prose.
+    """
+
+    def __init__(self, collection: Collection, *, k1: float = 0.9, b: float = 0.4, identifiers: bool):
+        """Raises UserError when a package is not installed."""
+        extra = "quickstart" if identifiers else "eval"
+        try:
+            import bm25s
+            from bm25s.stopwords import STOPWORDS_EN
+        except ImportError:
+            raise UserError(f"bm25s is not installed; run: pip install 'search_r3_jax[{extra}]'") from None
+        # It sets its own logger to DEBUG when imported.
+        logging.getLogger("bm25s").setLevel(logging.WARNING)
+        self._words = _identifier_words(STOPWORDS_EN) if identifiers else _stemmed_words(STOPWORDS_EN)
+        self._doc_ids = [document.doc_id for document in collection.documents]
+        documents = [self._words(document.body) for document in collection.documents]
+        self._index = None
+        if any(documents):
+            self._index = bm25s.BM25(method="lucene", k1=k1, b=b)
+            self._index.index(documents, show_progress=False)
+
+    def run(self, queries: Sequence[Query], *, k: int = 100) -> Run:
+        """The `k` best documents of each query with a score above 0."""
+        if self._index is None or not queries:
+            return {query.query_id: {} for query in queries}
+        words = [self._words(query.text) for query in queries]
+        rows, scores = self._index.retrieve(words, k=min(k, len(self._doc_ids)), show_progress=False)
+        return run_from_scores([query.query_id for query in queries], self._doc_ids, scores, np.where(scores > 0, rows, -1))
+
 
 def bm25_run(collection: Collection, *, k1: float = 0.9, b: float = 0.4, k: int = 100, identifiers: bool) -> Run:
-    """The `k` best documents of each query with a score above 0; raises UserError when bm25s is not installed.
+    """A collection's queries over its corpus; raises UserError when a package is not installed."""
+    return Bm25(collection, k1=k1, b=b, identifiers=identifiers).run(collection.queries, k=k)
 
-    English stop words are dropped, nothing is stemmed.
-    """
+
+def _identifier_words(stopwords: Container[str]) -> Words:
+    return lambda text: [word for word in split_identifiers(text) if word not in stopwords]
+
+
+def _stemmed_words(stopwords: Container[str]) -> Words:
     try:
-        import bm25s
-        from bm25s.stopwords import STOPWORDS_EN
+        import Stemmer
     except ImportError:
-        raise UserError("bm25s is not installed; run: pip install 'search_r3_jax[quickstart]'") from None
-    # It sets its own logger to DEBUG when imported.
-    logging.getLogger("bm25s").setLevel(logging.WARNING)
-    words = split_identifiers if identifiers else plain_words
-    stopwords = frozenset(STOPWORDS_EN)
-    documents = [[word for word in words(document.body) if word not in stopwords] for document in collection.documents]
-    queries = [[word for word in words(query.text) if word not in stopwords] for query in collection.queries]
-    query_ids = [query.query_id for query in collection.queries]
-    if not any(documents) or not queries:
-        return {query_id: {} for query_id in query_ids}
-    index = bm25s.BM25(method="lucene", k1=k1, b=b)
-    index.index(documents, show_progress=False)
-    rows, scores = index.retrieve(queries, k=min(k, len(documents)), show_progress=False)
-    doc_ids = [document.doc_id for document in collection.documents]
-    return run_from_scores(query_ids, doc_ids, scores, np.where(scores > 0, rows, -1))
+        raise UserError("PyStemmer is not installed; run: pip install 'search_r3_jax[eval]'") from None
+    stemmer = Stemmer.Stemmer("english")
+    return lambda text: stemmer.stemWords([word for word in plain_words(text) if len(word) > 1 and word not in stopwords])

@@ -1,10 +1,10 @@
-"""Evaluates one model on one collection, direct and reasoned, by exact search."""
+"""Evaluates one model on one collection, direct and reasoned."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from flax import nnx
@@ -14,12 +14,33 @@ from search_r3_jax.data.collection import Collection
 from search_r3_jax.evaluation.metrics import Metrics, Run, evaluate_run, run_from_scores
 from search_r3_jax.models.decoder import Decoder
 from search_r3_jax.retrieval.exact import ExactIndex
+from search_r3_jax.retrieval.index import Index
 from search_r3_jax.rollout.encoder import Encoder
 from search_r3_jax.rollout.sampler import Sampler
 from search_r3_jax.text.prompts import Prompter
 
 QUERIES_A_PASS = 128
 DEPTH = 100
+OnProgress = Callable[[int], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddedQueries:
+    """The queries of a collection, in its order.
+
+    Attributes:
+        vectors: [Q,E] float32 of unit norm.
+        seconds: what embedding them took.
+        valid: [Q] whether the reasoning ended with an embed token of its own; empty where nothing was written.
+        tokens: [Q] tokens of each reply; empty where there are none.
+        thoughts: what was written for each query; empty without reasoning.
+    """
+
+    vectors: np.ndarray
+    seconds: float
+    valid: list[bool] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    thoughts: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,19 +51,27 @@ class ModeResult:
         metrics: means over the queries.
         of_query: each query's metrics.
         run: each query's ranked documents.
-        valid_rate: share of queries whose reasoning ended with an embed token of its own; 1 in direct mode.
-        reply_tokens: tokens written a query on average.
-        queries_per_second: the cost of embedding the queries.
-        thoughts: what was written for each query; empty in direct mode.
+        queries_per_second: the cost of the queries; compiling is part of it.
+        valid, tokens, thoughts: of each query, as in `EmbeddedQueries`.
     """
 
     metrics: Metrics
     of_query: dict[str, Metrics]
     run: Run
-    valid_rate: float
-    reply_tokens: float
     queries_per_second: float
-    thoughts: list[str]
+    valid: list[bool] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    thoughts: list[str] = field(default_factory=list)
+
+    @property
+    def valid_rate(self) -> float:
+        """Share of queries whose reasoning ended with an embed token of its own; 1 where nothing was written."""
+        return float(np.mean(self.valid)) if self.valid else 1.0
+
+    @property
+    def reply_tokens(self) -> float:
+        """Tokens of a query's reply on average; 0 where there are none."""
+        return float(np.mean(self.tokens)) if self.tokens else 0.0
 
     def as_dict(self) -> dict[str, float]:
         """The numbers that a table shows."""
@@ -65,68 +94,69 @@ class Evaluator:
         )
         self._prompter, self._text = prompter, text
 
-    def documents(self, state: nnx.State, collection: Collection, on_progress: Callable[[int], object] | None = None) -> np.ndarray:
+    def documents(self, state: nnx.State, collection: Collection, on_progress: OnProgress | None = None) -> np.ndarray:
         """Vectors [N,E] of the corpus."""
         texts = [document.body for document in collection.documents]
         return self._encoder.encode(state, texts, max_tokens=self._text.max_document_tokens, on_progress=on_progress)
 
     def direct(self, state: nnx.State, collection: Collection, documents_ne: np.ndarray) -> ModeResult:
-        """Queries embedded without reasoning; `documents_ne` are the vectors of the collection's corpus."""
-        started = time.perf_counter()
-        texts = [query.text for query in collection.queries]
-        vectors = self._encoder.encode(state, texts, max_tokens=self._text.max_query_tokens)
-        rate = len(texts) / (time.perf_counter() - started)
-        tokens = float(len(self._prompter.direct.closing))
-        return _result(collection, documents_ne, vectors, np.ones(len(texts), bool), tokens, rate, [])
+        """Queries embedded without reasoning, by exact search; `documents_ne` are the vectors of the collection's corpus."""
+        return search_result(collection, exact_index(collection, documents_ne), self.direct_queries(state, collection))
 
     def reason(
-        self,
-        state: nnx.State,
-        collection: Collection,
-        documents_ne: np.ndarray,
-        on_progress: Callable[[int], object] | None = None,
+        self, state: nnx.State, collection: Collection, documents_ne: np.ndarray, on_progress: OnProgress | None = None
     ) -> ModeResult:
+        """Queries embedded after greedy reasoning, by exact search."""
+        return search_result(collection, exact_index(collection, documents_ne), self.reasoned_queries(state, collection, on_progress))
+
+    def direct_queries(self, state: nnx.State, collection: Collection, on_progress: OnProgress | None = None) -> EmbeddedQueries:
+        """Queries embedded without reasoning; their reply is the words that close every reply."""
+        started = time.perf_counter()
+        texts = [query.text for query in collection.queries]
+        vectors = self._encoder.encode(state, texts, max_tokens=self._text.max_query_tokens, on_progress=on_progress)
+        seconds = time.perf_counter() - started
+        closing = len(self._prompter.direct.closing)
+        return EmbeddedQueries(vectors=vectors, seconds=seconds, valid=[True] * len(texts), tokens=[closing] * len(texts))
+
+    def reasoned_queries(self, state: nnx.State, collection: Collection, on_progress: OnProgress | None = None) -> EmbeddedQueries:
         """Queries embedded after greedy reasoning; where the embed token did not come in time it was forced, and counts as not valid."""
         started = time.perf_counter()
         texts = [query.text for query in collection.queries]
         # Sorted by length, so that a pass holds prompts of one bucket.
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         vectors: dict[int, np.ndarray] = {}
-        valid, lengths, thoughts = np.zeros(len(texts), bool), np.zeros(len(texts)), [""] * len(texts)
+        valid, lengths, thoughts = [False] * len(texts), [0] * len(texts), [""] * len(texts)
         for start in range(0, len(order), QUERIES_A_PASS):
             rows = order[start : start + QUERIES_A_PASS]
             filled = rows + rows[:1] * (QUERIES_A_PASS - len(rows))
             seeds = np.zeros((len(filled), 1), np.uint32)
             rollout = self._sampler.sample(state, [texts[i] for i in filled], seeds, max_tokens=self._text.max_query_tokens)
             for at, (i, reply) in enumerate(zip(rows, rollout.replies(), strict=False)):
-                vectors[i], valid[i], lengths[i] = rollout.vectors[at], rollout.valid[at], rollout.lengths[at]
+                vectors[i], valid[i], lengths[i] = rollout.vectors[at], bool(rollout.valid[at]), len(reply)
                 thoughts[i] = str(self._prompter.tokenizer.decode(reply))
             if on_progress is not None:
                 on_progress(len(rows))
-        rate = len(texts) / (time.perf_counter() - started)
+        seconds = time.perf_counter() - started
         stacked = np.stack([vectors[i] for i in range(len(texts))])
-        return _result(collection, documents_ne, stacked, valid, float(lengths.mean()), rate, thoughts)
+        return EmbeddedQueries(vectors=stacked, seconds=seconds, valid=valid, tokens=lengths, thoughts=thoughts)
 
 
-def _result(
-    collection: Collection,
-    documents_ne: np.ndarray,
-    queries_qe: np.ndarray,
-    valid: np.ndarray,
-    tokens: float,
-    rate: float,
-    thoughts: list[str],
-) -> ModeResult:
-    doc_ids = [document.doc_id for document in collection.documents]
-    scores, rows = ExactIndex(documents_ne, doc_ids, 0).search(queries_qe, min(DEPTH, len(doc_ids)))
-    run = run_from_scores([query.query_id for query in collection.queries], doc_ids, scores, rows)
+def exact_index(collection: Collection, documents_ne: np.ndarray) -> Index:
+    """Exact search over the vectors of a collection's corpus."""
+    return ExactIndex(documents_ne, [document.doc_id for document in collection.documents], 0)
+
+
+def search_result(collection: Collection, index: Index, queries: EmbeddedQueries) -> ModeResult:
+    """The `DEPTH` best documents of each query, and how good they are."""
+    scores, rows = index.search(queries.vectors, min(DEPTH, len(index.ids)))
+    run = run_from_scores([query.query_id for query in collection.queries], index.ids, scores, rows)
     metrics, of_query = evaluate_run(collection.qrels(), run)
     return ModeResult(
         metrics=metrics,
         of_query=of_query,
         run=run,
-        valid_rate=float(valid.mean()),
-        reply_tokens=tokens,
-        queries_per_second=rate,
-        thoughts=thoughts,
+        queries_per_second=len(collection.queries) / queries.seconds,
+        valid=queries.valid,
+        tokens=queries.tokens,
+        thoughts=queries.thoughts,
     )

