@@ -8,6 +8,9 @@ from typing import Any, Literal
 
 EMBED_TOKEN = "<|embed_token|>"
 
+Step = int | Literal["best"] | None
+"""A checkpoint of a run: its number, the best on the development queries, or None for the newest."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:

@@ -35,6 +35,13 @@ class Bar:
         self._progress = progress
         self._task = progress.add_task(what, total=total, note="") if progress is not None else None
         self._done, self._started, self._spoken = 0, time.monotonic(), time.monotonic()
+        self._resumed_at = 0
+
+    def resume_at(self, done: int) -> None:
+        """Work that was finished before says nothing of the rate."""
+        self._done = self._resumed_at = done
+        if self._progress is not None and self._task is not None:
+            self._progress.reset(self._task, completed=done, total=self._total)
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """`count` more are finished; `note` is shown beside the bar."""
@@ -50,7 +57,7 @@ class Bar:
         now = time.monotonic()
         if now - self._spoken >= PLAIN_LINE_SECONDS and done:
             self._spoken = now
-            speed = done / (now - self._started)
+            speed = (done - self._resumed_at) / (now - self._started)
             left = (self._total - done) / speed
             line = f"      {self._what} {done}/{self._total}, {_rate(speed)}, {_clock(left)} left{'  ' + note if note else ''}"
             self._console.print(line, highlight=False, markup=False)

@@ -13,12 +13,11 @@ from flax import nnx
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from search_r3_jax.config import SamplerConfig
+from search_r3_jax.config import SamplerConfig, Step
 from search_r3_jax.console import Bar, progress_bar
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub.checkpoint import LoadedModel, load_model, resolve
 from search_r3_jax.hub.export import MAX_TOKENS, read_record, text_room
-from search_r3_jax.hub.snapshots import Step
 from search_r3_jax.rollout.encoder import Encoder
 from search_r3_jax.rollout.sampler import Sampler
 from search_r3_jax.text.prompts import CLOSING, Mode, Prompter

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from tiny import word_collection
 
-from search_r3_jax.cli import DataBuild, Embed, Export
+from search_r3_jax.commands.data import DataBuild
+from search_r3_jax.commands.models import Embed, Export
 from search_r3_jax.configs import load_config
 from search_r3_jax.data.dataset import build_dataset
 from search_r3_jax.embedder import Embedder

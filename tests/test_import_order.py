@@ -11,6 +11,7 @@ PACKAGE = Path(search_r3_jax.__file__).parent
 ORDER = [
     {"__main__"},
     {"cli"},
+    {"commands"},
     {"quickstart"},
     {"training"},
     {"evaluation"},

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from search_r3_jax.config import DataConfig
 from search_r3_jax.data.collection import Collection, Query
+from search_r3_jax.data.cut import cut_corpus
 from search_r3_jax.data.dataset import load_collection, splits_of
 from search_r3_jax.errors import UserError
 
@@ -43,25 +44,10 @@ def _load(folder: Path, config: DataConfig) -> TrainingSet:
         dev = dataclasses.replace(train, split=f"{config.split}, held out", queries=tuple(drawn))
     texts = {query.text for query in dev.queries}
     train = dataclasses.replace(train, queries=tuple(query for query in train.queries if query.text not in texts))
-    return TrainingSet(train=train, dev=cut_corpus(dev, config.dev_documents))
-
-
-def cut_corpus(collection: Collection, documents: int, *, seed: int = 0) -> Collection:
-    """The collection over all its judged documents and random others, `documents` in all, or as many as are judged.
-
-    Which ones depends on the ids and the seed alone, not on the order of the corpus.
-    """
-    judged = {doc_id for query in collection.queries for doc_id in (*query.positives, *query.negatives)}
-    others = sorted((d.doc_id for d in collection.documents if d.doc_id not in judged), key=lambda doc_id: _draw(seed, doc_id))
-    kept = judged | set(others[: max(0, documents - len(judged))])
-    return dataclasses.replace(collection, documents=tuple(d for d in collection.documents if d.doc_id in kept))
+    return TrainingSet(train=train, dev=cut_corpus(dev, config.dev_documents)[0])
 
 
 def _drawn(collection: Collection, count: int) -> list[Query]:
     """`count` queries with a relevant document, by a hash of their ids."""
     judged = [query for query in collection.queries if query.positives]
-    return sorted(judged, key=lambda query: _draw(0, query.query_id))[:count]
-
-
-def _draw(seed: int, key: str) -> bytes:
-    return hashlib.sha256(f"{seed}:{key}".encode()).digest()
+    return sorted(judged, key=lambda query: hashlib.sha256(query.query_id.encode()).digest())[:count]

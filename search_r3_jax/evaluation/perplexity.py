@@ -15,13 +15,14 @@ from flax import nnx
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from search_r3_jax.config import Step
 from search_r3_jax.console import progress_bar
+from search_r3_jax.data.cut import cut_corpus, documents_hash
 from search_r3_jax.data.dataset import load_collection
 from search_r3_jax.errors import UserError
-from search_r3_jax.evaluation.cut import cut_corpus, documents_hash
-from search_r3_jax.evaluation.systems import pinned_step
 from search_r3_jax.files import check_output, write_json
-from search_r3_jax.hub.checkpoint import load_model
+from search_r3_jax.hub.checkpoint import load_model, pinned_step, resolve
+from search_r3_jax.hub.snapshots import read_run
 from search_r3_jax.models.decoder import Decoder, positions_from_lengths
 from search_r3_jax.objectives.language import cross_entropy, token_log_probs
 from search_r3_jax.text.packing import length_batches
@@ -81,7 +82,7 @@ def _batch_nats(graph: nnx.GraphDef[Decoder], state: nnx.State, ids_bt: jax.Arra
 
 
 def measure_perplexity(
-    model: str, data: Path, *, split: str, max_documents: int, max_tokens: int, step: int | None, seed: int, out: Path | None
+    model: str, data: Path, *, split: str, max_documents: int, max_tokens: int, step: Step, seed: int, out: Path | None
 ) -> dict[str, Any]:
     """Perplexity of a model on random documents of a collection; writes and returns the record. Raises UserError for bad input."""
     check_output("--out", out)
@@ -90,8 +91,9 @@ def measure_perplexity(
     whole = load_collection(data, split)
     # Without queries nothing counts as judged: the documents are random ones.
     collection, cut = cut_corpus(dataclasses.replace(whole, queries=()), max_documents, seed=seed)
-    step, run_config = pinned_step(model, step)
-    loaded = load_model(model, step=step)
+    pinned = pinned_step(model, step)
+    run_config = None if pinned is None else read_run(resolve(model))[1]["config"]
+    loaded = load_model(model, step=pinned)
     limit = min(max_tokens, loaded.decoder.config.max_positions)
     rows = text_rows(loaded.tokenizer, [document.body for document in collection.documents], limit)
     usable = sum(len(row) > 1 for row in rows)
@@ -101,7 +103,7 @@ def measure_perplexity(
         measured = perplexity(loaded.decoder, rows, on_progress=bar.advance)
     record = {
         "model": model,
-        "step": step,
+        "step": pinned,
         "run_config": run_config,
         "data": {"path": str(data), "name": whole.name, "split": split, "documents_sha256": documents_hash(collection)},
         "cut": dataclasses.asdict(cut),

@@ -14,9 +14,9 @@ from rich.text import Text
 
 from search_r3_jax import __version__
 from search_r3_jax.data.collection import Collection
+from search_r3_jax.data.cut import Cut, cut_corpus, documents_hash, queries_hash
 from search_r3_jax.data.dataset import load_collection
 from search_r3_jax.errors import UserError
-from search_r3_jax.evaluation.cut import Cut, cut_corpus, documents_hash, queries_hash
 from search_r3_jax.evaluation.evaluate import DEPTH, ModeResult
 from search_r3_jax.evaluation.metrics import write_trec_qrels, write_trec_run
 from search_r3_jax.evaluation.settings import EvalSettings

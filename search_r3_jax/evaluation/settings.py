@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from search_r3_jax.config import TextConfig
+from search_r3_jax.config import Step, TextConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class EvalSettings:
         max_query_tokens: tokens of a query that a model of ours reads; 64 by default.
         max_document_tokens: tokens of a document that a model of ours reads; 256 by default.
         max_think_tokens: budget of the reasoning before the embed token is forced.
-        step: checkpoint of a run; the newest by default.
+        step: checkpoint of a run, a number or `best` (on its development queries); the newest by default.
     """
 
     model: str
@@ -42,7 +42,7 @@ class EvalSettings:
     max_query_tokens: int | None = None
     max_document_tokens: int | None = None
     max_think_tokens: int = 32
-    step: int | None = None
+    step: Step = None
 
     def text(self) -> TextConfig:
         """How texts are cut for a model of ours."""

@@ -23,9 +23,9 @@ from search_r3_jax.evaluation.evaluate import DEPTH, EmbeddedQueries, Evaluator,
 from search_r3_jax.evaluation.metrics import evaluate_run
 from search_r3_jax.evaluation.settings import EvalSettings
 from search_r3_jax.files import file_sha256
-from search_r3_jax.hub.checkpoint import load_model, resolve
+from search_r3_jax.hub.checkpoint import load_model, pinned_step, resolve
 from search_r3_jax.hub.export import text_room
-from search_r3_jax.hub.snapshots import latest_snapshot, read_run
+from search_r3_jax.hub.snapshots import read_run
 from search_r3_jax.retrieval.index import build_index
 from search_r3_jax.retrieval.indexer import parameter_hash
 from search_r3_jax.text.prompts import Mode, Prompter
@@ -157,7 +157,8 @@ class DecoderSystem:
     def __init__(self, settings: EvalSettings):
         """Raises UserError when the model cannot be read."""
         self._settings = settings
-        self._step, self._run_config = pinned_step(settings.model, settings.step)
+        self._step = pinned_step(settings.model, settings.step)
+        self._run_config = None if self._step is None else read_run(resolve(settings.model))[1]["config"]
         model = load_model(settings.model, step=self._step)
         prompter = Prompter(model.tokenizer)
         room = text_room(prompter, model.decoder.config.max_positions)
@@ -193,19 +194,6 @@ class DecoderSystem:
                 embed = self._evaluator.direct_queries if mode == "direct" else self._evaluator.reasoned_queries
                 results[mode] = search_result(collection, index, embed(self._state, collection, bar.advance))
         return SystemResult(modes=results, document_seconds=document_seconds)
-
-
-def pinned_step(model: str, step: int | None) -> tuple[int | None, dict[str, Any] | None]:
-    """The checkpoint of a run that is meant, and the run's config; (None, None) for a model that is no run.
-
-    Asked before loading: a run may write another checkpoint meanwhile. Raises UserError for a step of what has none.
-    """
-    path = resolve(model)
-    if (path / "checkpoints").is_dir():
-        return latest_snapshot(path) if step is None else step, read_run(path)[1]["config"]
-    if step is not None:
-        raise UserError(f"--step: {model} is no run, so it has no steps; leave it out")
-    return None, None
 
 
 def minilm_folder() -> Path:

@@ -14,11 +14,11 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from search_r3_jax.config import LoraConfig, ModelConfig
+from search_r3_jax.config import LoraConfig, ModelConfig, Step
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub.gguf import GgufFile
 from search_r3_jax.hub.safetensors_folder import SafetensorsFolder, read_json
-from search_r3_jax.hub.snapshots import Step, chosen_snapshot, read_run, read_snapshot, start_of
+from search_r3_jax.hub.snapshots import chosen_snapshot, read_run, read_snapshot, start_of
 from search_r3_jax.hub.weights import build_decoder, torch_tensors
 from search_r3_jax.mesh import param_shardings
 from search_r3_jax.models.attention import Backend
@@ -27,7 +27,7 @@ from search_r3_jax.models.families import config_from_hf
 from search_r3_jax.models.lora import add_lora, merge_lora, trainable_filter
 from search_r3_jax.text.tokenizer import add_embed_token, tokenizer_from_folder, tokenizer_from_gguf
 
-__all__ = ["LoadedModel", "build_decoder", "load_model", "resolve", "torch_tensors", "with_lora"]
+__all__ = ["LoadedModel", "build_decoder", "load_model", "pinned_step", "resolve", "torch_tensors", "with_lora"]
 
 PACKAGED = "smollm2"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -84,6 +84,19 @@ def load_model(
         mesh=mesh,
     )
     return LoadedModel(decoder=decoder, tokenizer=embed.tokenizer, embed_id=embed.embed_id, mesh=mesh)
+
+
+def pinned_step(model: str | Path, step: Step) -> int | None:
+    """The checkpoint of a run that is meant now, before it writes another; None for a model that is no run.
+
+    Raises UserError for a step of what has none.
+    """
+    path = resolve(model)
+    if (path / "checkpoints").is_dir():
+        return chosen_snapshot(path, step)
+    if step is not None:
+        raise UserError(f"--step: {model} is no run, so it has no checkpoints; leave it out")
+    return None
 
 
 def _load_run(run: Path, step: Step, compute_dtype: str, remat: str, attention: Backend, mesh: Mesh | None) -> LoadedModel:

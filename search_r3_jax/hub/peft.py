@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
+from search_r3_jax.config import Step
 from search_r3_jax.errors import UserError
 from search_r3_jax.files import write_json
 from search_r3_jax.hub.checkpoint import LoadedModel, load_model, with_lora
 from search_r3_jax.hub.export import MAX_TOKENS, RECORD, save_tensors, save_tokenizer, text_room, write_record
 from search_r3_jax.hub.folders import replaced_folder
 from search_r3_jax.hub.model_card import adapter_card
-from search_r3_jax.hub.snapshots import Step, chosen_snapshot, read_run, read_snapshot, start_of
+from search_r3_jax.hub.snapshots import chosen_snapshot, read_run, read_snapshot, start_of
 from search_r3_jax.models.decoder import Decoder
 from search_r3_jax.models.families import LAYER_TENSORS
 from search_r3_jax.models.lora import trainable_filter

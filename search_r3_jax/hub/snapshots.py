@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from search_r3_jax.config import RunConfig, config_from_dict
+from search_r3_jax.config import RunConfig, Step, config_from_dict
 from search_r3_jax.errors import UserError
 
 PARAMS, OPTIMIZER, META = "params", "optimizer", "meta"
 SCORE = "score"
-Step = int | Literal["best"] | None
 
 
 def checkpoint_folder(run: Path) -> Path:

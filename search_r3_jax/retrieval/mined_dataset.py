@@ -15,13 +15,13 @@ import numpy as np
 from flax import nnx
 from rich.console import Console
 
+from search_r3_jax.config import Step
 from search_r3_jax.console import progress_bar
 from search_r3_jax.data.collection import Collection, Document
 from search_r3_jax.data.dataset import build_dataset, load_collections, queries_hash
 from search_r3_jax.errors import UserError
-from search_r3_jax.hub.checkpoint import load_model, resolve
+from search_r3_jax.hub.checkpoint import load_model, pinned_step, resolve
 from search_r3_jax.hub.export import text_room
-from search_r3_jax.hub.snapshots import latest_snapshot
 from search_r3_jax.models.decoder import Decoder
 from search_r3_jax.retrieval.corpus import SHARD_DOCUMENTS, encode_corpus
 from search_r3_jax.retrieval.index import IndexKind, build_index
@@ -64,7 +64,7 @@ def mine_dataset(
     index: IndexKind = "auto",
     max_query_tokens: int,
     max_document_tokens: int,
-    step: int | None = None,
+    step: Step = None,
     shard_documents: int = SHARD_DOCUMENTS,
 ) -> MiningCounts:
     """Builds `out` from the data set or BEIR folder `data`, with negatives mined by `model` for the queries of `split`.
@@ -128,15 +128,10 @@ class _Vectors:
         model_hash: stands for everything that a vector depends on beside its text and its limit of tokens.
     """
 
-    def __init__(self, model: str, step: int | None, work: Path, shard_documents: int):
-        path = resolve(model)
-        is_run = (path / "checkpoints").is_dir()
-        if step is not None and not is_run:
-            raise UserError(f"--step: {model}: is no run, so it has no checkpoints; leave --step out")
-        # Chosen here: a run may go on while its model is used.
-        self.step = latest_snapshot(path) if is_run and step is None else step
+    def __init__(self, model: str, step: Step, work: Path, shard_documents: int):
+        self.step = pinned_step(model, step)
         loaded = load_model(model, step=self.step)
-        self.name = path.resolve().name if Path(model).exists() else model
+        self.name = resolve(model).resolve().name if Path(model).exists() else model
         self._prompter = Prompter(loaded.tokenizer)
         graph, self._state = nnx.split(loaded.decoder)
         self._encoder = Encoder(graph, self._prompter)

@@ -26,11 +26,11 @@ from search_r3_jax.training import sharding
 
 
 class SftState(NamedTuple):
-    """What a step changes; a plain pytree. `skipped` [] int32: steps in a row that were not finite and changed nothing."""
+    """What a step changes, or where each of it lies; a plain pytree. `skipped` [] int32: steps in a row that were not finite."""
 
     params: Any
     optimizer: Any
-    skipped: jax.Array
+    skipped: Any
 
 
 def state_shardings(params: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh) -> SftState:

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "hub")]
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 SIZES = (64, 256, 1024)
 CHUNK = 16
@@ -23,7 +23,7 @@ def measure(global_batch: int) -> dict[str, Any]:
     """One step of so many pairs."""
     import jax
     from flax import nnx
-    from import_memory import PeakMemory
+    from memory import PeakMemory
     from tiny import word_collection
 
     from search_r3_jax.config import LoraConfig, OptimizerConfig, RunConfig, SftConfig, TextConfig
@@ -51,6 +51,7 @@ def measure(global_batch: int) -> dict[str, Any]:
     batch = pipeline.batch(0)
     compiled = jax.jit(make_step(graph, prompter, optimizer, config.sft)).lower(state, frozen, batch).compile()
     planned = compiled.memory_analysis()
+    assert planned is not None
     with PeakMemory() as memory:
         _, scalars = compiled(state, frozen, batch)
         loss = float(scalars["loss"])

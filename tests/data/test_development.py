@@ -9,7 +9,7 @@ from tiny import word_collection
 from search_r3_jax.config import DataConfig
 from search_r3_jax.data.collection import Collection
 from search_r3_jax.data.dataset import build_dataset
-from search_r3_jax.data.development import cut_corpus, load_training_sets
+from search_r3_jax.data.development import load_training_sets
 from search_r3_jax.errors import UserError
 
 
@@ -58,17 +58,3 @@ def test_nothing_is_watched_where_nothing_is_asked_for(tmp_path: Path) -> None:
 def test_no_set_is_the_users_mistake() -> None:
     with pytest.raises(UserError, match=r"data\.sets: no data set; name one or more folders: --data\.sets FOLDER"):
         load_training_sets(DataConfig())
-
-
-def test_a_cut_keeps_what_is_judged_and_does_not_hang_on_the_order() -> None:
-    collection = word_collection(documents=50, queries=10)
-    queries = tuple(dataclasses.replace(query, negatives=(f"d{40 + i}",)) for i, query in enumerate(collection.queries))
-    collection = dataclasses.replace(collection, queries=queries)
-    cut = cut_corpus(collection, 30)
-    kept = {document.doc_id for document in cut.documents}
-    assert len(kept) == 30
-    assert {f"d{i}" for i in (*range(10), *range(40, 50))} <= kept
-    turned = dataclasses.replace(collection, documents=collection.documents[::-1])
-    assert {document.doc_id for document in cut_corpus(turned, 30).documents} == kept
-    assert {document.doc_id for document in cut_corpus(collection, 30, seed=1).documents} != kept
-    assert len(cut_corpus(collection, 5).documents) == 20

@@ -5,9 +5,7 @@ cache, which the system takes back when it needs it, so that the resident set as
 """
 
 import json
-import re
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -44,37 +42,11 @@ def write_random_checkpoint(
     return folder
 
 
-def anonymous_bytes() -> int:
-    """This process's resident anonymous pages."""
-    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
-
-
-class PeakMemory:
-    """Samples `anonymous_bytes` about every millisecond while it is entered."""
-
-    def __enter__(self) -> "PeakMemory":
-        self.start = self.peak = anonymous_bytes()
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._sample)
-        self._thread.start()
-        return self
-
-    def _sample(self) -> None:
-        while not self._done.wait(0.001):
-            self.peak = max(self.peak, anonymous_bytes())
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-        self.peak = max(self.peak, anonymous_bytes())
-
-
 def measure(folder: Path, fsdp: int) -> dict[str, float]:
     """Peak memory of an import, and of walking through all tensors of an export, beyond what is there before and the parameters."""
     import jax
     from flax import nnx
+    from memory import PeakMemory
     from tiny import write_tiny_checkpoint
 
     from search_r3_jax.hub.checkpoint import load_model, torch_tensors

@@ -14,7 +14,7 @@ from flax import nnx
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from search_r3_jax.cli import Export
+from search_r3_jax.commands.models import Export
 from search_r3_jax.config import LoraConfig, RunConfig
 from search_r3_jax.embedder import Embedder
 from search_r3_jax.errors import UserError

@@ -22,6 +22,7 @@ B, T = 2, 64
 
 def compiled_flops(function: Callable[..., Any], *arguments: Any) -> float:
     found = jax.jit(function).lower(*arguments).compile().cost_analysis()
+    assert found is not None
     return float(found["flops"])
 
 

@@ -16,7 +16,8 @@ import pytest
 import tyro
 from tiny import byte_tokenizer, word_collection
 
-from search_r3_jax.cli import Command, DataMine
+from search_r3_jax.cli import Command
+from search_r3_jax.commands.data import DataMine
 from search_r3_jax.data.collection import Collection
 from search_r3_jax.data.dataset import build_dataset, load_collection, load_collections
 from search_r3_jax.data.mixture import Mixture

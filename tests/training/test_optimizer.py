@@ -46,7 +46,7 @@ def test_schedules() -> None:
     def rates(schedule: Literal["cosine", "linear", "constant", "wsd"], warmup: int = 0) -> list[float]:
         config = OptimizerConfig(learning_rate=1.0, schedule=schedule, final_share=0.2, warmup_steps=warmup)
         rate = make_schedule(config, 20 + warmup)
-        return [float(rate(step)) for step in range(21 + warmup)]
+        return [float(np.asarray(rate(step))) for step in range(21 + warmup)]
 
     np.testing.assert_allclose(rates("linear"), [1 - 0.8 * t / 20 for t in range(21)], rtol=1e-5)
     np.testing.assert_allclose(rates("constant"), [1.0] * 21)

@@ -4,7 +4,7 @@ import random
 from tiny import word_collection
 
 from search_r3_jax.data.collection import Collection, Query
-from search_r3_jax.evaluation.cut import cut_corpus, documents_hash, queries_hash
+from search_r3_jax.data.cut import cut_corpus, documents_hash, queries_hash
 
 
 def judged_collection() -> Collection:

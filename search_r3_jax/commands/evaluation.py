@@ -1,0 +1,99 @@
+"""Commands that measure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from search_r3_jax.config import Step
+from search_r3_jax.evaluation.settings import EvalSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval(EvalSettings):
+    """Measure a model or a baseline on a data set: nDCG@10, recall, MRR, MAP and what it costs.
+
+    Attributes:
+        debug: show the traceback of an error.
+    """
+
+    debug: bool = False
+
+    def run(self) -> None:
+        from search_r3_jax.evaluation.report import run_evaluation
+
+        run_evaluation(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Whether the second of two results of `eval` is better than the first by more than chance, and on which queries.
+
+    Attributes:
+        first: a file of `eval --out`; where it holds both modes, append :direct or :reason.
+        second: another of the same data, split and cut, or another mode of the same file.
+        metric: ndcg@10, recall@10, recall@100, mrr or map.
+        samples: of the bootstrap and of the permutation test.
+        seed: of both.
+        debug: show the traceback of an error.
+    """
+
+    first: tyro.conf.Positional[str]
+    second: tyro.conf.Positional[str]
+    metric: str = "ndcg@10"
+    samples: int = 10_000
+    seed: int = 0
+    debug: bool = False
+
+    def run(self) -> None:
+        from rich.console import Console
+
+        from search_r3_jax.evaluation.compare import compare_results, read_result, show_comparison
+
+        first, second = read_result(self.first), read_result(self.second)
+        comparison = compare_results(first, second, self.metric, samples=self.samples, seed=self.seed)
+        show_comparison(first, second, comparison, Console(highlight=False))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perplexity:
+    """How well a model writes plain text: perplexity of documents, to hold a trained model against the one it started from.
+
+    Attributes:
+        model: a run directory, a Hugging Face folder, a GGUF file, or `smollm2`.
+        data: a built data set or a BEIR folder.
+        split: whose corpus is read.
+        max_documents: so many random documents.
+        max_tokens: tokens of a document that are read.
+        step: checkpoint of a run, a number or `best` (on its development queries); the newest by default.
+        seed: draws the documents.
+        out: JSON file for the numbers.
+        debug: show the traceback of an error.
+    """
+
+    model: str
+    data: Path
+    split: str = "test"
+    max_documents: int = 500
+    max_tokens: int = 256
+    step: Step = None
+    seed: int = 0
+    out: Path | None = None
+    debug: bool = False
+
+    def run(self) -> None:
+        from search_r3_jax.evaluation.perplexity import measure_perplexity
+
+        found = measure_perplexity(
+            self.model,
+            self.data,
+            split=self.split,
+            max_documents=self.max_documents,
+            max_tokens=self.max_tokens,
+            step=self.step,
+            seed=self.seed,
+            out=self.out,
+        )
+        print(f"{self.model}: perplexity {found['perplexity']:.4f} of {found['tokens']} tokens in {found['texts']} documents")

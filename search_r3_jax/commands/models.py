@@ -1,0 +1,112 @@
+"""Commands that take a model as it is: export, embed."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from search_r3_jax.config import Step
+from search_r3_jax.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write a run or a model as a Hugging Face folder, for sentence-transformers too; or a run's adapters for PEFT.
+
+    Attributes:
+        out: folder to write; must not exist, or be an earlier export.
+        model: a run directory, a Hugging Face folder, a GGUF file, or `smollm2`.
+        run_folder: a run directory.
+        step: checkpoint of a run, a number or `best` (on its development queries); the newest by default.
+        dtype: of the weights.
+        peft: write the adapters of a run instead of merged weights.
+        base: with --peft: name or folder of the checkpoint the adapters belong to; the folder that the run started from by default.
+        debug: show the traceback of an error.
+    """
+
+    out: Path
+    model: str | None = None
+    run_folder: Annotated[Path | None, tyro.conf.arg(name="run")] = None
+    step: Step = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    peft: bool = False
+    base: str | None = None
+    debug: bool = False
+
+    def run(self) -> None:
+        source = self._source()
+        if self.peft:
+            print(self._export_adapters(Path(source)))
+            return
+        if self.base is not None:
+            raise UserError("--base: names the checkpoint of adapters; give --peft with it, or leave it out")
+        from search_r3_jax.hub.checkpoint import load_model
+        from search_r3_jax.hub.export import export_model
+
+        print(export_model(load_model(source, step=self.step), self.out, dtype=self.dtype))
+
+    def _source(self) -> str:
+        if (self.model is None) == (self.run_folder is None):
+            raise UserError("--model, --run: give one of them")
+        if self.run_folder is not None and not (self.run_folder / "checkpoints").is_dir():
+            raise UserError(f"--run: {self.run_folder}: has no checkpoints; give the folder that sft or rl wrote to")
+        return self.model or str(self.run_folder)
+
+    def _export_adapters(self, run: Path) -> Path:
+        from search_r3_jax.hub.peft import export_peft, load_stages
+
+        if not (run / "checkpoints").is_dir():
+            raise UserError(f"--peft: {run}: is no run, so it has no adapters; give a run directory")
+        stages, start = load_stages(run, step=self.step)
+        base = self.base or start
+        if self.base is None and not Path(start).is_dir():
+            raise UserError(f"--base: the run starts from {start!r}, which PEFT cannot open; name the Hugging Face checkpoint it came from")
+        return export_peft(stages[-1], self.out, base=base, earlier=stages[:-1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embed:
+    """Embed the texts of a file, one a line, into a NumPy array.
+
+    Attributes:
+        model: a run directory, a Hugging Face folder, a GGUF file, or `smollm2`.
+        input: one text a line; a name that ends in .jsonl holds one object with a `text` a line.
+        out: array [texts, dimension] of float32 unit vectors, in .npy format.
+        mode: `reason` lets the model think before it embeds; queries only.
+        kind: what the texts are; documents are embedded directly.
+        truncate_dim: keep so many dimensions, normalised again.
+        max_tokens: tokens of a text that are read.
+        step: checkpoint of a run, a number or `best` (on its development queries); the newest by default.
+        debug: show the traceback of an error.
+    """
+
+    model: str
+    input: Path
+    out: Path
+    mode: Literal["direct", "reason"] = "direct"
+    kind: Literal["query", "document"] = "query"
+    truncate_dim: int | None = None
+    max_tokens: int | None = None
+    step: Step = None
+    debug: bool = False
+
+    def run(self) -> None:
+        from search_r3_jax.files import read_texts
+
+        texts = read_texts(self.input)
+        if not self.out.parent.is_dir():
+            raise UserError(f"--out: {self.out.parent}: no such folder; make it first")
+        from search_r3_jax.embedder import Embedder
+        from search_r3_jax.files import write_array
+
+        embedder = Embedder.load(self.model, step=self.step, max_tokens=self.max_tokens)
+        started = time.perf_counter()
+        vectors = embedder.encode(texts, kind=self.kind, mode=self.mode, truncate_dim=self.truncate_dim, progress=True)
+        seconds = time.perf_counter() - started
+        write_array(self.out, vectors)
+        count, dimension = vectors.shape
+        print(f"{self.out}: {count} {self.kind} vectors of {dimension} dimensions, {self.mode}, in {seconds:.1f} s")

@@ -1,0 +1,97 @@
+"""Commands that train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from search_r3_jax.config import RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quickstart:
+    """The whole method, small, with nothing but installed packages.
+
+    Attributes:
+        out: folder for data, runs, the exported model and summary.json; a second call goes on from what is there.
+        debug: show the traceback of an error.
+    """
+
+    out: Path = Path("runs/quickstart")
+    debug: bool = False
+
+    def run(self) -> None:
+        from search_r3_jax.configs.quickstart import config
+        from search_r3_jax.quickstart import Quickstart as Work
+
+        Work(self.out, config).run()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sft:
+    """Stage 1: contrastive fine-tuning. Calling it again with the same --run goes on from the last checkpoint.
+
+    Attributes:
+        config: an experiment; the settings below show its values and change them.
+        run_folder: folder of the run; made where it is missing.
+        debug: show the traceback of an error.
+    """
+
+    config: str
+    run_folder: Annotated[Path, tyro.conf.arg(name="run")]
+    settings: Annotated[RunConfig, tyro.conf.arg(name="")]
+    debug: bool = False
+
+    def run(self) -> None:
+        from search_r3_jax.console import Stages
+        from search_r3_jax.data.development import load_training_sets
+        from search_r3_jax.hub.checkpoint import load_model, with_lora
+        from search_r3_jax.hub.snapshots import latest_snapshot
+        from search_r3_jax.mesh import mesh_from_config
+        from search_r3_jax.training.sft import train_sft
+
+        config, console = self.settings, Stages(1)
+        sets = load_training_sets(config.data)
+        for each in sets:
+            dev = f"; {len(each.dev.queries)} of {each.dev.split} over {len(each.dev.documents)} to watch" if each.dev else ""
+            console.say(f"{each.train.name}: {len(each.train.queries)} queries of {each.train.split}{dev}")
+        console.say(f"loading {config.model}")
+        model = load_model(
+            config.model,
+            compute_dtype=config.compute_dtype,
+            remat=config.remat,
+            attention=config.attention,
+            mesh=mesh_from_config(config.mesh),
+        )
+        with console.bar("steps", config.sft.steps) as bar:
+            bar.resume_at(latest_snapshot(self.run_folder) or 0)
+
+            def on_step(done: int, total: int, values: dict[str, float]) -> None:
+                rate = f"{values['tokens_per_second']:,.0f} tokens/s, MFU {values['mfu']:.0%}"
+                bar.to(done, f"loss {values['loss']:.3f}, in-batch accuracy {values['in_batch_accuracy']:.0%}, {rate}", total)
+
+            train_sft(config, self.run_folder, sets, with_lora(model, config.lora, seed=config.seed), on_step, say=console.say)
+        console.say(f"{self.run_folder}: done; search-r3 export --run {self.run_folder} --out FOLDER writes the model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Indexer:
+    """Follow a run of stage 2: encode its corpus with each new snapshot and publish an index version.
+
+    Attributes:
+        run_folder: directory of the run.
+        parent: process that started this one; the indexer ends with it.
+        debug: show the traceback of an error.
+    """
+
+    run_folder: Annotated[Path, tyro.conf.arg(name="run")]
+    parent: int | None = None
+    debug: bool = False
+
+    def run(self) -> None:
+        from search_r3_jax.retrieval.indexer import run_indexer
+
+        run_indexer(self.run_folder, parent=self.parent)
