@@ -88,24 +88,28 @@ def make_step(
             hidden_md = _hidden(decoder, prompter, chunk, key=chunk_key)
             vectors = laid(unit(hidden_md[chunk.embed_at]), None)
             if not chunk.reply_at.shape[0]:
-                return vectors, {name: jnp.zeros(()) for name in ("language", "reply_tokens", "kl")}
+                return vectors, {name: jnp.zeros(()) for name in ("language", "reply_tokens", "kl", "kl_tokens")}
             # The reply's tokens, each predicted by the state before it; the head runs nowhere else.
             mask_m, reply_at = jnp.asarray(chunk.reply_at) >= 0, jnp.maximum(chunk.reply_at, 1)
             read_md = laid(hidden_md[reply_at - 1], BATCH_AXES)
             states, columns = sharding.head_chunks(decoder.config.vocab_size, mesh)
-            log_probs, _ = token_log_probs(decoder.logits, read_md, chunk.ids.reshape(-1)[reply_at], chunk=states)
+            targets_m = jnp.asarray(chunk.ids).reshape(-1)[reply_at]
+            log_probs, _ = token_log_probs(decoder.logits, read_md, targets_m, chunk=states)
             language, count = cross_entropy(log_probs, mask_m)
-            sums = {"language": language, "reply_tokens": count, "kl": jnp.zeros(())}
+            sums = {"language": language, "reply_tokens": count, "kl": jnp.zeros(()), "kl_tokens": jnp.zeros(())}
             if config.kl_weight > 0:
                 base_md = jax.lax.stop_gradient(_hidden(base, prompter, chunk, adapters=False))
                 base_md = laid(base_md[reply_at - 1], BATCH_AXES)
                 heads = _head(decoder), _head(base, adapters=False)
-                sums["kl"], _ = kl_to_base(read_md, heads[0], base_md, heads[1], mask_m, chunk=states, vocab_chunk=columns)
+                # The base knows nothing of the embed token: where that is due, staying close to it would mean not to write it.
+                mask_m = mask_m & (targets_m != prompter.embed_id)
+                sums["kl"], sums["kl_tokens"] = kl_to_base(read_md, heads[0], base_md, heads[1], mask_m, chunk=states, vocab_chunk=columns)
             return vectors, sums
 
         def loss(sums: dict[str, jax.Array], queries_be: jax.Array, documents_pe: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
             contrast, triplet, scalars = contrastive_losses(queries_be, documents_pe, batch, config)
-            scalars |= {name: sums[name] / jnp.maximum(sums["reply_tokens"], 1) for name in ("language", "kl")}
+            scalars["language"] = sums["language"] / jnp.maximum(sums["reply_tokens"], 1)
+            scalars["kl"] = sums["kl"] / jnp.maximum(sums["kl_tokens"], 1)
             total = config.infonce_weight * contrast + config.triplet_weight * triplet
             total += config.language_weight * scalars["language"] + config.kl_weight * scalars["kl"]
             return total, {"loss": total} | scalars
