@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import tyro
 
 from search_r3_jax.commands.data import DataBuild, DataMine
-from search_r3_jax.commands.evaluation import Compare, Eval, Perplexity
+from search_r3_jax.commands.evaluation import Compare, Curves, Eval, Perplexity
 from search_r3_jax.commands.models import Embed, Export
 from search_r3_jax.commands.training import Indexer, Quickstart, Sft
 from search_r3_jax.config import RunConfig
@@ -33,6 +33,7 @@ Command = (
     | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Perplexity, tyro.conf.subcommand("perplexity")]
+    | Annotated[Curves, tyro.conf.subcommand("curves")]
     | Annotated[DataCommand, tyro.conf.subcommand("data", description="Build data sets, and mine hard negatives.")]
 )
 

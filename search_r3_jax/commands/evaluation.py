@@ -97,3 +97,24 @@ class Perplexity:
             out=self.out,
         )
         print(f"{self.model}: perplexity {found['perplexity']:.4f} of {found['tokens']} tokens in {found['texts']} documents")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curves:
+    """Draw how runs went: nDCG@10 on their development queries, and their losses.
+
+    Attributes:
+        runs: folders that sft or rl wrote to.
+        out: PNG file.
+        debug: show the traceback of an error.
+    """
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    out: Path
+    debug: bool = False
+
+    def run(self) -> None:
+        from search_r3_jax.evaluation.curves import draw_curves
+
+        draw_curves(self.runs, self.out)
+        print(self.out)

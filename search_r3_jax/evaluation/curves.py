@@ -1,0 +1,73 @@
+"""Pictures of runs: development metrics and losses over the steps, as PNG."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from search_r3_jax.errors import UserError
+from search_r3_jax.files import check_output
+
+MODES = {"direct": "-", "reason": "--"}
+LOSSES = ("infonce", "triplet", "language", "kl")
+SMOOTHED_STEPS = 5
+
+
+def draw_curves(runs: Sequence[Path], out: Path) -> None:
+    """nDCG@10 on each run's development queries (line: direct, dashes: reasoned) above its losses; raises UserError for what is no run."""
+    check_output("--out", out)
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("curves: matplotlib is missing; run: pip install matplotlib") from None
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    read = {run.name: _read(run) for run in runs}
+    figure, axes = pyplot.subplots(2, len(read), figsize=(4 * len(read), 6), squeeze=False, sharex="col", layout="constrained")
+    for (name, (evaluations, metrics)), (above, below) in zip(read.items(), axes.T, strict=True):
+        for mode, style in MODES.items():
+            seen = [(step, sets) for step, sets in evaluations if all(mode in modes for modes in sets.values())]
+            points = [(step, np.mean([modes[mode]["ndcg@10"] for modes in sets.values()])) for step, sets in seen]
+            if points:
+                above.plot(*zip(*points, strict=True), style, color="C0", marker="o", markersize=4, label=mode)
+        above.set(title=name, ylim=(0, 1))
+        for i, loss in enumerate(LOSSES):
+            values = [(line["step"] + 1, line[loss]) for line in metrics if loss in line]
+            # A term that is left out is logged as zero throughout.
+            if any(value for _, value in values):
+                steps, heights = zip(*values, strict=True)
+                below.plot(steps, _smoothed(np.array(heights)), color=f"C{i + 1}", label=loss)
+        # KL begins at nothing.
+        below.set(xlabel="step", yscale="log", ylim=(1e-3, None))
+        for axis in (above, below):
+            axis.grid(alpha=0.3)
+            axis.spines[["top", "right"]].set_visible(False)
+            if axis.get_legend_handles_labels()[0]:
+                axis.legend(frameon=False)
+    axes[0, 0].set_ylabel("nDCG@10, development queries")
+    axes[1, 0].set_ylabel(f"loss, mean of {SMOOTHED_STEPS} steps")
+    figure.savefig(out, dpi=110)
+    pyplot.close(figure)
+
+
+def _read(run: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[dict[str, Any]]]:
+    """The evaluations of a run by step, and its metrics."""
+    file = run / "metrics.jsonl"
+    if not file.is_file():
+        raise UserError(f"{run}: no metrics.jsonl; give folders that sft or rl wrote to")
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((run / "eval").glob("dev_*.json"))]
+    metrics = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return [(record["step"], record["results"]) for record in records], metrics
+
+
+def _smoothed(values: np.ndarray) -> np.ndarray:
+    """The mean of each value and those just before it, `SMOOTHED_STEPS` in all."""
+    sums = np.cumsum(np.concatenate([np.zeros(1), values]))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - SMOOTHED_STEPS, 0)
+    return (sums[ends] - sums[starts]) / (ends - starts)
