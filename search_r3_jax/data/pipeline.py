@@ -126,9 +126,9 @@ class PairPipeline:
     def _packed(self, chunks: list[_Rows]) -> TextChunks:
         T = self._row_tokens
         packed = [pack_rows(chunk.ids, chunk.starts, length=T, pad_id=0, row_multiple=1) for chunk in chunks]
-        # One shape for all chunks, and few shapes from step to step.
-        R = _rounded(max(rows.ids.shape[0] for rows in packed))
-        M = _rounded(max(sum(chunk.replies) for chunk in chunks))
+        # One shape for all chunks, and few shapes from step to step: each is compiled once. A row costs far more than a reply's token.
+        R = _rounded(max(rows.ids.shape[0] for rows in packed), parts=8)
+        M = _rounded(max(sum(chunk.replies) for chunk in chunks), parts=2)
         embed_at, reply_at, prefixes = [], [], []
         for chunk, rows in zip(chunks, packed, strict=True):
             ends = rows.starts[:, 0] * T + rows.starts[:, 1] + np.array([len(row) for row in chunk.ids])
@@ -240,9 +240,9 @@ class _Rows(NamedTuple):
     replies: list[int]
 
 
-def _rounded(count: int) -> int:
-    """Up to a multiple of a sixteenth of the power of two below: at most 6 % more."""
-    step = max(1, (1 << max(0, count.bit_length() - 1)) // 16)
+def _rounded(count: int, *, parts: int) -> int:
+    """Up to a multiple of the power of two below over `parts`: at most 1/parts more; few rows go up to an even number."""
+    step = max(2 if count > 4 else 1, (1 << max(0, count.bit_length() - 1)) // parts)
     return -(-count // step) * step
 
 
