@@ -15,7 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-SIZES = (64, 256, 1024)
+SIZES = (64, 1024)
 CHUNK = 16
 
 
