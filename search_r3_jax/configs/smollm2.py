@@ -13,7 +13,7 @@ config = RunConfig(
     text=TextConfig(max_query_tokens=32, max_document_tokens=96, max_thought_tokens=24),
     lora=LoraConfig(rank=16, alpha=32.0),
     sft=SftConfig(
-        steps=80,
+        steps=50,
         global_batch=24,
         # At 1 the model never writes the embed token by itself: the base does not begin the closing, and holds it back.
         kl_weight=0.1,

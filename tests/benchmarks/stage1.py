@@ -1,7 +1,7 @@
 """Stage 1 of SmolLM2 on real collections beside its baselines: `python tests/benchmarks/stage1.py --data FOLDER --out FOLDER`.
 
-Each collection, a BEIR folder in --data, gets a run of `search-r3 sft --config smollm2`, one of them another without the KL term. Its test queries
-search a corpus cut to all judged documents and random others, 3,000 in all, the same for every system; beside the runs stand BM25,
+Each collection, a BEIR folder in --data, gets a run of `search-r3 sft --config smollm2`, one of them another without the KL term. Its test
+queries search a corpus cut to all judged documents and random others, 3,000 in all, the same for every system; beside the runs stand BM25,
 all-MiniLM-L6-v2 and the untrained model. General ability is the perplexity on plain sentences of another collection. What is there
 already is not done again. Writes stage1.json and stage1.png into --out, and the table to standard output.
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 COLLECTIONS = ("cosqa", "scifact", "medquad")
+STEPS = {"cosqa": 80, "scifact": 50, "medquad": 50}
 WITHOUT_KL = ("scifact",)
 PLAIN_TEXT = "strategyqa"
 MAX_DOCUMENTS = 3000
@@ -55,9 +56,20 @@ def finished(run: Path) -> bool:
 
 
 def numbers(result: dict[str, Any]) -> dict[str, Any]:
-    """What the table shows of a result, and what identifies it; no path, no text."""
+    """What the table shows of a result; no path, no text."""
     kept = ("ndcg@10", "recall@10", "recall@100", "mrr", "valid_rate", "reply_tokens")
     return {mode: {name: values[name] for name in kept} for mode, values in result["modes"].items()}
+
+
+def trained(out: Path, name: str, data: Path, plain: Path, *settings: str) -> dict[str, Any]:
+    """Trains, unless that is done, and measures a run of this name."""
+    run = out / name
+    if not finished(run):
+        train(run, data, *settings)
+    found = numbers(evaluate(out / f"{name}.json", str(run), data, "--mode", "both", *LIMITS))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    minutes = round(sum(line["seconds"] for line in lines) / 60, 1)
+    return {**found, "perplexity": perplexity(out / f"{name}_ppl.json", str(run), plain), "steps": len(lines), "minutes": minutes}
 
 
 def main() -> None:
@@ -65,41 +77,40 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
-    given.out.mkdir(parents=True, exist_ok=True)
+    out: Path = given.out
+    out.mkdir(parents=True, exist_ok=True)
     plain = given.data / PLAIN_TEXT
-    record: dict[str, Any] = {
-        "plain_text": PLAIN_TEXT,
-        "untrained_perplexity": perplexity(given.out / "untrained_ppl.json", "smollm2", plain),
-    }
-    rows = []
+    untrained = perplexity(out / "untrained_ppl.json", "smollm2", plain)
+    record: dict[str, Any] = {"plain_text": PLAIN_TEXT, "collections": {}}
     for name in COLLECTIONS:
-        data, here = given.data / name, {}
-        for system in BASELINES:
-            result = evaluate(given.out / f"{name}_{system}.json", system, data)
-            here[system] = numbers(result)
-        record[name] = {"data": result["data"]["cut"], "queries": result["data"]["queries"], "systems": here}
-        here["untrained"] = numbers(evaluate(given.out / f"{name}_untrained.json", "smollm2", data, *LIMITS))
-        here["untrained"]["perplexity"] = untrained
-        for run_name in (name, f"{name}_nokl") if name in WITHOUT_KL else (name,):
-            run = given.out / run_name
-            settings = ["--sft.kl-weight", "0"] if run_name.endswith("_nokl") else []
-            if not finished(run):
-                train(run, data, *settings)
-            result = evaluate(given.out / f"{run_name}.json", str(run), data, "--mode", "both", *LIMITS)
-            trained = numbers(result)
-            trained["perplexity"] = perplexity(given.out / f"{run_name}_ppl.json", str(run), plain)
-            lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-            trained["minutes_of_steps"] = round(sum(line["seconds"] for line in lines) / 60, 1)
-            here["stage 1, no KL" if settings else "stage 1"] = trained
-        for system, modes in here.items():
-            for mode in ("direct", "reason"):
-                if mode in modes:
-                    ppl = f"{modes['perplexity']:.1f}" if "perplexity" in modes else ""
-                    scores = " | ".join(f"{modes[mode][metric]:.3f}" for metric in ("ndcg@10", "recall@10", "mrr"))
-                    rows.append(f"| {name} | {system}{', reasoned' if mode == 'reason' else ''} | {scores} | {ppl} |")
-    (given.out / "stage1.json").write_text(json.dumps(record, indent=1) + "\n")
-    search_r3("curves", *[str(given.out / name) for name in COLLECTIONS], "--out", str(given.out / "stage1.png"))
-    print("| collection | system | nDCG@10 | recall@10 | MRR | perplexity |\n|---|---|---|---|---|---|", *rows, sep="\n")
+        data = given.data / name
+        results = {system: evaluate(out / f"{name}_{system}.json", system, data) for system in BASELINES}
+        results["untrained"] = evaluate(out / f"{name}_untrained.json", "smollm2", data, *LIMITS)
+        systems = {system: numbers(result) for system, result in results.items()}
+        systems["untrained"]["perplexity"] = untrained
+        systems["stage 1"] = trained(out, name, data, plain, "--sft.steps", str(STEPS[name]))
+        of_data = results["untrained"]["data"]
+        record["collections"][name] = {"cut": of_data["cut"], "queries": of_data["queries"], "systems": systems}
+    for name in WITHOUT_KL:
+        settings = ["--sft.steps", str(STEPS[name]), "--sft.kl-weight", "0"]
+        found = trained(out, f"{name}_nokl", given.data / name, plain, *settings)
+        record["collections"][name]["systems"]["stage 1 without KL"] = found
+    (out / "stage1.json").write_text(json.dumps(record, indent=1) + "\n")
+    search_r3("curves", *[str(out / name) for name in COLLECTIONS], "--out", str(out / "stage1.png"))
+    print("\n".join(table(record)))
+
+
+def table(record: dict[str, Any]) -> list[str]:
+    """Markdown, a line a system and mode."""
+    lines = ["| collection | system | nDCG@10 | recall@10 | MRR | perplexity |", "|---|---|---|---|---|---|"]
+    for name, collection in record["collections"].items():
+        for system, found in collection["systems"].items():
+            for mode in [mode for mode in ("direct", "reason") if mode in found]:
+                label = f"{system}, reasoned" if mode == "reason" else system
+                scores = " | ".join(f"{found[mode][metric]:.3f}" for metric in ("ndcg@10", "recall@10", "mrr"))
+                shown = f"{found['perplexity']:.1f}" if "perplexity" in found else ""
+                lines.append(f"| {name} | {label} | {scores} | {shown} |")
+    return lines
 
 
 if __name__ == "__main__":
