@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -54,6 +55,9 @@ class Sft:
         from search_r3_jax.training.sft import train_sft
 
         config, console = self.settings, Stages(1)
+        if Path(config.model).exists():
+            # A run is opened from anywhere, and remembers what it started from.
+            config = dataclasses.replace(config, model=str(Path(config.model).resolve()))
         sets = load_training_sets(config.data)
         for each in sets:
             dev = f"; {len(each.dev.queries)} of {each.dev.split} over {len(each.dev.documents)} to watch" if each.dev else ""
