@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 EMBED_TOKEN = "<|embed_token|>"
 
+Direction = Literal["query_to_document", "query_to_query", "document_to_query", "document_to_document"]
 Step = int | Literal["best"] | None
 """A checkpoint of a run: its number, the best on the development queries, or None for the newest."""
 
@@ -162,7 +163,9 @@ class SftConfig:
         global_batch: (query, document) pairs a step.
         encode_chunk: pairs whose activations are in memory at a time (GradCache); 0 is the whole batch, encoded once.
         temperature: τ of InfoNCE.
-        symmetric: InfoNCE from documents to queries as well, in equal parts.
+        directions: what InfoNCE holds a query and its document against: the query against documents and other queries, the document against
+            queries and other documents.
+        partition: one softmax over all directions, or one for each of the first and third, and their mean (symmetric InfoNCE).
         false_negative_margin: negatives within this cosine of the positive, or above it, are left out; None leaves none out.
         triplet_margin: θ, in cosine.
         matryoshka: dimensions at which the contrastive losses are taken too, the whole vector included; empty is the whole alone.
@@ -181,7 +184,8 @@ class SftConfig:
     global_batch: int = 64
     encode_chunk: int = 0
     temperature: float = 0.05
-    symmetric: bool = False
+    directions: tuple[Direction, ...] = ("query_to_document",)
+    partition: Literal["joint", "per_direction"] = "joint"
     false_negative_margin: float | None = None
     triplet_margin: float = 0.15
     infonce_weight: float = 1.0

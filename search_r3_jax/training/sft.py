@@ -131,6 +131,10 @@ def _check(config: RunConfig, sets: Sequence[TrainingSet]) -> None:
         raise UserError(f"sft.global_batch: {sft.global_batch}: there are {pairs} pairs to train on; give that many or fewer")
     if sft.encode_chunk < 0 or (sft.encode_chunk and sft.global_batch % sft.encode_chunk):
         raise UserError(f"sft.encode_chunk: {sft.encode_chunk}: does not divide sft.global_batch {sft.global_batch}; 0 is the whole batch")
+    if "query_to_document" not in sft.directions or len(set(sft.directions)) != len(sft.directions):
+        raise UserError(f"sft.directions: {' '.join(sft.directions)}: name each once, query_to_document among them")
+    if sft.partition == "per_direction" and {"query_to_query", "document_to_document"} & set(sft.directions):
+        raise UserError("sft.partition: per_direction: has no place for query_to_query and document_to_document; choose joint")
     if sft.reasoning == "column" and sft.reasoned_share > 0:
         for each in sets:
             for query in each.train.queries:

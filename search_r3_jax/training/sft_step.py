@@ -149,6 +149,8 @@ def contrastive_losses(
     same_bpk = batch.known_ids[:, None, :] == batch.document_ids[None, :, None]
     relevance_bp = jnp.sum(jnp.where(same_bpk & (batch.known_ids >= 0)[:, None, :], batch.known_relevance[:, None, :], 0.0), axis=-1)
     excluded_bp = exclusions(jnp.asarray(batch.document_ids), jnp.asarray(batch.known_ids))
+    # Negatives that came with a query are near its positive on purpose.
+    own_bp = jnp.any(jnp.asarray(batch.mined)[:, :, None] == jnp.arange(len(batch.document_ids)), axis=1)
 
     def contrast(queries_be: jax.Array, documents_pe: jax.Array) -> Loss:
         return info_nce(
@@ -157,8 +159,9 @@ def contrastive_losses(
             relevance_bp,
             excluded_bp,
             temperature=config.temperature,
-            directions=("query_to_document", "document_to_query") if config.symmetric else ("query_to_document",),
-            partition="per_direction" if config.symmetric else "joint",
+            directions=config.directions,
+            partition=config.partition,
+            own_bp=own_bp,
             false_negative_margin=config.false_negative_margin,
         )
 

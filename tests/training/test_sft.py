@@ -28,6 +28,8 @@ from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training.sft import OnStep, make_pipeline, train_sft
 from search_r3_jax.training.sft_step import SftState, make_step
 
+BOTH = ("query_to_document", "document_to_query")
+
 
 def config_of(folder: Path, steps: int) -> RunConfig:
     return RunConfig(
@@ -124,7 +126,8 @@ def test_chunks_change_neither_loss_nor_gradient(tiny_folders: dict[str, Path]) 
     folder, collection = tiny_folders["llama"], word_collection(documents=20, queries=20)
     whole = config_of(folder, 10)
     # The same texts in either format: which pairs are reasoned goes by chunk.
-    whole = dataclasses.replace(whole, sft=dataclasses.replace(whole.sft, reasoned_share=0.0, matryoshka=(16, 64), symmetric=True))
+    sft = dataclasses.replace(whole.sft, reasoned_share=0.0, matryoshka=(16, 64), directions=BOTH, partition="per_direction")
+    whole = dataclasses.replace(whole, sft=sft)
     chunked = dataclasses.replace(whole, sft=dataclasses.replace(whole.sft, encode_chunk=2))
     before, _, expected, whole_after = one_step(whole, folder, collection)
     _, _, found, chunked_after = one_step(chunked, folder, collection)
