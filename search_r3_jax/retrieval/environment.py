@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from search_r3_jax.retrieval.index import Index, recall_at_k
-from search_r3_jax.retrieval.rewards import RewardSettings, RewardVariant, reward_terms, total_reward
+from search_r3_jax.retrieval.rewards import RewardSettings, reward_terms, total_reward
 
 EncodeDocuments = Callable[[np.ndarray], np.ndarray]
 TOP = 3
@@ -41,8 +41,7 @@ class Environment:
         per_completion: int = 8,
         refresh_budget: int = 1024,
         overlay_max_age: int = 0,
-        reward: RewardVariant = "dcg",
-        temperature: float = 0.02,
+        reward: RewardSettings | None = None,
     ) -> None:
         """`encode_documents` maps distinct rows [n] int32 to unit vectors [n,E] of the current parameters.
 
@@ -57,7 +56,7 @@ class Environment:
         self._per_completion = per_completion
         self._refresh_budget = refresh_budget
         self._overlay_max_age = overlay_max_age
-        self._reward = RewardSettings(variant=reward, temperature=temperature)
+        self._reward = reward or RewardSettings()
         self._overlay: dict[int, tuple[np.ndarray, int]] = {}
         self._reencoded_total = 0
 

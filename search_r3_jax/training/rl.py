@@ -28,7 +28,7 @@ from search_r3_jax.objectives.contrastive import info_nce, one_positive
 from search_r3_jax.objectives.language import token_log_probs
 from search_r3_jax.objectives.policy_gradient import group_advantages, policy_loss
 from search_r3_jax.retrieval.environment import Environment, StepResult
-from search_r3_jax.retrieval.rewards import check_rewards
+from search_r3_jax.retrieval.rewards import RewardSettings, check_rewards
 from search_r3_jax.retrieval.supervisor import IndexFollower
 from search_r3_jax.rollout.encoder import Encoder, prefix_block
 from search_r3_jax.rollout.sampler import Rollout, Sampler, rollout_seeds
@@ -157,6 +157,14 @@ def train_rl(
             candidates=config.index.candidates,
             refresh_budget=config.index.refresh_budget,
             overlay_max_age=config.index.overlay_max_age,
+            reward=RewardSettings(
+                variant=rl.reward,
+                temperature=rl.reward_temperature,
+                margin_weight=rl.margin_weight,
+                margin_width=rl.margin_width,
+                hard_negatives=rl.hard_negatives,
+                floor_gap=rl.floor_gap,
+            ),
         )
 
         # Act 3: the loop. Swaps happen between steps only.
@@ -363,6 +371,10 @@ def _check(config: RunConfig, collection: Collection) -> None:
         group_size=config.rl.group_size,
         scale_rewards=config.rl.scale_rewards,
     )
+    if config.rl.inner_epochs != 1 or config.rl.importance_cap > 0 or config.rl.length_weight > 0 or config.rl.reward == "gain_over_direct":
+        raise UserError(
+            "config: rl: leave inner_epochs, importance_cap, length_weight and reward gain_over_direct alone: this loop has none of them"
+        )
     if config.lora.rank == 0 and config.rl.beta > 0:
         raise UserError("config: rl.beta: the reference is the base under LoRA; set rl.beta to 0 or lora.rank above 0")
 
