@@ -179,7 +179,7 @@ def test_advantages_equal_trls(scale: Any) -> None:
 
 
 def test_groups_of_unequal_size() -> None:
-    rewards, group = np.array([0.1, 0.9, 0.3, 0.5, 0.2, 0.7]), np.array([2, 0, 2, 0, 2, 1])
+    rewards, group = np.array([0.1, 0.9, 0.3, 0.5, 0.25, 0.7]), np.array([2, 0, 2, 0, 2, 1])
     advantages, share = group_advantages(jnp.asarray(rewards, jnp.float32), jnp.asarray(group), groups=5)
     for g in (0, 2):
         own = rewards[group == g]
@@ -217,7 +217,7 @@ def test_the_weight_of_a_token_is_capped_and_has_no_gradient() -> None:
 
 
 def test_estimators_agree_with_the_kl_on_average() -> None:
-    """Over all tokens, weighed by the policy: k1 and k3 are the KL of the distributions; the gradient of k2 is the KL's, that of k1 is 0."""
+    """Weighed by the policy over all tokens: k1 and k3 are the KL; the gradient of k2 is the KL's, that of k1 is 0."""
     with jax.enable_x64(True):
         logits, other = (jnp.asarray(np.random.default_rng(seed).normal(size=12)) for seed in (0, 1))
         reference = jax.nn.log_softmax(other)
