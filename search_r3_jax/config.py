@@ -225,8 +225,23 @@ class RlConfig:
 
     Attributes:
         global_queries: queries a step; each is sampled `group_size` times.
-        clip: ε of the clipped ratio.
-        beta: weight of the KL term (k3 estimator) to the reference; 0 runs no reference.
+        variant: how tokens are weighed: `grpo` by row, `dr_grpo` by the budget of a reply, `dapo` over the whole batch; `gspo` has one
+            ratio a reply and wants clips of about 3e-4.
+        clip_low, clip_high: the ratio is clipped to 1 − clip_low … 1 + clip_high; a higher clip_high is clip-higher.
+        beta: weight of the KL term to the reference; 0 runs no reference.
+        kl_estimator: k3 is never negative and low in variance, k2 has the gradient of the KL, k1 has none on average.
+        scale_rewards: advantages are divided by the standard deviation of their group, of the batch, or not.
+        inner_epochs: passes over the same rollouts.
+        importance_cap: tokens are weighed by how much likelier the trainer finds them than the sampler did, up to this; 0 does not.
+        reward: `dcg` is a soft nDCG, `log_rank` the logarithm of the best positive's rank, `rank_margin` ranks and the margin to the
+            hardest negatives, `gain_over_direct` the gain in dcg over the query's direct embedding.
+        reward_temperature: of the soft ranks, in cosine.
+        margin_weight: share of the margin in `rank_margin`, in [0, 1].
+        margin_width: the margin, in cosine, from which on a larger one earns no more (`rank_margin`).
+        hard_negatives: how many of the highest negatives the margin is taken to (`rank_margin`).
+        floor_gap: the worst valid reply is so far above an invalid one, of a reward in [0, 1].
+        length_weight: weight of brevity beside retrieval's 1; 0 leaves it out.
+        free_tokens: so many tokens of a reply cost nothing; from there to `sampler.max_think_tokens` the cost rises along a line.
         infonce_weight: auxiliary InfoNCE on the group's query embeddings.
         min_swaps: the run goes on past `steps` until so many new index versions were taken in.
     """
@@ -234,9 +249,22 @@ class RlConfig:
     steps: int = 1000
     global_queries: int = 8
     group_size: int = 8
-    clip: float = 0.2
+    variant: Literal["grpo", "dr_grpo", "dapo", "gspo"] = "grpo"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
     beta: float = 0.04
-    scale_by_std: bool = True
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    inner_epochs: int = 1
+    importance_cap: float = 0.0
+    reward: Literal["dcg", "log_rank", "rank_margin", "gain_over_direct"] = "dcg"
+    reward_temperature: float = 0.02
+    margin_weight: float = 0.5
+    margin_width: float = 0.5
+    hard_negatives: int = 4
+    floor_gap: float = 0.1
+    length_weight: float = 0.0
+    free_tokens: int = 0
     infonce_weight: float = 0.1
     infonce_temperature: float = 0.05
     snapshot_every: int = 50

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from search_r3_jax.retrieval.index import Index, recall_at_k
-from search_r3_jax.retrieval.rewards import RewardVariant, reward_group
+from search_r3_jax.retrieval.rewards import RewardSettings, reward_terms, total_reward
 
 EncodeDocuments = Callable[[np.ndarray], np.ndarray]
 TOP = 3
@@ -41,8 +41,7 @@ class Environment:
         per_completion: int = 8,
         refresh_budget: int = 1024,
         overlay_max_age: int = 0,
-        reward: RewardVariant = "dcg",
-        temperature: float = 0.02,
+        reward: RewardSettings | None = None,
     ) -> None:
         """`encode_documents` maps distinct rows [n] int32 to unit vectors [n,E] of the current parameters.
 
@@ -57,8 +56,7 @@ class Environment:
         self._per_completion = per_completion
         self._refresh_budget = refresh_budget
         self._overlay_max_age = overlay_max_age
-        self._reward: RewardVariant = reward
-        self._temperature = temperature
+        self._reward = reward or RewardSettings()
         self._overlay: dict[int, tuple[np.ndarray, int]] = {}
         self._reencoded_total = 0
 
@@ -188,7 +186,7 @@ class Environment:
         for query, rows in enumerate(candidates):
             similarities = vectors[query] @ self.vectors_of(rows).T
             relevance = np.array([positives[query].get(row, 0.0) for row in rows.tolist()])
-            rewards[query] = reward_group(similarities, relevance, valid[query], variant=self._reward, temperature=self._temperature)
+            rewards[query] = total_reward(reward_terms(similarities, relevance, valid[query], self._reward))
             best = rows[np.argsort(-similarities, axis=1, kind="stable")[:, :TOP]]
             top_rows[query, :, : best.shape[1]] = np.where(valid[query][:, None], best, -1)
         fresh = [row in self._overlay for rows in candidates for row in rows.tolist()]

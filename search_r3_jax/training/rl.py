@@ -26,8 +26,9 @@ from search_r3_jax.models.embedding import unit
 from search_r3_jax.models.lora import trainable_filter
 from search_r3_jax.objectives.contrastive import info_nce, one_positive
 from search_r3_jax.objectives.language import token_log_probs
-from search_r3_jax.objectives.policy_gradient import group_advantages, grpo_loss
+from search_r3_jax.objectives.policy_gradient import group_advantages, policy_loss
 from search_r3_jax.retrieval.environment import Environment, StepResult
+from search_r3_jax.retrieval.rewards import RewardSettings, check_rewards
 from search_r3_jax.retrieval.supervisor import IndexFollower
 from search_r3_jax.rollout.encoder import Encoder, prefix_block
 from search_r3_jax.rollout.sampler import Rollout, Sampler, rollout_seeds
@@ -156,6 +157,14 @@ def train_rl(
             candidates=config.index.candidates,
             refresh_budget=config.index.refresh_budget,
             overlay_max_age=config.index.overlay_max_age,
+            reward=RewardSettings(
+                variant=rl.reward,
+                temperature=rl.reward_temperature,
+                margin_weight=rl.margin_weight,
+                margin_width=rl.margin_width,
+                hard_negatives=rl.hard_negatives,
+                floor_gap=rl.floor_gap,
+            ),
         )
 
         # Act 3: the loop. Swaps happen between steps only.
@@ -188,9 +197,11 @@ def train_rl(
             )
             rewarded = time.perf_counter()
 
-            advantages = np.asarray(group_advantages(jnp.asarray(result.rewards), scale_by_std=rl.scale_by_std)).reshape(-1)
+            advantages, _ = group_advantages(
+                jnp.asarray(result.rewards).reshape(-1), jnp.repeat(jnp.arange(Q), G), groups=Q, scale=rl.scale_rewards
+            )
             documents = environment.vectors_of(np.array([_first_positive(query, collection) for query in queries]))
-            batch = make_batch(rollout, advantages, documents)
+            batch = make_batch(rollout, np.asarray(advantages), documents)
             reference = score(state.params, frozen, batch, adapters=False) if rl.beta > 0 else None
             state, scalars = update(state, frozen, batch, reference)
             values = {name: float(value) for name, value in scalars.items()}
@@ -312,16 +323,21 @@ def make_update(
             # Fillers go one past the end, where `drop` discards them.
             return jnp.zeros(B * T).at[jnp.where(read >= 0, read, B * T)].set(values_m, mode="drop").reshape(B, T)
 
-        policy_sum, count, scalars = grpo_loss(
+        policy_sum, count, statistics = policy_loss(
             to_rows(log_probs_m),
-            to_rows(jnp.asarray(batch.old_log_probs)),
-            None if reference_m is None else to_rows(reference_m),
             jnp.asarray(batch.advantages),
             to_rows(jnp.ones_like(log_probs_m)) > 0,
-            clip=config.clip,
+            variant=config.variant,
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+            max_tokens=config.sampler.max_think_tokens,
+            old_log_probs_bt=to_rows(jnp.asarray(batch.old_log_probs)),
+            reference_log_probs_bt=None if reference_m is None else to_rows(reference_m),
             beta=config.beta,
+            kl_estimator=config.kl_estimator,
+            entropies_bt=to_rows(entropies_m),
         )
-        policy = policy_sum / count
+        policy = policy_sum / jnp.maximum(count, 1)
         Q = batch.prompt_ids.shape[0]
         positive_b = jnp.repeat(jnp.arange(Q, dtype=jnp.int32), B // Q)
         # Equal vectors mean the same document: then it is no negative.
@@ -334,8 +350,7 @@ def make_update(
             temperature=config.infonce_temperature,
         )
         contrast = contrast_sum / contrast_count
-        tokens = jnp.maximum(jnp.sum(read >= 0), 1)
-        scalars |= {"policy": policy, "infonce": contrast, "entropy": jnp.sum(entropies_m * (read >= 0)) / tokens}
+        scalars = statistics.scalars() | {"policy": policy, "infonce": contrast}
         loss = policy + config.infonce_weight * contrast
         return loss, {"loss": loss, **scalars}
 
@@ -350,11 +365,15 @@ def make_update(
 
 
 def _check(config: RunConfig, collection: Collection) -> None:
-    if config.rl.scale_by_std and config.rl.group_size < 2:
-        raise UserError("config: rl.group_size: must be at least 2 while rl.scale_by_std is on; a group of one has no deviation")
-    if len(collection.documents) < config.index.candidates:
+    check_rewards(
+        documents=len(collection.documents),
+        candidates=config.index.candidates,
+        group_size=config.rl.group_size,
+        scale_rewards=config.rl.scale_rewards,
+    )
+    if config.rl.inner_epochs != 1 or config.rl.importance_cap > 0 or config.rl.length_weight > 0 or config.rl.reward == "gain_over_direct":
         raise UserError(
-            f"config: index.candidates: {config.index.candidates} exceeds the {len(collection.documents)} documents of the corpus"
+            "config: rl: leave inner_epochs, importance_cap, length_weight and reward gain_over_direct alone: this loop has none of them"
         )
     if config.lora.rank == 0 and config.rl.beta > 0:
         raise UserError("config: rl.beta: the reference is the base under LoRA; set rl.beta to 0 or lora.rank above 0")

@@ -62,9 +62,9 @@ def prepared(tiny_folders: dict[str, Path]):
     sampler = Sampler(graph, prompter, max_think_tokens=8, temperature=1.0)
     rollout = sampler.sample(state, TEXTS, rollout_seeds(0, 0, 3, 4), max_tokens=16)
     rewards = generator.random((3, 4)).astype(np.float32)
-    advantages = np.asarray(group_advantages(jnp.asarray(rewards), scale_by_std=True)).reshape(-1)
+    advantages, _ = group_advantages(jnp.asarray(rewards).reshape(-1), jnp.repeat(jnp.arange(3), 4), groups=3)
     documents = generator.standard_normal((3, 64))
-    batch = make_batch(rollout, advantages, documents / np.linalg.norm(documents, axis=-1, keepdims=True))
+    batch = make_batch(rollout, np.asarray(advantages), documents / np.linalg.norm(documents, axis=-1, keepdims=True))
     return model, prompter, rollout, batch
 
 
