@@ -18,7 +18,7 @@ G, BUDGET = 4, 9
 def sampled(model: LoadedModel, temperature: float, seed: int = 0) -> Rollout:
     graph, state = nnx.split(model.decoder)
     sampler = Sampler(graph, Prompter(model.tokenizer), max_think_tokens=BUDGET, temperature=temperature)
-    return sampler.sample(state, TEXTS, rollout_seeds(seed, 5, len(TEXTS), G), max_tokens=64)
+    return sampler.sample(state, TEXTS, rollout_seeds(seed, 5, range(len(TEXTS)), G), max_tokens=64)
 
 
 def whole_rows(model: LoadedModel, replies: list[list[int]], group: int = G) -> tuple[np.ndarray, list[int]]:
@@ -71,7 +71,7 @@ def test_samples_follow_the_models_distribution(tiny_model: LoadedModel) -> None
     graph, state = nnx.split(tiny_model.decoder)
     sampler = Sampler(graph, Prompter(tiny_model.tokenizer), max_think_tokens=1, temperature=1.0)
     n = 4000
-    rollout = sampler.sample(state, TEXTS[:1], rollout_seeds(3, 0, 1, n), max_tokens=64)
+    rollout = sampler.sample(state, TEXTS[:1], rollout_seeds(3, 0, [0], n), max_tokens=64)
     hidden, starts = whole_rows(tiny_model, [[]])
     logits = np.asarray(tiny_model.decoder.logits(jnp.asarray(hidden[0, starts[0] - 1]))).astype(np.float64)
     expected = np.exp(logits - logits.max())
