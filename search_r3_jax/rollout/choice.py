@@ -1,4 +1,4 @@
-"""One token of each row: temperature, top-k, top-p, then a draw that hardly feels the last digits of the logits."""
+"""One token of each row: temperature, top-k, top-p, then a draw that hardly feels the last digits of logits."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import jax.numpy as jnp
 
 # Entropy of a masked column (−inf): e^−10⁴ is 0, and 0 · −inf would be NaN.
 LOWEST = -1e4
+# Tokens of a block of the vocabulary: of the order of the root of V, for the fewest random numbers.
+BLOCK = 256
 
 
 class Choice(NamedTuple):
@@ -34,18 +36,30 @@ def choose(logits_bv: jax.Array, keys_b: jax.Array, step_b: jax.Array, *, temper
     if temperature == 0:
         token = jnp.argmax(scaled_bv, axis=-1)
     else:
-        # The Gumbel trick, not an inverse transform over the vocabulary: another shape of the batch changes logits in their last digits.
-        # That turns a token where the best two of V sums are as near as those digits; a cumulated probability passes it on to every
-        # token behind, and in the tail nearly each draw turns.
-        kept_bv = warp(scaled_bv, top_k=top_k, top_p=top_p)
-        noise_bv = jax.vmap(lambda key, step: jax.random.gumbel(jax.random.fold_in(key, step), logits_bv.shape[-1:]))(keys_b, step_b)
-        token = jnp.argmax(kept_bv + noise_bv, axis=-1)
+        token = _draw(warp(scaled_bv, top_k=top_k, top_p=top_p), jax.vmap(jax.random.fold_in)(keys_b, step_b))
     token = token.astype(jnp.int32)
     return Choice(
         token=token,
         log_prob=jnp.take_along_axis(log_probs_bv, token[:, None], axis=-1)[:, 0],
         entropy=-jnp.sum(jnp.exp(log_probs_bv) * jnp.maximum(log_probs_bv, LOWEST), axis=-1),
     )
+
+
+def _draw(scores_bv: jax.Array, keys_b: jax.Array) -> jax.Array:
+    """A token [B] of softmax(scores) a row, by the Gumbel trick: first a block of the vocabulary, then a token of it.
+
+    Two stages take a few hundred random numbers a row where one would take V. And not by an inverse transform: another shape of the batch
+    changes the scores in their last digits. That turns a draw here where the best two sums are as near as those digits; a cumulated
+    probability hands it on to every token behind, and in the tail nearly each draw turns.
+    """
+    B, V = scores_bv.shape
+    blocks_bnc = jnp.pad(scores_bv, ((0, 0), (0, -V % BLOCK)), constant_values=-jnp.inf).reshape(B, -1, BLOCK)
+    block_scores_bn = jax.nn.logsumexp(blocks_bnc, axis=-1)
+    N = block_scores_bn.shape[1]
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, (N + BLOCK,)))(keys_b)
+    n = jnp.argmax(block_scores_bn + noise[:, :N], axis=-1)
+    within_bc = jnp.take_along_axis(blocks_bnc, n[:, None, None], axis=1)[:, 0]
+    return n * BLOCK + jnp.argmax(within_bc + noise[:, N:], axis=-1)
 
 
 def warp(scores_bv: jax.Array, *, top_k: int, top_p: float) -> jax.Array:
