@@ -27,7 +27,7 @@ class Choice(NamedTuple):
 
 
 def choose(logits_bv: jax.Array, keys_b: jax.Array, step_b: jax.Array, *, temperature: float, top_k: int, top_p: float) -> Choice:
-    """Sample from logits [B,V] float32 with the random keys [B] of the rows and the number of the token in its row; temperature 0 is greedy.
+    """Sample from logits [B,V] float32 with each row's random key [B] and the number of the token in its row; temperature 0 is greedy.
 
     A row's token depends on its own logits, key and number alone.
     """

@@ -58,7 +58,7 @@ def effective_rank(vectors_be: np.ndarray) -> float:
 
 
 def log_prob_mismatch(trainer: np.ndarray, sampler: np.ndarray, sampled: np.ndarray) -> dict[str, float]:
-    """`sampler_ratio_min` and `_max` of exp(trainer − sampler) where `sampled`, all of one shape: 1 but for rounding, while both are one policy.
+    """`sampler_ratio_min` and `_max` of exp(trainer − sampler) where `sampled`, all of one shape: about 1 while both are one policy.
 
     A log-probability in float32 hangs on the order of additions: on SmolLM2 a cached decoder and a teacher-forced pass are within 1 ± 5e-5.
     Old log-probabilities of a policy gradient therefore come from the trainer's own forward; these show that both are one policy.
@@ -97,7 +97,7 @@ class CollapseGuard:
         for name, value, threshold, low in seen:
             if self.steps > 0 and low >= self.steps:
                 raise UserError(
-                    f"stage 2, step {step}: {name}: below {threshold:g} for {low} steps in a row ({value:.3g} now), replies have collapsed; "
+                    f"stage 2, step {step}: {name}: below {threshold:g} for {low} steps in a row ({value:.3g} now); "
                     "go on from an earlier checkpoint with a lower rl.optimizer.learning_rate or a higher rl.beta"
                 )
 
