@@ -2,8 +2,8 @@
 
 SmolLM2-135M, float32, temperature 1. All rows at once, a fixed number of slots that are refilled, and one pass after the other of as many
 rows, in turns within each round, so that other work on the machine meets all of them; the medians of seconds and of ratios count.
-`even`: 8 queries × 8 samples × 32 tokens, which nobody ends early. `uneven`: as many rows of up to 128 tokens, where the head is biased
-towards the embed token, so that a reply ends with one chance in thirty a token.
+`even`: 8 queries × 8 samples × 32 tokens, which hardly anybody ends early. `uneven`: as many rows of up to 128 tokens, where the head is
+biased towards the embed token, so that a reply ends with one chance in 32 a token.
 `choice`: seconds of drawing a token for 64 rows, beside those of a whole step.
 """
 
@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -40,16 +41,16 @@ QUERIES = [
     "capital of the country whose currency is the zloty",
 ]
 GROUP, SLOTS, QUERY_TOKENS = 8, 16, 32
-ENDS = 1 / 30
-"""Chance of ending at each token of the uneven case."""
+SHORTER = 4
+"""How much shorter than the budget the replies of the uneven case are on average, but for those that the budget cuts."""
 
 
-def ending(embed_id: int) -> Callable[..., Choice]:
-    """`choose`, with a logit of the embed token that gives it the chance `ENDS`."""
+def ending(embed_id: int, chance: float) -> Callable[..., Choice]:
+    """`choose`, with a logit of the embed token that gives it this chance."""
 
     def choose_or_end(logits_bv: jax.Array, *arguments: jax.Array, **settings: Any) -> Choice:
         others = jax.nn.logsumexp(logits_bv.at[:, embed_id].set(-jnp.inf), axis=-1)
-        return choose(logits_bv.at[:, embed_id].set(others + np.log(ENDS / (1 - ENDS))), *arguments, **settings)
+        return choose(logits_bv.at[:, embed_id].set(others + np.log(chance / (1 - chance))), *arguments, **settings)
 
     return choose_or_end
 
@@ -139,16 +140,18 @@ def choice_case(vocabulary: int, rows: int, rounds: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--even", type=int, default=32, help="tokens of the even case")
+    parser.add_argument("--uneven", type=int, default=128, help="budget of the uneven case")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     model = load_model("smollm2")
     prompter = Prompter(model.tokenizer)
     found: dict[str, Any] = {"choice_ms": choice_case(model.decoder.config.vocab_size, len(QUERIES) * GROUP, 5 * arguments.rounds)}
     print(found, flush=True)
-    found["even"] = replies_case(model.decoder, prompter, 32, arguments.rounds)
+    found["even"] = replies_case(model.decoder, prompter, arguments.even, arguments.rounds)
     print(found["even"], flush=True)
-    sampler_module.choose = ending(model.embed_id)
-    found["uneven"] = replies_case(model.decoder, prompter, 128, arguments.rounds)
+    with mock.patch.object(sampler_module, "choose", ending(model.embed_id, SHORTER / arguments.uneven)):
+        found["uneven"] = replies_case(model.decoder, prompter, arguments.uneven, arguments.rounds)
     print(found["uneven"], flush=True)
     if arguments.out:
         arguments.out.write_text(json.dumps(found, indent=2) + "\n")
