@@ -1,7 +1,7 @@
 """Whether a finished reply should make room for a waiting one: `python tests/benchmarks/sampling.py [--rounds N] [--out FILE]`.
 
 SmolLM2-135M, float32, temperature 1. All rows at once, a fixed number of slots that are refilled, and one pass after the other of as many
-rows, in turns within each round, so that other work on the machine meets all of them; the medians of seconds and of ratios count.
+rows, in turns within each round, so that other work on the machine meets all of them; the medians of seconds, and of ratios of seconds and of processor time, count.
 `even`: 8 queries × 8 samples × 32 tokens, which hardly anybody ends early. `uneven`: as many rows of up to 128 tokens, where the head is
 biased towards the embed token, so that a reply ends with one chance in 32 a token.
 `choice`: seconds of drawing a token for 64 rows, beside those of a whole step.
@@ -71,6 +71,7 @@ def replies_case(decoder: Decoder, prompter: Prompter, budget: int, rounds: int)
         "passes": passes,
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
+    busy: dict[str, list[float]] = {name: [] for name in ways}
     rates: dict[str, list[float]] = {name: [] for name in ways}
     same: dict[str, list[float]] = {name: [] for name in ways}
     lengths: list[np.ndarray] = []
@@ -79,18 +80,19 @@ def replies_case(decoder: Decoder, prompter: Prompter, budget: int, rounds: int)
         seeds = rollout_seeds(0, number, range(len(QUERIES)), GROUP)
         first: np.ndarray | None = None
         for name, way in ways.items():
-            started = time.perf_counter()
+            started, busy_before = time.perf_counter(), time.process_time()
             rollouts = way(seeds)
-            taken = time.perf_counter() - started
+            taken, worked = time.perf_counter() - started, time.process_time() - busy_before
             ids = np.concatenate([rollout.ids for rollout in rollouts])
             first = ids if first is None else first
             if number:
                 seconds[name].append(taken)
+                busy[name].append(worked)
                 rates[name].append(sum(rollout_throughput(rollout, taken)["rollout_tokens_per_second"] for rollout in rollouts))
                 same[name].append(float(np.mean(np.all(ids == first, axis=-1))))
         if number:
             lengths.append(np.concatenate([rollout.lengths for rollout in rollouts]))
-            print(number, {name: round(taken[-1], 2) for name, taken in seconds.items()}, flush=True)
+            print(number, {name: (round(seconds[name][-1], 2), round(busy[name][-1], 2), same[name][-1]) for name in ways}, flush=True)
     written = np.concatenate(lengths)
     return {
         "tokens": {"mean": round(float(written.mean()), 1), "longest": int(written.max())},
@@ -99,6 +101,7 @@ def replies_case(decoder: Decoder, prompter: Prompter, budget: int, rounds: int)
                 "seconds": round(median(seconds[name]), 3),
                 "tokens_per_second": round(median(rates[name]), 1),
                 "times_at_once": round(median(a / b for a, b in zip(seconds[name], seconds["at_once"], strict=True)), 3),
+                "processor_times_at_once": round(median(a / b for a, b in zip(busy[name], busy["at_once"], strict=True)), 3),
                 "same_replies": min(same[name]),
             }
             for name in ways
