@@ -1,7 +1,8 @@
 """Whether a finished reply should make room for a waiting one: `python tests/benchmarks/sampling.py [--rounds N] [--out FILE]`.
 
 SmolLM2-135M, float32, temperature 1. All rows at once, a fixed number of slots that are refilled, and one pass after the other of as many
-rows, in turns within each round, so that other work on the machine meets all of them; the medians of seconds, and of ratios of seconds and of processor time, count.
+rows, in turns within each round, so that other work on the machine meets all of them; the medians of seconds and of ratios count, of
+wall-clock and of processor time.
 `even`: 8 queries × 8 samples × 32 tokens, which hardly anybody ends early. `uneven`: as many rows of up to 128 tokens, where the head is
 biased towards the embed token, so that a reply ends with one chance in 32 a token.
 `choice`: seconds of drawing a token for 64 rows, beside those of a whole step.
