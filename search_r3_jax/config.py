@@ -211,11 +211,15 @@ class SamplerConfig:
     Attributes:
         max_think_tokens: budget of generated tokens before the embed token is forced.
         temperature: 0 is greedy.
+        top_k: only the so many best tokens are sampled; 0 leaves all.
+        top_p: after `top_k`, only the best tokens that together have this probability; 1 leaves all.
         prefill_chunk: prompts longer than this many tokens are read in chunks; 0 reads any at once.
     """
 
     max_think_tokens: int = 32
     temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
     prefill_chunk: int = 1024
 
 

@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from search_r3_jax.errors import UserError
 from search_r3_jax.models.attention import NOTHING, KVBlock
 from search_r3_jax.models.decoder import Decoder, positions_from_lengths
 from search_r3_jax.models.embedding import unit
+from search_r3_jax.rollout.choice import choose
 from search_r3_jax.rollout.encoder import prefix_block
 from search_r3_jax.rollout.prefill import prefill
 from search_r3_jax.text.packing import bucket_length, pad_rows
@@ -30,7 +32,9 @@ class Rollout:
         ids: [B,T] int32, the reply up to and with the embed token.
         lengths: [B] int32.
         sampled: [B,T] bool, tokens that the policy chose; forced ones are not.
-        log_probs: [B,T] float32 of the sampled tokens, under the sampling temperature.
+        log_probs: [B,T] float32 of the sampled tokens in nats, under the temperature alone: softmax(logits/temperature) over the whole
+            vocabulary, whatever top-k and top-p left out. A trainer's forward adds up in another order and differs in the last digits.
+        entropies: [B,T] float32 in nats, of the distributions that `log_probs` are from; 0 where nothing was sampled.
         vectors: [B,E] float32 of unit norm.
         valid: [B] bool, the policy itself wrote the embed token within its budget.
     """
@@ -41,26 +45,53 @@ class Rollout:
     lengths: np.ndarray
     sampled: np.ndarray
     log_probs: np.ndarray
+    entropies: np.ndarray
     vectors: np.ndarray
     valid: np.ndarray
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all replies, forced ones included: each took a pass of the decoder."""
+        return int(self.lengths.sum())
 
     def replies(self) -> list[list[int]]:
         """Each row's reply, without padding."""
         return [row[:length].tolist() for row, length in zip(self.ids, self.lengths, strict=True)]
 
 
-class _Loop(NamedTuple):
+def rollout_throughput(rollout: Rollout, seconds: float) -> dict[str, float]:
+    """`rollout_tokens` of a rollout and `rollout_tokens_per_second`; prompts are no tokens written."""
+    return {"rollout_tokens": float(rollout.tokens), "rollout_tokens_per_second": rollout.tokens / seconds}
+
+
+class _Slots(NamedTuple):
+    """Rows being written, S of them: which (`row` [S], B where idle), how far each is, and what the next token is drawn from."""
+
+    row: jax.Array
     step: jax.Array
-    cache: KVBlock
+    closing_step: jax.Array
     logits: jax.Array
+    cache: KVBlock
+
+
+class _Replies(NamedTuple):
+    """What was written, all B rows."""
+
     ids: jax.Array
+    lengths: jax.Array
     sampled: jax.Array
     log_probs: jax.Array
-    lengths: jax.Array
-    done: jax.Array
-    valid: jax.Array
-    closing_step: jax.Array
+    entropies: jax.Array
     vectors: jax.Array
+    valid: jax.Array
+
+
+class _Loop(NamedTuple):
+    slots: _Slots
+    # Of each slot, where slots change their rows; else the prompts themselves are read, once for a whole group.
+    prompts: KVBlock | None
+    replies: _Replies
+    next_row: jax.Array
 
 
 class Sampler:
@@ -73,116 +104,170 @@ class Sampler:
         *,
         max_think_tokens: int,
         temperature: float,
+        top_k: int = 0,
+        top_p: float = 1.0,
         prefill_chunk: int = 0,
+        slots: int = 0,
     ):
+        """`slots` rows are written at a time, and a finished one makes room for the next; 0 writes all at once.
+
+        Raises UserError for a temperature, `top_k`, `top_p` or `slots` out of range.
+        """
+        if temperature < 0:
+            raise UserError(f"sampler.temperature: {temperature} is below 0; 0 is greedy, 1 the model's own distribution")
+        if top_k < 0:
+            raise UserError(f"sampler.top_k: {top_k} is below 0; 0 turns it off")
+        if not 0 < top_p <= 1:
+            raise UserError(f"sampler.top_p: {top_p} is not above 0 and at most 1; 1 turns it off")
+        if slots < 0:
+            raise UserError(f"sampler.slots: {slots} is below 0; 0 writes all rows at once")
         self._prompter = prompter
         prompt, embed_id = prompter.reason, prompter.embed_id
         eos_id = prompter.eos_id
         closing = jnp.asarray(prompt.closing, jnp.int32)
         T = max_think_tokens + len(prompt.closing)
 
-        def sample(state: nnx.State, ids_qs: jax.Array, lengths_q: jax.Array, seeds_qg: jax.Array) -> _Loop:
+        def sample(state: nnx.State, ids_qs: jax.Array, lengths_q: jax.Array, seeds_qg: jax.Array) -> _Replies:
             decoder = nnx.merge(graph, state)
             Q, G = seeds_qg.shape
             B = Q * G
+            S = min(slots, B) if slots else B
             shared = prefix_block(decoder, prompt.prefix)
             positions_qs = positions_from_lengths(lengths_q, ids_qs.shape[1], len(prompt.prefix))
             hidden_qsd, prompts = prefill(decoder, ids_qs, positions_qs, chunk=prefill_chunk, contexts=[shared])
             last_qd = jnp.take_along_axis(hidden_qsd, lengths_q[:, None, None] - 1, axis=1)[:, 0]
-            first_position_b = jnp.repeat(lengths_q + len(prompt.prefix), G)
+            first_logits_qv = decoder.logits(last_qd)
+            first_position_q = lengths_q + len(prompt.prefix)
             keys_b = jax.vmap(jax.random.key)(seeds_qg.reshape(B))
 
+            def prompts_of(row_s: jax.Array) -> KVBlock:
+                q = jnp.minimum(row_s, B - 1) // G
+                return KVBlock(prompts.keys[:, q], prompts.values[:, q], prompts.positions[q])
+
             L, _, _, K, H = prompts.keys.shape
-            empty = jnp.zeros((L, B, T, K, H), prompts.keys.dtype)
+            empty = jnp.zeros((L, S, T, K, H), prompts.keys.dtype)
+            row_s = jnp.arange(S, dtype=jnp.int32)
             start = _Loop(
-                step=jnp.zeros((), jnp.int32),
-                cache=KVBlock(empty, empty, jnp.full((B, T), NOTHING, jnp.int32)),
-                logits=jnp.repeat(decoder.logits(last_qd), G, axis=0),
-                ids=jnp.zeros((B, T), jnp.int32),
-                sampled=jnp.zeros((B, T), bool),
-                log_probs=jnp.zeros((B, T), jnp.float32),
-                lengths=jnp.zeros((B,), jnp.int32),
-                done=jnp.zeros((B,), bool),
-                valid=jnp.zeros((B,), bool),
-                closing_step=jnp.full((B,), NOTHING, jnp.int32),
-                vectors=jnp.zeros((B, last_qd.shape[-1]), jnp.float32),
+                slots=_Slots(
+                    row=row_s,
+                    step=jnp.zeros((S,), jnp.int32),
+                    closing_step=jnp.full((S,), NOTHING, jnp.int32),
+                    logits=first_logits_qv[row_s // G],
+                    cache=KVBlock(empty, empty, jnp.full((S, T), NOTHING, jnp.int32)),
+                ),
+                prompts=None if S == B else prompts_of(row_s),
+                replies=_Replies(
+                    ids=jnp.zeros((B, T), jnp.int32),
+                    lengths=jnp.zeros((B,), jnp.int32),
+                    sampled=jnp.zeros((B, T), bool),
+                    log_probs=jnp.zeros((B, T), jnp.float32),
+                    entropies=jnp.zeros((B, T), jnp.float32),
+                    vectors=jnp.zeros((B, last_qd.shape[-1]), jnp.float32),
+                    valid=jnp.zeros((B,), bool),
+                ),
+                next_row=jnp.asarray(S, jnp.int32),
             )
 
-            def body(loop: _Loop) -> _Loop:
-                t = loop.step
+            def write(loop: _Loop) -> _Loop:
+                slots, replies = loop.slots, loop.replies
+                row, t = slots.row, slots.step
+                active = row < B
+                known = jnp.minimum(row, B - 1)
                 # Out of budget: the closing is forced, token by token, so that every row ends with an embedding.
-                closing_step = jnp.where((loop.closing_step == NOTHING) & (t >= max_think_tokens), 0, loop.closing_step)
+                closing_step = jnp.where((slots.closing_step == NOTHING) & (t >= max_think_tokens), 0, slots.closing_step)
                 forced = closing_step != NOTHING
-                chosen, log_prob = _choose(loop.logits, keys_b, t, temperature)
-                token = jnp.where(forced, closing[jnp.clip(closing_step, 0, len(prompt.closing) - 1)], chosen)
+                choice = choose(slots.logits, keys_b[known], t, temperature=temperature, top_k=top_k, top_p=top_p)
+                token = jnp.where(forced, closing[jnp.clip(closing_step, 0, len(prompt.closing) - 1)], choice.token)
                 ends = token == embed_id
                 # A reply that ends its turn without an embedding is closed for it, and is not valid.
                 gave_up = ~forced & (token == eos_id)
-                position_b = jnp.where(loop.done, NOTHING, first_position_b + t)
-                hidden, own = decoder(token[:, None], position_b[:, None], contexts=[shared, prompts, loop.cache])
-                at_slot = (0, 0, t, 0, 0)
-                cache = KVBlock(
-                    jax.lax.dynamic_update_slice(loop.cache.keys, own.keys, at_slot),
-                    jax.lax.dynamic_update_slice(loop.cache.values, own.values, at_slot),
-                    jax.lax.dynamic_update_slice(loop.cache.positions, position_b[:, None], (0, t)),
-                )
-                active = ~loop.done
-                by_policy = active & ~forced
-                return _Loop(
-                    step=t + 1,
-                    cache=cache,
-                    logits=decoder.logits(hidden[:, 0]),
-                    ids=loop.ids.at[:, t].set(jnp.where(active, token, 0)),
-                    sampled=loop.sampled.at[:, t].set(by_policy),
-                    log_probs=loop.log_probs.at[:, t].set(jnp.where(by_policy, log_prob, 0.0)),
-                    lengths=jnp.where(active, t + 1, loop.lengths),
-                    done=loop.done | ends,
-                    valid=loop.valid | (by_policy & ends),
-                    closing_step=jnp.where(forced, closing_step + 1, jnp.where(gave_up, 0, closing_step)),
-                    vectors=jnp.where((active & ends)[:, None], unit(hidden[:, 0]), loop.vectors),
+                position = jnp.where(active, first_position_q[known // G] + t, NOTHING)
+                context = prompts if loop.prompts is None else loop.prompts
+                hidden, own = decoder(token[:, None], position[:, None], contexts=[shared, context, slots.cache])
+                state = hidden[:, 0]
+                # Idle rows are B, one past the end, where nothing is written.
+                chosen = jnp.where(forced, B, row)
+                return loop._replace(
+                    slots=_Slots(
+                        row=jnp.where(ends, B, row),
+                        step=t + 1,
+                        closing_step=jnp.where(forced, closing_step + 1, jnp.where(gave_up, 0, closing_step)),
+                        logits=decoder.logits(state),
+                        cache=_grown(slots.cache, own, t, together=S == B),
+                    ),
+                    replies=_Replies(
+                        ids=replies.ids.at[row, t].set(token, mode="drop"),
+                        lengths=replies.lengths.at[row].set(t + 1, mode="drop"),
+                        sampled=replies.sampled.at[chosen, t].set(True, mode="drop"),
+                        log_probs=replies.log_probs.at[chosen, t].set(choice.log_prob, mode="drop"),
+                        entropies=replies.entropies.at[chosen, t].set(choice.entropy, mode="drop"),
+                        vectors=replies.vectors.at[jnp.where(ends, row, B)].set(unit(state), mode="drop"),
+                        valid=replies.valid.at[jnp.where(ends, chosen, B)].set(True, mode="drop"),
+                    ),
                 )
 
-            return jax.lax.while_loop(lambda loop: ~jnp.all(loop.done), body, start)
+            def refill(loop: _Loop) -> _Loop:
+                slots = loop.slots
+                idle = slots.row == B
+                row = jnp.where(idle, jnp.minimum(loop.next_row + jnp.cumsum(idle) - 1, B), slots.row).astype(jnp.int32)
+                fresh = idle & (row < B)
+                keys, values, positions, _ = slots.cache
+                return loop._replace(
+                    slots=_Slots(
+                        row=row,
+                        step=jnp.where(fresh, 0, slots.step),
+                        closing_step=jnp.where(fresh, NOTHING, slots.closing_step),
+                        logits=jnp.where(fresh[:, None], first_logits_qv[jnp.minimum(row, B - 1) // G], slots.logits),
+                        cache=KVBlock(keys, values, jnp.where(fresh[:, None], NOTHING, positions)),
+                    ),
+                    prompts=prompts_of(row),
+                    next_row=loop.next_row + jnp.sum(fresh, dtype=jnp.int32),
+                )
+
+            def body(loop: _Loop) -> _Loop:
+                loop = write(loop)
+                if S == B:
+                    return loop
+                return jax.lax.cond(jnp.any(loop.slots.row == B) & (loop.next_row < B), refill, lambda loop: loop, loop)
+
+            return jax.lax.while_loop(lambda loop: jnp.any(loop.slots.row < B), body, start).replies
 
         self._sample = jax.jit(sample)
 
     def sample(self, state: nnx.State, texts: Sequence[str], seeds_qg: np.ndarray, *, max_tokens: int) -> Rollout:
-        """Samples for each text [Q] under the seeds [Q,G] (uint32): the same seed writes the same reply.
+        """Samples for each text [Q] under the seeds [Q,G] (uint32): the same seed and text write the same reply, whatever else is sampled.
 
         The loop runs as long as the longest reply; prompts are padded to what `max_tokens` allows, so one shape is compiled.
         """
         rows = self._prompter.reason_rows(texts, max_tokens)
         length = bucket_length(max_tokens + len(self._prompter.reason.suffix))
         prompt_ids, prompt_lengths = pad_rows(rows, length=length, pad_id=0)
-        loop = self._sample(state, prompt_ids, prompt_lengths, seeds_qg.astype(np.uint32))
-        return Rollout(
-            prompt_ids=prompt_ids,
-            prompt_lengths=prompt_lengths,
-            ids=np.asarray(loop.ids),
-            lengths=np.asarray(loop.lengths),
-            sampled=np.asarray(loop.sampled),
-            log_probs=np.asarray(loop.log_probs),
-            vectors=np.asarray(loop.vectors),
-            valid=np.asarray(loop.valid),
+        found = self._sample(state, prompt_ids, prompt_lengths, seeds_qg.astype(np.uint32))
+        arrays = {name: np.asarray(array) for name, array in found._asdict().items()}
+        return Rollout(prompt_ids=prompt_ids, prompt_lengths=prompt_lengths, **arrays)
+
+
+def _grown(cache: KVBlock, own: KVBlock, step_s: jax.Array, *, together: bool) -> KVBlock:
+    """The cache with the keys and values of one more token a row; rows that go `together` are all at the same step."""
+    if together:
+        t = step_s[0]
+        at_slot = (0, 0, t, 0, 0)
+        return KVBlock(
+            jax.lax.dynamic_update_slice(cache.keys, own.keys, at_slot),
+            jax.lax.dynamic_update_slice(cache.values, own.values, at_slot),
+            jax.lax.dynamic_update_slice(cache.positions, own.positions, (0, t)),
         )
+    s = jnp.arange(step_s.shape[0])
+    return KVBlock(
+        cache.keys.at[:, s, step_s].set(own.keys[:, :, 0], mode="drop"),
+        cache.values.at[:, s, step_s].set(own.values[:, :, 0], mode="drop"),
+        cache.positions.at[s, step_s].set(own.positions[:, 0], mode="drop"),
+    )
 
 
-def _choose(logits_bv: jax.Array, keys_b: jax.Array, t: jax.Array, temperature: float) -> tuple[jax.Array, jax.Array]:
-    """A token per row and its log-probability under the sampling distribution; temperature 0 takes the best."""
-    if temperature == 0.0:
-        log_probs_bv = jax.nn.log_softmax(logits_bv, axis=-1)
-        token = jnp.argmax(logits_bv, axis=-1)
-    else:
-        log_probs_bv = jax.nn.log_softmax(logits_bv / temperature, axis=-1)
-        # Inverse transform: one random number a row, where the Gumbel trick would draw V.
-        uniform_b = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, t)))(keys_b)
-        cumulative_bv = jnp.cumsum(jnp.exp(log_probs_bv), axis=-1)
-        token = jnp.sum(cumulative_bv <= uniform_b[:, None] * cumulative_bv[:, -1:], axis=-1)
-        token = jnp.minimum(token, logits_bv.shape[-1] - 1)
-    token = token.astype(jnp.int32)
-    return token, jnp.take_along_axis(log_probs_bv, token[:, None], axis=-1)[:, 0]
+def rollout_seeds(seed: int, step: int, queries: Sequence[int], group_size: int) -> np.ndarray:
+    """Seeds [Q,G] uint32, a pure function of (run seed, step, query, sample), so that a resumed run samples the same.
 
-
-def rollout_seeds(seed: int, step: int, queries: int, group_size: int) -> np.ndarray:
-    """Seeds [Q,G] uint32, a pure function of (run seed, step, query, sample), so that a resumed run samples the same."""
-    return np.random.SeedSequence([seed, step]).generate_state(queries * group_size).reshape(queries, group_size)
+    `queries` are numbers that name the queries for good, their rows in the collection: what else is in the batch, and where, has no part.
+    """
+    return np.stack([np.random.SeedSequence([seed, step, int(query)]).generate_state(group_size) for query in queries])

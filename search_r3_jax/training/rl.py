@@ -112,6 +112,8 @@ def train_rl(
         prompter,
         max_think_tokens=rl.sampler.max_think_tokens,
         temperature=rl.sampler.temperature,
+        top_k=rl.sampler.top_k,
+        top_p=rl.sampler.top_p,
         prefill_chunk=rl.sampler.prefill_chunk,
     )
     score = make_scorer(graph, prompter, rl)
@@ -181,7 +183,7 @@ def train_rl(
 
             chosen = shuffled(len(collection.queries), config.seed, step * rl.global_queries, rl.global_queries)
             queries = [collection.queries[i] for i in chosen]
-            seeds = rollout_seeds(config.seed, step, len(queries), rl.group_size)
+            seeds = rollout_seeds(config.seed, step, chosen, rl.group_size)
             whole = nnx.merge_state(state.params, frozen)
             texts = [query.text for query in queries]
             rollout = sampler.sample(whole, texts, seeds, max_tokens=config.text.max_query_tokens)

@@ -299,7 +299,7 @@ def our_generation(folder: str, given: dict[str, Any]) -> Work:
     sampler = Sampler(graph, Prompter(model.tokenizer), max_think_tokens=NEW_TOKENS, temperature=1.0)
 
     def work(i: int) -> None:
-        seeds = rollout_seeds(0, i, len(given["prompts"]), GROUP)
+        seeds = rollout_seeds(0, i, range(len(given["prompts"])), GROUP)
         rollout = sampler.sample(state, given["prompts"], seeds, max_tokens=QUERY_TOKENS)
         assert rollout.ids.shape[0] == len(given["prompts"]) * GROUP
 

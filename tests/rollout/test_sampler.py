@@ -1,24 +1,51 @@
 """The sampler against teacher-forced forwards of the same decoder: one pass, same numbers."""
 
+from collections.abc import Callable
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from tiny import plain_hidden
 
+from search_r3_jax.errors import UserError
 from search_r3_jax.hub.checkpoint import LoadedModel
+from search_r3_jax.rollout import sampler as sampler_module
+from search_r3_jax.rollout.choice import Choice, choose
 from search_r3_jax.rollout.encoder import Encoder
-from search_r3_jax.rollout.sampler import Rollout, Sampler, rollout_seeds
+from search_r3_jax.rollout.sampler import Rollout, Sampler, rollout_seeds, rollout_throughput
 from search_r3_jax.text.prompts import Prompter
 
 TEXTS = ["a query", "another, much longer query about something", "x"]
 G, BUDGET = 4, 9
 
 
-def sampled(model: LoadedModel, temperature: float, seed: int = 0) -> Rollout:
-    graph, state = nnx.split(model.decoder)
-    sampler = Sampler(graph, Prompter(model.tokenizer), max_think_tokens=BUDGET, temperature=temperature)
-    return sampler.sample(state, TEXTS, rollout_seeds(seed, 5, len(TEXTS), G), max_tokens=64)
+@pytest.fixture(scope="module")
+def sampler_of(tiny_model: LoadedModel) -> Callable[..., Sampler]:
+    """A sampler of the tiny model; the same settings give the same one, which is compiled once."""
+    made: dict[str, Sampler] = {}
+
+    def sampler_of(**settings: Any) -> Sampler:
+        settings = {"max_think_tokens": BUDGET, "temperature": 1.0} | settings
+        name = str(sorted(settings.items()))
+        if name not in made:
+            made[name] = Sampler(nnx.split(tiny_model.decoder)[0], Prompter(tiny_model.tokenizer), **settings)
+        return made[name]
+
+    return sampler_of
+
+
+@pytest.fixture(scope="module")
+def sampled(tiny_model: LoadedModel, sampler_of: Callable[..., Sampler]) -> Callable[..., Rollout]:
+    """One rollout of `TEXTS`."""
+    state = nnx.split(tiny_model.decoder)[1]
+
+    def sampled(seed: int = 0, **settings: Any) -> Rollout:
+        return sampler_of(**settings).sample(state, TEXTS, rollout_seeds(seed, 5, range(len(TEXTS)), G), max_tokens=64)
+
+    return sampled
 
 
 def whole_rows(model: LoadedModel, replies: list[list[int]], group: int = G) -> tuple[np.ndarray, list[int]]:
@@ -29,25 +56,32 @@ def whole_rows(model: LoadedModel, replies: list[list[int]], group: int = G) -> 
     return np.asarray(hidden), [len(prompt) for prompt in prompts]
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_embedding_and_log_probs_equal_a_teacher_forced_forward(tiny_model: LoadedModel, temperature: float) -> None:
-    rollout = sampled(tiny_model, temperature)
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "top_k": 20, "top_p": 0.9}, {"slots": 5, "prefill_chunk": 8}])
+def test_embedding_and_log_probs_equal_a_teacher_forced_forward(
+    tiny_model: LoadedModel, sampled: Callable[..., Rollout], settings: dict[str, Any]
+) -> None:
+    """Log-probabilities and entropies are of the whole vocabulary under the temperature, also where top-k and top-p left tokens out."""
+    rollout, temperature = sampled(**settings), settings.get("temperature", 1.0)
     hidden, starts = whole_rows(tiny_model, rollout.replies())
     logits = np.asarray(tiny_model.decoder.logits(jnp.asarray(hidden))).astype(np.float64) / temperature
     top = logits.max(-1, keepdims=True)
     log_probs = logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
+    entropies = -(np.exp(log_probs) * log_probs).sum(-1)
     for b, reply in enumerate(rollout.replies()):
         state = hidden[b, starts[b] + len(reply) - 1].astype(np.float64)
         np.testing.assert_allclose(rollout.vectors[b], state / np.linalg.norm(state), atol=1e-5)
         for t, token in enumerate(reply):
             if rollout.sampled[b, t]:
                 np.testing.assert_allclose(rollout.log_probs[b, t], log_probs[b, starts[b] + t - 1, token], atol=1e-5)
+                np.testing.assert_allclose(rollout.entropies[b, t], entropies[b, starts[b] + t - 1], atol=1e-5)
             else:
-                assert rollout.log_probs[b, t] == 0.0
+                assert rollout.log_probs[b, t] == rollout.entropies[b, t] == 0.0
 
 
-def test_every_reply_ends_with_the_one_embed_token_and_forced_ones_are_not_valid(tiny_model: LoadedModel) -> None:
-    rollout = sampled(tiny_model, 1.0)
+def test_every_reply_ends_with_the_one_embed_token_and_forced_ones_are_not_valid(
+    tiny_model: LoadedModel, sampled: Callable[..., Rollout]
+) -> None:
+    rollout = sampled()
     closing = list(Prompter(tiny_model.tokenizer).reason.closing)
     for b, reply in enumerate(rollout.replies()):
         assert reply.count(tiny_model.embed_id) == 1
@@ -59,11 +93,96 @@ def test_every_reply_ends_with_the_one_embed_token_and_forced_ones_are_not_valid
             assert reply[own:] == closing
 
 
-def test_same_seed_same_reply_other_seed_other_reply(tiny_model: LoadedModel) -> None:
-    first, again, other = sampled(tiny_model, 1.0), sampled(tiny_model, 1.0), sampled(tiny_model, 1.0, seed=1)
+def test_same_seed_same_reply_other_seed_other_reply(sampled: Callable[..., Rollout]) -> None:
+    first, again, other = sampled(), sampled(), sampled(seed=1)
     np.testing.assert_array_equal(first.ids, again.ids)
     assert (first.ids != other.ids).any()
     assert len({tuple(reply) for reply in first.replies()[:G]}) > 1
+
+
+def test_a_reply_does_not_depend_on_what_else_is_sampled(tiny_model: LoadedModel, sampler_of: Callable[..., Sampler]) -> None:
+    """Queries in another order or alone, their samples in another order or alone: the same tokens for the same seeds."""
+    state, sampler = nnx.split(tiny_model.decoder)[1], sampler_of()
+    queries = [7, 2, 30]
+    seeds = rollout_seeds(0, 5, queries, G)
+    whole = sampler.sample(state, TEXTS, seeds, max_tokens=64).ids.reshape(3, G, -1)
+
+    order = [2, 0, 1]
+    again = rollout_seeds(0, 5, [queries[i] for i in order], G)
+    np.testing.assert_array_equal(again, seeds[order])
+    permuted = sampler.sample(state, [TEXTS[i] for i in order], again, max_tokens=64).ids.reshape(3, G, -1)
+    np.testing.assert_array_equal(permuted, whole[order])
+    for i in (0, 2):
+        alone = sampler.sample(state, [TEXTS[i]], seeds[i : i + 1], max_tokens=64)
+        np.testing.assert_array_equal(alone.ids, whole[i])
+    one = sampler.sample(state, TEXTS[1:2], seeds[1:2, 2:3], max_tokens=64)
+    np.testing.assert_array_equal(one.ids[0], whole[1, 2])
+    shuffled = sampler.sample(state, TEXTS, seeds[:, ::-1], max_tokens=64).ids.reshape(3, G, -1)
+    np.testing.assert_array_equal(shuffled, whole[:, ::-1])
+
+
+def test_slots_write_the_same_replies(sampled: Callable[..., Rollout]) -> None:
+    whole, slotted = sampled(), sampled(slots=5, prefill_chunk=8)
+    for name in ("ids", "lengths", "sampled", "valid"):
+        np.testing.assert_array_equal(getattr(slotted, name), getattr(whole, name), err_msg=name)
+    for name in ("log_probs", "entropies", "vectors"):
+        np.testing.assert_allclose(getattr(slotted, name), getattr(whole, name), atol=1e-5, err_msg=name)
+
+
+def test_seeds_are_of_the_query_and_the_sample() -> None:
+    seeds = rollout_seeds(0, 5, [7, 2, 30], 8)
+    np.testing.assert_array_equal(rollout_seeds(0, 5, [30], 4), seeds[2:, :4])
+    others = [rollout_seeds(1, 5, [7], 8), rollout_seeds(0, 6, [7], 8), seeds[1:2], seeds[2:]]
+    assert len({*seeds[0].tolist(), *(int(seed) for other in others for seed in other[0])}) == 8 * 5
+
+
+def test_one_shape_is_compiled_whatever_the_length_of_the_queries(tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    traced: list[int] = []
+
+    def counted(*arguments: Any, **settings: Any) -> Any:
+        traced.append(1)
+        return prefix_block(*arguments, **settings)
+
+    prefix_block = sampler_module.prefix_block
+    monkeypatch.setattr(sampler_module, "prefix_block", counted)
+    graph, state = nnx.split(tiny_model.decoder)
+    sampler = Sampler(graph, Prompter(tiny_model.tokenizer), max_think_tokens=2, temperature=1.0)
+    for texts in (["a", "b"], ["a much longer query", "c"], ["x" * 90, "y"]):
+        sampler.sample(state, texts, rollout_seeds(0, 0, range(2), 2), max_tokens=20)
+    assert len(traced) == 1
+
+
+@pytest.mark.parametrize(("slots", "steps"), [(0, 3), (4, 9)])
+def test_the_loop_ends_with_the_longest_reply(tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch, slots: int, steps: int) -> None:
+    """Each reply ends by itself at its third token, far within the budget: all at once that is 3 passes, 12 rows in 4 slots take 9."""
+    passes: list[int] = []
+
+    def ending(logits: jax.Array, keys: jax.Array, step: jax.Array, **settings: Any) -> Choice:
+        jax.debug.callback(lambda: passes.append(1))
+        choice = choose(logits, keys, step, **settings)
+        return choice._replace(token=jnp.where(step >= 2, tiny_model.embed_id, 5))
+
+    monkeypatch.setattr(sampler_module, "choose", ending)
+    graph, state = nnx.split(tiny_model.decoder)
+    sampler = Sampler(graph, Prompter(tiny_model.tokenizer), max_think_tokens=400, temperature=1.0, slots=slots)
+    rollout = sampler.sample(state, TEXTS, rollout_seeds(0, 0, range(3), 4), max_tokens=16)
+    jax.effects_barrier()
+    assert rollout.valid.all()
+    assert rollout.replies() == [[5, 5, tiny_model.embed_id]] * 12
+    assert len(passes) == steps
+
+
+def test_tokens_a_second(sampled: Callable[..., Rollout]) -> None:
+    rollout = sampled()
+    assert rollout.tokens == sum(map(len, rollout.replies()))
+    assert rollout_throughput(rollout, 2.0) == {"rollout_tokens": rollout.tokens, "rollout_tokens_per_second": rollout.tokens / 2}
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"slots": -2}])
+def test_settings_out_of_range_are_the_users_mistake(tiny_model: LoadedModel, wrong: dict[str, Any]) -> None:
+    settings: dict[str, Any] = {"temperature": 1.0} | wrong
+    with pytest.raises(UserError, match=f"sampler.{next(iter(wrong))}: "):
+        Sampler(nnx.split(tiny_model.decoder)[0], Prompter(tiny_model.tokenizer), max_think_tokens=2, **settings)
 
 
 def test_samples_follow_the_models_distribution(tiny_model: LoadedModel) -> None:
@@ -71,7 +190,7 @@ def test_samples_follow_the_models_distribution(tiny_model: LoadedModel) -> None
     graph, state = nnx.split(tiny_model.decoder)
     sampler = Sampler(graph, Prompter(tiny_model.tokenizer), max_think_tokens=1, temperature=1.0)
     n = 4000
-    rollout = sampler.sample(state, TEXTS[:1], rollout_seeds(3, 0, 1, n), max_tokens=64)
+    rollout = sampler.sample(state, TEXTS[:1], rollout_seeds(3, 0, [0], n), max_tokens=64)
     hidden, starts = whole_rows(tiny_model, [[]])
     logits = np.asarray(tiny_model.decoder.logits(jnp.asarray(hidden[0, starts[0] - 1]))).astype(np.float64)
     expected = np.exp(logits - logits.max())

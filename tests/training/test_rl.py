@@ -60,7 +60,7 @@ def prepared(tiny_folders: dict[str, Path]):
     prompter = Prompter(model.tokenizer)
     graph, state = nnx.split(model.decoder)
     sampler = Sampler(graph, prompter, max_think_tokens=8, temperature=1.0)
-    rollout = sampler.sample(state, TEXTS, rollout_seeds(0, 0, 3, 4), max_tokens=16)
+    rollout = sampler.sample(state, TEXTS, rollout_seeds(0, 0, range(3), 4), max_tokens=16)
     rewards = generator.random((3, 4)).astype(np.float32)
     advantages, _ = group_advantages(jnp.asarray(rewards).reshape(-1), jnp.repeat(jnp.arange(3), 4), groups=3)
     documents = generator.standard_normal((3, 64))
