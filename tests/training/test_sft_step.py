@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -57,7 +58,7 @@ def test_losses_of_a_batch_by_hand(directions: tuple[Direction, ...], partition:
     documents = documents[[list(batch.document_ids).index(number) for number in batch.document_ids]]
     config = SftConfig(directions=directions, partition="joint" if partition == "joint" else "per_direction", negatives=2)
     config = dataclasses.replace(config, false_negative_margin=margin)
-    infonce, triplet, _ = contrastive_losses(queries, documents, batch, config)
+    infonce, triplet, _ = contrastive_losses(jnp.asarray(queries), jnp.asarray(documents), batch, config)
 
     # What each row stands for, read from the judgements alone.
     relevance, excluded, own = np.zeros((B, P)), np.zeros((B, P), bool), np.zeros((B, P), bool)
