@@ -28,7 +28,7 @@ def test_what_is_restated_here_was_read_in_this_version_of_trl() -> None:
 
 def inputs(seed: int = 1) -> dict[str, np.ndarray]:
     generator = np.random.default_rng(seed)
-    arrays = {name: generator.normal(-2, 0.4, (B, T)) for name in ("current", "old", "reference", "sampler")}
+    arrays: dict[str, Any] = {name: generator.normal(-2, 0.4, (B, T)) for name in ("current", "old", "reference", "sampler")}
     arrays["entropies"] = generator.uniform(0.1, 3, (B, T))
     arrays["advantages"] = generator.standard_normal(B)
     arrays["advantages"][2] = 0.0
