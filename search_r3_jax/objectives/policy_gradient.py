@@ -84,7 +84,7 @@ def group_advantages(
     # Not by the deviation: rounding of the mean leaves one where there is none, and scaling blows it up.
     highest_g = jax.ops.segment_max(rewards_b, group_id_b, groups)
     lowest_g = jax.ops.segment_min(rewards_b, group_id_b, groups)
-    constant_g = (highest_g == lowest_g) & (size_g > 0)
+    constant_g = highest_g == lowest_g
     if scale == "group":
         deviation_g = jnp.sqrt(group_sums(centred_b**2) / jnp.maximum(size_g - 1, 1))
         centred_b = centred_b / (deviation_g[group_id_b] + eps)

@@ -28,7 +28,7 @@ def test_what_is_restated_here_was_read_in_this_version_of_trl() -> None:
 
 def inputs(seed: int = 1) -> dict[str, np.ndarray]:
     generator = np.random.default_rng(seed)
-    arrays: dict[str, np.ndarray] = {name: generator.normal(-2, 0.4, (B, T)) for name in ("current", "old", "reference", "sampler")}
+    arrays: dict[str, Any] = {name: generator.normal(-2, 0.4, (B, T)) for name in ("current", "old", "reference", "sampler")}
     arrays["entropies"] = generator.uniform(0.1, 3, (B, T))
     arrays["advantages"] = generator.standard_normal(B)
     arrays["advantages"][2] = 0.0
@@ -178,6 +178,13 @@ def test_advantages_equal_trls(scale: Any) -> None:
     np.testing.assert_array_equal(np.asarray(mine)[order // 5 == 1], 0.0)
 
 
+def test_a_constant_group_gets_exactly_zero_however_its_mean_is_rounded() -> None:
+    rewards = np.random.default_rng(0).random(50).astype(np.float32).repeat(7)
+    advantages, share = group_advantages(jnp.asarray(rewards), jnp.asarray(np.arange(50).repeat(7)), groups=50)
+    np.testing.assert_array_equal(advantages, 0.0)
+    assert float(share) == 1.0
+
+
 def test_groups_of_unequal_size() -> None:
     rewards, group = np.array([0.1, 0.9, 0.3, 0.5, 0.25, 0.7]), np.array([2, 0, 2, 0, 2, 1])
     advantages, share = group_advantages(jnp.asarray(rewards, jnp.float32), jnp.asarray(group), groups=5)
@@ -192,7 +199,7 @@ def test_groups_of_unequal_size() -> None:
 def test_without_old_log_probs_the_ratio_is_one_and_has_a_gradient() -> None:
     arrays = inputs()
     value, gradient, scalars = ours(arrays, np.float32, variant="dapo", clips=(0.2, 0.2), beta=0.0, estimator="k3", old=False, cap=0.0)
-    mask, advantages = arrays["mask"], arrays["advantages"]
+    mask, advantages = arrays["mask"].astype(float), arrays["advantages"]
     assert (scalars["ratio_min"], scalars["ratio_mean"], scalars["ratio_max"]) == (1.0, 1.0, 1.0)
     np.testing.assert_allclose(gradient, -mask * advantages[:, None] / mask.sum(), atol=1e-7)
     np.testing.assert_allclose(value, -(mask * advantages[:, None]).sum() / mask.sum(), atol=1e-6)

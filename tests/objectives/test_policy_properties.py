@@ -44,7 +44,7 @@ def loss_and_gradient(arrays: dict[str, jax.Array], variant: Any) -> tuple[tuple
 
 def inputs(seed: int, rows: int = B, tokens: int = T) -> dict[str, np.ndarray]:
     generator = np.random.default_rng(seed)
-    arrays: dict[str, np.ndarray] = {name: generator.normal(-2, 0.4, (rows, tokens)).astype(np.float32) for name in FULL}
+    arrays: dict[str, Any] = {name: generator.normal(-2, 0.4, (rows, tokens)).astype(np.float32) for name in FULL}
     arrays["advantages"] = generator.standard_normal(rows).astype(np.float32)
     # Some rows have no sampled token at all.
     arrays["mask"] = (generator.random((rows, tokens)) < 0.6) & (generator.random((rows, 1)) < 0.8)
@@ -83,7 +83,7 @@ def test_what_is_masked_changes_nothing(variant: str, seed: int, nonsense: float
     arrays = inputs(seed)
     whole, gradient = loss_and_gradient(arrays, variant)
     places = np.sort(np.random.default_rng(seed).choice(T + 3, T, replace=False))
-    wide: dict[str, np.ndarray] = {name: np.full((B + 2, T + 3), nonsense, np.float32) for name in FULL}
+    wide: dict[str, Any] = {name: np.full((B + 2, T + 3), nonsense, np.float32) for name in FULL}
     for name in FULL:
         wide[name][:B, places] = np.where(arrays["mask"], arrays[name], nonsense)
     wide["advantages"] = np.append(arrays["advantages"], [nonsense, 2.0]).astype(np.float32)
