@@ -94,7 +94,7 @@ def main() -> None:
         of_data = results["untrained"]["data"]
         record["collections"][name] = {"cut": of_data["cut"], "queries": of_data["queries"], "systems": systems}
     for name in WITHOUT_KL:
-        settings = ["--sft.steps", str(STEPS[name]), "--sft.kl-weight", "0"]
+        settings = ["--sft.steps", str(STEPS[name]), "--sft.kl-weight", "0", "--sft.eval-every", "0"]
         found = trained(out, f"{name}_nokl", given.data / name, plain, "direct", *settings)
         record["collections"][name]["systems"]["stage 1 without KL"] = found
     (out / "stage1.json").write_text(json.dumps(record, indent=1) + "\n")
