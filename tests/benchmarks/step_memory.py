@@ -1,8 +1,8 @@
 """Memory of a stage-1 step whose batch grows while its chunks do not: `python tests/benchmarks/step_memory.py [--out FILE]`.
 
 SmolLM2-135M, adapters of rank 16, float32, all four losses, encode_chunk 16. Every batch size has a process of its own, which compiles the
-step; counted is the compiler's plan of temporary memory. Up to 1,024 pairs the process takes a step too, and the peak of its anonymous pages
-counts, as it is and above what is there before the step.
+step; counted is the compiler's plan of temporary memory. Up to 1,024 pairs the process takes a step too, and the peak of its anonymous
+pages counts, as it is and above what is there before the step.
 """
 
 from __future__ import annotations
