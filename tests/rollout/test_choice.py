@@ -1,5 +1,7 @@
 """The choice of a token against `transformers`' warpers (torch) and against probabilities in float64."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,8 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 from search_r3_jax.rollout.choice import choose, warp
 
 V = 700
+# The warpers do not look at what was written.
+NO_IDS: Any = None
 SETTINGS = [(0, 0.9), (0, 0.3), (5, 1.0), (40, 0.8), (5, 0.2), (1, 0.5), (0, 1e-6), (V + 50, 0.95), (0, 1.0)]
 
 
@@ -21,11 +25,11 @@ def logits(rows: int, scale: float = 3.0) -> np.ndarray:
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_warping_equals_transformers_in_its_order(temperature: float, top_k: int, top_p: float) -> None:
     given = logits(33)
-    scores = TemperatureLogitsWarper(temperature)(torch.zeros(33, 1, dtype=torch.long), torch.from_numpy(given.copy()))
+    scores = TemperatureLogitsWarper(temperature)(NO_IDS, torch.from_numpy(given.copy()))
     if top_k > 0:
-        scores = TopKLogitsWarper(top_k)(torch.zeros(33, 1, dtype=torch.long), scores)
+        scores = TopKLogitsWarper(top_k)(NO_IDS, scores)
     if top_p < 1:
-        scores = TopPLogitsWarper(top_p)(torch.zeros(33, 1, dtype=torch.long), scores)
+        scores = TopPLogitsWarper(top_p)(NO_IDS, scores)
     ours = np.asarray(warp(jnp.asarray(given) / temperature, top_k=top_k, top_p=top_p))
     np.testing.assert_array_equal(np.isfinite(ours), torch.isfinite(scores).numpy())
     np.testing.assert_allclose(ours, scores.numpy(), rtol=1e-6)
@@ -33,7 +37,7 @@ def test_warping_equals_transformers_in_its_order(temperature: float, top_k: int
 
 def test_top_k_keeps_ties_as_transformers_does() -> None:
     given = np.array([[3.0, 1.0, 2.0, 2.0, 0.0]], np.float32)
-    theirs = TopKLogitsWarper(2)(torch.zeros(1, 1, dtype=torch.long), torch.from_numpy(given))
+    theirs = TopKLogitsWarper(2)(NO_IDS, torch.from_numpy(given))
     np.testing.assert_array_equal(np.asarray(warp(jnp.asarray(given), top_k=2, top_p=1.0)), theirs.numpy())
 
 
