@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from search_r3_jax.config import RunConfig
-from search_r3_jax.data.collection import Collection
+from search_r3_jax.data.collection import Collection, Query
 from search_r3_jax.files import write_text
 from search_r3_jax.hub.checkpoint import LoadedModel
 from search_r3_jax.rollout.sampler import Rollout, Sampler
@@ -69,9 +69,11 @@ def _thoughts(rollout: Rollout, prompter: Prompter) -> list[str]:
 
 
 def _with(collection: Collection, number: int, thoughts: dict[tuple[int, str], str]) -> Collection:
-    queries = tuple(
-        dataclasses.replace(query, reasoning=query.reasoning or thoughts.get((number, query.query_id), "")) for query in collection.queries
-    )
+    def written(query: Query) -> str:
+        # Who writes nothing at all is taught to repeat the question.
+        return query.reasoning or (thoughts[number, query.query_id] or query.text if (number, query.query_id) in thoughts else "")
+
+    queries = tuple(dataclasses.replace(query, reasoning=written(query)) for query in collection.queries)
     return dataclasses.replace(collection, queries=queries)
 
 

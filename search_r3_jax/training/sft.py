@@ -86,13 +86,13 @@ def train_sft(
         run.start_at(first)
 
         # Act 3: the loop.
-        batch = pipeline.batch(first)
+        batch = pipeline.batch(min(first, sft.steps - 1))
         for step in range(first, sft.steps):
             started = time.perf_counter()
             key = jax.random.fold_in(jax.random.key(config.seed), step) if config.lora.dropout > 0 else None
             state, found = step_function(state, frozen, sharding.put_batch(batch, model.mesh), reference, key)
             # The host packs the next batch while the device computes this one.
-            following = pipeline.batch(step + 1)
+            following = pipeline.batch(step + 1) if step + 1 < sft.steps else batch
             values = {name: float(value) for name, value in found.items()}
             in_a_row = int(values.pop("skipped_in_a_row"))
             skipped += in_a_row > 0

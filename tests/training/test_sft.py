@@ -253,7 +253,7 @@ def test_the_best_checkpoint_survives_a_restart(tmp_path: Path) -> None:
     for step, score in [(1, 0.2), (2, 0.9), (3, None), (4, 0.5), (5, 0.9), (6, 0.1), (7, None)]:
         # Opened anew for every step: what was the best has to be read from the disk.
         writer = SnapshotWriter(tmp_path, keep=2)
-        writer.save(step, params, {}, {"stage": "sft"}, score=score)
+        writer.save(step, params, {"count": jnp.zeros(1)}, {"stage": "sft"}, score=score)
         writer.close()
     # Of two that are equally good the newer one.
     assert {int(path.name) for path in (tmp_path / "checkpoints").iterdir()} == {5, 6, 7}
