@@ -293,7 +293,8 @@ def test_the_models_own_reasoning_is_what_it_writes(tiny_folders: dict[str, Path
     prompter = Prompter(base.tokenizer)
     pipeline = make_pipeline(dataclasses.replace(config, sft=dataclasses.replace(config.sft, reasoning="off")), [collection], prompter)
     pipeline = dataclasses.replace(pipeline, reasoned=2)
-    asked = {collection.queries[pair.query] for step in range(3) for pair in pipeline.pairs(step)[6:]}
+    rows = {pair.query for step in range(3) for pair in pipeline.pairs(step)[6:]}
+    asked = [collection.queries[row] for row in sorted(rows)]
     assert written.keys() == {query.query_id for query in asked}
     for query in asked:
         row = [*prompter.reason.prefix, *prompter.reason_rows([query.text], 16)[0]]
