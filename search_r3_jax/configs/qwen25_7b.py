@@ -3,26 +3,17 @@
 search-r3 sft --config qwen25_7b --run gs://BUCKET/runs/qwen25_7b --data.sets DATA/…
 """
 
-from search_r3_jax.config import DataConfig, LoraConfig, OptimizerConfig, RunConfig, SftConfig, TextConfig
+import dataclasses
 
-config = RunConfig(
+from search_r3_jax.configs.qwen25_1p5b import config as smaller
+
+config = dataclasses.replace(
+    smaller,
     model="Qwen/Qwen2.5-7B-Instruct",
-    compute_dtype="bfloat16",
-    remat="full",
-    attention="splash",
-    data=DataConfig(dev_queries=512, dev_documents=10_000),
-    text=TextConfig(max_query_tokens=128, max_document_tokens=384, max_thought_tokens=96),
-    lora=LoraConfig(rank=0),
-    sft=SftConfig(
-        steps=2000,
+    sft=dataclasses.replace(
+        smaller.sft,
         global_batch=1024,
         encode_chunk=64,
-        negatives=1,
-        reasoned_share=0.125,
-        reasoning="key_terms",
-        key_terms=8,
-        eval_every=200,
-        save_every=100,
-        optimizer=OptimizerConfig(learning_rate=1e-5, row_scale=10.0, warmup_steps=100, weight_decay=0.01),
+        optimizer=dataclasses.replace(smaller.sft.optimizer, learning_rate=1e-5),
     ),
 )

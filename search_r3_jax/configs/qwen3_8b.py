@@ -3,26 +3,17 @@
 search-r3 sft --config qwen3_8b --run gs://BUCKET/runs/qwen3_8b --data.sets DATA/…
 """
 
-from search_r3_jax.config import DataConfig, LoraConfig, OptimizerConfig, RunConfig, SftConfig, TextConfig
+import dataclasses
 
-config = RunConfig(
+from search_r3_jax.config import LoraConfig
+from search_r3_jax.configs.qwen25_7b import config as qwen25_7b
+
+config = dataclasses.replace(
+    qwen25_7b,
     model="Qwen/Qwen3-8B",
-    compute_dtype="bfloat16",
-    remat="full",
-    attention="splash",
-    data=DataConfig(dev_queries=512, dev_documents=10_000),
-    text=TextConfig(max_query_tokens=128, max_document_tokens=384, max_thought_tokens=96),
     lora=LoraConfig(rank=32, alpha=64.0),
-    sft=SftConfig(
-        steps=2000,
-        global_batch=1024,
-        encode_chunk=64,
-        negatives=1,
-        reasoned_share=0.125,
-        reasoning="key_terms",
-        key_terms=8,
-        eval_every=200,
-        save_every=100,
-        optimizer=OptimizerConfig(learning_rate=1e-4, row_scale=10.0, warmup_steps=100),
+    sft=dataclasses.replace(
+        qwen25_7b.sft,
+        optimizer=dataclasses.replace(qwen25_7b.sft.optimizer, learning_rate=1e-4, weight_decay=0.0),
     ),
 )

@@ -183,7 +183,7 @@ def test_random_draws_take_every_rank_as_often() -> None:
     assert (np.diff(found, axis=1) > 0).all()
 
 
-@pytest.mark.skipif(not scann_available(), reason="ScaNN is not installed")
+@pytest.mark.skipif(not scann_available(), reason="scann has wheels for Linux only")
 def test_both_indexes_give_the_same() -> None:
     collection = made(3, documents=300, queries=40)
     documents, queries = vectors_for(collection, 3, dim=16)

@@ -2,10 +2,6 @@
 
 import dataclasses
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +11,7 @@ import optax
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
+from processes import run_processes
 from sharded_steps import collection_of, config_of
 from tiny import byte_tokenizer
 
@@ -112,32 +109,7 @@ def test_a_donated_state_leaves_the_model_and_the_result_alone(tiny_folders: dic
 
 def run(folder: Path, kind: str, meshes: list[dict[str, int]], *, processes: int, devices: int) -> list[dict[str, Any]]:
     """The reports of all processes, each with so many devices."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "PYTHONPATH": os.pathsep.join([str(PROGRAM.parents[1]), os.environ.get("PYTHONPATH", "")]),
-    }
-    arguments = [sys.executable, str(PROGRAM), str(folder), kind, json.dumps(meshes)]
-    started = [
-        subprocess.Popen(
-            [*arguments, str(process), str(processes), str(port)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for process in range(processes)
-    ]
-    try:
-        outputs = [process.communicate(timeout=1500) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [0] * processes, outputs[0][1]
-    return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+    return run_processes(PROGRAM, [str(folder), kind, json.dumps(meshes)], processes=processes, devices=devices, timeout=1500)
 
 
 def check(report: dict[str, Any], meshes: list[dict[str, int]]) -> None:
