@@ -95,7 +95,7 @@ def pinned_step(model: str | Path, step: Step) -> int | None:
     if (path / "checkpoints").is_dir():
         return chosen_snapshot(path, step)
     if step is not None:
-        raise UserError(f"--step: {model} is no run, so it has no checkpoints; leave it out")
+        raise UserError(f"--step: {model}: is no run, so it has no checkpoints; leave it out")
     return None
 
 

@@ -58,7 +58,7 @@ def test_embedding_ratio_and_tokens_against_the_trainers_forward(smollm2: Loaded
 
     documents = generator.standard_normal((8, model.decoder.config.hidden_size))
     batch = make_batch(rollout, generator.standard_normal(8 * G), documents / np.linalg.norm(documents, axis=-1, keepdims=True))
-    config = RlConfig(sampler=SamplerConfig(max_think_tokens=TOKENS), optimizer=OptimizerConfig(learning_rate=1e-4))
+    config = RlConfig(beta=0.0, sampler=SamplerConfig(max_think_tokens=TOKENS), optimizer=OptimizerConfig(learning_rate=1e-4))
     scored = np.asarray(make_scorer(graph, prompter, config)(params, frozen, batch, adapters=True))
     # Hidden states of two orders of addition differ by 1.5e-6 of their size, times logits of 40; the head's own sums add as much again.
     rounding = log_prob_mismatch(scored, batch.old_log_probs, batch.read >= 0)
