@@ -12,7 +12,7 @@ from pathlib import Path
 
 from search_r3_jax.retrieval.index import Index
 from search_r3_jax.retrieval.indexer import index_folder
-from search_r3_jax.retrieval.versions import IndexVersionError, current_version, open_version
+from search_r3_jax.retrieval.versions import IndexVersionError, current_version, open_version, pin_versions
 
 MAX_RESTARTS = 5
 
@@ -77,6 +77,8 @@ class IndexFollower:
             newest = current_version(root)
             if newest is None or newest <= version or newest == self._doubted:
                 return None
+            # Before it is opened: the indexer prunes whenever it has published.
+            pin_versions(root, {newest} if version < 0 else {version, newest})
             return open_version(root, newest, expect_corpus_hash=self._corpus_hash, expect_embed_token_id=self._embed_id)
         except IndexVersionError as error:
             self._doubted = current_version(root)

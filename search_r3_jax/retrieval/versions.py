@@ -18,7 +18,7 @@ from search_r3_jax.retrieval.exact import ExactIndex
 from search_r3_jax.retrieval.index import Index, IndexKind, probe_recall, resolve_kind, scann_available
 from search_r3_jax.retrieval.scann_index import ScannIndex, ScannSettings
 
-CURRENT, MANIFEST, TEMPORARY = "CURRENT", "MANIFEST.json", ".tmp-"
+CURRENT, IN_USE, MANIFEST, TEMPORARY = "CURRENT", "IN_USE", "MANIFEST.json", ".tmp-"
 CALLER_FIELDS = ("parameter_hash", "corpus_hash", "embed_token_id", "pooling", "encode_seconds")
 PROBE_ROWS = 256
 VectorDtype = Literal["float32", "bfloat16"]
@@ -85,9 +85,7 @@ def publish_version(
             work.rmtree(missing_ok=True)
             raise
         info = VersionInfo(step=step, path=final, manifest=manifest)
-    pointer = root / f"{TEMPORARY}{CURRENT}"
-    pointer.write_text(f"{step}\n")
-    pointer.replace(root / CURRENT)
+    _point(root, CURRENT, f"{step}\n")
     return info
 
 
@@ -139,13 +137,32 @@ def open_version(
         raise IndexVersionError(f"{path}: cannot be opened: {' '.join(str(error).split())}") from error
 
 
+def pin_versions(root: epath.PathLike, steps: Collection[int]) -> None:
+    """Say which versions a reader has open, in place of those it named before; they are not pruned. The only writer of IN_USE."""
+    _point(epath.Path(root), IN_USE, json.dumps(sorted(steps)) + "\n")
+
+
+def pinned_versions(root: epath.PathLike) -> list[int]:
+    """The versions that `pin_versions` named last, ascending; raises IndexVersionError where the file cannot be read."""
+    file = epath.Path(root) / IN_USE
+    if not file.exists():
+        return []
+    try:
+        return [int(step) for step in json.loads(file.read_text())]
+    except (ValueError, TypeError) as error:
+        raise IndexVersionError(f"{file}: is no list of steps ({error}); remove it") from error
+
+
 def prune_versions(root: epath.PathLike, keep: int, pinned: Collection[int] = (), *, stale_seconds: float = 3600.0) -> list[int]:
-    """Delete all but the newest `keep`, CURRENT and `pinned`, and temporaries `stale_seconds` old; returns the deleted steps."""
+    """Delete all but the newest `keep`, CURRENT, `pinned` and what a reader pinned, and temporaries `stale_seconds` old.
+
+    Returns the deleted steps.
+    """
     if keep < 0:
         raise ValueError(f"keep {keep} is negative")
     root = epath.Path(root)
     versions = list_versions(root)
-    kept = {*versions[len(versions) - min(keep, len(versions)) :], *pinned, current_version(root)}
+    kept = {*versions[len(versions) - min(keep, len(versions)) :], *pinned, *pinned_versions(root), current_version(root)}
     doomed = [step for step in versions if step not in kept]
     for step in doomed:
         # Renamed first: a half-deleted directory must never look like a version.
@@ -157,6 +174,13 @@ def prune_versions(root: epath.PathLike, keep: int, pinned: Collection[int] = ()
         if path.name.startswith(TEMPORARY) and path.is_dir() and time.time() - path.stat().mtime >= stale_seconds:
             path.rmtree()
     return doomed
+
+
+def _point(root: epath.Path, name: str, text: str) -> None:
+    """Write a small file that readers see whole, old or new."""
+    temporary = root / f"{TEMPORARY}{name}"
+    temporary.write_text(text)
+    temporary.replace(root / name)
 
 
 def _check_arguments(step: int, vectors: np.ndarray, ids: Sequence[str], manifest_fields: Mapping[str, Any]) -> None:

@@ -19,6 +19,8 @@ from search_r3_jax.retrieval.versions import (
     current_version,
     list_versions,
     open_version,
+    pin_versions,
+    pinned_versions,
     prune_versions,
     publish_version,
 )
@@ -222,3 +224,17 @@ def test_without_scann_a_scann_version_is_searched_exactly(tmp_path: Path, monke
     publish(tmp_path, kind="scann")
     monkeypatch.setattr(versions, "scann_available", lambda: False)
     assert open_version(tmp_path, 5).kind == "exact"
+
+
+def test_a_version_in_use_is_not_pruned_until_another_is(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        publish(tmp_path, step=step)
+    assert pinned_versions(tmp_path) == []
+    pin_versions(tmp_path, {2})
+    assert prune_versions(tmp_path, keep=1) == [1, 3]
+    pin_versions(tmp_path, [4])
+    assert pinned_versions(tmp_path) == [4]
+    assert prune_versions(tmp_path, keep=1) == [2]
+    (tmp_path / "IN_USE").write_text("four")
+    with pytest.raises(IndexVersionError, match="IN_USE: is no list of steps"):
+        prune_versions(tmp_path, keep=1)
