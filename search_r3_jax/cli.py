@@ -15,7 +15,7 @@ import tyro
 from search_r3_jax.commands.data import DataBuild, DataMine
 from search_r3_jax.commands.evaluation import Compare, Curves, Eval, Perplexity
 from search_r3_jax.commands.models import Embed, Export
-from search_r3_jax.commands.training import Indexer, Quickstart, Sft
+from search_r3_jax.commands.training import Indexer, Quickstart, Rl, Sft
 from search_r3_jax.config import RunConfig
 from search_r3_jax.configs import load_config
 from search_r3_jax.errors import UserError
@@ -61,8 +61,10 @@ def _commands(arguments: Sequence[str]) -> Any:
     """The subcommands; settings of a stage of training begin with the values of the experiment that --config names."""
     name = _value_of("--config", arguments)
     required = tyro.MISSING
-    sft = Sft(config=name or required, run_folder=required, settings=load_config(name) if name else RunConfig())
-    return Command | Annotated[Sft, tyro.conf.subcommand("sft", default=sft)]
+    settings = load_config(name) if name else RunConfig()
+    sft = Sft(config=name or required, run_folder=required, settings=settings)
+    rl = Rl(config=name or required, run_folder=required, settings=settings)
+    return Command | Annotated[Sft, tyro.conf.subcommand("sft", default=sft)] | Annotated[Rl, tyro.conf.subcommand("rl", default=rl)]
 
 
 def _value_of(option: str, arguments: Sequence[str]) -> str | None:

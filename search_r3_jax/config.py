@@ -114,6 +114,8 @@ class DataConfig:
         dev_split: the split that training is watched on; a set that has none gives up some of its training queries.
         dev_queries: of each set, so many at most; 0 watches nothing.
         dev_documents: of each set: all those judged for these queries, filled up with others to so many.
+        rl_queries: stage 2 trains on so many of the training queries; 0 is all.
+        rl_documents: stage 2 searches all documents judged for these, filled up with others to so many; 0 is the whole corpus.
         test_queries: of the test functions so many are searched for (quickstart).
     """
 
@@ -123,6 +125,8 @@ class DataConfig:
     dev_split: str = "dev"
     dev_queries: int = 128
     dev_documents: int = 1000
+    rl_queries: int = 0
+    rl_documents: int = 0
     source: str = "python-functions"
     train_functions: int = 0
     dev_functions: int = 0
@@ -229,13 +233,14 @@ class RlConfig:
 
     Attributes:
         global_queries: queries a step; each is sampled `group_size` times.
+        micro_queries: queries whose replies' activations are in memory at a time, whole groups; 0 is all at once.
         variant: how tokens are weighed: `grpo` by row, `dr_grpo` by the budget of a reply, `dapo` over the whole batch; `gspo` has one
             ratio a reply and wants clips of about 3e-4.
         clip_low, clip_high: the ratio is clipped to 1 − clip_low … 1 + clip_high; a higher clip_high is clip-higher.
         beta: weight of the KL term to the reference; 0 runs no reference.
         kl_estimator: k3 is never negative and low in variance, k2 has the gradient of the KL, k1 has none on average.
         scale_rewards: advantages are divided by the standard deviation of their group, of the batch, or not.
-        inner_epochs: passes over the same rollouts.
+        inner_epochs: passes over the same rollouts; the ratio is to the policy before the first.
         importance_cap: tokens are weighed by how much likelier the trainer finds them than the sampler did, up to this; 0 does not.
         reward: `dcg` is a soft nDCG, `log_rank` the logarithm of the best positive's rank, `rank_margin` ranks and the margin to the
             hardest negatives, `gain_over_direct` the gain in dcg over the query's direct embedding.
@@ -247,11 +252,19 @@ class RlConfig:
         length_weight: weight of brevity beside retrieval's 1; 0 leaves it out.
         free_tokens: so many tokens of a reply cost nothing; from there to `sampler.max_think_tokens` the cost rises along a line.
         infonce_weight: auxiliary InfoNCE on the group's query embeddings.
+        eval_every: steps from one evaluation on the development queries, direct and reasoned, to the next; 0 never looks.
+        snapshot_every: steps from one checkpoint, which the indexer makes an index of, to the next; evaluations make one too.
+        keep: so many of the newest checkpoints stay, and the best.
+        sample_every: every so many rollouts one is written to `samples.jsonl`.
+        max_skipped: updates with a loss or gradient that is not finite are skipped; so many in a row end the run.
+        collapse_steps: a valid rate below `collapse_valid`, or an entropy (nats a token) below `collapse_entropy`, for so many steps in a
+            row ends the run; 0 never does.
         min_swaps: the run goes on past `steps` until so many new index versions were taken in.
     """
 
     steps: int = 1000
     global_queries: int = 8
+    micro_queries: int = 0
     group_size: int = 8
     variant: Literal["grpo", "dr_grpo", "dapo", "gspo"] = "grpo"
     clip_low: float = 0.2
@@ -271,7 +284,14 @@ class RlConfig:
     free_tokens: int = 0
     infonce_weight: float = 0.1
     infonce_temperature: float = 0.05
+    eval_every: int = 0
     snapshot_every: int = 50
+    keep: int = 3
+    sample_every: int = 16
+    max_skipped: int = 10
+    collapse_steps: int = 20
+    collapse_valid: float = 0.1
+    collapse_entropy: float = 0.01
     min_swaps: int = 0
     max_extra_steps: int = 0
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
@@ -325,11 +345,14 @@ class RunConfig:
     """One experiment: everything that decides what a run computes.
 
     Attributes:
+        model: what training starts from: for stage 2 mostly a run of stage 1.
+        start_step: where the model is a run, which of its checkpoints.
         remat: what the backward pass finds saved of a layer: everything, its matrix products, its input in the host's memory, its input.
         attention: `splash` is the TPU kernel; elsewhere it is interpreted, slowly.
     """
 
     model: str = "smollm2"
+    start_step: Step = None
     seed: int = 0
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     remat: Literal["none", "dots", "offload", "full"] = "full"
@@ -344,11 +367,14 @@ class RunConfig:
 
 
 def config_from_dict(kind: Any, fields: dict[str, Any]) -> Any:
-    """A config dataclass from the plain values that `dataclasses.asdict` and JSON left of it."""
+    """A config dataclass from the plain values that `dataclasses.asdict` and JSON left of it; a setting that is missing has its default."""
     values = {}
     for entry in dataclasses.fields(kind):
-        value = fields[entry.name]
         default = entry.default_factory() if entry.default_factory is not dataclasses.MISSING else entry.default
+        if entry.name not in fields and default is not dataclasses.MISSING:
+            values[entry.name] = default
+            continue
+        value = fields[entry.name]
         if dataclasses.is_dataclass(default):
             value = config_from_dict(type(default), value)
         elif isinstance(value, list):

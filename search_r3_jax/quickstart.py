@@ -178,7 +178,8 @@ class Quickstart:
                 bar.to(step, f"reward {values['reward']:.3f}, valid {values['valid_rate']:.0%}", max(step, total))
 
             model = with_lora(self._tuned, config.lora, seed=config.seed)
-            result = train_rl(config, folder, self._train, model, on_step, say=self._stages.say, extra=extra)
+            data = TrainingSet(train=self._train, dev=None)
+            result = train_rl(config, folder, data, model, on_step, say=self._stages.say, extra=extra)
         self._final = _merged(model, result.params)
         self._stages.say(f"valid rate {result.valid_rate:.0%}; {len(result.swaps)} index swap(s)")
         return {

@@ -54,10 +54,7 @@ class Sft:
         from search_r3_jax.mesh import mesh_from_config
         from search_r3_jax.training.sft import train_sft
 
-        config, console = self.settings, Stages(1)
-        if Path(config.model).exists():
-            # A run is opened from anywhere, and remembers what it started from.
-            config = dataclasses.replace(config, model=str(Path(config.model).resolve()))
+        config, console = _absolute(self.settings), Stages(1)
         sets = load_training_sets(config.data)
         for each in sets:
             dev = f"; {len(each.dev.queries)} of {each.dev.split} over {len(each.dev.documents)} to watch" if each.dev else ""
@@ -79,6 +76,66 @@ class Sft:
 
             train_sft(config, self.run_folder, sets, with_lora(model, config.lora, seed=config.seed), on_step, say=console.say)
         console.say(f"{self.run_folder}: done; search-r3 export --run {self.run_folder} --out FOLDER writes the model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rl:
+    """Stage 2: reinforcement learning of reasoning and embedding. Calling it again with the same --run goes on from the last checkpoint.
+
+    Attributes:
+        config: an experiment; the settings below show its values and change them. --model is what it starts from: a run of stage 1.
+        run_folder: folder of the run; made where it is missing.
+        debug: show the traceback of an error.
+    """
+
+    config: str
+    run_folder: Annotated[Path, tyro.conf.arg(name="run")]
+    settings: Annotated[RunConfig, tyro.conf.arg(name="")]
+    debug: bool = False
+
+    def run(self) -> None:
+        from search_r3_jax.console import Stages
+        from search_r3_jax.data.development import for_stage_2, load_training_sets
+        from search_r3_jax.errors import UserError
+        from search_r3_jax.hub.checkpoint import load_model, with_lora
+        from search_r3_jax.hub.snapshots import latest_snapshot
+        from search_r3_jax.mesh import mesh_from_config
+        from search_r3_jax.training.rl import train_rl
+        from search_r3_jax.training.run import start_record
+
+        config, console = _absolute(self.settings), Stages(1)
+        if len(config.data.sets) != 1:
+            raise UserError(f"data.sets: {len(config.data.sets)} data sets: stage 2 searches one corpus; name one")
+        data = for_stage_2(load_training_sets(config.data)[0], config.data)
+        dev = f"; {len(data.dev.queries)} of {data.dev.split} over {len(data.dev.documents)} to watch" if data.dev else ""
+        console.say(f"{data.train.name}: {len(data.train.queries)} queries over {len(data.train.documents)} documents{dev}")
+        extra = start_record(self.run_folder, config) | {"data": config.data.sets[0], "split": config.data.split}
+        console.say(f"loading {config.model}" + (f", step {extra['start_step']}" if extra["start_step"] is not None else ""))
+        model = load_model(
+            config.model,
+            step=extra["start_step"],
+            compute_dtype=config.compute_dtype,
+            remat=config.remat,
+            attention=config.attention,
+            mesh=mesh_from_config(config.mesh),
+        )
+        with console.bar("steps", config.rl.steps) as bar:
+            bar.resume_at(latest_snapshot(self.run_folder) or 0)
+
+            def on_step(done: int, total: int, values: dict[str, float]) -> None:
+                told = f"reward {values['reward']:.3f}, valid {values['valid_rate']:.0%}, entropy {values['entropy']:.2f}"
+                bar.to(done, f"{told}, {values['rollout_tokens_per_second']:,.0f} tokens/s written", max(done, total))
+
+            model = with_lora(model, config.lora, seed=config.seed)
+            train_rl(config, self.run_folder, data, model, on_step, say=console.say, extra=extra)
+        console.say(f"{self.run_folder}: done; search-r3 export --run {self.run_folder} --out FOLDER writes the model")
+
+
+def _absolute(config: RunConfig) -> RunConfig:
+    """The config with whole paths: a run is opened from anywhere, and remembers what it was made from."""
+    sets = tuple(str(Path(folder).resolve()) for folder in config.data.sets)
+    model = str(Path(config.model).resolve()) if Path(config.model).exists() else config.model
+    return dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, sets=sets))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,20 @@
-"""Stage 1 of SmolLM2-135M-Instruct on one real collection, on two CPU cores.
+"""Both stages of SmolLM2-135M-Instruct on one real collection, on two CPU cores.
 
-search-r3 sft --config smollm2 --run runs/cosqa --data.sets DATA/cosqa
+search-r3 sft --config smollm2 --run runs/sft --data.sets DATA/strategyqa
+search-r3 rl --config smollm2 --run runs/rl --model runs/sft --start-step best --data.sets DATA/strategyqa
 """
 
-from search_r3_jax.config import DataConfig, LoraConfig, OptimizerConfig, RunConfig, SftConfig, TextConfig
+from search_r3_jax.config import (
+    DataConfig,
+    IndexConfig,
+    LoraConfig,
+    OptimizerConfig,
+    RlConfig,
+    RunConfig,
+    SamplerConfig,
+    SftConfig,
+    TextConfig,
+)
 
 config = RunConfig(
     model="smollm2",
@@ -24,4 +35,14 @@ config = RunConfig(
         save_every=20,
         optimizer=OptimizerConfig(learning_rate=1e-3, row_scale=10.0, warmup_steps=6),
     ),
+    rl=RlConfig(
+        steps=100,
+        global_queries=8,
+        group_size=8,
+        eval_every=25,
+        snapshot_every=25,
+        sampler=SamplerConfig(max_think_tokens=32),
+        optimizer=OptimizerConfig(learning_rate=2e-4, warmup_steps=5),
+    ),
+    index=IndexConfig(candidates=48, refresh_budget=96, overlay_max_age=4),
 )

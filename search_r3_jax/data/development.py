@@ -47,6 +47,22 @@ def _load(folder: Path, config: DataConfig) -> TrainingSet:
     return TrainingSet(train=train, dev=cut_corpus(dev, config.dev_documents)[0])
 
 
+def for_stage_2(training: TrainingSet, config: DataConfig) -> TrainingSet:
+    """What stage 2 samples and searches: the queries with a relevant document, fewer of them, and a smaller corpus, where asked for.
+
+    Trainer and indexer come to the same corpus from the same config.
+    """
+    train = training.train
+    queries = tuple(query for query in train.queries if query.positives)
+    if config.rl_queries:
+        chosen = {query.query_id for query in _drawn(train, config.rl_queries)}
+        queries = tuple(query for query in queries if query.query_id in chosen)
+    train = dataclasses.replace(train, queries=queries)
+    if config.rl_documents:
+        train = cut_corpus(train, config.rl_documents)[0]
+    return dataclasses.replace(training, train=train)
+
+
 def _drawn(collection: Collection, count: int) -> list[Query]:
     """`count` queries with a relevant document, by a hash of their ids."""
     judged = [query for query in collection.queries if query.positives]

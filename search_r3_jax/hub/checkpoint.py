@@ -18,7 +18,7 @@ from search_r3_jax.config import LoraConfig, ModelConfig, Step
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub.gguf import GgufFile
 from search_r3_jax.hub.safetensors_folder import SafetensorsFolder, read_json
-from search_r3_jax.hub.snapshots import chosen_snapshot, read_run, read_snapshot, start_of
+from search_r3_jax.hub.snapshots import chosen_snapshot, read_run, read_snapshot, start_of, start_step_of
 from search_r3_jax.hub.weights import build_decoder, torch_tensors
 from search_r3_jax.mesh import param_shardings
 from search_r3_jax.models.attention import Backend
@@ -103,7 +103,14 @@ def _load_run(run: Path, step: Step, compute_dtype: str, remat: str, attention: 
     """What a run has made of the model it started from, merged."""
     config, record = read_run(run)
     chosen = chosen_snapshot(run, step)
-    start = load_model(start_of(run, record), compute_dtype=compute_dtype, remat=remat, attention=attention, mesh=mesh)
+    start = load_model(
+        start_of(run, record),
+        step=start_step_of(record),
+        compute_dtype=compute_dtype,
+        remat=remat,
+        attention=attention,
+        mesh=mesh,
+    )
     decoder = with_lora(start, config.lora, seed=config.seed).decoder
     params = nnx.state(decoder, trainable_filter(decoder))
     nnx.update(decoder, read_snapshot(run, chosen, params))

@@ -16,7 +16,7 @@ from search_r3_jax.hub.checkpoint import LoadedModel, load_model, with_lora
 from search_r3_jax.hub.export import MAX_TOKENS, RECORD, save_tensors, save_tokenizer, text_room, write_record
 from search_r3_jax.hub.folders import replaced_folder
 from search_r3_jax.hub.model_card import adapter_card
-from search_r3_jax.hub.snapshots import chosen_snapshot, read_run, read_snapshot, start_of
+from search_r3_jax.hub.snapshots import chosen_snapshot, read_run, read_snapshot, start_of, start_step_of
 from search_r3_jax.models.decoder import Decoder
 from search_r3_jax.models.families import LAYER_TENSORS
 from search_r3_jax.models.lora import trainable_filter
@@ -89,12 +89,12 @@ def load_stages(run: Path, *, step: Step = None) -> tuple[list[LoadedModel], str
     if config.lora.rank == 0:
         raise UserError(f"{run / 'config.json'}: lora.rank: 0, so the run has no adapters; export it without --peft")
     chosen = chosen_snapshot(run, step)
-    name = start_of(run, record)
-    model = with_lora(load_model(name), config.lora, seed=config.seed)
+    name, start_step = start_of(run, record), start_step_of(record)
+    model = with_lora(load_model(name, step=start_step), config.lora, seed=config.seed)
     params = nnx.state(model.decoder, trainable_filter(model.decoder))
     nnx.update(model.decoder, read_snapshot(run, chosen, params))
     if (Path(name) / "checkpoints").is_dir():
-        earlier, first = load_stages(Path(name))
+        earlier, first = load_stages(Path(name), step=start_step)
         return [*earlier, model], first
     return [model], name
 

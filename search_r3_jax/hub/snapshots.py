@@ -147,6 +147,11 @@ def start_of(run: Path, record: dict[str, Any]) -> str:
     return record["config"]["model"] if start is None else str((run / start).resolve())
 
 
+def start_step_of(record: dict[str, Any]) -> int | None:
+    """The checkpoint of the run that a run starts from; None where it starts from no run, or an older record names none."""
+    return record.get("start_step")
+
+
 def _abstract(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=getattr(x, "sharding", None)), tree)
 

@@ -42,6 +42,47 @@ def token_log_probs(
     return _joined(log_probs, M), _joined(entropies, M)
 
 
+def live_token_log_probs(
+    logits_of: Callable[[jax.Array], jax.Array],
+    hidden_md: jax.Array,
+    targets_m: jax.Array,
+    live_m: jax.Array,
+    *,
+    temperature: float = 1.0,
+    chunk: int = 256,
+) -> tuple[jax.Array, jax.Array]:
+    """`token_log_probs` where `live_m` bool [M], 0 elsewhere: the head runs on no chunk without a live token.
+
+    One compiled shape whatever was sampled, and a time that follows it. For one device: rows are brought together from all of M.
+    """
+    M, D = hidden_md.shape
+    chunk = min(chunk, M)
+    # Live rows first, in their order, so that chunks are full of them or empty.
+    order_m = jnp.argsort(~live_m, stable=True)
+    padded = -(-M // chunk) * chunk
+    hidden = jnp.pad(hidden_md[order_m], ((0, padded - M), (0, 0))).reshape(-1, chunk, D)
+    targets = jnp.pad(targets_m[order_m], (0, padded - M)).reshape(-1, chunk)
+    first = jnp.arange(0, padded, chunk)
+
+    def compute(hidden_cd: jax.Array, targets_c: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return token_log_probs(logits_of, hidden_cd, targets_c, temperature=temperature, chunk=chunk)
+
+    def nothing(hidden_cd: jax.Array, targets_c: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jnp.zeros(chunk, jnp.float32), jnp.zeros(chunk, jnp.float32)
+
+    def body(_: None, part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
+        hidden_cd, targets_c, start = part
+        return None, jax.lax.cond(start < jnp.sum(live_m), compute, nothing, hidden_cd, targets_c)
+
+    _, found = jax.lax.scan(body, None, (hidden, targets, first))
+
+    def back(values_nc: jax.Array) -> jax.Array:
+        values_m = jnp.zeros(M, values_nc.dtype).at[order_m].set(values_nc.reshape(-1)[:M])
+        return jnp.where(live_m, values_m, 0)
+
+    return back(found[0]), back(found[1])
+
+
 def cross_entropy(log_probs_m: jax.Array, mask_m: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`(sum, count)` of −log p over the masked tokens, in nats."""
     return -jnp.sum(jnp.where(mask_m, log_probs_m, 0.0)), jnp.sum(mask_m, dtype=jnp.float32)

@@ -64,6 +64,15 @@ class PolicyStatistics(NamedTuple):
         return values
 
 
+def policy_count(mask_bt: jax.Array, variant: Variant, *, max_tokens: int = 0) -> jax.Array:
+    """What `policy_loss` divides by, [] float32: of a whole batch, before it is cut into micro-batches."""
+    tokens_b = jnp.sum(mask_bt, axis=-1, dtype=jnp.float32)
+    if variant == "dapo":
+        return jnp.sum(tokens_b)
+    rows = jnp.sum(tokens_b > 0, dtype=jnp.float32)
+    return rows * max_tokens if variant == "dr_grpo" else rows
+
+
 def group_advantages(
     rewards_b: jax.Array, group_id_b: jax.Array, *, groups: int, scale: RewardScale = "group", eps: float = 1e-4
 ) -> tuple[jax.Array, jax.Array]:
@@ -191,12 +200,11 @@ def policy_loss(
         entropy=None if entropies_bt is None else token_sum(sampled(entropies_bt)),
         capped=capped,
     )
+    count = policy_count(mask_bt, variant, max_tokens=max_tokens).astype(dtype)
     if variant == "grpo" or variant == "gspo":
-        return jnp.sum(jnp.sum(loss_bt * counted_bt, axis=-1) / jnp.maximum(tokens_b, 1)), statistics.rows, statistics
-    if variant == "dr_grpo":
-        return token_sum(loss_bt), statistics.rows * max_tokens, statistics
-    if variant == "dapo":
-        return token_sum(loss_bt), statistics.tokens, statistics
+        return jnp.sum(jnp.sum(loss_bt * counted_bt, axis=-1) / jnp.maximum(tokens_b, 1)), count, statistics
+    if variant == "dr_grpo" or variant == "dapo":
+        return token_sum(loss_bt), count, statistics
     raise ValueError(f"unknown variant {variant!r} of the policy loss")
 
 

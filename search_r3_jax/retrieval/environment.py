@@ -20,11 +20,13 @@ class StepResult:
 
     Attributes:
       rewards: [Q,G] float32 in [0,1].
+      terms: what each reward is the sum of, [Q,G] each (see `reward_terms`).
       top_rows: each completion's best documents, [Q,G,3] int32; −1 where invalid or where there are fewer.
       stats: named floats to log.
     """
 
     rewards: np.ndarray
+    terms: dict[str, np.ndarray]
     top_rows: np.ndarray
     stats: dict[str, float]
 
@@ -60,8 +62,21 @@ class Environment:
         self._overlay: dict[int, tuple[np.ndarray, int]] = {}
         self._reencoded_total = 0
 
-    def score(self, step: int, positives: Sequence[Mapping[int, float]], vectors: np.ndarray, valid: np.ndarray) -> StepResult:
-        """Reward Q groups: positives {row → grade > 0} by query, unit vectors [Q,G,E], valid [Q,G] bool, of policy `step`."""
+    def score(
+        self,
+        step: int,
+        positives: Sequence[Mapping[int, float]],
+        vectors: np.ndarray,
+        valid: np.ndarray,
+        *,
+        tokens: np.ndarray | None = None,
+        direct: np.ndarray | None = None,
+    ) -> StepResult:
+        """Reward Q groups: positives {row → grade > 0} by query, unit vectors [Q,G,E], valid [Q,G] bool, of policy `step`.
+
+        `tokens` [Q,G] of each reply, where length has a weight; `direct` [Q,E], the queries embedded without reasoning, for the reward
+        `gain_over_direct`.
+        """
         self._check(positives, vectors, valid)
         # Whatever an invalid completion left in its place must not reach a sum.
         vectors = np.where(valid[:, :, None], vectors, 0).astype(np.float32)
@@ -73,7 +88,7 @@ class Environment:
         proposed = time.perf_counter()
         reencoded = self._refresh(step, positives, vectors, valid, candidates)
         refreshed = time.perf_counter()
-        rewards, top_rows, fresh_share = self._rank(positives, vectors, valid, candidates)
+        rewards, terms, top_rows, fresh_share = self._rank(positives, vectors, valid, candidates, tokens, direct)
         rewarded = time.perf_counter()
 
         rows = len(self.index.ids)
@@ -91,7 +106,7 @@ class Environment:
             "reward_seconds": rewarded - refreshed,
             **agreement,
         }
-        return StepResult(rewards=rewards, top_rows=top_rows, stats=stats)
+        return StepResult(rewards=rewards, terms=terms, top_rows=top_rows, stats=stats)
 
     def swap(self, index: Index) -> None:
         """Take a newer index, between steps, and forget overlay vectors older than it; raises ValueError on another corpus."""
@@ -179,18 +194,32 @@ class Environment:
         vectors: np.ndarray,
         valid: np.ndarray,
         candidates: Sequence[np.ndarray],
-    ) -> tuple[np.ndarray, np.ndarray, float]:
-        """Rewards [Q,G], top rows [Q,G,3] and the share of candidates with a fresh vector."""
+        tokens: np.ndarray | None,
+        direct: np.ndarray | None,
+    ) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray, float]:
+        """Rewards [Q,G], their terms, top rows [Q,G,3] and the share of candidates with a fresh vector."""
         rewards = np.zeros(valid.shape, dtype=np.float32)
+        of_query: list[dict[str, np.ndarray]] = []
         top_rows = np.full((*valid.shape, TOP), -1, dtype=np.int32)
         for query, rows in enumerate(candidates):
-            similarities = vectors[query] @ self.vectors_of(rows).T
+            documents = self.vectors_of(rows)
+            similarities = vectors[query] @ documents.T
             relevance = np.array([positives[query].get(row, 0.0) for row in rows.tolist()])
-            rewards[query] = total_reward(reward_terms(similarities, relevance, valid[query], self._reward))
+            terms = reward_terms(
+                similarities,
+                relevance,
+                valid[query],
+                self._reward,
+                tokens=None if tokens is None else tokens[query],
+                direct_similarities=None if direct is None else direct[query] @ documents.T,
+            )
+            rewards[query] = total_reward(terms)
+            of_query.append(terms)
             best = rows[np.argsort(-similarities, axis=1, kind="stable")[:, :TOP]]
             top_rows[query, :, : best.shape[1]] = np.where(valid[query][:, None], best, -1)
         fresh = [row in self._overlay for rows in candidates for row in rows.tolist()]
-        return rewards, top_rows, sum(fresh) / len(fresh)
+        all_terms = {name: np.stack([terms[name] for terms in of_query]) for name in of_query[0]}
+        return rewards, all_terms, top_rows, sum(fresh) / len(fresh)
 
     def vectors_of(self, rows: np.ndarray) -> np.ndarray:
         """The vectors [n,E] that ranking uses: the overlay's where there is one, the index's otherwise."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import threading
@@ -14,11 +15,11 @@ import numpy as np
 from flax import nnx
 
 from search_r3_jax.config import RunConfig
-from search_r3_jax.data.dataset import load_collection
+from search_r3_jax.data.development import for_stage_2, load_training_sets
 from search_r3_jax.errors import UserError
 from search_r3_jax.files import write_json
 from search_r3_jax.hub.checkpoint import load_model, with_lora
-from search_r3_jax.hub.snapshots import latest_snapshot, read_run, read_snapshot, start_of
+from search_r3_jax.hub.snapshots import latest_snapshot, read_run, read_snapshot, start_of, start_step_of
 from search_r3_jax.models.lora import merge_lora, trainable_filter
 from search_r3_jax.retrieval.versions import current_version, prune_versions, publish_version
 from search_r3_jax.rollout.encoder import Encoder
@@ -59,8 +60,11 @@ class IndexWorker:
 
     def __init__(self, run: Path, config: RunConfig, record: dict[str, Any]):
         self._run, self._config = run, config
-        self._collection = load_collection(start_relative(run, record["data"]), record["split"])
-        start = load_model(start_of(run, record), compute_dtype=config.compute_dtype, attention=config.attention)
+        data = dataclasses.replace(config.data, sets=(str(start_relative(run, record["data"])),), split=record["split"])
+        self._collection = for_stage_2(load_training_sets(data)[0], data).train
+        start = load_model(
+            start_of(run, record), step=start_step_of(record), compute_dtype=config.compute_dtype, attention=config.attention
+        )
         # Merged parameters have the structure of the model without adapters, so one encoder serves every snapshot.
         self._encoder = Encoder(nnx.split(start.decoder)[0], Prompter(start.tokenizer))
         self._model = with_lora(start, config.lora, seed=config.seed)

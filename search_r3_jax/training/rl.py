@@ -3,65 +3,43 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 
 from search_r3_jax.config import RlConfig, RunConfig
 from search_r3_jax.data.collection import Collection, Query
+from search_r3_jax.data.development import TrainingSet
 from search_r3_jax.data.mixture import shuffled
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub.checkpoint import LoadedModel
 from search_r3_jax.hub.snapshots import SnapshotWriter
-from search_r3_jax.models.attention import KVBlock
-from search_r3_jax.models.decoder import Decoder, positions_from_lengths
-from search_r3_jax.models.embedding import unit
 from search_r3_jax.models.lora import trainable_filter
-from search_r3_jax.objectives.contrastive import info_nce, one_positive
-from search_r3_jax.objectives.language import token_log_probs
-from search_r3_jax.objectives.policy_gradient import group_advantages, policy_loss
-from search_r3_jax.retrieval.environment import Environment, StepResult
+from search_r3_jax.objectives.policy_gradient import group_advantages
+from search_r3_jax.retrieval.environment import EncodeDocuments, Environment
+from search_r3_jax.retrieval.index import Index
 from search_r3_jax.retrieval.rewards import RewardSettings, check_rewards
 from search_r3_jax.retrieval.supervisor import IndexFollower
-from search_r3_jax.rollout.encoder import Encoder, prefix_block
-from search_r3_jax.rollout.sampler import Rollout, Sampler, rollout_seeds
+from search_r3_jax.rollout.encoder import Encoder
+from search_r3_jax.rollout.sampler import Sampler, rollout_seeds
 from search_r3_jax.text.prompts import Prompter
+from search_r3_jax.training.development import Development
+from search_r3_jax.training.monitor import CollapseGuard
 from search_r3_jax.training.optimizer import make_optimizer
+from search_r3_jax.training.rl_report import ConstantTerms, sample_records, step_scalars
+from search_r3_jax.training.rl_step import RlBatch, Scorer, make_batch, make_scorer, make_update, put_batch
 from search_r3_jax.training.run import Run
+from search_r3_jax.training.state import TrainState, init_state, state_shardings
 
+BEST_BY = "dev_reason_ndcg@10"
 OnStep = Callable[[int, int, dict[str, float]], object]
-
-
-class RlState(NamedTuple):
-    """What an update changes; a plain pytree."""
-
-    params: Any
-    optimizer: Any
-
-
-class RlBatch(NamedTuple):
-    """Q prompts, their B = Q·G replies and what an update needs of the rewards.
-
-    `read` [M] int32: flat positions of B·T whose token the policy chose, −1 filled; everything that scores tokens is [M].
-    `row` [M] int32: the reply each belongs to. `documents` [Q,E] float32: a positive of each query, under current parameters.
-    """
-
-    prompt_ids: np.ndarray
-    prompt_lengths: np.ndarray
-    ids: np.ndarray
-    lengths: np.ndarray
-    valid: np.ndarray
-    read: np.ndarray
-    old_log_probs: np.ndarray
-    advantages: np.ndarray
-    documents: np.ndarray
+Say = Callable[[str], object]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,87 +65,73 @@ class RlResult:
 def train_rl(
     config: RunConfig,
     folder: Path,
-    collection: Collection,
+    data: TrainingSet,
     model: LoadedModel,
     on_step: OnStep,
     *,
-    say: Callable[[str], object],
+    say: Say,
     extra: dict[str, Any],
 ) -> RlResult:
     """Run stage 2 to its last step, from the newest checkpoint where there is one.
 
-    `model` holds the parameters that stage 1 left; `extra` is what the indexer process has to know (data set, start).
+    `model` holds the parameters that stage 1 left, which also are the reference; `extra` is what the indexer process has to know (data
+    set, start). `on_step(steps done, steps in all, scalars)`. Raises UserError for settings that cannot work, before the first step, and
+    when the replies collapse or too many updates in a row are not finite; the last checkpoint is kept.
     """
     # Act 1: what is needed.
-    rl = config.rl
+    rl, collection = config.rl, data.train
     _check(config, collection)
     prompter = Prompter(model.tokenizer)
     graph, params, frozen = nnx.split(model.decoder, trainable_filter(model.decoder), ...)
-    optimizer = make_optimizer(rl.optimizer, rl.steps)
-    state = RlState(params, optimizer.init(params))
-    full_graph, _ = nnx.split(model.decoder)
+    full_graph = nnx.split(model.decoder)[0]
+    optimizer = make_optimizer(rl.optimizer, rl.steps * rl.inner_epochs)
+    # As in stage 1: Orbax writes from the arrays' own memory on a CPU.
+    donate = jax.default_backend() != "cpu"
+    shardings = None if model.mesh is None else state_shardings(params, optimizer, model.mesh)
+    state = init_state(params, optimizer, shardings, copy=donate)
+    sampler = _make_sampler(full_graph, prompter, rl)
     encoder = Encoder(full_graph, prompter)
-    sampler = Sampler(
-        full_graph,
-        prompter,
-        max_think_tokens=rl.sampler.max_think_tokens,
-        temperature=rl.sampler.temperature,
-        top_k=rl.sampler.top_k,
-        top_p=rl.sampler.top_p,
-        prefill_chunk=rl.sampler.prefill_chunk,
-    )
-    score = make_scorer(graph, prompter, rl)
-    update = make_update(graph, prompter, optimizer, rl)
+    score = make_scorer(graph, prompter, rl, shardings)
+    update = make_update(graph, prompter, optimizer, rl, shardings, donate=donate)
+    development = Development(config, [data.dev], full_graph, prompter, reasoned=True) if data.dev and rl.eval_every else None
+    guard = CollapseGuard(valid_below=rl.collapse_valid, entropy_below=rl.collapse_entropy, steps=rl.collapse_steps)
+    constant = ConstantTerms(say)
+
+    current = nnx.merge_state(state.params, frozen)
+
+    def encode(texts: Sequence[str], max_tokens: int) -> np.ndarray:
+        return encoder.encode(current, texts, max_tokens=max_tokens)
+
+    def encode_documents(rows: np.ndarray) -> np.ndarray:
+        return encode([collection.documents[int(row)].body for row in rows], config.text.max_document_tokens)
+
+    if not np.isfinite(encode([collection.queries[0].text], config.text.max_query_tokens)).all():
+        raise UserError(f"model: {config.model}: its embeddings are not finite, nor would any reward be; start from another checkpoint")
 
     # Act 2: the run directory, the first snapshot, and the index made from it by the indexer process.
     run = Run(folder, config, stage="rl", extra=extra)
     run.save_tokenizer(model.tokenizer)
-    snapshots = SnapshotWriter(folder)
+    snapshots = SnapshotWriter(folder, keep=rl.keep)
     follower = IndexFollower(folder, collection.corpus_hash(), model.embed_id, say=say)
+    meta: dict[str, Any] = {"stage": "rl", "seed": config.seed, "swaps": [], "index_versions": [], "reencoded": 0, "valid": []}
+    meta |= {"skipped": 0, "skipped_in_a_row": 0, "guard": guard.state()}
     try:
         first = snapshots.latest() or 0
-        meta: dict[str, Any] = {
-            "stage": "rl",
-            "seed": config.seed,
-            "swaps": [],
-            "index_versions": [],
-            "reencoded": 0,
-            "valid": [],
-        }
         if first:
             restored, optimizer_state, meta = snapshots.restore(first, state.params, state.optimizer)
-            state = RlState(restored, optimizer_state)
+            state = TrainState(restored, optimizer_state, jnp.asarray(meta["skipped_in_a_row"], jnp.int32))
+            guard.restore(meta["guard"])
+            say(f"going on from step {first}")
         elif snapshots.latest() is None:
-            snapshots.save(0, state.params, state.optimizer, meta)
+            scalars = _evaluate(development, current, 0, folder, run, say)
+            snapshots.save(0, state.params, state.optimizer, meta, score=scalars.get(BEST_BY))
             snapshots.wait()
         run.start_at(first)
         follower.start()
-
-        current = state
-
-        def encode_documents(rows: np.ndarray) -> np.ndarray:
-            texts = [collection.documents[int(row)].body for row in rows]
-            whole = nnx.merge_state(current.params, frozen)
-            return encoder.encode(whole, texts, max_tokens=config.text.max_document_tokens)
-
         index = follower.wait_for_first()
         if index.version not in [version["step"] for version in meta["index_versions"]]:
             meta["index_versions"].append(follower.measured(index.version))
-        environment = Environment(
-            index,
-            encode_documents,
-            candidates=config.index.candidates,
-            refresh_budget=config.index.refresh_budget,
-            overlay_max_age=config.index.overlay_max_age,
-            reward=RewardSettings(
-                variant=rl.reward,
-                temperature=rl.reward_temperature,
-                margin_weight=rl.margin_weight,
-                margin_width=rl.margin_width,
-                hard_negatives=rl.hard_negatives,
-                floor_gap=rl.floor_gap,
-            ),
-        )
+        environment = _make_environment(config, index, encode_documents)
 
         # Act 3: the loop. Swaps happen between steps only.
         step = first
@@ -181,52 +145,75 @@ def train_rl(
                 say(f"step {step}: the index built from step {newer.version} is in use")
             swapped = time.perf_counter()
 
+            # Rollout: G replies to each of Q queries, with the parameters as they are.
+            current = nnx.merge_state(state.params, frozen)
             chosen = shuffled(len(collection.queries), config.seed, step * rl.global_queries, rl.global_queries)
             queries = [collection.queries[i] for i in chosen]
-            seeds = rollout_seeds(config.seed, step, chosen, rl.group_size)
-            whole = nnx.merge_state(state.params, frozen)
             texts = [query.text for query in queries]
-            rollout = sampler.sample(whole, texts, seeds, max_tokens=config.text.max_query_tokens)
+            seeds = rollout_seeds(config.seed, step, chosen, rl.group_size)
+            rollout = sampler.sample(current, texts, seeds, max_tokens=config.text.max_query_tokens)
             sampled = time.perf_counter()
 
-            current = state
+            # Reward: candidates from the index, the region they touch under current parameters.
             Q, G = seeds.shape
+            positives = [_positives(query, collection) for query in queries]
             result = environment.score(
                 step,
-                [_positives(query, collection) for query in queries],
+                positives,
                 rollout.vectors.reshape(Q, G, -1),
                 rollout.valid.reshape(Q, G),
+                tokens=rollout.lengths.reshape(Q, G),
+                direct=encode(texts, config.text.max_query_tokens) if rl.reward == "gain_over_direct" else None,
             )
             rewarded = time.perf_counter()
 
-            advantages, _ = group_advantages(
-                jnp.asarray(result.rewards).reshape(-1), jnp.repeat(jnp.arange(Q), G), groups=Q, scale=rl.scale_rewards
-            )
-            documents = environment.vectors_of(np.array([_first_positive(query, collection) for query in queries]))
-            batch = make_batch(rollout, np.asarray(advantages), documents)
-            reference = score(state.params, frozen, batch, adapters=False) if rl.beta > 0 else None
-            state, scalars = update(state, frozen, batch, reference)
-            values = {name: float(value) for name, value in scalars.items()}
-            if not np.isfinite(values["loss"]):
-                raise FloatingPointError(f"stage 2, step {step}: the loss is {values['loss']}; lower rl.optimizer.learning_rate")
+            # Update: advantages of the whole batch, then as many passes over it as asked for.
+            group_id = jnp.repeat(jnp.arange(Q), G)
+            advantages, _ = group_advantages(jnp.asarray(result.rewards).reshape(-1), group_id, groups=Q, scale=rl.scale_rewards)
+            told_apart = np.array([max(grades, key=lambda row: (grades[row], -row)) for grades in positives])
+            relevance = np.array([[grades.get(row, 0) for row in told_apart.tolist()] for grades in positives], np.float32)
+            documents = environment.vectors_of(told_apart)
+            batch = put_batch(make_batch(rollout, np.asarray(advantages), documents, relevance, micro_queries=rl.micro_queries), model.mesh)
+            reference = _reference(score, batch, params, frozen, config)
+            old = score(state.params, frozen, batch.replies, adapters=True) if rl.inner_epochs > 1 else None
+            found: dict[str, jax.Array] = {}
+            log_probs: list[jax.Array] = []
+            for _ in range(rl.inner_epochs):
+                state, found, before = update(state, frozen, batch, old, reference)
+                log_probs.append(before)
+            values = {name: float(value) for name, value in found.items()}
+            meta["skipped_in_a_row"] = int(values.pop("skipped_in_a_row"))
+            meta["skipped"] += meta["skipped_in_a_row"] > 0
             finished = time.perf_counter()
 
-            values |= _rollout_scalars(rollout, result) | {name: float(value) for name, value in result.stats.items()}
+            # What came of it.
+            trainer_bt = np.asarray(log_probs[0]).reshape(rollout.ids.shape)
+            values |= step_scalars(rollout, result, trainer_bt, sampled - swapped)
             values |= {
+                "skipped": meta["skipped"],
                 "seconds": finished - started,
                 "swap_seconds": swapped - started,
                 "rollout_seconds": sampled - swapped,
                 "environment_seconds": rewarded - sampled,
                 "update_seconds": finished - rewarded,
             }
+            constant.observe(step, values)
             meta["reencoded"] += int(result.stats["reencoded"])
             meta["valid"].append(values["valid_rate"])
-            run.log(step, values)
-            run.sample(_sample_record(step, queries[0], rollout, result, prompter, collection))
+            for record in sample_records(step, rl.sample_every, queries, rollout, result, prompter, collection):
+                run.sample(record)
             step += 1
+            looked = rl.eval_every > 0 and (step % rl.eval_every == 0 or step == rl.steps)
+            if looked:
+                current = nnx.merge_state(state.params, frozen)
+                values |= _evaluate(development, current, step, folder, run, say)
+            run.log(step - 1, values)
             on_step(step, rl.steps, values)
-            if step % rl.snapshot_every == 0 or step == rl.steps:
-                snapshots.save(step, state.params, state.optimizer, meta)
+            stop = _reason_to_stop(step - 1, values, meta, guard, rl)
+            if looked or stop or step % rl.snapshot_every == 0 or step == rl.steps:
+                snapshots.save(step, state.params, state.optimizer, meta, score=values.get(BEST_BY))
+            if stop:
+                raise UserError(f"{stop} (checkpoints are in {folder})")
             follower.check()
         if step > (snapshots.latest() or 0):
             snapshots.save(step, state.params, state.optimizer, meta)
@@ -245,170 +232,105 @@ def train_rl(
     )
 
 
-def make_batch(rollout: Rollout, advantages: np.ndarray, documents: np.ndarray) -> RlBatch:
-    """The arrays of an update, in one shape whatever was sampled: compiling another would cost more than a short run's steps."""
-    chosen = np.flatnonzero(rollout.sampled.reshape(-1))
-    read = np.full(rollout.sampled.size, -1, dtype=np.int32)
-    read[: len(chosen)] = chosen
-    old = np.zeros(len(read), dtype=np.float32)
-    old[: len(chosen)] = rollout.log_probs.reshape(-1)[chosen]
-    return RlBatch(
-        prompt_ids=rollout.prompt_ids,
-        prompt_lengths=rollout.prompt_lengths,
-        ids=rollout.ids,
-        lengths=rollout.lengths,
-        valid=rollout.valid,
-        read=read,
-        old_log_probs=old,
-        advantages=advantages.astype(np.float32),
-        documents=documents.astype(np.float32),
-    )
-
-
-def _reply_states(
-    decoder: Decoder, prompter: Prompter, batch: RlBatch, *, temperature: float, adapters: bool
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Log-probabilities [M] and entropies [M] of the sampled tokens, and the states [B,D] at the embed token.
-
-    Prefix and prompt run once per query and are shared by the group, with gradients; the replies attend to them.
-    """
-    prompt, (B, T) = prompter.reason, batch.ids.shape
-    lengths_q = jnp.asarray(batch.prompt_lengths)
-    G = B // lengths_q.shape[0]
-    shared: KVBlock = prefix_block(decoder, prompt.prefix, adapters=adapters)
-    positions_qs = positions_from_lengths(lengths_q, batch.prompt_ids.shape[1], len(prompt.prefix))
-    prompt_hidden, prompts = decoder(jnp.asarray(batch.prompt_ids), positions_qs, contexts=[shared], adapters=adapters)
-    last_qd = jnp.take_along_axis(prompt_hidden, lengths_q[:, None, None] - 1, axis=1)[:, 0]
-    lengths_b = jnp.asarray(batch.lengths)
-    positions_bt = positions_from_lengths(lengths_b, T, jnp.repeat(lengths_q + len(prompt.prefix), G))
-    ids_bt = jnp.asarray(batch.ids)
-    hidden_btd, _ = decoder(ids_bt, positions_bt, contexts=[shared, prompts], adapters=adapters)
-
-    # The state that predicts token t is the one before it; the first is predicted by the prompt's last state.
-    predicting = jnp.concatenate([jnp.repeat(last_qd, G, axis=0)[:, None], hidden_btd[:, :-1]], axis=1)
-    at_m = jnp.maximum(jnp.asarray(batch.read), 0)
-    D = predicting.shape[-1]
-    log_probs, entropies = token_log_probs(
-        lambda hidden: decoder.logits(hidden, adapters),
-        predicting.reshape(-1, D)[at_m],
-        ids_bt.reshape(-1)[at_m],
-        temperature=temperature,
-    )
-    embeds = jnp.take_along_axis(hidden_btd, (lengths_b - 1)[:, None, None], axis=1)[:, 0]
-    return log_probs, entropies, embeds
-
-
-def make_scorer(graph: nnx.GraphDef[Decoder], prompter: Prompter, config: RlConfig) -> Callable[..., jax.Array]:
-    """Log-probabilities [M] of a batch's sampled tokens; `adapters=False` scores them with the frozen base."""
-
-    def score(params: nnx.State, frozen: nnx.State, batch: RlBatch, adapters: bool) -> jax.Array:
-        decoder = nnx.merge(graph, params, frozen)
-        temperature = config.sampler.temperature
-        return _reply_states(decoder, prompter, batch, temperature=temperature, adapters=adapters)[0]
-
-    return jax.jit(score, static_argnames="adapters")
-
-
-def make_update(
-    graph: nnx.GraphDef[Decoder], prompter: Prompter, optimizer: optax.GradientTransformation, config: RlConfig
-) -> Callable[[RlState, nnx.State, RlBatch, jax.Array | None], tuple[RlState, dict[str, jax.Array]]]:
-    """One jitted policy update."""
-
-    def loss_of(params: nnx.State, frozen: nnx.State, batch: RlBatch, reference_m: jax.Array | None):
-        decoder = nnx.merge(graph, params, frozen)
-        temperature = config.sampler.temperature
-        log_probs_m, entropies_m, embeds_bd = _reply_states(decoder, prompter, batch, temperature=temperature, adapters=True)
-        B, T = batch.ids.shape
-        read = jnp.asarray(batch.read)
-
-        def to_rows(values_m: jax.Array) -> jax.Array:
-            # Fillers go one past the end, where `drop` discards them.
-            return jnp.zeros(B * T).at[jnp.where(read >= 0, read, B * T)].set(values_m, mode="drop").reshape(B, T)
-
-        policy_sum, count, statistics = policy_loss(
-            to_rows(log_probs_m),
-            jnp.asarray(batch.advantages),
-            to_rows(jnp.ones_like(log_probs_m)) > 0,
-            variant=config.variant,
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
-            max_tokens=config.sampler.max_think_tokens,
-            old_log_probs_bt=to_rows(jnp.asarray(batch.old_log_probs)),
-            reference_log_probs_bt=None if reference_m is None else to_rows(reference_m),
-            beta=config.beta,
-            kl_estimator=config.kl_estimator,
-            entropies_bt=to_rows(entropies_m),
-        )
-        policy = policy_sum / jnp.maximum(count, 1)
-        Q = batch.prompt_ids.shape[0]
-        positive_b = jnp.repeat(jnp.arange(Q, dtype=jnp.int32), B // Q)
-        # Equal vectors mean the same document: then it is no negative.
-        same_qq = jnp.all(batch.documents[:, None] == batch.documents[None], axis=-1)
-        contrast_sum, contrast_count, _ = info_nce(
-            unit(embeds_bd),
-            jnp.asarray(batch.documents),
-            one_positive(positive_b, Q),
-            same_qq[positive_b],
-            temperature=config.infonce_temperature,
-        )
-        contrast = contrast_sum / contrast_count
-        scalars = statistics.scalars() | {"policy": policy, "infonce": contrast}
-        loss = policy + config.infonce_weight * contrast
-        return loss, {"loss": loss, **scalars}
-
-    @jax.jit
-    def update(state: RlState, frozen: nnx.State, batch: RlBatch, reference: jax.Array | None):
-        gradients, scalars = jax.grad(loss_of, has_aux=True)(state.params, frozen, batch, reference)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-        scalars["gradient_norm"] = optax.tree.norm(gradients)
-        return RlState(optax.apply_updates(state.params, updates), optimizer_state), scalars
-
-    return update
-
-
 def _check(config: RunConfig, collection: Collection) -> None:
+    """Raises UserError where the settings do not fit each other or the data."""
+    rl, index = config.rl, config.index
     check_rewards(
-        documents=len(collection.documents),
-        candidates=config.index.candidates,
-        group_size=config.rl.group_size,
-        scale_rewards=config.rl.scale_rewards,
+        documents=len(collection.documents), candidates=index.candidates, group_size=rl.group_size, scale_rewards=rl.scale_rewards
     )
-    if config.rl.inner_epochs != 1 or config.rl.importance_cap > 0 or config.rl.length_weight > 0 or config.rl.reward == "gain_over_direct":
+    if rl.micro_queries < 0 or (rl.micro_queries and rl.global_queries % rl.micro_queries):
+        raise UserError(f"rl.micro_queries: {rl.micro_queries}: does not divide rl.global_queries {rl.global_queries}; 0 is all at once")
+    if rl.global_queries < 1 or rl.global_queries > len(collection.queries):
         raise UserError(
-            "config: rl: leave inner_epochs, importance_cap, length_weight and reward gain_over_direct alone: this loop has none of them"
+            f"rl.global_queries: {rl.global_queries}: there are {len(collection.queries)} queries to train on; give 1 to that many"
         )
-    if config.lora.rank == 0 and config.rl.beta > 0:
-        raise UserError("config: rl.beta: the reference is the base under LoRA; set rl.beta to 0 or lora.rank above 0")
+    if rl.inner_epochs < 1:
+        raise UserError(f"rl.inner_epochs: {rl.inner_epochs}: a rollout is trained on at least once; give 1 or more")
+    if rl.sample_every < 1:
+        raise UserError(f"rl.sample_every: {rl.sample_every}: counts rollouts; give 1 or more")
+    if rl.variant == "dr_grpo" and rl.sampler.max_think_tokens < 1:
+        raise UserError("rl.sampler.max_think_tokens: 0: dr_grpo divides by the budget of a reply; give 1 or more")
+    for query in collection.queries:
+        if not query.text.strip():
+            raise UserError(f"{collection.name}: query {query.query_id!r}: is empty; remove it from the data set")
+        if not query.positives:
+            raise UserError(f"{collection.name}: query {query.query_id!r}: has no relevant document, so no reward; remove it")
+    _reward_settings(rl)
+
+
+def _reward_settings(rl: RlConfig) -> RewardSettings:
+    try:
+        return RewardSettings(
+            variant=rl.reward,
+            temperature=rl.reward_temperature,
+            margin_weight=rl.margin_weight,
+            margin_width=rl.margin_width,
+            hard_negatives=rl.hard_negatives,
+            floor_gap=rl.floor_gap,
+            length_weight=rl.length_weight,
+            free_tokens=rl.free_tokens,
+            max_tokens=rl.sampler.max_think_tokens,
+        )
+    except ValueError as error:
+        raise UserError(f"config: rl: {error}") from None
+
+
+def _make_sampler(graph: nnx.GraphDef[Any], prompter: Prompter, rl: RlConfig) -> Sampler:
+    return Sampler(
+        graph,
+        prompter,
+        max_think_tokens=rl.sampler.max_think_tokens,
+        temperature=rl.sampler.temperature,
+        top_k=rl.sampler.top_k,
+        top_p=rl.sampler.top_p,
+        prefill_chunk=rl.sampler.prefill_chunk,
+    )
+
+
+def _make_environment(config: RunConfig, index: Index, encode_documents: EncodeDocuments) -> Environment:
+    return Environment(
+        index,
+        encode_documents,
+        candidates=config.index.candidates,
+        refresh_budget=config.index.refresh_budget,
+        overlay_max_age=config.index.overlay_max_age,
+        reward=_reward_settings(config.rl),
+    )
+
+
+def _reference(score: Scorer, batch: RlBatch, start: nnx.State, frozen: nnx.State, config: RunConfig) -> jax.Array | None:
+    """Log-probabilities under the model that stage 2 started from: the base under adapters, else the parameters it began with."""
+    if config.rl.beta == 0:
+        return None
+    return score(start, frozen, batch.replies, adapters=config.lora.rank == 0)
+
+
+def _evaluate(development: Development | None, state: nnx.State, step: int, folder: Path, run: Run, say: Say) -> dict[str, float]:
+    """Scalars of the development queries, direct and reasoned; {} where nothing is watched."""
+    if development is None:
+        return {}
+    scalars, samples = development.evaluate(state, step, folder)
+    for sample in samples:
+        run.sample({"step": max(step - 1, 0), **sample})
+    say(
+        f"step {step}: nDCG@10 {scalars['dev_direct_ndcg@10']:.3f} direct, {scalars[BEST_BY]:.3f} reasoned "
+        f"({scalars['dev_reason_valid_rate']:.0%} valid, {scalars['dev_reason_reply_tokens']:.0f} tokens a query)"
+    )
+    return scalars
+
+
+def _reason_to_stop(step: int, values: dict[str, float], meta: dict[str, Any], guard: CollapseGuard, rl: RlConfig) -> str:
+    """Why the run cannot go on, or nothing; counts the step."""
+    try:
+        guard.observe(step, valid_rate=values["valid_rate"], entropy=values["entropy"])
+    except UserError as error:
+        return str(error)
+    finally:
+        meta["guard"] = guard.state()
+    if meta["skipped_in_a_row"] >= rl.max_skipped * rl.inner_epochs:
+        return f"rl.optimizer.learning_rate: step {step}: {rl.max_skipped} steps in a row were not finite; lower the rate"
+    return ""
 
 
 def _positives(query: Query, collection: Collection) -> dict[int, int]:
     return {collection.row_of[doc_id]: grade for doc_id, grade in query.positives.items()}
-
-
-def _first_positive(query: Query, collection: Collection) -> int:
-    best = min(query.positives, key=lambda doc_id: (-query.positives[doc_id], doc_id))
-    return collection.row_of[best]
-
-
-def _rollout_scalars(rollout: Rollout, result: StepResult) -> dict[str, float]:
-    within = result.rewards.std(axis=-1)
-    return {
-        "reward": float(result.rewards.mean()),
-        "reward_within_group_std": float(within.mean()),
-        "zero_advantage_share": float((within == 0).mean()),
-        "valid_rate": float(rollout.valid.mean()),
-        "reply_tokens": float(rollout.lengths.mean()),
-    }
-
-
-def _sample_record(
-    step: int, query: Query, rollout: Rollout, result: StepResult, prompter: Prompter, collection: Collection
-) -> dict[str, Any]:
-    return {
-        "step": step,
-        "query": query.text,
-        "reply": prompter.tokenizer.decode(rollout.replies()[0]),
-        "valid": bool(rollout.valid[0]),
-        "reward": float(result.rewards[0, 0]),
-        "top": [collection.documents[int(row)].doc_id for row in result.top_rows[0, 0] if row >= 0],
-    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from search_r3_jax.config import RunConfig
 from search_r3_jax.errors import UserError
 from search_r3_jax.files import write_json, write_text
+from search_r3_jax.hub.checkpoint import pinned_step
 
 
 class Run:
@@ -66,6 +68,19 @@ class Run:
         """Flush what is still buffered."""
         if self._board is not None:
             self._board.close()
+
+
+def start_record(run: Path, config: RunConfig) -> dict[str, Any]:
+    """What a run has to record of the model it starts from: `start`, relative to it, where that is a run, and `start_step`.
+
+    The checkpoint is chosen once: a run that goes on keeps to it, whatever the earlier stage has saved since.
+    """
+    file = run / "config.json"
+    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    recorded: int | None = before.get("start_step") if config.start_step is None else None
+    step = pinned_step(config.model, config.start_step) if recorded is None else recorded
+    start = {"start": os.path.relpath(config.model, run.resolve())} if step is not None else {}
+    return {**start, "start_step": step}
 
 
 def _step_of(line: str) -> int:

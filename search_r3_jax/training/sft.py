@@ -27,7 +27,8 @@ from search_r3_jax.training.development import Development
 from search_r3_jax.training.optimizer import make_optimizer
 from search_r3_jax.training.own_reasoning import with_own_reasoning
 from search_r3_jax.training.run import Run
-from search_r3_jax.training.sft_step import SftState, init_state, make_step, state_shardings
+from search_r3_jax.training.sft_step import make_step
+from search_r3_jax.training.state import TrainState, init_state, state_shardings
 from search_r3_jax.training.throughput import Throughput, peak_flops
 
 BEST_BY = "dev_direct_ndcg@10"
@@ -77,7 +78,7 @@ def train_sft(
         first = snapshots.latest() or 0
         if first:
             restored, optimizer_state, meta = snapshots.restore(first, state.params, state.optimizer)
-            state = SftState(restored, optimizer_state, jnp.asarray(meta["skipped_in_a_row"], jnp.int32))
+            state = TrainState(restored, optimizer_state, jnp.asarray(meta["skipped_in_a_row"], jnp.int32))
             skipped = meta["skipped"]
             say(f"going on from step {first}")
         elif development is not None:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from search_r3_jax.config import SftConfig
 from search_r3_jax.data.pipeline import PairBatch, TextChunks
@@ -23,39 +21,7 @@ from search_r3_jax.objectives.language import Head, cross_entropy, kl_to_base, t
 from search_r3_jax.rollout.encoder import both_prefixes
 from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training import sharding
-
-
-class SftState(NamedTuple):
-    """What a step changes, or where each of it lies; a plain pytree. `skipped` [] int32: steps in a row that were not finite."""
-
-    params: Any
-    optimizer: Any
-    skipped: Any
-
-
-def state_shardings(params: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh) -> SftState:
-    """Where a state lies on a mesh, as a state of shardings: moments with their parameters, counters everywhere."""
-    of_params = sharding.params_shardings(params, mesh)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    moments = optax.tree_map_params(
-        optimizer, lambda _, own: own, jax.eval_shape(optimizer.init, params), of_params, transform_non_params=lambda _: everywhere
-    )
-    return SftState(of_params, moments, everywhere)
-
-
-def init_state(
-    params: nnx.State, optimizer: optax.GradientTransformation, shardings: SftState | None = None, *, copy: bool = False
-) -> SftState:
-    """The state before the first step, each array made where `shardings` wants it; `copy` leaves `params` to the caller."""
-    # A donated state takes its arrays with it, which the model and the reference of the KL term still hold.
-    own = jax.tree.map(jnp.copy, params) if copy else params
-    if shardings is None:
-        return SftState(own, optimizer.init(params), jnp.zeros((), jnp.int32))
-
-    def start(params: nnx.State) -> tuple[Any, jax.Array]:
-        return optimizer.init(params), jnp.zeros((), jnp.int32)
-
-    return SftState(jax.device_put(own, shardings.params), *jax.jit(start, out_shardings=shardings[1:])(params))
+from search_r3_jax.training.state import TrainState, updated
 
 
 def make_step(
@@ -63,10 +29,10 @@ def make_step(
     prompter: Prompter,
     optimizer: optax.GradientTransformation,
     config: SftConfig,
-    shardings: SftState | None = None,
+    shardings: TrainState | None = None,
     *,
     donate: bool = False,
-) -> Callable[..., tuple[SftState, dict[str, jax.Array]]]:
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """One jitted update `(state, frozen, batch, reference=None, dropout_key=None) → (state, scalars)` of the trainable parameters.
 
     `reference` are the starting values of the trainable parameters, for the KL term of full fine-tuning; under LoRA the base is at hand.
@@ -119,24 +85,17 @@ def make_step(
     # Left to XLA, a parameter may end up elsewhere than it began, and the next step would be compiled again and move it.
     @partial(jax.jit, donate_argnums=0 if donate else (), out_shardings=None if shardings is None else (shardings, shardings.skipped))
     def step(
-        state: SftState,
+        state: TrainState,
         frozen: nnx.State,
         batch: PairBatch,
         reference: nnx.State | None = None,
         dropout_key: jax.Array | None = None,
-    ) -> tuple[SftState, dict[str, jax.Array]]:
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         batch = jax.tree.map(jnp.asarray, batch)
         with sharding.in_use(mesh):
             (value, scalars), gradients = loss_and_gradient(state.params, frozen, batch, reference, dropout_key)
-        scalars["gradient_norm"] = optax.tree.norm(gradients)
-        finite = jnp.isfinite(value) & jnp.isfinite(scalars["gradient_norm"])
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-        params, optimizer_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (params, optimizer_state), (state.params, state.optimizer)
-        )
-        skipped = jnp.where(finite, 0, state.skipped + 1)
-        return SftState(params, optimizer_state, skipped), scalars | {"skipped_in_a_row": skipped}
+        state, about_update = updated(state, gradients, value, optimizer)
+        return state, scalars | about_update
 
     return step
 

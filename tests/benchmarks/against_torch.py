@@ -196,7 +196,8 @@ def our_training(folder: str, given: dict[str, Any], lora: bool) -> Work:
     from search_r3_jax.text.prompts import Prompter
     from search_r3_jax.training.optimizer import make_optimizer
     from search_r3_jax.training.sft import make_pipeline
-    from search_r3_jax.training.sft_step import SftState, make_step
+    from search_r3_jax.training.sft_step import make_step
+    from search_r3_jax.training.state import TrainState
 
     pairs = given["pairs"]
     collection = Collection(
@@ -225,7 +226,7 @@ def our_training(folder: str, given: dict[str, Any], lora: bool) -> Work:
     pipeline = make_pipeline(config, [collection], prompter)
     graph, params, frozen = nnx.split(model.decoder, trainable_filter(model.decoder), ...)
     optimizer = make_optimizer(config.sft.optimizer, config.sft.steps)
-    state = SftState(params, optimizer.init(params), jax.numpy.zeros((), "int32"))
+    state = TrainState(params, optimizer.init(params), jax.numpy.zeros((), "int32"))
     step = make_step(graph, prompter, optimizer, config.sft)
     del model, params
 

@@ -34,7 +34,8 @@ def measure(global_batch: int, *, planned_only: bool) -> dict[str, Any]:
     from search_r3_jax.text.prompts import Prompter
     from search_r3_jax.training.optimizer import make_optimizer
     from search_r3_jax.training.sft import make_pipeline
-    from search_r3_jax.training.sft_step import SftState, make_step
+    from search_r3_jax.training.sft_step import make_step
+    from search_r3_jax.training.state import TrainState
 
     config = RunConfig(
         compute_dtype="float32",
@@ -49,7 +50,7 @@ def measure(global_batch: int, *, planned_only: bool) -> dict[str, Any]:
     graph, params, frozen = nnx.split(model.decoder, trainable_filter(model.decoder), ...)
     del model
     optimizer = make_optimizer(config.sft.optimizer, 10)
-    state = SftState(params, optimizer.init(params), jax.numpy.zeros((), "int32"))
+    state = TrainState(params, optimizer.init(params), jax.numpy.zeros((), "int32"))
     batch = pipeline.batch(0)
     compiled = jax.jit(make_step(graph, prompter, optimizer, config.sft)).lower(state, frozen, batch).compile()
     planned = compiled.memory_analysis()

@@ -13,7 +13,8 @@ from search_r3_jax.rollout.sampler import Sampler, rollout_seeds
 from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training.monitor import log_prob_mismatch
 from search_r3_jax.training.optimizer import make_optimizer
-from search_r3_jax.training.rl import RlState, make_batch, make_scorer, make_update
+from search_r3_jax.training.rl_step import make_batch, make_scorer, make_update
+from search_r3_jax.training.state import init_state
 
 pytestmark = pytest.mark.slow
 TEXTS = [
@@ -57,16 +58,16 @@ def test_embedding_ratio_and_tokens_against_the_trainers_forward(smollm2: Loaded
     np.testing.assert_allclose(rollout.vectors[::G], last / np.linalg.norm(last, axis=-1, keepdims=True), atol=1e-5)
 
     documents = generator.standard_normal((8, model.decoder.config.hidden_size))
-    batch = make_batch(rollout, generator.standard_normal(8 * G), documents / np.linalg.norm(documents, axis=-1, keepdims=True))
+    documents /= np.linalg.norm(documents, axis=-1, keepdims=True)
+    batch = make_batch(rollout, generator.standard_normal(8 * G), documents, np.eye(8))
     config = RlConfig(beta=0.0, sampler=SamplerConfig(max_think_tokens=TOKENS), optimizer=OptimizerConfig(learning_rate=1e-4))
-    scored = np.asarray(make_scorer(graph, prompter, config)(params, frozen, batch, adapters=True))
+    scored = make_scorer(graph, prompter, config)(params, frozen, batch.replies, adapters=True)
     # Hidden states of two orders of addition differ by 1.5e-6 of their size, times logits of 40; the head's own sums add as much again.
-    rounding = log_prob_mismatch(scored, batch.old_log_probs, batch.read >= 0)
+    rounding = log_prob_mismatch(np.asarray(scored).reshape(rollout.ids.shape), rollout.log_probs, rollout.sampled)
     assert 1 - 1e-4 < rounding["sampler_ratio_min"] < rounding["sampler_ratio_max"] < 1 + 1e-4
 
     # Of the trainer's own forward, compiled without a gradient, the update's is the same to the last digits.
     optimizer = make_optimizer(config.optimizer, 6)
-    state = RlState(params, optimizer.init(params))
-    _, scalars = make_update(graph, prompter, optimizer, config)(state, frozen, batch._replace(old_log_probs=scored), None)
+    _, scalars, _ = make_update(graph, prompter, optimizer, config)(init_state(params, optimizer), frozen, batch, scored)
     assert abs(float(scalars["ratio_min"]) - 1) <= 1e-5
     assert abs(float(scalars["ratio_max"]) - 1) <= 1e-5

@@ -22,8 +22,9 @@ from search_r3_jax.mesh import make_mesh
 from search_r3_jax.models.lora import trainable_filter
 from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training.sft import make_pipeline
-from search_r3_jax.training.sft_step import init_state, make_step, state_shardings
+from search_r3_jax.training.sft_step import make_step
 from search_r3_jax.training.sharding import put_batch
+from search_r3_jax.training.state import init_state, state_shardings
 
 STEPS = 3
 

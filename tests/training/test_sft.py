@@ -26,7 +26,8 @@ from search_r3_jax.models.embedding import unit
 from search_r3_jax.models.lora import merge_lora
 from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training.sft import OnStep, make_pipeline, train_sft
-from search_r3_jax.training.sft_step import SftState, make_step
+from search_r3_jax.training.sft_step import make_step
+from search_r3_jax.training.state import TrainState
 
 BOTH = ("query_to_document", "document_to_query")
 
@@ -78,7 +79,7 @@ def one_step(
     graph, params, frozen = nnx.split(model.decoder, LoraParam, ...)
     # Plain descent: the change is the gradient itself.
     optimizer = optax.sgd(1.0)
-    state = SftState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
     after, scalars = make_step(graph, prompter, optimizer, config.sft)(state, frozen, pipeline.batch(step))
     return model, pipeline, {name: float(value) for name, value in scalars.items()}, nnx.to_pure_dict(after.params)
 

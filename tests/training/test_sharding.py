@@ -22,8 +22,9 @@ from search_r3_jax.mesh import make_mesh, mesh_from_config
 from search_r3_jax.models.decoder import LoraParam
 from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training.sft import make_pipeline
-from search_r3_jax.training.sft_step import init_state, make_step, state_shardings
+from search_r3_jax.training.sft_step import make_step
 from search_r3_jax.training.sharding import put_batch
+from search_r3_jax.training.state import init_state, state_shardings
 
 PROGRAM = Path(__file__).with_name("sharded_steps.py")
 FSDP, DATA, MIXED = {"fsdp": 8}, {"data": 8, "fsdp": 1}, {"data": 2, "fsdp": 2, "tensor": 2}

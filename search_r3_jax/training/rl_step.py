@@ -1,0 +1,245 @@
+"""The update of stage 2: the policy gradient and an auxiliary InfoNCE, in the memory of one micro-batch and on any mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial, reduce
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from search_r3_jax.config import RlConfig
+from search_r3_jax.mesh import BATCH_AXES, axis_size, laid
+from search_r3_jax.models.attention import KVBlock
+from search_r3_jax.models.decoder import Decoder, positions_from_lengths
+from search_r3_jax.models.embedding import unit
+from search_r3_jax.objectives.contrastive import info_nce
+from search_r3_jax.objectives.language import live_token_log_probs, token_log_probs
+from search_r3_jax.objectives.policy_gradient import PolicyStatistics, policy_count, policy_loss
+from search_r3_jax.rollout.encoder import prefix_block
+from search_r3_jax.rollout.sampler import Rollout
+from search_r3_jax.text.prompts import Prompter
+from search_r3_jax.training import sharding
+from search_r3_jax.training.state import TrainState, updated
+
+Update = Callable[..., tuple[TrainState, dict[str, jax.Array], jax.Array]]
+Scorer = Callable[..., jax.Array]
+
+
+class Replies(NamedTuple):
+    """Prompts and their replies in K micro-batches of q whole groups, b = q·G rows; what an update needs of each.
+
+    `prompt_ids` [K,q,S], `prompt_lengths` [K,q], `ids` [K,b,T], `lengths` [K,b] int32; `sampled` [K,b,T] bool, tokens that the policy
+    chose; `sampler_log_probs` [K,b,T] and `advantages` [K,b] float32; `relevance` [K,q,P] float32, above 0 where document p is relevant.
+    """
+
+    prompt_ids: Any
+    prompt_lengths: Any
+    ids: Any
+    lengths: Any
+    sampled: Any
+    sampler_log_probs: Any
+    advantages: Any
+    relevance: Any
+
+
+class RlBatch(NamedTuple):
+    """The replies of a step, and `documents` [P,E] float32: unit vectors under current parameters that queries are told apart by."""
+
+    replies: Replies
+    documents: Any
+
+
+class _Part(NamedTuple):
+    """What a micro-batch adds; sums [], so that they add up exactly."""
+
+    policy: jax.Array
+    infonce: jax.Array
+    statistics: PolicyStatistics
+
+
+def make_batch(
+    rollout: Rollout, advantages: np.ndarray, documents: np.ndarray, relevance: np.ndarray, *, micro_queries: int = 0
+) -> RlBatch:
+    """The arrays of an update, in one shape whatever was sampled; `micro_queries` queries a micro-batch, 0 is all of them.
+
+    Advantages [B] are those of the whole batch: a micro-batch holds whole groups and changes nothing of them.
+    Raises ValueError where `micro_queries` does not divide the queries.
+    """
+    Q = len(rollout.prompt_lengths)
+    q = micro_queries or Q
+    if Q % q:
+        raise ValueError(f"micro_queries {q} does not divide {Q} queries")
+
+    def cut(x: np.ndarray) -> np.ndarray:
+        return x.reshape(Q // q, -1, *x.shape[1:])
+
+    replies = Replies(
+        prompt_ids=rollout.prompt_ids,
+        prompt_lengths=rollout.prompt_lengths,
+        ids=rollout.ids,
+        lengths=rollout.lengths,
+        sampled=rollout.sampled,
+        sampler_log_probs=rollout.log_probs,
+        advantages=advantages.astype(np.float32),
+        relevance=relevance.astype(np.float32),
+    )
+    return RlBatch(replies=Replies(*map(cut, replies)), documents=documents.astype(np.float32))
+
+
+def put_batch(batch: RlBatch, mesh: Mesh | None) -> RlBatch:
+    """A batch on its mesh: each micro-batch's rows, and its queries, across `BATCH_AXES` where they divide, all else everywhere."""
+    if mesh is None:
+        return batch
+    devices = axis_size(mesh, BATCH_AXES)
+
+    def put(x: np.ndarray, spec: PartitionSpec) -> jax.Array:
+        return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda index: x[index])
+
+    rows = [put(x, PartitionSpec(None, BATCH_AXES) if x.shape[1] % devices == 0 else PartitionSpec()) for x in batch.replies]
+    return RlBatch(replies=Replies(*rows), documents=put(batch.documents, PartitionSpec()))
+
+
+def make_scorer(graph: nnx.GraphDef[Decoder], prompter: Prompter, config: RlConfig, shardings: TrainState | None = None) -> Scorer:
+    """`(params, frozen, replies, adapters) → [K,b,T]`: log-probabilities of the sampled tokens; `adapters=False` is the frozen base."""
+    mesh = _mesh_of(shardings)
+
+    @partial(jax.jit, static_argnames="adapters")
+    def score(params: nnx.State, frozen: nnx.State, replies: Replies, adapters: bool) -> jax.Array:
+        def one(part: Replies) -> jax.Array:
+            decoder = nnx.merge(graph, params, frozen)
+            return _read(decoder, prompter, part, temperature=config.sampler.temperature, adapters=adapters, mesh=mesh)[0]
+
+        with sharding.in_use(mesh):
+            return jax.lax.map(one, jax.tree.map(jnp.asarray, replies))
+
+    return score
+
+
+def make_update(
+    graph: nnx.GraphDef[Decoder],
+    prompter: Prompter,
+    optimizer: optax.GradientTransformation,
+    config: RlConfig,
+    shardings: TrainState | None = None,
+    *,
+    donate: bool = False,
+) -> Update:
+    """One jitted update `(state, frozen, batch, old=None, reference=None) → (state, scalars, log_probs [K,b,T])`.
+
+    `old` and `reference` [K,b,T]: log-probabilities before the first epoch, None where there is but one, and of the reference, None
+    where β is 0. The log-probabilities that come back are those before the update. On a mesh see `sft_step.make_step`.
+    """
+    mesh = _mesh_of(shardings)
+
+    def loss_and_gradient(
+        params: nnx.State, frozen: nnx.State, batch: RlBatch, old: jax.Array | None, reference: jax.Array | None
+    ) -> tuple[jax.Array, dict[str, jax.Array], jax.Array, nnx.State]:
+        replies = batch.replies
+        G = replies.ids.shape[1] // replies.prompt_ids.shape[1]
+        # Known before the batch is cut: each micro-batch divides by what the whole of it counts.
+        tokens_kbt = replies.sampled.reshape(-1, replies.sampled.shape[-1])
+        policy_total = jnp.maximum(policy_count(tokens_kbt, config.variant, max_tokens=config.sampler.max_think_tokens), 1)
+        infonce_total = jnp.maximum(G * jnp.sum(jnp.any(replies.relevance > 0, axis=-1), dtype=jnp.float32), 1)
+
+        def part_loss(
+            params: nnx.State, part: Replies, old_bt: jax.Array | None, reference_bt: jax.Array | None
+        ) -> tuple[jax.Array, tuple[_Part, jax.Array]]:
+            decoder = nnx.merge(graph, params, frozen)
+            temperature = config.sampler.temperature
+            log_probs_bt, entropies_bt, embeds_bd = _read(decoder, prompter, part, temperature=temperature, adapters=True, mesh=mesh)
+            policy, _, statistics = policy_loss(
+                log_probs_bt,
+                part.advantages,
+                part.sampled,
+                variant=config.variant,
+                clip_low=config.clip_low,
+                clip_high=config.clip_high,
+                max_tokens=config.sampler.max_think_tokens,
+                old_log_probs_bt=old_bt,
+                reference_log_probs_bt=reference_bt,
+                beta=config.beta,
+                kl_estimator=config.kl_estimator,
+                sampler_log_probs_bt=part.sampler_log_probs if config.importance_cap > 0 else None,
+                importance_cap=config.importance_cap,
+                entropies_bt=entropies_bt,
+            )
+            infonce = jnp.zeros(())
+            if config.infonce_weight > 0:
+                relevance_bp = jnp.repeat(part.relevance, G, axis=0)
+                excluded_bp = jnp.zeros(relevance_bp.shape, bool)
+                infonce, _, _ = info_nce(
+                    unit(embeds_bd), batch.documents, relevance_bp, excluded_bp, temperature=config.infonce_temperature
+                )
+            loss = policy / policy_total + config.infonce_weight * infonce / infonce_total
+            return loss, (_Part(policy, infonce, statistics), log_probs_bt)
+
+        def body(gradients: nnx.State, scanned: Any) -> tuple[nnx.State, tuple[jax.Array, _Part, jax.Array]]:
+            (loss, (part, log_probs_bt)), more = jax.value_and_grad(part_loss, has_aux=True)(params, *scanned)
+            return jax.tree.map(jnp.add, gradients, more), (loss, part, jax.lax.stop_gradient(log_probs_bt))
+
+        start = jax.tree.map(jnp.zeros_like, params)
+        gradients, (losses, parts, log_probs) = jax.lax.scan(body, start, (replies, old, reference))
+        each = [jax.tree.map(lambda x, k=k: x[k], parts.statistics) for k in range(len(losses))]
+        scalars = reduce(PolicyStatistics.merged, each).scalars()
+        scalars |= {"policy": jnp.sum(parts.policy) / policy_total, "infonce": jnp.sum(parts.infonce) / infonce_total}
+        return jnp.sum(losses), scalars, log_probs, gradients
+
+    replicated = None if shardings is None else shardings.skipped
+    out_shardings = None if shardings is None else (shardings, replicated, replicated)
+
+    @partial(jax.jit, donate_argnums=0 if donate else (), out_shardings=out_shardings)
+    def update(
+        state: TrainState, frozen: nnx.State, batch: RlBatch, old: jax.Array | None = None, reference: jax.Array | None = None
+    ) -> tuple[TrainState, dict[str, jax.Array], jax.Array]:
+        batch = jax.tree.map(jnp.asarray, batch)
+        with sharding.in_use(mesh):
+            loss, scalars, log_probs, gradients = loss_and_gradient(state.params, frozen, batch, old, reference)
+        state, about_update = updated(state, gradients, loss, optimizer)
+        return state, {"loss": loss, **scalars, **about_update}, log_probs
+
+    return update
+
+
+def _read(
+    decoder: Decoder, prompter: Prompter, part: Replies, *, temperature: float, adapters: bool, mesh: Mesh | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Log-probabilities [b,T] and entropies [b,T] of a micro-batch's sampled tokens, 0 elsewhere, and the states [b,D] at the embed token.
+
+    Prefix and prompt run once per query and are shared by the group, with gradients; the replies attend to them.
+    """
+    prompt, (B, T) = prompter.reason, part.ids.shape
+    G = B // part.prompt_ids.shape[0]
+    shared: KVBlock = prefix_block(decoder, prompt.prefix, adapters=adapters)
+    positions_qs = positions_from_lengths(part.prompt_lengths, part.prompt_ids.shape[1], len(prompt.prefix))
+    prompt_hidden, prompts = decoder(part.prompt_ids, positions_qs, contexts=[shared], adapters=adapters)
+    last_qd = jnp.take_along_axis(prompt_hidden, part.prompt_lengths[:, None, None] - 1, axis=1)[:, 0]
+    positions_bt = positions_from_lengths(part.lengths, T, jnp.repeat(part.prompt_lengths + len(prompt.prefix), G))
+    hidden_btd, _ = decoder(part.ids, positions_bt, contexts=[shared, prompts], adapters=adapters)
+    hidden_btd = laid(hidden_btd, BATCH_AXES)
+
+    # The state that predicts token t is the one before it; the first is predicted by the prompt's last state.
+    predicting = jnp.concatenate([jnp.repeat(last_qd, G, axis=0)[:, None], hidden_btd[:, :-1]], axis=1)
+    hidden_md = laid(predicting.reshape(B * T, -1), BATCH_AXES)
+    ids_m, live_m = part.ids.reshape(-1), part.sampled.reshape(-1)
+    states, _ = sharding.head_chunks(decoder.config.vocab_size, mesh)
+
+    def logits(hidden: jax.Array) -> jax.Array:
+        return decoder.logits(hidden, adapters)
+
+    if mesh is None:
+        found = live_token_log_probs(logits, hidden_md, ids_m, live_m, temperature=temperature, chunk=states)
+    else:
+        found = token_log_probs(logits, hidden_md, ids_m, temperature=temperature, chunk=states)
+    log_probs, entropies = (jnp.where(live_m, values_m, 0).reshape(B, T) for values_m in found)
+    embeds = jnp.take_along_axis(hidden_btd, (part.lengths - 1)[:, None, None], axis=1)[:, 0]
+    return log_probs, entropies, embeds
+
+
+def _mesh_of(shardings: TrainState | None) -> Mesh | None:
+    return None if shardings is None else jax.tree.leaves(shardings)[0].mesh
