@@ -120,13 +120,13 @@ def _curve(settings: BudgetSettings, collection: Collection, result: BudgetResul
 
 
 def _show(record: Mapping[str, Any]) -> None:
-    table = Table(title=Text(title_of(record)), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(title=Text(title_of(record)), title_justify="left", box=SIMPLE_HEAD, padding=0)
     table.add_column("thinking", no_wrap=True)
     for name in ("nDCG@10", "95 % interval", *(name for name, _, _ in COLUMNS)):
         table.add_column(name, justify="right", no_wrap=True)
     rows = [("direct", record["direct"]), *((str(point["max_think_tokens"]), point) for point in record["budgets"])]
     for name, values in rows:
-        interval = interval_text(values["ndcg@10_interval"], "{:.3f}")
+        interval = interval_text(values["ndcg@10_interval"])
         table.add_row(name, f"{values['ndcg@10']:.4f}", interval, *(shape.format(values[key]) for _, key, shape in COLUMNS))
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)

@@ -14,7 +14,7 @@ CONTROLS = {
     "own": "its own",
     "swapped": "another query's",
     "empty": "none",
-    "repeated": "the query, repeated",
+    "repeated": "query repeated",
     "random": "random words",
 }
 """Name of each control → whose or what reasoning it is."""

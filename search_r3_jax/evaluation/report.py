@@ -192,26 +192,22 @@ def title_of(record: Mapping[str, Any]) -> str:
     return f"{record['model']}: {data['queries']} queries of {data['name']} ({data['split']}) over {data['documents']}{of_all} documents"
 
 
-def interval_text(interval: Mapping[str, float], shape: str = "{:.4f}") -> str:
+def interval_text(interval: Mapping[str, float], shape: str = "{:.3f}") -> str:
     """Both ends of an interval."""
     return f"{shape.format(interval['low'])} … {shape.format(interval['high'])}"
 
 
 def _controls_table(controls: Mapping[str, Mapping[str, Any]]) -> Table:
-    table = Table(title="reason, with this reasoning written for it", title_justify="left", box=SIMPLE_HEAD)
+    # 80 columns hold it.
+    table = Table(title="reason, with this reasoning written for it:", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
     for name in ("nDCG@10", "95 % interval", "own − this", "95 % interval", "tokens"):
         table.add_column(name, justify="right", no_wrap=True)
     for name, values in controls.items():
         gain = values["own_minus_this"]
-        compared = ("", "") if name == "own" else (f"{gain['mean']:+.4f}", interval_text(gain, "{:+.4f}"))
-        table.add_row(
-            CONTROLS[name],
-            f"{values['ndcg@10']:.4f}",
-            interval_text(values["ndcg@10_interval"]),
-            *compared,
-            f"{values['reply_tokens']:.1f}",
-        )
+        compared = ("", "") if name == "own" else (f"{gain['mean']:+.4f}", interval_text(gain, "{:+.3f}"))
+        interval = interval_text(values["ndcg@10_interval"])
+        table.add_row(CONTROLS[name], f"{values['ndcg@10']:.4f}", interval, *compared, f"{values['reply_tokens']:.1f}")
     return table
 
 

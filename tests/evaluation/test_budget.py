@@ -86,13 +86,10 @@ def test_each_budget_is_what_eval_gives_to_the_last_digit(asked: BudgetSettings,
 
 def test_the_budgets_differ_and_share_one_corpus(record: dict[str, Any], encoded: list[int]) -> None:
     assert encoded == [40]
-    thoughts = [[entry["thought"] for entry in point["per_query"].values()] for point in record["budgets"]]
     scores = [[entry["top"][0][1] for entry in point["per_query"].values()] for point in record["budgets"]]
     for at in (1, 2):
-        assert thoughts[0] != thoughts[at]
         assert scores[0] != scores[at]
     tokens = {point["max_think_tokens"]: point["reply_tokens"] for point in record["budgets"]}
-    # Nothing is written before the closing words: those of the direct reply, but for how they begin.
     assert tokens[0] < tokens[2] < tokens[5]
     assert all(entry["thought"] == "The embedding is <|embed_token|>" for entry in record["budgets"][1]["per_query"].values())
     assert record["budgets"][1]["valid_rate"] == 0.0
@@ -117,7 +114,7 @@ def test_files_and_table(asked: BudgetSettings, record: dict[str, Any], tmp_path
     assert sorted(file.name for file in asked.out.parent.iterdir()) == ["b.json", "b.png"]
     again = run_budget(BudgetSettings(model=asked.model, data=asked.data, out=tmp_path / "b.json", budgets=(2, 0), samples=10, **LIMITS))
     shown = capsys.readouterr().out.splitlines()
-    assert max(map(len, shown)) <= 110
+    assert max(map(len, shown[2:])) <= 80
     rows = {line.split()[0]: line.split() for line in shown if line.strip()}
     assert [name for name in rows if name in ("direct", "2", "0")] == ["direct", "2", "0"]
     for part, name in ((again["direct"], "direct"), (again["budgets"][0], "2"), (again["budgets"][1], "0")):

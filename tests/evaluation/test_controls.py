@@ -7,7 +7,9 @@ import pytest
 from flax import nnx
 from tiny import plain_hidden, word_collection
 
+from search_r3_jax.config import SamplerConfig, TextConfig
 from search_r3_jax.evaluation.controls import CONTROLS, control_replies, corpus_words, derangement, thought_tokens
+from search_r3_jax.evaluation.evaluate import Evaluator
 from search_r3_jax.hub.checkpoint import LoadedModel
 from search_r3_jax.rollout.encoder import ReasonedEncoder
 from search_r3_jax.rollout.sampler import Sampler, rollout_seeds
@@ -99,6 +101,26 @@ def test_controls_need_two_queries_words_and_whole_groups(parts: tuple[nnx.Graph
         control_replies(prompter, TEXTS[:2], [closing] * 2, [], seed=0)
     with pytest.raises(ValueError, match="multiple"):
         control_replies(prompter, TEXTS[:2], [closing] * 3, WORDS, seed=0)
+
+
+def test_controls_of_an_evaluation_are_those_of_its_own_replies(parts: tuple[nnx.GraphDef[Any], nnx.State, Prompter]) -> None:
+    graph, state, prompter = parts
+    collection = word_collection(documents=20, queries=9, split="test")
+    text = TextConfig(max_query_tokens=16)
+    thinking, at_once = (Evaluator(graph, prompter, text, SamplerConfig(max_think_tokens=budget)) for budget in (12, 0))
+    reasoned = thinking.reasoned_queries(state, collection)
+    found = thinking.control_queries(state, collection, reasoned, seed=5)
+    np.testing.assert_allclose(found["own"].vectors, reasoned.vectors, atol=1e-5)
+    np.testing.assert_allclose(found["empty"].vectors, at_once.reasoned_queries(state, collection).vectors, atol=1e-5)
+    texts = [query.text for query in collection.queries]
+    replies = control_replies(prompter, texts, reasoned.replies, corpus_words(collection), seed=5)
+    encoder = ReasonedEncoder(graph, prompter)
+    assert list(found) == list(CONTROLS)
+    for name, each in found.items():
+        np.testing.assert_array_equal(each.vectors, encoder.encode(state, texts, replies[name], max_tokens=16))
+        assert each.tokens == [len(reply) for reply in replies[name]]
+        for other in found:
+            assert other == name or np.abs(each.vectors - found[other].vectors).max() > 1e-4
 
 
 def test_words_of_a_corpus() -> None:
