@@ -60,19 +60,22 @@ def draw_budget(record: Mapping[str, Any], out: Path) -> None:
     tokens = np.array([point["reply_tokens"] for point in points])
     means = np.array([point["ndcg@10"] for point in points])
     ends = np.array([[point["ndcg@10_interval"][end] for point in points] for end in ("low", "high")])
-    axis.errorbar(tokens, means, yerr=np.abs(ends - means), color="C0", marker="o", markersize=4, capsize=3, label="reasoned")
+    label = "reasoned; below: thinking tokens allowed, ms a query"
+    axis.errorbar(tokens, means, yerr=np.abs(ends - means), color="C0", marker="o", markersize=4, capsize=3, label=label)
     for point in points:
-        label = f"{point['max_think_tokens']} ({point['milliseconds_per_query']:.0f} ms)"
-        axis.annotate(label, (point["reply_tokens"], point["ndcg@10"]), xytext=(5, 5), textcoords="offset points", fontsize=8)
+        # Under the bar, where no line passes.
+        price = f"{point['max_think_tokens']}\n{point['milliseconds_per_query']:.0f} ms"
+        under = (point["reply_tokens"], point["ndcg@10_interval"]["low"])
+        axis.annotate(price, under, xytext=(0, -4), textcoords="offset points", ha="center", va="top", fontsize=8)
     direct, interval = record["direct"], record["direct"]["ndcg@10_interval"]
-    axis.axhline(direct["ndcg@10"], color="C1", linestyle="--", label=f"direct ({direct['milliseconds_per_query']:.0f} ms)")
+    axis.axhline(direct["ndcg@10"], color="C1", linestyle="--", label=f"direct, {direct['milliseconds_per_query']:.0f} ms a query")
     axis.axhspan(interval["low"], interval["high"], color="C1", alpha=0.15, linewidth=0)
     axis.set(xlabel="tokens written for a query", ylabel="nDCG@10, 95 % interval")
-    axis.set_title(f"thinking tokens allowed, milliseconds a query\n{title_of(record)}", fontsize=9)
-    axis.margins(x=0.12)
+    axis.set_title(title_of(record), fontsize=9)
+    axis.margins(x=0.08, y=0.2)
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, fontsize=8)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     figure.savefig(temporary, dpi=110, format="png")
     temporary.replace(out)
