@@ -133,4 +133,4 @@ def _show(record: Mapping[str, Any]) -> None:
         table.add_row(name, f"{values['ndcg@10']:.4f}", interval, *(shape.format(values[key]) for _, key, shape in COLUMNS))
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
-    console.print("thinking: tokens allowed before the embed token is forced; tokens and ms are a query's, compiling left out")
+    console.print("thinking: tokens allowed; tokens and ms: of a query, compiling left out")

@@ -138,7 +138,7 @@ def test_the_picture_shows_the_numbers(record: dict[str, Any], tmp_path: Path, m
     (bars,) = [container for container in axis.containers if isinstance(container, ErrorbarContainer)]
     line, _, (segments,) = bars.lines
     assert line is not None
-    np.testing.assert_allclose(line.get_xydata(), [(point["reply_tokens"], point["ndcg@10"]) for point in points])
+    np.testing.assert_allclose(np.asarray(line.get_xydata()), [(point["reply_tokens"], point["ndcg@10"]) for point in points])
     for drawn, point in zip(segments.get_segments(), points, strict=True):
         ends = [point["ndcg@10_interval"][end] for end in ("low", "high")]
         np.testing.assert_allclose(drawn, [(point["reply_tokens"], end) for end in ends])

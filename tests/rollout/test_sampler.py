@@ -166,7 +166,7 @@ def test_one_shape_is_compiled_whatever_the_length_of_the_queries(tiny_model: Lo
 def test_what_was_compiled_ahead_is_what_runs(tiny_model: LoadedModel) -> None:
     compiled: list[str] = []
 
-    def heard(event: str, seconds: float, **_: Any) -> None:
+    def heard(event: str, duration_secs: float, **_: str | int) -> None:
         if event == COMPILED:
             compiled.append(event)
 
