@@ -25,7 +25,7 @@ def search_r3(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_help_names_the_commands() -> None:
     shown = search_r3("--help")
     assert shown.returncode == 0
-    for command in ("quickstart", "indexer", "export", "embed", "data", "sft"):
+    for command in ("quickstart", "indexer", "export", "embed", "data", "sft", "eval", "budget"):
         assert command in shown.stdout
 
 
@@ -40,12 +40,15 @@ def test_settings_of_a_stage_are_those_of_its_experiment_and_can_be_changed(tiny
     assert "words: 36 queries of train; 4 of train, held out over 40 to watch" in shown.stdout
     assert "before training: nDCG@10" in shown.stdout
     assert "step 2: nDCG@10" in shown.stdout
+    assert "ms a query)" in shown.stdout
     record = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
     assert (record["sft"]["steps"], record["sft"]["global_batch"], record["text"]["max_thought_tokens"]) == (2, 8, 8)
     # What was not changed is the experiment's.
     assert record["sft"]["optimizer"] == dataclasses.asdict(load_config("smollm2").sft.optimizer)
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in metrics] == [0, 1]
+    # What reasoning costs stands beside what it gives.
+    assert {"dev_reason_ndcg@10", "dev_reason_reply_tokens", "dev_reason_milliseconds_per_query"} <= metrics[1].keys()
     for name in ("infonce", "triplet", "language", "kl", "tokens_per_second", "mfu", "padding_share", "skipped"):
         assert name in metrics[0]
     again = search_r3("sft", "--config=smollm2", "--run", str(tmp_path / "run"), *settings[:-2], "--rl.sampler.max-think-tokens", "5")

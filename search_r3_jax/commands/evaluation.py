@@ -8,7 +8,7 @@ from pathlib import Path
 import tyro
 
 from search_r3_jax.config import Step
-from search_r3_jax.evaluation.settings import EvalSettings
+from search_r3_jax.evaluation.settings import BudgetSettings, EvalSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,22 @@ class Eval(EvalSettings):
         from search_r3_jax.evaluation.report import run_evaluation
 
         run_evaluation(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget(BudgetSettings):
+    """Measure what thinking is worth and what it costs: each budget of thinking tokens beside direct search.
+
+    Attributes:
+        debug: show the traceback of an error.
+    """
+
+    debug: bool = False
+
+    def run(self) -> None:
+        from search_r3_jax.evaluation.budget import run_budget
+
+        run_budget(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -20,13 +21,7 @@ SMOOTHED_STEPS = 5
 def draw_curves(runs: Sequence[Path], out: Path) -> None:
     """nDCG@10 on each run's development queries (line: direct, dashes: reasoned) above its losses; raises UserError for what is no run."""
     check_output("--out", out)
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("curves: matplotlib is missing; run: pip install matplotlib") from None
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
+    pyplot = open_pyplot("curves")
     read = {run.name: _read(run) for run in runs}
     figure, axes = pyplot.subplots(2, len(read), figsize=(4 * len(read), 6), squeeze=False, sharex="col", layout="constrained")
     for (name, (evaluations, metrics)), (above, below) in zip(read.items(), axes.T, strict=True):
@@ -53,6 +48,18 @@ def draw_curves(runs: Sequence[Path], out: Path) -> None:
     axes[1, 0].set_ylabel(f"loss, mean of {SMOOTHED_STEPS} steps")
     figure.savefig(out, dpi=110)
     pyplot.close(figure)
+
+
+def open_pyplot(command: str) -> ModuleType:
+    """`matplotlib.pyplot`, drawing to files alone; raises UserError, which begins with the command's name, where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError(f"{command}: matplotlib is missing; run: pip install matplotlib") from None
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    return pyplot
 
 
 def _read(run: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[dict[str, Any]]]:

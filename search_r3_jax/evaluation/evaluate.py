@@ -11,15 +11,18 @@ from flax import nnx
 
 from search_r3_jax.config import SamplerConfig, TextConfig
 from search_r3_jax.data.collection import Collection
+from search_r3_jax.evaluation.controls import control_replies, corpus_words
 from search_r3_jax.evaluation.metrics import Metrics, Run, evaluate_run, run_from_scores
 from search_r3_jax.models.decoder import Decoder
 from search_r3_jax.retrieval.exact import ExactIndex
 from search_r3_jax.retrieval.index import Index
-from search_r3_jax.rollout.encoder import Encoder
+from search_r3_jax.rollout.encoder import Encoder, ReasonedEncoder
 from search_r3_jax.rollout.sampler import Sampler
 from search_r3_jax.text.prompts import Prompter
 
 QUERIES_A_PASS = 128
+# The rows of a pass are a multiple of this: similar numbers of queries run the same program.
+PASS_MULTIPLE = 8
 DEPTH = 100
 OnProgress = Callable[[int], object]
 
@@ -30,17 +33,21 @@ class EmbeddedQueries:
 
     Attributes:
         vectors: [Q,E] float32 of unit norm.
-        seconds: what embedding them took.
+        seconds: what embedding them took, compiling included.
+        warm_seconds: the same without compiling.
         valid: [Q] whether the reasoning ended with an embed token of its own; empty where nothing was written.
         tokens: [Q] tokens of each reply; empty where there are none.
         thoughts: what was written for each query; empty without reasoning.
+        replies: the token ids of that, up to and with the embed token.
     """
 
     vectors: np.ndarray
     seconds: float
+    warm_seconds: float
     valid: list[bool] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     thoughts: list[str] = field(default_factory=list)
+    replies: list[list[int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +59,7 @@ class ModeResult:
         of_query: each query's metrics.
         run: each query's ranked documents.
         queries_per_second: the cost of the queries; compiling is part of it.
+        milliseconds_per_query: wall time of embedding them over their number, without compiling.
         valid, tokens, thoughts: of each query, as in `EmbeddedQueries`.
     """
 
@@ -59,6 +67,7 @@ class ModeResult:
     of_query: dict[str, Metrics]
     run: Run
     queries_per_second: float
+    milliseconds_per_query: float
     valid: list[bool] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     thoughts: list[str] = field(default_factory=list)
@@ -80,6 +89,7 @@ class ModeResult:
             "valid_rate": self.valid_rate,
             "reply_tokens": self.reply_tokens,
             "queries_per_second": self.queries_per_second,
+            "milliseconds_per_query": self.milliseconds_per_query,
         }
 
 
@@ -87,7 +97,7 @@ class Evaluator:
     """Compiled once, then fed with any parameters of the same structure."""
 
     def __init__(self, graph: nnx.GraphDef[Decoder], prompter: Prompter, text: TextConfig, sampler: SamplerConfig):
-        self._encoder = Encoder(graph, prompter)
+        self._encoder, self._reasoned_encoder = Encoder(graph, prompter), ReasonedEncoder(graph, prompter)
         # Greedy: an evaluation must not depend on a seed.
         self._sampler = Sampler(
             graph, prompter, max_think_tokens=sampler.max_think_tokens, temperature=0.0, prefill_chunk=sampler.prefill_chunk
@@ -113,10 +123,14 @@ class Evaluator:
         """Queries embedded without reasoning; their reply is the words that close every reply."""
         started = time.perf_counter()
         texts = [query.text for query in collection.queries]
+        self._encoder.compile(state, texts, max_tokens=self._text.max_query_tokens)
+        compiled = time.perf_counter()
         vectors = self._encoder.encode(state, texts, max_tokens=self._text.max_query_tokens, on_progress=on_progress)
-        seconds = time.perf_counter() - started
-        closing = len(self._prompter.direct.closing)
-        return EmbeddedQueries(vectors=vectors, seconds=seconds, valid=[True] * len(texts), tokens=[closing] * len(texts))
+        ended = time.perf_counter()
+        tokens = [len(self._prompter.direct.closing)] * len(texts)
+        return EmbeddedQueries(
+            vectors=vectors, seconds=ended - started, warm_seconds=ended - compiled, valid=[True] * len(texts), tokens=tokens
+        )
 
     def reasoned_queries(self, state: nnx.State, collection: Collection, on_progress: OnProgress | None = None) -> EmbeddedQueries:
         """Queries embedded after greedy reasoning; where the embed token did not come in time it was forced, and counts as not valid."""
@@ -125,20 +139,52 @@ class Evaluator:
         # Sorted by length, so that a pass holds prompts of one bucket.
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         vectors: dict[int, np.ndarray] = {}
-        valid, lengths, thoughts = [False] * len(texts), [0] * len(texts), [""] * len(texts)
-        for start in range(0, len(order), QUERIES_A_PASS):
-            rows = order[start : start + QUERIES_A_PASS]
-            filled = rows + rows[:1] * (QUERIES_A_PASS - len(rows))
+        valid, replies = [False] * len(texts), [[0]] * len(texts)
+        width = pass_width(len(texts))
+        self._sampler.compile(state, width, 1, max_tokens=self._text.max_query_tokens)
+        compiled = time.perf_counter()
+        for start in range(0, len(order), width):
+            rows = order[start : start + width]
+            filled = rows + rows[:1] * (width - len(rows))
             seeds = np.zeros((len(filled), 1), np.uint32)
             rollout = self._sampler.sample(state, [texts[i] for i in filled], seeds, max_tokens=self._text.max_query_tokens)
             for at, (i, reply) in enumerate(zip(rows, rollout.replies(), strict=False)):
-                vectors[i], valid[i], lengths[i] = rollout.vectors[at], bool(rollout.valid[at]), len(reply)
-                thoughts[i] = str(self._prompter.tokenizer.decode(reply))
+                vectors[i], valid[i], replies[i] = rollout.vectors[at], bool(rollout.valid[at]), reply
             if on_progress is not None:
                 on_progress(len(rows))
-        seconds = time.perf_counter() - started
-        stacked = np.stack([vectors[i] for i in range(len(texts))])
-        return EmbeddedQueries(vectors=stacked, seconds=seconds, valid=valid, tokens=lengths, thoughts=thoughts)
+        ended = time.perf_counter()
+        return EmbeddedQueries(
+            vectors=np.stack([vectors[i] for i in range(len(texts))]),
+            seconds=ended - started,
+            warm_seconds=ended - compiled,
+            valid=valid,
+            tokens=[len(reply) for reply in replies],
+            thoughts=[str(self._prompter.tokenizer.decode(reply)) for reply in replies],
+            replies=replies,
+        )
+
+    def control_queries(
+        self, state: nnx.State, collection: Collection, reasoned: EmbeddedQueries, *, seed: int, on_progress: OnProgress | None = None
+    ) -> dict[str, EmbeddedQueries]:
+        """The queries with each of `CONTROLS` in place of their reasoning in `reasoned`; raises ValueError for a single query."""
+        texts, max_tokens = [query.text for query in collection.queries], self._text.max_query_tokens
+        of_control = control_replies(self._prompter, texts, reasoned.replies, corpus_words(collection), seed=seed)
+        found: dict[str, EmbeddedQueries] = {}
+        for name, replies in of_control.items():
+            started = time.perf_counter()
+            self._reasoned_encoder.compile(state, texts, replies, max_tokens=max_tokens)
+            compiled = time.perf_counter()
+            vectors = self._reasoned_encoder.encode(state, texts, replies, max_tokens=max_tokens, on_progress=on_progress)
+            ended = time.perf_counter()
+            tokens = [len(reply) for reply in replies]
+            found[name] = EmbeddedQueries(vectors=vectors, seconds=ended - started, warm_seconds=ended - compiled, tokens=tokens)
+        return found
+
+
+def pass_width(queries: int) -> int:
+    """Rows of a pass, so that as many passes as `QUERIES_A_PASS` asks for are all about full."""
+    passes = -(-queries // QUERIES_A_PASS)
+    return -(-queries // (passes * PASS_MULTIPLE)) * PASS_MULTIPLE
 
 
 def exact_index(collection: Collection, documents_ne: np.ndarray) -> Index:
@@ -156,6 +202,7 @@ def search_result(collection: Collection, index: Index, queries: EmbeddedQueries
         of_query=of_query,
         run=run,
         queries_per_second=len(collection.queries) / queries.seconds,
+        milliseconds_per_query=1000 * queries.warm_seconds / len(collection.queries),
         valid=queries.valid,
         tokens=queries.tokens,
         thoughts=queries.thoughts,

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -17,9 +18,11 @@ from search_r3_jax.data.collection import Collection
 from search_r3_jax.data.cut import Cut, cut_corpus, documents_hash, queries_hash
 from search_r3_jax.data.dataset import load_collection
 from search_r3_jax.errors import UserError
+from search_r3_jax.evaluation.controls import CONTROLS
 from search_r3_jax.evaluation.evaluate import DEPTH, ModeResult
 from search_r3_jax.evaluation.metrics import write_trec_qrels, write_trec_run
-from search_r3_jax.evaluation.settings import EvalSettings
+from search_r3_jax.evaluation.settings import BudgetSettings, EvalSettings
+from search_r3_jax.evaluation.significance import bootstrap_interval
 from search_r3_jax.evaluation.systems import SystemResult, open_system
 from search_r3_jax.files import check_output, write_json
 from search_r3_jax.text.prompts import Mode
@@ -37,19 +40,22 @@ ROWS = (
     ("valid", "valid_rate", "{:.1%}"),
     ("tokens/query", "reply_tokens", "{:.1f}"),
     ("queries/s", "queries_per_second", "{:.1f}"),
+    ("ms/query", "milliseconds_per_query", "{:.1f}"),
 )
+# Of the bootstrap behind an interval.
+SAMPLES = 10_000
 
 
 def run_evaluation(settings: EvalSettings) -> dict[str, Any]:
     """Evaluates, prints the table and writes what was asked for; returns the record. Raises UserError before any long work where it can."""
     _check(settings)
-    collection, cut = load_collection(settings.data, settings.split), None
-    if settings.max_documents is not None:
-        collection, cut = cut_corpus(collection, settings.max_documents, seed=settings.seed)
     # Bars and notes go to standard error: standard output is the table.
     notes = Console(stderr=True, highlight=False, soft_wrap=True)
-    if cut is not None and cut.documents > cut.asked:
-        notes.print(f"{cut.judged} documents are judged: all of them stay, more than the {cut.asked} asked for", markup=False)
+    collection, cut = open_collection(settings, notes)
+    if settings.controls and len(collection.queries) < 2:
+        raise UserError(
+            f"--controls: {settings.data} has a single query in {settings.split}: nobody to exchange reasoning with; leave it out"
+        )
     system = open_system(settings)
     result = system.evaluate(collection, MODES[settings.mode], notes)
     record = _record(settings, system.identity(), collection, cut, result)
@@ -64,20 +70,51 @@ def run_evaluation(settings: EvalSettings) -> dict[str, Any]:
 def _check(settings: EvalSettings) -> None:
     check_output("--out", settings.out)
     check_output("--run-file", settings.run_file)
+    check_limits(settings)
+    if settings.max_think_tokens < 0:
+        raise UserError(f"--max-think-tokens: {settings.max_think_tokens} is below 0; 0 forces the embed token at once")
+    if settings.controls and settings.mode == "direct":
+        raise UserError("--controls: there is no reasoning in direct mode; give --mode reason or both")
+
+
+def check_limits(settings: EvalSettings | BudgetSettings) -> None:
+    """Raise UserError for a limit of the corpus or of its texts that leaves nothing."""
     counts = {
         "--max-documents": settings.max_documents,
         "--max-query-tokens": settings.max_query_tokens,
         "--max-document-tokens": settings.max_document_tokens,
-        "--max-think-tokens": settings.max_think_tokens,
     }
     for flag, count in counts.items():
         if count is not None and count < 1:
             raise UserError(f"{flag}: {count} is less than 1; give a positive number")
 
 
+def open_collection(settings: EvalSettings | BudgetSettings, notes: Console) -> tuple[Collection, Cut | None]:
+    """The split, its corpus cut where `max_documents` asks for it; says on `notes` where more is judged than asked for."""
+    collection = load_collection(settings.data, settings.split)
+    if settings.max_documents is None:
+        return collection, None
+    collection, cut = cut_corpus(collection, settings.max_documents, seed=settings.seed)
+    if cut.documents > cut.asked:
+        notes.print(f"{cut.judged} documents are judged: all of them stay, more than the {cut.asked} asked for", markup=False)
+    return collection, cut
+
+
 def _record(
     settings: EvalSettings, identity: Mapping[str, Any], collection: Collection, cut: Cut | None, result: SystemResult
 ) -> dict[str, Any]:
+    modes: dict[str, dict[str, Any]] = {
+        mode: each.as_dict() | {"per_query": per_query(collection, each)} for mode, each in result.modes.items()
+    }
+    if result.controls:
+        modes["reason"]["controls"] = _controls(collection, result.controls, settings.seed)
+    return common_record(settings, identity, collection, cut, result.document_seconds) | {"modes": modes}
+
+
+def common_record(
+    settings: EvalSettings | BudgetSettings, identity: Mapping[str, Any], collection: Collection, cut: Cut | None, document_seconds: float
+) -> dict[str, Any]:
+    """What was measured, on what, and what its corpus cost."""
     return {
         "format_version": FORMAT_VERSION,
         "search_r3_jax": __version__,
@@ -94,13 +131,33 @@ def _record(
             "cut": None if cut is None else dataclasses.asdict(cut),
         },
         "depth": DEPTH,
-        "document_seconds": result.document_seconds,
-        "documents_per_second": len(collection.documents) / result.document_seconds,
-        "modes": {mode: each.as_dict() | {"per_query": _per_query(collection, each)} for mode, each in result.modes.items()},
+        "document_seconds": document_seconds,
+        "documents_per_second": len(collection.documents) / document_seconds,
     }
 
 
-def _per_query(collection: Collection, result: ModeResult) -> dict[str, dict[str, Any]]:
+def query_values(collection: Collection, result: ModeResult) -> np.ndarray:
+    """nDCG@10 of each query [Q], in the collection's order."""
+    return np.array([result.of_query[query.query_id].ndcg_at_10 for query in collection.queries], np.float64)
+
+
+def _controls(collection: Collection, controls: Mapping[str, ModeResult], seed: int) -> dict[str, dict[str, Any]]:
+    """Each control's metrics and tokens, nDCG@10 with its interval, and how far its own reasoning is above it (the paired bootstrap)."""
+    own_q = query_values(collection, controls["own"])
+    found: dict[str, dict[str, Any]] = {}
+    for name, result in controls.items():
+        values_q = query_values(collection, result)
+        found[name] = {
+            **result.metrics.as_dict(),
+            "reply_tokens": result.reply_tokens,
+            "ndcg@10_interval": dataclasses.asdict(bootstrap_interval(values_q, samples=SAMPLES, seed=seed)),
+            "own_minus_this": dataclasses.asdict(bootstrap_interval(own_q - values_q, samples=SAMPLES, seed=seed)),
+            "per_query": {query.query_id: float(value) for query, value in zip(collection.queries, values_q, strict=True)},
+        }
+    return found
+
+
+def per_query(collection: Collection, result: ModeResult) -> dict[str, dict[str, Any]]:
     """Query id → text, metrics, what was written, and the best documents with their scores."""
     of_query: dict[str, dict[str, Any]] = {}
     for row, query in enumerate(collection.queries):
@@ -115,17 +172,43 @@ def _per_query(collection: Collection, result: ModeResult) -> dict[str, dict[str
 
 
 def _show(record: Mapping[str, Any]) -> None:
-    data, cut = record["data"], record["data"]["cut"]
-    of_all = f" of {cut['whole']}" if cut is not None else ""
-    title = f"{record['model']}: {data['queries']} queries of {data['name']} ({data['split']}) over {data['documents']}{of_all} documents"
-    table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD)
+    table = Table(title=Text(title_of(record)), title_justify="left", box=SIMPLE_HEAD)
     table.add_column("", no_wrap=True)
     for mode in record["modes"]:
         table.add_column(mode, justify="right", no_wrap=True)
     for name, key, shape in ROWS:
         table.add_row(name, *(shape.format(values[key]) for values in record["modes"].values()))
     table.add_row("documents/s", *(f"{record['documents_per_second']:.1f}" for _ in record["modes"]))
-    Console(highlight=False, soft_wrap=True).print(table)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    if "controls" in record["modes"].get("reason", {}):
+        console.print(_controls_table(record["modes"]["reason"]["controls"]))
+
+
+def title_of(record: Mapping[str, Any]) -> str:
+    """What was searched for what."""
+    data, cut = record["data"], record["data"]["cut"]
+    of_all = f" of {cut['whole']}" if cut is not None else ""
+    return f"{record['model']}: {data['queries']} queries of {data['name']} ({data['split']}) over {data['documents']}{of_all} documents"
+
+
+def interval_text(interval: Mapping[str, float], shape: str = "{:.3f}") -> str:
+    """Both ends of an interval."""
+    return f"{shape.format(interval['low'])} … {shape.format(interval['high'])}"
+
+
+def _controls_table(controls: Mapping[str, Mapping[str, Any]]) -> Table:
+    # 80 columns hold it.
+    table = Table(title="reason, with this reasoning written for it:", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
+    for name in ("nDCG@10", "95 % interval", "own − this", "95 % interval", "tokens"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, values in controls.items():
+        gain = values["own_minus_this"]
+        compared = ("", "") if name == "own" else (f"{gain['mean']:+.4f}", interval_text(gain, "{:+.3f}"))
+        interval = interval_text(values["ndcg@10_interval"])
+        table.add_row(CONTROLS[name], f"{values['ndcg@10']:.4f}", interval, *compared, f"{values['reply_tokens']:.1f}")
+    return table
 
 
 def _write_trec(path: Path, collection: Collection, results: Mapping[Mode, ModeResult]) -> None:

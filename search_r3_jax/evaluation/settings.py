@@ -26,7 +26,8 @@ class EvalSettings:
         seed: draws those others.
         max_query_tokens: tokens of a query that a model of ours reads; 64 by default.
         max_document_tokens: tokens of a document that a model of ours reads; 256 by default.
-        max_think_tokens: budget of the reasoning before the embed token is forced.
+        max_think_tokens: budget of the reasoning before the embed token is forced; 0 forces it at once.
+        controls: search also with other reasoning in place of the queries' own: another query's, none, the query repeated, random words.
         step: checkpoint of a run, a number or `best` (on its development queries); the newest by default.
     """
 
@@ -42,6 +43,7 @@ class EvalSettings:
     max_query_tokens: int | None = None
     max_document_tokens: int | None = None
     max_think_tokens: int = 32
+    controls: bool = False
     step: Step = None
 
     def text(self) -> TextConfig:
@@ -50,4 +52,55 @@ class EvalSettings:
         return TextConfig(
             max_query_tokens=self.max_query_tokens or usual.max_query_tokens,
             max_document_tokens=self.max_document_tokens or usual.max_document_tokens,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetSettings:
+    """One model on one split of one collection, at several budgets of thinking.
+
+    Attributes:
+        model: a run directory, a Hugging Face folder, a GGUF file or `smollm2`.
+        data: a built data set or a BEIR folder.
+        out: JSON file with everything, each query's results too.
+        picture: PNG file for nDCG@10 over the tokens of a query.
+        budgets: tokens that the model may think before the embed token is forced; 0 forces it at once.
+        split: whose queries are searched.
+        index: `exact` search, or `scann`.
+        max_documents: search only the judged documents and random others, so many in all.
+        seed: draws those others, and the bootstrap's queries.
+        samples: of the bootstrap.
+        max_query_tokens: tokens of a query that the model reads; 64 by default.
+        max_document_tokens: tokens of a document that the model reads; 256 by default.
+        step: checkpoint of a run, a number or `best` (on its development queries); the newest by default.
+    """
+
+    model: str
+    data: Path
+    out: Path
+    picture: Path | None = None
+    budgets: tuple[int, ...] = (0, 8, 16, 32, 64)
+    split: str = "test"
+    index: Literal["exact", "scann"] = "exact"
+    max_documents: int | None = None
+    seed: int = 0
+    samples: int = 10_000
+    max_query_tokens: int | None = None
+    max_document_tokens: int | None = None
+    step: Step = None
+
+    def evaluation(self) -> EvalSettings:
+        """What `eval` is asked for at the largest budget."""
+        return EvalSettings(
+            model=self.model,
+            data=self.data,
+            split=self.split,
+            mode="both",
+            index=self.index,
+            max_documents=self.max_documents,
+            seed=self.seed,
+            max_query_tokens=self.max_query_tokens,
+            max_document_tokens=self.max_document_tokens,
+            max_think_tokens=max(self.budgets),
+            step=self.step,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -19,6 +19,7 @@ from search_r3_jax.console import Bar, progress_bar
 from search_r3_jax.data.collection import Collection
 from search_r3_jax.errors import UserError
 from search_r3_jax.evaluation.bm25 import Bm25
+from search_r3_jax.evaluation.controls import CONTROLS
 from search_r3_jax.evaluation.evaluate import DEPTH, EmbeddedQueries, Evaluator, ModeResult, search_result
 from search_r3_jax.evaluation.metrics import evaluate_run
 from search_r3_jax.evaluation.settings import EvalSettings
@@ -26,7 +27,7 @@ from search_r3_jax.files import file_sha256
 from search_r3_jax.hub.checkpoint import load_model, pinned_step, resolve
 from search_r3_jax.hub.export import text_room
 from search_r3_jax.hub.snapshots import read_run
-from search_r3_jax.retrieval.index import build_index
+from search_r3_jax.retrieval.index import Index, build_index
 from search_r3_jax.retrieval.indexer import parameter_hash
 from search_r3_jax.text.prompts import Mode, Prompter
 
@@ -37,9 +38,19 @@ _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 @dataclass(frozen=True, kw_only=True)
 class SystemResult:
-    """A result of each mode, and how long the corpus took to encode or index."""
+    """A result of each mode, and how long the corpus took to encode or index; `controls` of reasoning where they were asked for."""
 
     modes: dict[Mode, ModeResult]
+    document_seconds: float
+    controls: dict[str, ModeResult] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetResult:
+    """Direct search, and reasoned search at each budget of thinking tokens, over the same vectors of the corpus."""
+
+    direct: ModeResult
+    reasoned: dict[int, ModeResult]
     document_seconds: float
 
 
@@ -55,11 +66,15 @@ class System(Protocol):
         ...
 
 
+def is_baseline(name: str) -> bool:
+    """Whether `--model` names something that cannot reason."""
+    return name in ("bm25", "bm25-split", "minilm") or name.startswith("st:")
+
+
 def open_system(settings: EvalSettings) -> System:
     """The system that `settings.model` names; raises UserError when it cannot be opened or has no such mode or setting."""
     name = settings.model
-    baseline = name in ("bm25", "bm25-split", "minilm") or name.startswith("st:")
-    if not baseline:
+    if not is_baseline(name):
         return DecoderSystem(settings)
     if settings.mode != "direct":
         raise UserError(f"--mode: {name} writes no reasoning; leave --mode out")
@@ -91,9 +106,12 @@ class Bm25System:
         index = Bm25(collection, k1=0.9, b=0.4, identifiers=self._identifiers)
         indexed = time.perf_counter()
         run = index.run(collection.queries, k=DEPTH)
-        rate = len(collection.queries) / (time.perf_counter() - indexed)
+        seconds = time.perf_counter() - indexed
         metrics, of_query = evaluate_run(collection.qrels(), run)
-        result = ModeResult(metrics=metrics, of_query=of_query, run=run, queries_per_second=rate)
+        Q = len(collection.queries)
+        result = ModeResult(
+            metrics=metrics, of_query=of_query, run=run, queries_per_second=Q / seconds, milliseconds_per_query=1000 * seconds / Q
+        )
         return SystemResult(modes={"direct": result}, document_seconds=indexed - started)
 
 
@@ -133,7 +151,8 @@ class SentenceTransformersSystem:
         with progress_bar(console, "queries", len(collection.queries)) as bar:
             started = time.perf_counter()
             asked = self._encode(self._model.encode_query, [query.text for query in collection.queries], bar)
-            queries = EmbeddedQueries(vectors=asked, seconds=time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            queries = EmbeddedQueries(vectors=asked, seconds=seconds, warm_seconds=seconds)
         index = build_index(self._index, vectors, [document.doc_id for document in collection.documents], 0)
         return SystemResult(modes={"direct": search_result(collection, index, queries)}, document_seconds=document_seconds)
 
@@ -160,15 +179,20 @@ class DecoderSystem:
         self._step = pinned_step(settings.model, settings.step)
         self._run_config = None if self._step is None else read_run(resolve(settings.model))[1]["config"]
         model = load_model(settings.model, step=self._step)
-        prompter = Prompter(model.tokenizer)
-        room = text_room(prompter, model.decoder.config.max_positions)
+        self._prompter = Prompter(model.tokenizer)
+        positions = model.decoder.config.max_positions
+        room = text_room(self._prompter, positions)
+        if room <= settings.max_think_tokens:
+            raise UserError(
+                f"--model: {settings.model}: max_positions: {positions} leave no room for a query beside {settings.max_think_tokens} tokens"
+                " of thinking; allow fewer"
+            )
         asked = settings.text()
         self._text = TextConfig(
             max_query_tokens=min(asked.max_query_tokens, room - settings.max_think_tokens),
             max_document_tokens=min(asked.max_document_tokens, room),
         )
-        graph, self._state = nnx.split(model.decoder)
-        self._evaluator = Evaluator(graph, prompter, self._text, SamplerConfig(max_think_tokens=settings.max_think_tokens))
+        self._graph, self._state = nnx.split(model.decoder)
 
     def identity(self) -> dict[str, Any]:
         return {
@@ -183,17 +207,44 @@ class DecoderSystem:
         }
 
     def evaluate(self, collection: Collection, modes: Sequence[Mode], console: Console) -> SystemResult:
-        with progress_bar(console, "documents", len(collection.documents)) as bar:
-            started = time.perf_counter()
-            vectors = self._evaluator.documents(self._state, collection, bar.advance)
-            document_seconds = time.perf_counter() - started
-        index = build_index(self._settings.index, vectors, [document.doc_id for document in collection.documents], 0)
+        evaluator = self._evaluator(self._settings.max_think_tokens)
+        index, document_seconds = self._indexed(evaluator, collection, console)
         results: dict[Mode, ModeResult] = {}
+        controls: dict[str, ModeResult] = {}
         for mode in modes:
             with progress_bar(console, f"queries, {mode}", len(collection.queries)) as bar:
-                embed = self._evaluator.direct_queries if mode == "direct" else self._evaluator.reasoned_queries
-                results[mode] = search_result(collection, index, embed(self._state, collection, bar.advance))
-        return SystemResult(modes=results, document_seconds=document_seconds)
+                embed = evaluator.direct_queries if mode == "direct" else evaluator.reasoned_queries
+                queries = embed(self._state, collection, bar.advance)
+            results[mode] = search_result(collection, index, queries)
+            if mode == "reason" and self._settings.controls:
+                with progress_bar(console, "queries, controls", len(CONTROLS) * len(collection.queries)) as bar:
+                    asked = evaluator.control_queries(self._state, collection, queries, seed=self._settings.seed, on_progress=bar.advance)
+                controls = {name: search_result(collection, index, each) for name, each in asked.items()}
+        return SystemResult(modes=results, document_seconds=document_seconds, controls=controls)
+
+    def evaluate_budgets(self, collection: Collection, budgets: Sequence[int], console: Console) -> BudgetResult:
+        """Direct, and reasoned at each of `budgets`, none above the `max_think_tokens` of the settings; the corpus is encoded once."""
+        evaluators = {budget: self._evaluator(budget) for budget in budgets}
+        first = evaluators[budgets[0]]
+        index, document_seconds = self._indexed(first, collection, console)
+        with progress_bar(console, "queries, direct", len(collection.queries)) as bar:
+            direct = search_result(collection, index, first.direct_queries(self._state, collection, bar.advance))
+        reasoned: dict[int, ModeResult] = {}
+        for budget, evaluator in evaluators.items():
+            with progress_bar(console, f"queries, {budget} tokens", len(collection.queries)) as bar:
+                reasoned[budget] = search_result(collection, index, evaluator.reasoned_queries(self._state, collection, bar.advance))
+        return BudgetResult(direct=direct, reasoned=reasoned, document_seconds=document_seconds)
+
+    def _evaluator(self, max_think_tokens: int) -> Evaluator:
+        return Evaluator(self._graph, self._prompter, self._text, SamplerConfig(max_think_tokens=max_think_tokens))
+
+    def _indexed(self, evaluator: Evaluator, collection: Collection, console: Console) -> tuple[Index, float]:
+        """The corpus in the index that was asked for, and the seconds that encoding took."""
+        with progress_bar(console, "documents", len(collection.documents)) as bar:
+            started = time.perf_counter()
+            vectors = evaluator.documents(self._state, collection, bar.advance)
+            seconds = time.perf_counter() - started
+        return build_index(self._settings.index, vectors, [document.doc_id for document in collection.documents], 0), seconds
 
 
 def minilm_folder() -> Path:

@@ -1,9 +1,9 @@
-"""Direct embedding of texts: the shared prompt prefix once, then length buckets."""
+"""Embedding of texts whose replies are given: the shared prompt prefix once, then length buckets."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,8 @@ from flax import nnx
 from search_r3_jax.models.attention import KVBlock
 from search_r3_jax.models.decoder import Decoder, positions_from_lengths
 from search_r3_jax.models.embedding import pool_embedding
-from search_r3_jax.text.packing import length_batches
-from search_r3_jax.text.prompts import Prompter
+from search_r3_jax.text.packing import PaddedBatch, length_batches
+from search_r3_jax.text.prompts import Mode, Prompter
 
 # Padded tokens a batch. A CPU's caches like small ones: a decoder of 135M parameters ran 5 % faster at 1,024 than at 2,048.
 CPU_BATCH_TOKENS, BATCH_TOKENS = 1024, 8192
@@ -38,11 +38,11 @@ def both_prefixes(decoder: Decoder, prompter: Prompter, *, adapters: bool = True
     return decoder(ids, positions, segments_bt=segments, adapters=adapters)[1]
 
 
-class Encoder:
-    """Encodes texts with whatever parameters it is handed; compiled once per (rows, length) bucket."""
+class RowEncoder:
+    """Encodes what follows a mode's prefix with whatever parameters it is handed; compiled once per (rows, length) bucket."""
 
-    def __init__(self, graph: nnx.GraphDef[Decoder], prompter: Prompter, *, batch_tokens: int | None = None):
-        prefix, embed_id = prompter.direct.prefix, prompter.embed_id
+    def __init__(self, graph: nnx.GraphDef[Decoder], prompter: Prompter, mode: Mode, *, batch_tokens: int | None = None):
+        prefix, embed_id = prompter.of(mode).prefix, prompter.embed_id
 
         @jax.jit
         def prefix_of(state: nnx.State) -> KVBlock:
@@ -56,19 +56,25 @@ class Encoder:
             return pool_embedding(hidden, ids, embed_id).vectors
 
         self._prefix_of, self._encode = prefix_of, encode
-        self._graph, self._prompter = graph, prompter
+        self._graph = graph
         self._batch_tokens = batch_tokens or (CPU_BATCH_TOKENS if jax.default_backend() == "cpu" else BATCH_TOKENS)
 
-    def encode(
-        self,
-        state: nnx.State,
-        texts: Sequence[str],
-        *,
-        max_tokens: int,
-        on_progress: Callable[[int], object] | None = None,
+    def compile_rows(self, state: nnx.State, rows: Sequence[Sequence[int]]) -> None:
+        """Compile what `encode_rows` of these rows runs, and run none of it but the prefix: what follows can be timed."""
+        if not rows:
+            return
+        shared = self._prefix_of(state)
+        compiled: set[tuple[int, ...]] = set()
+        for batch in self._batches(rows):
+            if batch.ids.shape not in compiled:
+                compiled.add(batch.ids.shape)
+                # A call with these shapes finds the program.
+                self._encode.lower(state, shared, batch.ids, batch.lengths).compile()
+
+    def encode_rows(
+        self, state: nnx.State, rows: Sequence[Sequence[int]], on_progress: Callable[[int], object] | None = None
     ) -> np.ndarray:
-        """Unit vectors [N,E] float32 in the order of `texts`; `on_progress` hears how many were finished."""
-        rows = self._prompter.direct_rows(texts, max_tokens)
+        """Unit vectors [N,E] float32 of token rows, each with one embed token; `on_progress` hears how many were finished."""
         vectors = np.zeros((len(rows), nnx.merge(self._graph, state).config.hidden_size), np.float32)
         if not rows:
             return vectors
@@ -81,11 +87,68 @@ class Encoder:
             if on_progress is not None:
                 on_progress(len(at))
 
-        # The pad id must not be the embed token, which has to occur once; 0 never is.
-        for batch in length_batches(rows, tokens=self._batch_tokens, pad_id=0):
+        for batch in self._batches(rows):
             running.append((batch.rows, self._encode(state, shared, batch.ids, batch.lengths)))
             if len(running) > BATCHES_AHEAD:
                 collect()
         while running:
             collect()
         return vectors
+
+    def _batches(self, rows: Sequence[Sequence[int]]) -> Iterator[PaddedBatch]:
+        # The pad id must not be the embed token, which has to occur once; 0 never is.
+        return length_batches(rows, tokens=self._batch_tokens, pad_id=0)
+
+
+class Encoder(RowEncoder):
+    """Encodes texts directly."""
+
+    def __init__(self, graph: nnx.GraphDef[Decoder], prompter: Prompter, *, batch_tokens: int | None = None):
+        super().__init__(graph, prompter, "direct", batch_tokens=batch_tokens)
+        self._prompter = prompter
+
+    def compile(self, state: nnx.State, texts: Sequence[str], *, max_tokens: int) -> None:
+        """Compile what `encode` of these texts runs."""
+        self.compile_rows(state, self._prompter.direct_rows(texts, max_tokens))
+
+    def encode(
+        self,
+        state: nnx.State,
+        texts: Sequence[str],
+        *,
+        max_tokens: int,
+        on_progress: Callable[[int], object] | None = None,
+    ) -> np.ndarray:
+        """Unit vectors [N,E] float32 in the order of `texts`; `on_progress` hears how many were finished."""
+        return self.encode_rows(state, self._prompter.direct_rows(texts, max_tokens), on_progress)
+
+
+class ReasonedEncoder(RowEncoder):
+    """Encodes queries whose reasoning is given, by teacher forcing: for a sampler's own replies it gives the sampler's vectors."""
+
+    def __init__(self, graph: nnx.GraphDef[Decoder], prompter: Prompter, *, batch_tokens: int | None = None):
+        super().__init__(graph, prompter, "reason", batch_tokens=batch_tokens)
+        self._prompter = prompter
+
+    def compile(self, state: nnx.State, texts: Sequence[str], replies: Sequence[Sequence[int]], *, max_tokens: int) -> None:
+        """Compile what `encode` of these texts and replies runs."""
+        self.compile_rows(state, self._prompter.replied_rows(texts, replies, max_tokens))
+
+    def encode(
+        self,
+        state: nnx.State,
+        texts: Sequence[str],
+        replies: Sequence[Sequence[int]],
+        *,
+        max_tokens: int,
+        on_progress: Callable[[int], object] | None = None,
+    ) -> np.ndarray:
+        """Unit vectors [N,E] float32 of texts [N], each cut to `max_tokens`, with complete replies [N] as `Prompter.thought_ids` gives.
+
+        Raises ValueError for a reply that does not end with its only embed token.
+        """
+        embed_id = self._prompter.embed_id
+        for n, reply in enumerate(replies):
+            if not reply or reply[-1] != embed_id or list(reply).count(embed_id) != 1:
+                raise ValueError(f"reply {n} does not end with its only embed token")
+        return self.encode_rows(state, self._prompter.replied_rows(texts, replies, max_tokens), on_progress)

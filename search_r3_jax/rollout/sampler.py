@@ -234,14 +234,23 @@ class Sampler:
 
         self._sample = jax.jit(sample)
 
+    def compile(self, state: nnx.State, queries: int, group: int, *, max_tokens: int) -> None:
+        """Compile what `sample` of so many queries and samples runs, and run none of it: what follows can be timed."""
+        ids = jax.ShapeDtypeStruct((queries, self._prompt_tokens(max_tokens)), np.int32)
+        lengths, seeds = jax.ShapeDtypeStruct((queries,), np.int32), jax.ShapeDtypeStruct((queries, group), np.uint32)
+        # A call with these shapes finds the program.
+        self._sample.lower(state, ids, lengths, seeds).compile()
+
+    def _prompt_tokens(self, max_tokens: int) -> int:
+        return bucket_length(max_tokens + len(self._prompter.reason.suffix))
+
     def sample(self, state: nnx.State, texts: Sequence[str], seeds_qg: np.ndarray, *, max_tokens: int) -> Rollout:
         """Samples for each text [Q] under the seeds [Q,G] (uint32): the same seed and text write the same reply, whatever else is sampled.
 
         The loop runs as long as the longest reply; prompts are padded to what `max_tokens` allows, so one shape is compiled.
         """
         rows = self._prompter.reason_rows(texts, max_tokens)
-        length = bucket_length(max_tokens + len(self._prompter.reason.suffix))
-        prompt_ids, prompt_lengths = pad_rows(rows, length=length, pad_id=0)
+        prompt_ids, prompt_lengths = pad_rows(rows, length=self._prompt_tokens(max_tokens), pad_id=0)
         found = self._sample(state, prompt_ids, prompt_lengths, seeds_qg.astype(np.uint32))
         arrays = {name: np.asarray(array) for name, array in found._asdict().items()}
         return Rollout(prompt_ids=prompt_ids, prompt_lengths=prompt_lengths, **arrays)

@@ -103,6 +103,10 @@ class Prompter:
         """What follows the shared prefix in reasoned mode, up to where the assistant begins to write."""
         return [ids + list(self.reason.suffix) for ids in self.text_ids(texts, max_tokens)]
 
+    def replied_rows(self, texts: Sequence[str], replies: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
+        """`reason_rows` with each text's complete reply behind it; `max_tokens` cuts the texts alone."""
+        return [[*row, *reply] for row, reply in zip(self.reason_rows(texts, max_tokens), replies, strict=True)]
+
     def thought_ids(self, thought: str, max_tokens: int | None = None) -> list[int]:
         """A complete reasoned reply: the thought, cut to `max_tokens`, then the closing with the embed token."""
         ids = self._pieces.ids(thought.strip().replace(EMBED_TOKEN, "") + "\n", begins=self._reply_begins)

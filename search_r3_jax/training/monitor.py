@@ -110,18 +110,8 @@ class CollapseGuard:
         self.valid_low, self.entropy_low = int(state["valid_low"]), int(state["entropy_low"])
 
 
-def derangement(count: int, seed: int, step: int) -> np.ndarray:
-    """A seeded permutation [count] int64 of one cycle, so that nothing stays in place; raises ValueError below 2."""
-    if count < 2:
-        raise ValueError(f"{count} queries: there is nobody to exchange with")
-    around = np.random.default_rng([seed, step]).permutation(count)
-    exchanged = np.empty(count, dtype=np.int64)
-    exchanged[around] = np.roll(around, 1)
-    return exchanged
-
-
 def swap_probe(own_qg: np.ndarray, exchanged_qg: np.ndarray) -> dict[str, float]:
-    """What a query's own reasoning is worth to it, from rewards [Q,G] with its own and with another query's (by `derangement`).
+    """What a query's own reasoning is worth to it, from rewards [Q,G] with its own and with another query's (by a `derangement`).
 
     `swap_gain` (mean of own − exchanged), `swap_gain_error` (its standard error over queries, whose samples are no independent draws) and
     `swap_wins` (queries that do better with their own; a tie counts half). A gain near 0: the reasoning is decoration.

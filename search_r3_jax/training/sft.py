@@ -192,5 +192,8 @@ def _told(scalars: dict[str, float]) -> str:
     """What a reader wants to know of an evaluation."""
     told = f"nDCG@10 {scalars[BEST_BY]:.3f} direct"
     if "dev_reason_ndcg@10" in scalars:
-        told += f", {scalars['dev_reason_ndcg@10']:.3f} reasoned ({scalars['dev_reason_valid_rate']:.0%} valid)"
+        told += (
+            f", {scalars['dev_reason_ndcg@10']:.3f} reasoned ({scalars['dev_reason_valid_rate']:.0%} valid,"
+            f" {scalars['dev_reason_reply_tokens']:.0f} tokens and {scalars['dev_reason_milliseconds_per_query']:.0f} ms a query)"
+        )
     return told

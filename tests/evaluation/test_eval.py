@@ -15,10 +15,12 @@ from tiny import word_collection
 from search_r3_jax.data.beir import read_beir
 from search_r3_jax.embedder import Embedder
 from search_r3_jax.errors import UserError
+from search_r3_jax.evaluation.controls import CONTROLS
 from search_r3_jax.evaluation.evaluate import Evaluator
 from search_r3_jax.evaluation.metrics import METRICS
 from search_r3_jax.evaluation.report import run_evaluation
 from search_r3_jax.evaluation.settings import EvalSettings
+from search_r3_jax.evaluation.significance import bootstrap_interval
 from search_r3_jax.evaluation.systems import MINILM_PACKAGE
 from search_r3_jax.hub.checkpoint import load_model
 from search_r3_jax.hub.export import export_model
@@ -79,6 +81,9 @@ def test_a_decoder_in_both_modes(tiny_folders: dict[str, Path], beir: Path, tmp_
     shown = capsys.readouterr().out
     assert "12 queries" in shown
     assert f"{record['modes']['reason']['ndcg@10']:.4f}" in shown
+    (line,) = [line for line in shown.splitlines() if "ms/query" in line]
+    assert line.split()[1:] == [f"{record['modes'][mode]['milliseconds_per_query']:.1f}" for mode in ("direct", "reason")]
+    assert "controls" not in record["modes"]["reason"]
     assert json.loads((tmp_path / "a.json").read_text()) == record
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.json", "a.run.direct", "a.run.qrels", "a.run.reason"]
     for mode in ("direct", "reason"):
@@ -104,6 +109,44 @@ def test_a_decoder_in_both_modes(tiny_folders: dict[str, Path], beir: Path, tmp_
     assert record["modes"]["reason"]["reply_tokens"] == pytest.approx(np.mean([each.tokens for each in thoughts]))
     assert record["modes"]["direct"]["valid_rate"] == 1.0
     assert record["system"]["max_document_tokens"] == 24
+
+
+def test_controls_stand_beside_the_reasoning(
+    tiny_folders: dict[str, Path], beir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: dict[str, Any] = {"model": str(tiny_folders["llama"]), "data": beir, "mode": "reason", "seed": 3}
+    record = run_evaluation(EvalSettings(**asked, max_think_tokens=9, controls=True, out=tmp_path / "a.json"))
+    shown = capsys.readouterr().out
+    controls = record["modes"]["reason"]["controls"]
+    assert json.loads((tmp_path / "a.json").read_text()) == record
+    assert list(controls) == list(CONTROLS)
+    # Teacher forcing and the sampler agree, so the metrics do unless two documents tie to the last digits.
+    assert controls["own"]["ndcg@10"] == pytest.approx(record["modes"]["reason"]["ndcg@10"], abs=0.02)
+    assert controls["own"]["reply_tokens"] == record["modes"]["reason"]["reply_tokens"]
+    # No reasoning is a budget of nothing.
+    nothing = run_evaluation(EvalSettings(**asked, max_think_tokens=0))["modes"]["reason"]
+    assert controls["empty"]["ndcg@10"] == pytest.approx(nothing["ndcg@10"], abs=0.02)
+    assert controls["empty"]["reply_tokens"] == nothing["reply_tokens"] < controls["random"]["reply_tokens"]
+    assert controls["swapped"]["reply_tokens"] == controls["own"]["reply_tokens"]
+    own = np.array(list(controls["own"]["per_query"].values()))
+    for name, values in controls.items():
+        of_query = np.array(list(values["per_query"].values()))
+        assert values["ndcg@10"] == pytest.approx(of_query.mean())
+        assert values["ndcg@10_interval"] == vars(bootstrap_interval(of_query, samples=10_000, seed=3))
+        assert values["own_minus_this"] == vars(bootstrap_interval(own - of_query, samples=10_000, seed=3))
+        (line,) = [line for line in shown.splitlines() if line.strip().startswith(CONTROLS[name])]
+        assert f"{values['ndcg@10']:.4f}" in line
+        assert f"{values['ndcg@10_interval']['low']:.3f} … {values['ndcg@10_interval']['high']:.3f}" in line
+        assert line.split()[-1] == f"{values['reply_tokens']:.1f}"
+
+
+def test_a_single_query_has_nobody_to_exchange_with(tmp_path: Path) -> None:
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "corpus.jsonl").write_text('{"_id": "d", "text": "a"}\n')
+    (tmp_path / "queries.jsonl").write_text('{"_id": "q", "text": "b"}\n')
+    (tmp_path / "qrels" / "test.tsv").write_text("q\td\t1\n")
+    with pytest.raises(UserError, match=r"--controls: .*single query"):
+        run_evaluation(EvalSettings(model="nowhere", data=tmp_path, mode="reason", controls=True))
 
 
 def test_baselines_see_the_same_cut(tiny_folders: dict[str, Path], beir: Path, tmp_path: Path) -> None:
@@ -167,7 +210,7 @@ def test_quickstarts_calls_give_the_same(tiny_model, beir: Path) -> None:
     vectors = evaluator.documents(state, collection)
     for result in (evaluator.direct(state, collection, vectors), evaluator.reason(state, collection, vectors)):
         assert len(result.run) == len(result.tokens) == 12
-        assert set(result.as_dict()) == {*METRICS, "valid_rate", "reply_tokens", "queries_per_second"}
+        assert set(result.as_dict()) == {*METRICS, "valid_rate", "reply_tokens", "queries_per_second", "milliseconds_per_query"}
 
 
 @pytest.mark.parametrize(
@@ -183,6 +226,8 @@ def test_quickstarts_calls_give_the_same(tiny_model, beir: Path) -> None:
         ({"max_query_tokens": 3}, "--max-query-tokens: has no meaning"),
         ({"max_documents": 0}, "--max-documents: 0"),
         ({"max_think_tokens": -1}, "--max-think-tokens: -1"),
+        ({"controls": True}, "--controls: there is no reasoning in direct mode"),
+        ({"controls": True, "mode": "reason"}, "--mode: bm25 writes no reasoning"),
         ({"out": Path("nowhere/a.json")}, "--out: nowhere"),
         ({"run_file": Path("/")}, "--run-file: /"),
     ],

@@ -20,6 +20,7 @@ from search_r3_jax.text.prompts import Prompter
 
 TEXTS = ["a query", "another, much longer query about something", "x"]
 G, BUDGET = 4, 9
+COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,9 @@ def whole_rows(model: LoadedModel, replies: list[list[int]], group: int = G) -> 
     return np.asarray(hidden), [len(prompt) for prompt in prompts]
 
 
-@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "top_k": 20, "top_p": 0.9}, {"slots": 5, "prefill_chunk": 8}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"temperature": 0.7, "top_k": 20, "top_p": 0.9}, {"slots": 5, "prefill_chunk": 8}, {"max_think_tokens": 0}]
+)
 def test_embedding_and_log_probs_equal_a_teacher_forced_forward(
     tiny_model: LoadedModel, sampled: Callable[..., Rollout], settings: dict[str, Any]
 ) -> None:
@@ -91,6 +94,14 @@ def test_every_reply_ends_with_the_one_embed_token_and_forced_ones_are_not_valid
         assert rollout.valid[b] == (own == len(reply))
         if not rollout.valid[b]:
             assert reply[own:] == closing
+
+
+@pytest.mark.parametrize("slots", [0, 5])
+def test_without_a_budget_the_closing_is_all_that_is_written(tiny_model: LoadedModel, sampled: Callable[..., Rollout], slots: int) -> None:
+    rollout = sampled(max_think_tokens=0, slots=slots)
+    assert rollout.replies() == [list(Prompter(tiny_model.tokenizer).reason.closing)] * len(TEXTS) * G
+    assert not rollout.valid.any()
+    assert not rollout.sampled.any()
 
 
 def test_same_seed_same_reply_other_seed_other_reply(sampled: Callable[..., Rollout]) -> None:
@@ -150,6 +161,31 @@ def test_one_shape_is_compiled_whatever_the_length_of_the_queries(tiny_model: Lo
     for texts in (["a", "b"], ["a much longer query", "c"], ["x" * 90, "y"]):
         sampler.sample(state, texts, rollout_seeds(0, 0, range(2), 2), max_tokens=20)
     assert len(traced) == 1
+
+
+def test_what_was_compiled_ahead_is_what_runs(tiny_model: LoadedModel) -> None:
+    compiled: list[str] = []
+
+    def heard(event: str, duration_secs: float, **_: str | int) -> None:
+        if event == COMPILED:
+            compiled.append(event)
+
+    graph, state = nnx.split(tiny_model.decoder)
+    prompter = Prompter(tiny_model.tokenizer)
+    sampler, encoder = Sampler(graph, prompter, max_think_tokens=2, temperature=0.0), Encoder(graph, prompter, batch_tokens=128)
+    sampler.compile(state, 3, 2, max_tokens=20)
+    encoder.compile(state, TEXTS, max_tokens=20)
+    jax.monitoring.register_event_duration_secs_listener(heard)
+    try:
+        sampler.sample(state, TEXTS, rollout_seeds(0, 0, range(3), 2), max_tokens=20)
+        encoder.encode(state, TEXTS, max_tokens=20)
+        assert not compiled
+        # Other shapes are heard.
+        sampler.sample(state, TEXTS[:1], rollout_seeds(0, 0, range(1), 2), max_tokens=20)
+        encoder.encode(state, ["x"] * 9, max_tokens=20)
+        assert len(compiled) == 2
+    finally:
+        jax.monitoring.unregister_event_duration_listener(heard)
 
 
 @pytest.mark.parametrize(("slots", "steps"), [(0, 3), (4, 9)])

@@ -12,7 +12,6 @@ from search_r3_jax.errors import UserError
 from search_r3_jax.rollout.sampler import Rollout
 from search_r3_jax.training.monitor import (
     CollapseGuard,
-    derangement,
     distinct,
     effective_rank,
     log_prob_mismatch,
@@ -158,20 +157,6 @@ def test_a_resumed_guard_stops_at_the_same_step(kept_at: int) -> None:
     assert stops_at(before, steps[:kept_at]) is None
     after.restore(json.loads(json.dumps(before.state())))
     assert stops_at(after, steps[kept_at:], kept_at) == whole
-
-
-@pytest.mark.parametrize("count", [2, 3, 8, 61])
-def test_nobody_keeps_their_own_reasoning(count: int) -> None:
-    seen = set()
-    for step in range(40):
-        exchanged = derangement(count, 5, step)
-        assert sorted(exchanged) == list(range(count))
-        assert (exchanged != np.arange(count)).all()
-        np.testing.assert_array_equal(exchanged, derangement(count, 5, step))
-        seen.add(tuple(exchanged))
-    assert len(seen) > (1 if count > 2 else 0)
-    with pytest.raises(ValueError, match="nobody"):
-        derangement(1, 0, 0)
 
 
 def test_swap_probe_equals_a_paired_test_over_queries() -> None:

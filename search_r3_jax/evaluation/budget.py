@@ -1,0 +1,136 @@
+"""The think-budget curve: what reasoning gives, and what it costs, at each budget of thinking tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from search_r3_jax.data.collection import Collection
+from search_r3_jax.errors import UserError
+from search_r3_jax.evaluation.curves import open_pyplot
+from search_r3_jax.evaluation.evaluate import ModeResult
+from search_r3_jax.evaluation.report import check_limits, common_record, interval_text, open_collection, per_query, query_values, title_of
+from search_r3_jax.evaluation.settings import BudgetSettings
+from search_r3_jax.evaluation.significance import bootstrap_interval
+from search_r3_jax.evaluation.systems import BudgetResult, DecoderSystem, is_baseline
+from search_r3_jax.files import check_output, write_json
+
+# Heading and how a value is written; 80 columns hold them all.
+COLUMNS = (
+    ("R@10", "recall@10", "{:.3f}"),
+    ("R@100", "recall@100", "{:.3f}"),
+    ("MRR", "mrr", "{:.3f}"),
+    ("MAP", "map", "{:.3f}"),
+    ("valid", "valid_rate", "{:.0%}"),
+    ("tokens", "reply_tokens", "{:.1f}"),
+    ("ms", "milliseconds_per_query", "{:.1f}"),
+)
+
+
+def run_budget(settings: BudgetSettings) -> dict[str, Any]:
+    """Evaluates each budget, prints the table, writes JSON and picture; returns the record. Raises UserError before any model is loaded."""
+    _check(settings)
+    notes = Console(stderr=True, highlight=False, soft_wrap=True)
+    collection, cut = open_collection(settings, notes)
+    system = DecoderSystem(settings.evaluation())
+    result = system.evaluate_budgets(collection, settings.budgets, notes)
+    identity = dict(system.identity()) | {"max_think_tokens": list(settings.budgets)}
+    record = common_record(settings, identity, collection, cut, result.document_seconds) | _curve(settings, collection, result)
+    _show(record)
+    write_json(settings.out, record)
+    if settings.picture is not None:
+        draw_budget(record, settings.picture)
+    return record
+
+
+def draw_budget(record: Mapping[str, Any], out: Path) -> None:
+    """nDCG@10 with its intervals over the tokens of a query, direct search as a level line, as PNG; `record` is that of `run_budget`."""
+    pyplot = open_pyplot("budget")
+    figure, axis = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    points = sorted(record["budgets"], key=lambda point: point["reply_tokens"])
+    tokens = np.array([point["reply_tokens"] for point in points])
+    means = np.array([point["ndcg@10"] for point in points])
+    ends = np.array([[point["ndcg@10_interval"][end] for point in points] for end in ("low", "high")])
+    label = "reasoned; below: thinking tokens allowed, ms a query"
+    axis.errorbar(tokens, means, yerr=np.abs(ends - means), color="C0", marker="o", markersize=4, capsize=3, label=label)
+    for point in points:
+        # Under the bar, where no line passes.
+        price = f"{point['max_think_tokens']}\n{point['milliseconds_per_query']:.0f} ms"
+        under = (point["reply_tokens"], point["ndcg@10_interval"]["low"])
+        axis.annotate(price, under, xytext=(0, -4), textcoords="offset points", ha="center", va="top", fontsize=8)
+    direct, interval = record["direct"], record["direct"]["ndcg@10_interval"]
+    axis.axhline(direct["ndcg@10"], color="C1", linestyle="--", label=f"direct, {direct['milliseconds_per_query']:.0f} ms a query")
+    axis.axhspan(interval["low"], interval["high"], color="C1", alpha=0.15, linewidth=0)
+    axis.set(xlabel="tokens written for a query", ylabel="nDCG@10, 95 % interval")
+    axis.set_title(title_of(record), fontsize=9)
+    axis.margins(x=0.08, y=0.2)
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    figure.savefig(temporary, dpi=110, format="png")
+    temporary.replace(out)
+    pyplot.close(figure)
+
+
+def _check(settings: BudgetSettings) -> None:
+    check_output("--out", settings.out)
+    check_output("--picture", settings.picture)
+    if settings.picture == settings.out:
+        raise UserError(f"--picture: {settings.picture}: is --out too; name another file")
+    if not settings.budgets:
+        raise UserError("--budgets: none given; name at least one number of tokens")
+    for at, budget in enumerate(settings.budgets):
+        if budget < 0:
+            raise UserError(f"--budgets: {budget} is below 0; 0 forces the embed token at once")
+        if budget in settings.budgets[:at]:
+            raise UserError(f"--budgets: {budget} is there twice; name each once")
+    if settings.samples < 1:
+        raise UserError(f"--samples: {settings.samples} is less than 1; give a positive number")
+    check_limits(settings)
+    if is_baseline(settings.model):
+        raise UserError(f"--model: {settings.model} writes no reasoning; give a model of ours")
+    if settings.picture is not None:
+        open_pyplot("budget")
+
+
+def _curve(settings: BudgetSettings, collection: Collection, result: BudgetResult) -> dict[str, Any]:
+    def numbers(mode: ModeResult) -> dict[str, Any]:
+        interval = bootstrap_interval(query_values(collection, mode), samples=settings.samples, seed=settings.seed)
+        return {**mode.as_dict(), "ndcg@10_interval": dataclasses.asdict(interval)}
+
+    direct_q = query_values(collection, result.direct)
+    budgets = []
+    for budget, mode in result.reasoned.items():
+        gain = bootstrap_interval(query_values(collection, mode) - direct_q, samples=settings.samples, seed=settings.seed)
+        point = {"max_think_tokens": budget, **numbers(mode), "over_direct": dataclasses.asdict(gain)}
+        budgets.append(point | {"per_query": per_query(collection, mode)})
+    return {
+        "samples": settings.samples,
+        "seed": settings.seed,
+        "direct": numbers(result.direct) | {"per_query": per_query(collection, result.direct)},
+        "budgets": budgets,
+    }
+
+
+def _show(record: Mapping[str, Any]) -> None:
+    table = Table(title=Text(title_of(record)), title_justify="left", box=SIMPLE_HEAD, padding=0)
+    table.add_column("thinking", no_wrap=True)
+    for name in ("nDCG@10", "95 % interval", *(name for name, _, _ in COLUMNS)):
+        table.add_column(name, justify="right", no_wrap=True)
+    rows = [("direct", record["direct"]), *((str(point["max_think_tokens"]), point) for point in record["budgets"])]
+    for name, values in rows:
+        interval = interval_text(values["ndcg@10_interval"])
+        table.add_row(name, f"{values['ndcg@10']:.4f}", interval, *(shape.format(values[key]) for _, key, shape in COLUMNS))
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    console.print("thinking: tokens allowed; tokens and ms: of a query, compiling left out")
