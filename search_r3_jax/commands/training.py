@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -109,7 +109,7 @@ class Rl:
         data = for_stage_2(load_training_sets(config.data)[0], config.data)
         dev = f"; {len(data.dev.queries)} of {data.dev.split} over {len(data.dev.documents)} to watch" if data.dev else ""
         console.say(f"{data.train.name}: {len(data.train.queries)} queries over {len(data.train.documents)} documents{dev}")
-        extra = start_record(self.run_folder, config) | {"data": config.data.sets[0], "split": config.data.split}
+        extra: dict[str, Any] = start_record(self.run_folder, config) | {"data": config.data.sets[0], "split": config.data.split}
         console.say(f"loading {config.model}" + (f", step {extra['start_step']}" if extra["start_step"] is not None else ""))
         model = load_model(
             config.model,

@@ -79,6 +79,8 @@ def config_of(model: Path, seed: int) -> RunConfig:
             # By group, the little that tells wrong names apart would weigh as much as the right one.
             scale_rewards="batch",
             infonce_weight=0,
+            # Without information in the rewards anything may happen to the replies.
+            collapse_steps=0,
             # Nothing goes stale: the overlay holds every document, of this very step.
             snapshot_every=10**6,
             sampler=SamplerConfig(max_think_tokens=6, temperature=1),
@@ -118,7 +120,7 @@ def stage_2(start: Start, run: str) -> tuple[Scores, Scores, list[dict[str, floa
     before, steps = scores(), []
     extra = {"data": "../data", "split": "train", "start": "../sft"}
     on_step = lambda step, total, values: steps.append(values)  # noqa: E731
-    result = train_rl(config, folder / run, task.planted, model, on_step, say=lambda _: None, extra=extra)
+    result = train_rl(config, folder / run, TrainingSet(train=task.planted, dev=None), model, on_step, say=lambda _: None, extra=extra)
     nnx.update(model.decoder, result.params)
     return before, scores(), steps
 
@@ -127,8 +129,10 @@ def shuffle_rewards(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """Deals the rewards of a step out anew among all its completions: as many of each as before, but for nothing."""
     score, generator = Environment.score, np.random.default_rng(seed)
 
-    def shuffled(environment: Environment, step: int, positives: Sequence[Any], vectors: np.ndarray, valid: np.ndarray) -> StepResult:
-        result = score(environment, step, positives, vectors, valid)
+    def shuffled(
+        environment: Environment, step: int, positives: Sequence[Any], vectors: np.ndarray, valid: np.ndarray, **costs: Any
+    ) -> StepResult:
+        result = score(environment, step, positives, vectors, valid, **costs)
         return dataclasses.replace(result, rewards=generator.permutation(result.rewards.reshape(-1)).reshape(result.rewards.shape))
 
     monkeypatch.setattr(Environment, "score", shuffled)
