@@ -120,12 +120,8 @@ def stage_2(start: Start, run: str) -> tuple[Scores, Scores, list[dict[str, floa
     before = scores()
     steps: list[dict[str, float]] = []
     extra = {"data": "../data", "split": "train", "start": "../sft"}
-<<<<<<< HEAD
-    on_step = lambda step, total, values: steps.append(values)  # noqa: E731
-    result = train_rl(config, folder / run, TrainingSet(train=task.planted, dev=None), model, on_step, say=lambda _: None, extra=extra)
-=======
-    result = train_rl(config, folder / run, task.planted, model, lambda *done: steps.append(done[2]), say=lambda _: None, extra=extra)
->>>>>>> planted
+    data = TrainingSet(train=task.planted, dev=None)
+    result = train_rl(config, folder / run, data, model, lambda *done: steps.append(done[2]), say=lambda _: None, extra=extra)
     nnx.update(model.decoder, result.params)
     return before, scores(), steps
 
