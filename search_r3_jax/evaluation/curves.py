@@ -15,37 +15,43 @@ from search_r3_jax.files import check_output
 
 MODES = {"direct": "-", "reason": "--"}
 LOSSES = ("infonce", "triplet", "language", "kl")
+# Of stage 2, all in [0, 1].
+REWARDS = ("reward", "reward_best", "valid_rate", "zero_group_share", "repetition")
 SMOOTHED_STEPS = 5
 
 
 def draw_curves(runs: Sequence[Path], out: Path) -> None:
-    """nDCG@10 on each run's development queries (line: direct, dashes: reasoned) above its losses; raises UserError for what is no run."""
+    """nDCG@10 on each run's development queries (line: direct, dashes: reasoned) above its losses or rewards.
+
+    Raises UserError for what is no run.
+    """
     check_output("--out", out)
     pyplot = open_pyplot("curves")
     read = {run.name: _read(run) for run in runs}
     figure, axes = pyplot.subplots(2, len(read), figsize=(4 * len(read), 6), squeeze=False, sharex="col", layout="constrained")
-    for (name, (evaluations, metrics)), (above, below) in zip(read.items(), axes.T, strict=True):
+    for (run, (evaluations, metrics)), (above, below) in zip(read.items(), axes.T, strict=True):
         for mode, style in MODES.items():
             seen = [(step, sets) for step, sets in evaluations if all(mode in modes for modes in sets.values())]
             points = [(step, np.mean([modes[mode]["ndcg@10"] for modes in sets.values()])) for step, sets in seen]
             if points:
                 above.plot(*zip(*points, strict=True), style, color="C0", marker="o", markersize=4, label=mode)
-        above.set(title=name, ylim=(0, 1))
-        for i, loss in enumerate(LOSSES):
-            values = [(line["step"] + 1, line[loss]) for line in metrics if loss in line]
+        above.set(title=run, ylim=(0, 1))
+        of_stage_2 = any("reward" in line for line in metrics)
+        for i, name in enumerate(REWARDS if of_stage_2 else LOSSES):
+            values = [(line["step"] + 1, line[name]) for line in metrics if name in line]
             # A term that is left out is logged as zero throughout.
             if any(value for _, value in values):
                 steps, heights = zip(*values, strict=True)
-                below.plot(steps, _smoothed(np.array(heights)), color=f"C{i + 1}", label=loss)
+                below.plot(steps, _smoothed(np.array(heights)), color=f"C{i + 1}", label=name.replace("_", " "))
         # KL begins at nothing.
-        below.set(xlabel="step", yscale="log", ylim=(1e-3, None))
+        below.set(xlabel="step", **({"ylim": (0, 1.02)} if of_stage_2 else {"yscale": "log", "ylim": (1e-3, None)}))
         for axis in (above, below):
             axis.grid(alpha=0.3)
             axis.spines[["top", "right"]].set_visible(False)
             if axis.get_legend_handles_labels()[0]:
                 axis.legend(frameon=False)
     axes[0, 0].set_ylabel("nDCG@10, development queries")
-    axes[1, 0].set_ylabel(f"loss, mean of {SMOOTHED_STEPS} steps")
+    axes[1, 0].set_ylabel(f"loss or reward, mean of {SMOOTHED_STEPS} steps")
     figure.savefig(out, dpi=110)
     pyplot.close(figure)
 

@@ -45,7 +45,7 @@ class Development:
             modes = {"direct": self._evaluator.direct(state, collection, documents_ne)}
             if self._reasoned:
                 modes["reason"] = self._evaluator.reason(state, collection, documents_ne)
-            results[collection.name] = {mode: result.as_dict() for mode, result in modes.items()}
+            results[collection.name] = {mode: result.as_dict() | {"per_query": _per_query(result)} for mode, result in modes.items()}
             for mode, result in modes.items():
                 for name, value in result.as_dict().items():
                     scalars.setdefault(f"dev_{mode}_{name}", []).append(value)
@@ -53,6 +53,11 @@ class Development:
         (folder / "eval").mkdir(exist_ok=True)
         write_json(folder / "eval" / f"dev_{step:06d}.json", {"step": step, "results": results})
         return {name: float(np.mean(values)) for name, values in scalars.items()}, samples
+
+
+def _per_query(result: ModeResult) -> dict[str, float]:
+    """nDCG@10 of each query: two steps of a run can be compared query by query."""
+    return {query_id: metrics.ndcg_at_10 for query_id, metrics in result.of_query.items()}
 
 
 def _samples(collection: Collection, mode: str, result: ModeResult) -> list[dict[str, Any]]:
