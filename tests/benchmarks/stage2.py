@@ -1,9 +1,9 @@
 """Stage 2 of SmolLM2 on a real collection, from stage 1 on: `python tests/benchmarks/stage2.py --data FOLDER --out FOLDER`.
 
-StrategyQA, a BEIR folder in --data. `search-r3 sft --config smollm2`, a quarter of the queries in the reasoned format, then `search-r3 rl` on 600
-of its queries over 3,000 documents. Of the development queries, which neither stage trains on, it compares what came out with what went in, query by
-query; then `search-r3 budget` and `eval --controls` on the test queries. What is there already is not done again. Writes stage2.json and
-stage2.png into --out, and the table to standard output.
+StrategyQA, a BEIR folder in --data: `search-r3 sft --config smollm2`, a quarter of the queries in the reasoned format, then `search-r3 rl` on
+600 of its queries over 3,000 documents. On the development queries, which neither stage trains on, what came out is compared with what went
+in, query by query; then `search-r3 budget` and `eval --controls` on the test queries. What is there already is not done again. Writes
+stage2.json and stage2.png into --out, and the table to standard output.
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ def main() -> None:
         "course": course(rl),
         "test_direct": {name: curve["direct"][name] for name in shown} | {"interval": curve["direct"]["ndcg@10_interval"]},
         "test_budgets": [
-            {name: point[name] for name in ("max_think_tokens", *shown)} | {"interval": point["ndcg@10_interval"]}
-            for point in curve["budgets"]
+            {name: each[name] for name in ("max_think_tokens", *shown)} | {"interval": each["ndcg@10_interval"]}
+            for each in curve["budgets"]
         ],
         "test_controls": {name: {key: each[key] for key in ("ndcg@10", "reply_tokens", "own_minus_this")} for name, each in probes.items()},
     }
