@@ -1,6 +1,6 @@
 """Stage 2 of SmolLM2 on a real collection, from stage 1 on: `python tests/benchmarks/stage2.py --data FOLDER --out FOLDER`.
 
-StrategyQA, a BEIR folder in --data: `search-r3 sft --config smollm2`, a quarter of the queries in the reasoned format, then `search-r3 rl` on
+StrategyQA, a BEIR folder in --data: stage 1, a quarter of its queries in the reasoned format, then stage 2 on
 600 of its queries over 3,000 documents. On the development queries, which neither stage trains on, what came out is compared with what went
 in, query by query; then `search-r3 budget` and `eval --controls` on the test queries. What is there already is not done again. Writes
 stage2.json and stage2.png into --out, and the table to standard output.
