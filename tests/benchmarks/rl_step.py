@@ -75,7 +75,7 @@ class Arguments:
     refresh: int = 64
     document_tokens: int = 96
     index_tokens: int = 4
-    trl_rows: int = 64
+    trl_rows: int = 16
     trl_checkpointing: bool = False
     torch_documents: int = 16
     threads: int = 0
@@ -89,10 +89,9 @@ def main() -> None:
     running = [side for side in SIDES if arguments.only in ("", side)]
     with tempfile.TemporaryDirectory() as temporary:
         folder = prepare(arguments, Path(temporary))
-        processes = {side: sides.start(__file__, side, str(folder)) for side in running[:1]}
+        processes = {}
         for side in running:
-            # One after the other: what a side compiles or loads does not disturb the other's first step.
-            processes.setdefault(side, sides.start(__file__, side, str(folder)))
+            processes[side] = sides.start(__file__, side, str(folder))
             sides.told(processes[side])
         steps: dict[str, list[dict[str, Any]]] = {side: [] for side in running}
         for number in range(1, arguments.steps + 1):
