@@ -60,7 +60,7 @@ class Arguments:
         trl_rows: replies of a forward and backward pass of trl, which adds up gradients over a step's passes.
         trl_checkpointing: whether trl recomputes activations.
         torch_documents: documents a batch of torch's.
-        threads: of torch; 0 leaves it to torch.
+        threads: of torch; 0 leaves it to torch. Beside other work on the machine its threads wait for each other: then 1, under `taskset`.
         only: one side alone, to look for its best settings.
         out: JSON file for the result.
     """
@@ -104,7 +104,7 @@ def main() -> None:
         print(f"{side:<5} {described(result[side])}")
     if len(running) == 2:
         result["ratio"] = ratios(result)
-        print("\n".join(f"ratio {name:<15} {ratio:.2f}" for name, ratio in result["ratio"].items()))
+        print("\n".join(f"ratio {name:<18} {ratio:.2f}" for name, ratio in result["ratio"].items()))
     if arguments.out is not None:
         arguments.out.write_text(json.dumps(result, indent=2) + "\n")
 
