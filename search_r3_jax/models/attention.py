@@ -77,27 +77,47 @@ def visibility(
 def attend(q_btnh: jax.Array, blocks: Sequence[tuple[jax.Array, jax.Array, jax.Array]]) -> jax.Array:
     """Attention output [B,T,N,H] of queries over all blocks `(keys [b,S,K,H], values, mask [b,T·share,S])`; softmax in float32.
 
-    Rows that share a block are folded into its query axis, so a shared prompt is read once and never copied.
+    Rows that share a block are folded into its query axis, so a shared prompt is read once and not copied, unless the copies are small
+    beside the scores.
     """
     B, T, N, H = q_btnh.shape
     K = blocks[0][0].shape[2]
-    R = N // K
+    if len(blocks) > 1 and T * N >= K * H:
+        blocks = [_side_by_side(blocks, B, T)]
+    q_bkrth = jnp.moveaxis(q_btnh.reshape(B, T, K, N // K, H), 1, 3)
     scores = []
     for keys, _, mask in blocks:
-        rows = keys.shape[0]
-        q = q_btnh.reshape(rows, -1, K, R, H)
-        block_scores = jnp.einsum("btkrh,bskh->bkrts", q, keys, preferred_element_type=jnp.float32) * (H**-0.5)
-        block_scores = jnp.where(mask[:, None, None], block_scores, jnp.finfo(jnp.float32).min)
-        share = B // rows
-        scores.append(jnp.moveaxis(block_scores.reshape(rows, K, R, share, T, -1), 3, 1).reshape(B, K, R, T, -1))
+        rows, S = keys.shape[:2]
+        # Laid out by hand for a plain product of batches of matrices: a CPU is two to three times as fast at it as at the same einsum.
+        block_scores = jnp.matmul(_folded(q_bkrth, rows), jnp.transpose(keys, (0, 2, 3, 1)), preferred_element_type=jnp.float32)
+        visible = mask.reshape(B, T, S)[:, None, None]
+        block_scores = _unfolded(block_scores, q_bkrth.shape[:4]) * (H**-0.5)
+        scores.append(jnp.where(visible, block_scores, jnp.finfo(jnp.float32).min))
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(q_btnh.dtype)
-    output = jnp.zeros_like(q_btnh)
+    output_bkrth = jnp.zeros_like(q_bkrth)
     start = 0
     for keys, values, _ in blocks:
         rows, S = keys.shape[:2]
-        share = B // rows
-        part = weights[..., start : start + S].reshape(rows, share, K, R, T, S)
-        mixed = jnp.einsum("bgkrts,bskh->bgtkrh", part, values)
-        output += mixed.reshape(B, T, N, H)
+        mixed = jnp.matmul(_folded(weights[..., start : start + S], rows), jnp.transpose(values, (0, 2, 1, 3)))
+        output_bkrth += _unfolded(mixed, q_bkrth.shape[:4])
         start += S
-    return output
+    return jnp.moveaxis(output_bkrth, 3, 1).reshape(B, T, N, H)
+
+
+def _side_by_side(blocks: Sequence[tuple[jax.Array, jax.Array, jax.Array]], B: int, T: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """All blocks as one of B rows: one softmax over one array instead of parts that are brought together."""
+    keys, values = (jnp.concatenate([jnp.repeat(block[i], B // len(block[i]), axis=0) for block in blocks], axis=1) for i in (0, 1))
+    return keys, values, jnp.concatenate([mask.reshape(B, T, -1) for _, _, mask in blocks], axis=-1)
+
+
+def _folded(x_bkrtx: jax.Array, rows: int) -> jax.Array:
+    """[B,K,R,T,X] → [rows,K,share·R·T,X]: rows of one block behind each other."""
+    B, K, R, T, X = x_bkrtx.shape
+    return jnp.moveaxis(x_bkrtx.reshape(rows, B // rows, K, R * T, X), 1, 2).reshape(rows, K, -1, X)
+
+
+def _unfolded(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """[rows,K,share·R·T,X] → [B,K,R,T,X], `shape` being [B,K,R,T]."""
+    B, K, R, T = shape
+    rows, X = x.shape[0], x.shape[-1]
+    return jnp.moveaxis(x.reshape(rows, K, B // rows, R, T, X), 2, 1).reshape(B, K, R, T, X)

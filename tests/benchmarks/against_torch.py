@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import sides
 import tyro
 
 Task = Literal["encode", "lora", "full", "generate"]
@@ -103,28 +103,13 @@ def measure(task: Task, folder: Path, file: Path, arguments: Arguments) -> dict[
     for session in range(arguments.sessions):
         for side in SIDES if session % 2 == 0 else reversed(SIDES):
             started = time.perf_counter()
-            command = [sys.executable, __file__, "worker", side, task, str(folder), str(file)]
-            worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-            told(worker)
+            process = sides.start(__file__, side, task, str(folder), str(file))
+            sides.told(process)
             result[side]["start"].append(time.perf_counter() - started)
-            result[side]["seconds"] += [told(worker, i)["seconds"] for i in range(arguments.rounds)]
-            result[side]["peak_mib"] = max(result[side]["peak_mib"], told(worker, -1)["peak_mib"])
-            worker.wait()
+            result[side]["seconds"] += [sides.told(process, i)["seconds"] for i in range(arguments.rounds)]
+            result[side]["peak_mib"] = max(result[side]["peak_mib"], sides.dismissed(process))
     ours, theirs = (statistics.median(result[side]["seconds"]) for side in SIDES)
     return result | {"ratio": theirs / ours}
-
-
-def told(worker: subprocess.Popen[str], number: int | None = None) -> dict[str, Any]:
-    """What a worker answers; `number` None waits for its first word."""
-    if worker.stdin is None or worker.stdout is None:
-        raise ValueError("a worker is spoken to through pipes")
-    if number is not None:
-        worker.stdin.write(f"{number}\n")
-        worker.stdin.flush()
-    line = worker.stdout.readline()
-    if not line:
-        raise SystemExit(f"a worker ended with status {worker.wait()}")
-    return json.loads(line)
 
 
 def worker(side: str, task: str, folder: str, file: str) -> None:
@@ -148,16 +133,13 @@ def worker(side: str, task: str, folder: str, file: str) -> None:
     # Training shapes may differ from portion to portion; the others see all theirs in the first.
     for i in range(given["rounds"] if task in ("lora", "full") else 1):
         work(i)
-    print(json.dumps({}), flush=True)
-    for line in sys.stdin:
-        number = int(line)
-        if number < 0:
-            status = Path("/proc/self/status").read_text()
-            print(json.dumps({"peak_mib": int(status.split("VmHWM:")[1].split()[0]) / 1024}), flush=True)
-            return
+
+    def timed(number: int) -> dict[str, float]:
         started = time.perf_counter()
         work(number)
-        print(json.dumps({"seconds": time.perf_counter() - started}), flush=True)
+        return {"seconds": time.perf_counter() - started}
+
+    sides.serve(timed)
 
 
 def portion(items: list[Any], number: int, rounds: int) -> list[Any]:

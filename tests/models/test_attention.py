@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from search_r3_jax.models.attention import NOTHING, Backend, KVBlock, plan_attention
+from search_r3_jax.models.attention import NOTHING, Backend, KVBlock, attend, plan_attention
 
 B, T, N, K, H, PREFIX, CACHE = 4, 21, 6, 2, 16, 5, 9
 
@@ -90,6 +90,24 @@ def test_gradients_agree_between_backends(window: int) -> None:
         return case.run(backend, window)[1]
 
     jax.tree.map(lambda mine, expected: np.testing.assert_allclose(mine, expected, atol=5e-6), found("splash"), found("xla"))
+
+
+def test_few_queries_read_shared_blocks_as_many_do() -> None:
+    case, generator = Case(), np.random.default_rng(2)
+    lengths = [(len(keys), keys.shape[1]) for keys, _ in case.keys_values]
+    masks = [generator.random((B, T, S)) < 0.7 for _, S in lengths]
+    masks[0][..., 0] = True
+
+    def output(first: int) -> np.ndarray:
+        blocks = [
+            (jnp.asarray(keys), jnp.asarray(values), jnp.asarray(mask[:, :first].reshape(rows, -1, S)))
+            for (keys, values), mask, (rows, S) in zip(case.keys_values, masks, lengths, strict=True)
+        ]
+        return np.asarray(attend(jnp.asarray(case.q[:, :first]), blocks))
+
+    # One query has fewer scores than a head has numbers, and its blocks are not copied; all of them have more, and theirs are.
+    assert N < K * H <= T * N
+    np.testing.assert_allclose(output(1), output(T)[:, :1], rtol=0, atol=2e-6)
 
 
 def test_scores_beyond_float32_do_not_overflow() -> None:
