@@ -13,6 +13,7 @@ that are encoded anew in every step, an exact search. Not the same:
   pass, but not of its loss. trl's reward function is given texts: it runs the model over prompt, reply and closing for that embedding.
 - trl suppresses the end of a reply (`min_new_tokens`). Ours may end, but every row is as long as the budget in each array and pass.
 - Documents: ours share the prompt's prefix and go in batches of 1,024 tokens; torch's are whole texts, `torch_documents` at a time.
+- On a CPU trl's own head scores the prompt's positions too, and drops them; ours runs on the sampled tokens alone.
 - Ours also trains the embed token's row, and adds InfoNCE over the embeddings it has anyway.
 All replies are scored as if the policy had ended them itself: else none would be, and the reward would have nothing to do.
 The index holds vectors of each document's first tokens only, to be there soon; what it costs to search is the same.
@@ -223,7 +224,8 @@ def our_step(given: dict[str, Any]) -> Callable[[int], dict[str, Any]]:
     from search_r3_jax.rollout.sampler import Sampler, rollout_seeds
     from search_r3_jax.text.prompts import Prompter
     from search_r3_jax.training.optimizer import make_optimizer
-    from search_r3_jax.training.rl import RlState, make_batch, make_scorer, make_update
+    from search_r3_jax.training.rl_step import make_batch, make_scorer, make_update
+    from search_r3_jax.training.state import init_state
 
     Q, G = given["queries"], given["group"]
     rl = RlConfig(
@@ -239,7 +241,7 @@ def our_step(given: dict[str, Any]) -> Callable[[int], dict[str, Any]]:
     graph, params, frozen = nnx.split(model.decoder, trainable_filter(model.decoder), ...)
     full_graph, _ = nnx.split(model.decoder)
     optimizer = make_optimizer(rl.optimizer, rl.steps)
-    state = RlState(params, optimizer.init(params))
+    state = init_state(params, optimizer)
     encoder = Encoder(full_graph, prompter)
     sampler = Sampler(full_graph, prompter, max_think_tokens=given["new_tokens"], temperature=given["temperature"])
     score, update = make_scorer(graph, prompter, rl), make_update(graph, prompter, optimizer, rl)
@@ -263,9 +265,9 @@ def our_step(given: dict[str, Any]) -> Callable[[int], dict[str, Any]]:
         result = environment.score(number, [{row: 1.0} for row in positives], rollout.vectors.reshape(Q, G, -1), np.ones((Q, G), bool))
         clock.lap("reward")
         advantages, _ = group_advantages(jnp.asarray(result.rewards).reshape(-1), jnp.repeat(jnp.arange(Q), G), groups=Q, scale="group")
-        batch = make_batch(rollout, np.asarray(advantages), environment.vectors_of(np.array(positives)))
-        reference = score(state.params, frozen, batch, adapters=False)
-        state, scalars = update(state, frozen, batch, reference)
+        batch = make_batch(rollout, np.asarray(advantages), environment.vectors_of(np.array(positives)), np.eye(Q))
+        reference = score(params, frozen, batch.replies, adapters=False)
+        state, scalars, _ = update(state, frozen, batch, None, reference)
         jax.block_until_ready((state, scalars))
         clock.lap("update")
         return clock.spent | {
