@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +11,7 @@ from flax import nnx
 
 from search_r3_jax.config import SamplerConfig, TextConfig
 from search_r3_jax.data.collection import Collection
-from search_r3_jax.evaluation.controls import control_replies, corpus_words
+from search_r3_jax.evaluation.controls import CONTROLS, control_replies, corpus_words
 from search_r3_jax.evaluation.metrics import Metrics, Run, evaluate_run, run_from_scores
 from search_r3_jax.models.decoder import Decoder
 from search_r3_jax.retrieval.exact import ExactIndex
@@ -164,13 +164,21 @@ class Evaluator:
         )
 
     def control_queries(
-        self, state: nnx.State, collection: Collection, reasoned: EmbeddedQueries, *, seed: int, on_progress: OnProgress | None = None
+        self,
+        state: nnx.State,
+        collection: Collection,
+        reasoned: EmbeddedQueries,
+        *,
+        seed: int,
+        names: Iterable[str] = tuple(CONTROLS),
+        on_progress: OnProgress | None = None,
     ) -> dict[str, EmbeddedQueries]:
-        """The queries with each of `CONTROLS` in place of their reasoning in `reasoned`; raises ValueError for a single query."""
+        """The queries with each of `names` (of `CONTROLS`) in place of their own reasoning; raises ValueError for a single query."""
         texts, max_tokens = [query.text for query in collection.queries], self._text.max_query_tokens
         of_control = control_replies(self._prompter, texts, reasoned.replies, corpus_words(collection), seed=seed)
         found: dict[str, EmbeddedQueries] = {}
-        for name, replies in of_control.items():
+        for name in names:
+            replies = of_control[name]
             started = time.perf_counter()
             self._reasoned_encoder.compile(state, texts, replies, max_tokens=max_tokens)
             compiled = time.perf_counter()

@@ -11,17 +11,21 @@ from flax import nnx
 
 from search_r3_jax.config import RunConfig
 from search_r3_jax.data.collection import Collection
-from search_r3_jax.evaluation.evaluate import Evaluator, ModeResult
+from search_r3_jax.evaluation.evaluate import Evaluator, ModeResult, exact_index, search_result
 from search_r3_jax.files import write_json
 from search_r3_jax.models.decoder import Decoder
 from search_r3_jax.text.prompts import Prompter
+from search_r3_jax.training.monitor import swap_probe
 
 SHOWN_QUERIES = 3
 SHOWN_DOCUMENTS = 3
 
 
 class Development:
-    """Evaluates parameters on every development collection, direct, and reasoned where `reasoned` asks for it."""
+    """Evaluates parameters on every development collection, direct, and reasoned where `reasoned` asks for it.
+
+    With `probe` the queries also exchange their reasoning: `dev_swap_gain` is what nDCG@10 loses by that.
+    """
 
     def __init__(
         self,
@@ -31,9 +35,10 @@ class Development:
         prompter: Prompter,
         *,
         reasoned: bool,
+        probe: bool = False,
     ):
         self._evaluator = Evaluator(graph, prompter, config.text, config.rl.sampler)
-        self._collections, self._reasoned = collections, reasoned
+        self._collections, self._reasoned, self._probe, self._seed = collections, reasoned, probe, config.seed
 
     def evaluate(self, state: nnx.State, step: int, folder: Path) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Scalars named `dev_…` (means over the collections) and a few searches; all of it goes to `eval/dev_<step>.json` of the run."""
@@ -44,7 +49,14 @@ class Development:
             documents_ne = self._evaluator.documents(state, collection)
             modes = {"direct": self._evaluator.direct(state, collection, documents_ne)}
             if self._reasoned:
-                modes["reason"] = self._evaluator.reason(state, collection, documents_ne)
+                index = exact_index(collection, documents_ne)
+                queries = self._evaluator.reasoned_queries(state, collection)
+                modes["reason"] = search_result(collection, index, queries)
+                if self._probe and len(collection.queries) > 1:
+                    exchanged = self._evaluator.control_queries(state, collection, queries, seed=self._seed, names=["swapped"])
+                    found = _swap(modes["reason"], search_result(collection, index, exchanged["swapped"]))
+                    for name, value in found.items():
+                        scalars.setdefault(f"dev_{name}", []).append(value)
             results[collection.name] = {mode: result.as_dict() | {"per_query": _per_query(result)} for mode, result in modes.items()}
             for mode, result in modes.items():
                 for name, value in result.as_dict().items():
@@ -58,6 +70,12 @@ class Development:
 def _per_query(result: ModeResult) -> dict[str, float]:
     """nDCG@10 of each query: two steps of a run can be compared query by query."""
     return {query_id: metrics.ndcg_at_10 for query_id, metrics in result.of_query.items()}
+
+
+def _swap(own: ModeResult, exchanged: ModeResult) -> dict[str, float]:
+    of_own, of_exchanged = _per_query(own), _per_query(exchanged)
+    ids = sorted(of_own)
+    return swap_probe(np.array([[of_own[i]] for i in ids]), np.array([[of_exchanged[i]] for i in ids]))
 
 
 def _samples(collection: Collection, mode: str, result: ModeResult) -> list[dict[str, Any]]:

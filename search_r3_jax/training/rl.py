@@ -93,7 +93,8 @@ def train_rl(
     encoder = Encoder(full_graph, prompter)
     score = make_scorer(graph, prompter, rl, shardings)
     update = make_update(graph, prompter, optimizer, rl, shardings, donate=donate)
-    development = Development(config, [data.dev], full_graph, prompter, reasoned=True) if data.dev and rl.eval_every else None
+    watched = [data.dev] if data.dev is not None and rl.eval_every > 0 else []
+    development = Development(config, watched, full_graph, prompter, reasoned=True, probe=True) if watched else None
     guard = CollapseGuard(valid_below=rl.collapse_valid, entropy_below=rl.collapse_entropy, steps=rl.collapse_steps)
     constant = ConstantTerms(say)
 
@@ -312,9 +313,11 @@ def _evaluate(development: Development | None, state: nnx.State, step: int, fold
     scalars, samples = development.evaluate(state, step, folder)
     for sample in samples:
         run.sample({"step": max(step - 1, 0), **sample})
+    probe = f"; with another query's reasoning {-scalars['dev_swap_gain']:+.3f}" if "dev_swap_gain" in scalars else ""
     say(
         f"step {step}: nDCG@10 {scalars['dev_direct_ndcg@10']:.3f} direct, {scalars[BEST_BY]:.3f} reasoned "
-        f"({scalars['dev_reason_valid_rate']:.0%} valid, {scalars['dev_reason_reply_tokens']:.0f} tokens a query)"
+        f"({scalars['dev_reason_valid_rate']:.0%} valid, {scalars['dev_reason_reply_tokens']:.0f} tokens and "
+        f"{scalars['dev_reason_milliseconds_per_query']:.0f} ms a query{probe})"
     )
     return scalars
 

@@ -166,6 +166,7 @@ def test_everything_turned_on_and_what_is_logged_of_it(tiny_folders: dict[str, P
     watched = [line["step"] for line in lines if "dev_reason_ndcg@10" in line]
     assert watched == [1, 3]
     assert sorted(file.name for file in (run / "eval").iterdir()) == ["dev_000000.json", "dev_000002.json", "dev_000004.json"]
+    assert all(-1 <= lines[step]["dev_swap_gain"] <= 1 and 0 <= lines[step]["dev_swap_wins"] <= 1 for step in watched)
     scores = {0: json.loads((run / "eval" / "dev_000000.json").read_text())["results"]["words"]["reason"]["ndcg@10"]}
     scores |= {line["step"] + 1: line["dev_reason_ndcg@10"] for line in lines if "dev_reason_ndcg@10" in line}
     assert best_snapshot(run) == max(scores, key=lambda step: (scores[step], step))
