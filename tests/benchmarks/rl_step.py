@@ -99,7 +99,9 @@ def main() -> None:
             for side in running if number % 2 else running[::-1]:
                 steps[side].append(sides.told(processes[side], number))
         peaks = {side: sides.dismissed(processes[side]) for side in running}
-    result: dict[str, Any] = {"arguments": {name: str(value) for name, value in asdict(arguments).items()}}
+    # Where the data lay is nobody else's business.
+    told = asdict(arguments) | {"data": arguments.data.name}
+    result: dict[str, Any] = {"arguments": {name: value for name, value in told.items() if name != "out"}}
     result |= {side: {"steps": steps[side], "peak_mib": peaks[side]} | summary(steps[side]) for side in running}
     for side in running:
         print(f"{side:<5} {described(result[side])}")
