@@ -1,0 +1,90 @@
+"""A program for tests: an update of stage 2 on meshes of all devices, beside that of one device; prints JSON.
+
+Arguments: folder of a model, "lora" or "full", a JSON list of mesh sizes.
+"""
+
+import json
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from sharded_steps import difference, keep_gradient, whole
+from tiny import word_collection
+
+from search_r3_jax.config import LoraConfig, RlConfig, SamplerConfig
+from search_r3_jax.hub.checkpoint import load_model, with_lora
+from search_r3_jax.mesh import make_mesh
+from search_r3_jax.models.lora import trainable_filter
+from search_r3_jax.objectives.policy_gradient import group_advantages
+from search_r3_jax.rollout.sampler import Sampler, rollout_seeds
+from search_r3_jax.text.prompts import Prompter
+from search_r3_jax.training.rl_step import make_batch, make_scorer, make_update, put_batch
+from search_r3_jax.training.state import init_state, state_shardings
+
+# Two micro-batches of 16 queries: their rows and their prompts are shared out; of 4 queries, only the rows.
+Q, G, MICRO = 32, 2, (16, 4)
+
+
+def update(folder: str, *, lora: bool, mesh: Mesh | None, micro_queries: int) -> dict[str, Any]:
+    """What is sampled, the scalars and the gradient of one update on it."""
+    config = RlConfig(global_queries=Q, group_size=G, sampler=SamplerConfig(max_think_tokens=8), importance_cap=2.0)
+    model = with_lora(load_model(folder, remat="dots", mesh=mesh), LoraConfig(rank=4 if lora else 0), seed=0)
+    prompter = Prompter(model.tokenizer)
+    graph, params, frozen = nnx.split(model.decoder, trainable_filter(model.decoder), ...)
+    start = params
+    # The policy has moved from its reference.
+    generator = np.random.default_rng(0)
+    noise = jax.tree.map(lambda x: 0.02 * generator.standard_normal(x.shape).astype(np.float32), params)
+    params = jax.jit(lambda params: jax.tree.map(lambda x, more: x + more, params, noise))(params)
+    shardings = None if mesh is None else state_shardings(params, keep_gradient(), mesh)
+    state = init_state(params, keep_gradient(), shardings)
+
+    texts = [query.text for query in word_collection(documents=Q, queries=Q).queries]
+    sampler = Sampler(nnx.split(model.decoder)[0], prompter, max_think_tokens=8, temperature=1.0)
+    rollout = sampler.sample(nnx.merge_state(state.params, frozen), texts, rollout_seeds(0, 0, range(Q), G), max_tokens=16)
+    rewards = jnp.asarray(generator.random(Q * G).astype(np.float32))
+    advantages, _ = group_advantages(rewards, jnp.repeat(jnp.arange(Q), G), groups=Q)
+    documents = generator.standard_normal((Q, 64))
+    documents /= np.linalg.norm(documents, axis=-1, keepdims=True)
+    batch = put_batch(make_batch(rollout, np.asarray(advantages), documents, np.eye(Q), micro_queries=micro_queries), mesh)
+    score = make_scorer(graph, prompter, config, shardings)
+    # Full fine-tuning keeps the parameters that it began with, adapters their base.
+    reference = score(start, frozen, batch.replies, adapters=not lora)
+    function = make_update(graph, prompter, keep_gradient(), config, shardings)
+    after, scalars, _ = function(state, frozen, batch, None, reference)
+    assert shardings is None or jax.tree.map(lambda x: x.sharding, after) == shardings
+    local: Any = batch.replies.ids
+    return {
+        "ids": rollout.ids,
+        "vectors": rollout.vectors,
+        "scalars": {name: float(value) for name, value in scalars.items()},
+        "gradient": whole(after.optimizer[0].trace, mesh),
+        "rows_share": 1.0 if mesh is None else local.addressable_shards[0].data.size / local.size,
+    }
+
+
+def main(folder: str, kind: str, meshes: str) -> None:
+    lora = kind == "lora"
+    report: dict[str, Any] = {"devices": jax.device_count()}
+    for micro_queries in MICRO:
+        expected = update(folder, lora=lora, mesh=None, micro_queries=micro_queries)
+        for sizes in json.loads(meshes):
+            found = update(folder, lora=lora, mesh=make_mesh(**sizes), micro_queries=micro_queries)
+            scalars = zip(found["scalars"].items(), expected["scalars"].items(), strict=True)
+            report[f"{micro_queries} {json.dumps(sizes)}"] = {
+                "same_tokens": bool((found["ids"] == expected["ids"]).all()),
+                "vectors": float(np.abs(found["vectors"] - expected["vectors"]).max()),
+                "scalars": max(abs(ours - theirs) / max(1.0, abs(theirs)) for (_, ours), (_, theirs) in scalars),
+                "kl": expected["scalars"]["kl"],
+                "gradient": difference(found["gradient"], expected["gradient"]),
+                "rows_share": found["rows_share"],
+            }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:4])
