@@ -86,16 +86,16 @@ def load_model(
     return LoadedModel(decoder=decoder, tokenizer=embed.tokenizer, embed_id=embed.embed_id, mesh=mesh)
 
 
-def pinned_step(model: str | Path, step: Step) -> int | None:
+def pinned_step(model: str | Path, step: Step, *, flag: str = "--step") -> int | None:
     """The checkpoint of a run that is meant now, before it writes another; None for a model that is no run.
 
-    Raises UserError for a step of what has none.
+    Raises UserError for a step of what has none; `flag` is what asked for it.
     """
     path = resolve(model)
     if (path / "checkpoints").is_dir():
         return chosen_snapshot(path, step)
     if step is not None:
-        raise UserError(f"--step: {model}: is no run, so it has no checkpoints; leave it out")
+        raise UserError(f"{flag}: {model}: is no run, so it has no checkpoints; leave it out")
     return None
 
 

@@ -78,7 +78,7 @@ def start_record(run: Path, config: RunConfig) -> dict[str, Any]:
     file = run / "config.json"
     before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     recorded: int | None = before.get("start_step") if config.start_step is None else None
-    step = pinned_step(config.model, config.start_step) if recorded is None else recorded
+    step = pinned_step(config.model, config.start_step, flag="--start-step") if recorded is None else recorded
     start = {"start": os.path.relpath(config.model, run.resolve())} if step is not None else {}
     return {**start, "start_step": step}
 

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from tiny import plain_hidden
 
-from search_r3_jax.config import IndexConfig, LoraConfig, OptimizerConfig, RlConfig, RunConfig, SamplerConfig, TextConfig
+from search_r3_jax.config import LoraConfig, OptimizerConfig, RlConfig, SamplerConfig
 from search_r3_jax.hub.checkpoint import LoadedModel, load_model, with_lora
 from search_r3_jax.models.decoder import Decoder, LoraParam
 from search_r3_jax.objectives.policy_gradient import group_advantages
@@ -22,23 +22,8 @@ from search_r3_jax.training.optimizer import make_optimizer
 from search_r3_jax.training.rl_step import RlBatch, make_batch, make_scorer, make_update
 from search_r3_jax.training.state import init_state
 
-CONFIG = RunConfig(
-    compute_dtype="float32",
-    remat="none",
-    text=TextConfig(max_query_tokens=16, max_document_tokens=32),
-    lora=LoraConfig(rank=4),
-    rl=RlConfig(
-        steps=6,
-        global_queries=3,
-        group_size=4,
-        snapshot_every=2,
-        sampler=SamplerConfig(max_think_tokens=8),
-        optimizer=OptimizerConfig(learning_rate=1e-3),
-    ),
-    index=IndexConfig(candidates=12, refresh_budget=8, overlay_max_age=2),
-)
-
-
+LORA = LoraConfig(rank=4)
+RL = RlConfig(sampler=SamplerConfig(max_think_tokens=8), optimizer=OptimizerConfig(learning_rate=1e-3))
 TEXTS = ["one", "another query", "a third"]
 
 
@@ -63,7 +48,7 @@ def batch_of(rollout: Rollout, *, micro_queries: int = 0, Q: int = 3) -> RlBatch
 
 @pytest.fixture(scope="module")
 def prepared(tiny_folders: dict[str, Path]) -> Prepared:
-    model = with_lora(load_model(tiny_folders["llama"]), CONFIG.lora, seed=0)
+    model = with_lora(load_model(tiny_folders["llama"]), LORA, seed=0)
     generator = np.random.default_rng(0)
     params = nnx.state(model.decoder, LoraParam)
     nnx.update(model.decoder, jax.tree.map(lambda x: x + 0.05 * generator.standard_normal(x.shape).astype(np.float32), params))
@@ -90,14 +75,14 @@ def plain_log_probs(decoder: Decoder, prepared: Prepared) -> list[jax.Array]:
 def test_step_zero_ratio_is_one_on_every_token(prepared: Prepared) -> None:
     model, prompter, rollout, batch = prepared
     graph, params, frozen = nnx.split(model.decoder, LoraParam, ...)
-    score = make_scorer(graph, prompter, CONFIG.rl)
+    score = make_scorer(graph, prompter, RL)
     old = score(params, frozen, batch.replies, adapters=True)
     sampled = rollout.sampled
     assert sampled.sum() > 12
     np.testing.assert_allclose(np.exp(np.asarray(old).reshape(sampled.shape) - rollout.log_probs)[sampled], 1.0, atol=1e-5)
-    optimizer = make_optimizer(CONFIG.rl.optimizer, 6)
+    optimizer = make_optimizer(RL.optimizer, 6)
     reference = score(params, frozen, batch.replies, adapters=False)
-    update = make_update(graph, prompter, optimizer, CONFIG.rl)
+    update = make_update(graph, prompter, optimizer, RL)
     _, scalars, log_probs = update(init_state(params, optimizer), frozen, batch, old, reference)
     assert abs(float(scalars["ratio_min"]) - 1) <= 1e-5
     assert abs(float(scalars["ratio_max"]) - 1) <= 1e-5
@@ -108,7 +93,7 @@ def test_step_zero_ratio_is_one_on_every_token(prepared: Prepared) -> None:
 def test_the_reference_is_the_model_without_adapters(prepared: Prepared, tiny_folders: dict[str, Path]) -> None:
     model, prompter, rollout, batch = prepared
     graph, params, frozen = nnx.split(model.decoder, LoraParam, ...)
-    found = make_scorer(graph, prompter, CONFIG.rl)(params, frozen, batch.replies, adapters=False)
+    found = make_scorer(graph, prompter, RL)(params, frozen, batch.replies, adapters=False)
     reference = np.asarray(found).reshape(rollout.ids.shape)
     base = load_model(tiny_folders["llama"]).decoder
     for b, expected in enumerate(plain_log_probs(base, prepared)):
@@ -144,7 +129,7 @@ def assert_same_gradient(found: nnx.State, expected: nnx.State) -> None:
 
 def test_gradient_equals_one_row_at_a_time(prepared: Prepared) -> None:
     """Shared prompts, compaction and groups against a loop over whole rows through the same decoder."""
-    config = dataclasses.replace(CONFIG.rl, beta=0.0, infonce_weight=0.0)
+    config = dataclasses.replace(RL, beta=0.0, infonce_weight=0.0)
     graph, params, frozen = nnx.split(prepared.model.decoder, LoraParam, ...)
     gradient, scalars = gradient_of(prepared, config, prepared.batch, reference=False)
     advantages = prepared.batch.replies.advantages.reshape(-1)
@@ -164,7 +149,7 @@ def test_gradient_equals_one_row_at_a_time(prepared: Prepared) -> None:
 
 @pytest.mark.parametrize("variant", ["grpo", "dr_grpo", "dapo", "gspo"])
 def test_micro_batches_change_nothing(prepared: Prepared, variant: Any) -> None:
-    config = dataclasses.replace(CONFIG.rl, variant=variant, infonce_weight=0.3, importance_cap=1.5)
+    config = dataclasses.replace(RL, variant=variant, infonce_weight=0.3, importance_cap=1.5)
     whole, of_whole = gradient_of(prepared, config, prepared.batch)
     parts, of_parts = gradient_of(prepared, config, batch_of(prepared.rollout, micro_queries=1))
     assert_same_gradient(parts, whole)
@@ -176,7 +161,7 @@ def test_micro_batches_change_nothing(prepared: Prepared, variant: Any) -> None:
 
 
 def test_the_auxiliary_loss_counts_every_relevant_document(prepared: Prepared) -> None:
-    config = dataclasses.replace(CONFIG.rl, beta=0.0, infonce_weight=1.0, infonce_temperature=0.1)
+    config = dataclasses.replace(RL, beta=0.0, infonce_weight=1.0, infonce_temperature=0.1)
     _, scalars = gradient_of(prepared, config, prepared.batch, reference=False)
     documents, relevance = np.asarray(prepared.batch.documents, np.float64), prepared.batch.replies.relevance[0]
     losses = []
@@ -191,8 +176,8 @@ def test_the_auxiliary_loss_counts_every_relevant_document(prepared: Prepared) -
 
 def test_an_update_that_is_not_finite_changes_nothing(prepared: Prepared) -> None:
     graph, params, frozen = nnx.split(prepared.model.decoder, LoraParam, ...)
-    optimizer = make_optimizer(CONFIG.rl.optimizer, 6)
-    update = make_update(graph, prepared.prompter, optimizer, dataclasses.replace(CONFIG.rl, beta=0.0))
+    optimizer = make_optimizer(RL.optimizer, 6)
+    update = make_update(graph, prepared.prompter, optimizer, dataclasses.replace(RL, beta=0.0))
     replies = prepared.batch.replies
     broken = prepared.batch._replace(replies=replies._replace(advantages=np.full_like(replies.advantages, np.nan)))
     before = init_state(params, optimizer)
