@@ -15,7 +15,7 @@ from search_r3_jax.evaluation.controls import CONTROLS, control_replies, corpus_
 from search_r3_jax.evaluation.metrics import Metrics, Run, evaluate_run, run_from_scores
 from search_r3_jax.models.decoder import Decoder
 from search_r3_jax.retrieval.exact import ExactIndex
-from search_r3_jax.retrieval.index import Index
+from search_r3_jax.retrieval.index import LocalIndex
 from search_r3_jax.rollout.encoder import Encoder, ReasonedEncoder
 from search_r3_jax.rollout.sampler import Sampler
 from search_r3_jax.text.prompts import Prompter
@@ -195,12 +195,12 @@ def pass_width(queries: int) -> int:
     return -(-queries // (passes * PASS_MULTIPLE)) * PASS_MULTIPLE
 
 
-def exact_index(collection: Collection, documents_ne: np.ndarray) -> Index:
+def exact_index(collection: Collection, documents_ne: np.ndarray) -> LocalIndex:
     """Exact search over the vectors of a collection's corpus."""
     return ExactIndex(documents_ne, [document.doc_id for document in collection.documents], 0)
 
 
-def search_result(collection: Collection, index: Index, queries: EmbeddedQueries) -> ModeResult:
+def search_result(collection: Collection, index: LocalIndex, queries: EmbeddedQueries) -> ModeResult:
     """The `DEPTH` best documents of each query, and how good they are."""
     scores, rows = index.search(queries.vectors, min(DEPTH, len(index.ids)))
     run = run_from_scores([query.query_id for query in collection.queries], index.ids, scores, rows)

@@ -27,7 +27,7 @@ from search_r3_jax.files import file_sha256
 from search_r3_jax.hub.checkpoint import load_model, pinned_step, resolve
 from search_r3_jax.hub.export import text_room
 from search_r3_jax.hub.snapshots import read_run
-from search_r3_jax.retrieval.index import Index, build_index
+from search_r3_jax.retrieval.index import LocalIndex, build_index
 from search_r3_jax.retrieval.indexer import parameter_hash
 from search_r3_jax.text.prompts import Mode, Prompter
 
@@ -238,7 +238,7 @@ class DecoderSystem:
     def _evaluator(self, max_think_tokens: int) -> Evaluator:
         return Evaluator(self._graph, self._prompter, self._text, SamplerConfig(max_think_tokens=max_think_tokens))
 
-    def _indexed(self, evaluator: Evaluator, collection: Collection, console: Console) -> tuple[Index, float]:
+    def _indexed(self, evaluator: Evaluator, collection: Collection, console: Console) -> tuple[LocalIndex, float]:
         """The corpus in the index that was asked for, and the seconds that encoding took."""
         with progress_bar(console, "documents", len(collection.documents)) as bar:
             started = time.perf_counter()

@@ -91,7 +91,7 @@ class Environment:
         rewards, terms, top_rows, fresh_share = self._rank(positives, vectors, valid, candidates, tokens, direct)
         rewarded = time.perf_counter()
 
-        rows = len(self.index.ids)
+        rows = self.index.shape[0]
         stats = {
             "index_step": float(self.index.version),
             "policy_step": float(step),
@@ -110,7 +110,7 @@ class Environment:
 
     def swap(self, index: Index) -> None:
         """Take a newer index, between steps, and forget overlay vectors older than it; raises ValueError on another corpus."""
-        if list(index.ids) != list(self.index.ids) or index.vectors.shape != self.index.vectors.shape:
+        if index.ids_hash != self.index.ids_hash or index.shape != self.index.shape:
             raise ValueError(f"index v{index.version} is of another corpus or width than v{self.index.version}")
         self.index = index
         self._overlay = {row: entry for row, entry in self._overlay.items() if entry[1] >= index.version}
@@ -120,7 +120,7 @@ class Environment:
         entries = list(self._overlay.values())
         return {
             "rows": np.array(list(self._overlay), dtype=np.int32),
-            "vectors": np.array([vector for vector, _ in entries], np.float32).reshape(-1, self.index.vectors.shape[1]),
+            "vectors": np.array([vector for vector, _ in entries], np.float32).reshape(-1, self.index.shape[1]),
             "steps": np.array([step for _, step in entries], dtype=np.int32),
             "reencoded_total": np.array(self._reencoded_total, dtype=np.int64),
         }
@@ -128,7 +128,7 @@ class Environment:
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         """Take up what `state` gave, without vectors older than the present index; raises ValueError on another corpus."""
         rows, vectors, steps = (np.asarray(state[name]) for name in ("rows", "vectors", "steps"))
-        corpus_rows, dim = self.index.vectors.shape
+        corpus_rows, dim = self.index.shape
         if vectors.shape != (len(rows), dim) or len(steps) != len(rows) or np.any((rows < 0) | (rows >= corpus_rows)):
             raise ValueError(f"overlay {vectors.shape} does not fit an index of {corpus_rows} rows of width {dim}")
         entries = zip(rows.tolist(), vectors.astype(np.float32), steps.tolist(), strict=True)
@@ -156,10 +156,10 @@ class Environment:
 
     def _agreement(self, means: np.ndarray, proposed: np.ndarray) -> dict[str, float]:
         """Share of the exact top 10 in the index's; nothing where the corpus is too large to look every step."""
-        if len(means) == 0 or len(self.index.ids) > AGREEMENT_MAX_ROWS:
+        if len(means) == 0 or self.index.shape[0] > AGREEMENT_MAX_ROWS:
             return {}
         k = min(10, proposed.shape[1])
-        exact = np.argsort(-(means @ np.asarray(self.index.vectors, dtype=np.float32).T), axis=1, kind="stable")
+        exact = np.argsort(-(means @ self.index.take(np.arange(self.index.shape[0])).T), axis=1, kind="stable")
         return {"candidate_agreement": recall_at_k(proposed, exact, min(k, exact.shape[1]))}
 
     def _refresh(
@@ -223,14 +223,14 @@ class Environment:
 
     def vectors_of(self, rows: np.ndarray) -> np.ndarray:
         """The vectors [n,E] that ranking uses: the overlay's where there is one, the index's otherwise."""
-        vectors = np.array(self.index.vectors[rows], dtype=np.float32)
+        vectors = self.index.take(rows)
         for place, row in enumerate(rows.tolist()):
             if row in self._overlay:
                 vectors[place] = self._overlay[row][0]
         return vectors
 
     def _check(self, positives: Sequence[Mapping[int, float]], vectors: np.ndarray, valid: np.ndarray) -> None:
-        rows, dim = self.index.vectors.shape
+        rows, dim = self.index.shape
         if vectors.ndim != 3 or vectors.shape[2] != dim or valid.shape != vectors.shape[:2] or len(positives) != len(vectors):
             raise ValueError(f"{len(positives)} queries, vectors {vectors.shape}, valid {valid.shape}: want Q, [Q,G,{dim}], [Q,G]")
         for query, grades in enumerate(positives):

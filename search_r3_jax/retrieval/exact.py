@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from search_r3_jax.retrieval.index import check_corpus, check_queries, pad_results
+from search_r3_jax.retrieval.index import check_corpus, check_queries, hash_of_ids, pad_results
 
 
 class ExactIndex:
@@ -29,6 +29,7 @@ class ExactIndex:
         check_corpus(vectors, ids)
         self.vectors = vectors
         self.ids = ids
+        self.ids_hash = hash_of_ids(ids)
         self.version = version
         self._corpus_chunk = min(corpus_chunk, next_power_of_two(len(vectors)))
         self._query_chunk = query_chunk
@@ -48,6 +49,15 @@ class ExactIndex:
         # Stable, and chunks are in row order: ties keep the lower row first.
         order = np.argsort(-scores, axis=1, kind="stable")[:, :wanted]
         return pad_results(np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1), k)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, E)."""
+        return (len(self.vectors), self.vectors.shape[1])
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """The vectors [n,E] float32 of rows [n], in their order."""
+        return np.asarray(self.vectors[rows], dtype=np.float32)
 
     def _chunks(self) -> Iterator[tuple[int, jax.Array]]:
         for start in range(0, len(self.vectors), self._corpus_chunk):

@@ -1,5 +1,6 @@
 """What an index over document vectors is, how two of them are compared, and how one is built."""
 
+import hashlib
 import importlib.util
 from collections.abc import Sequence
 from typing import Literal, Protocol
@@ -10,16 +11,11 @@ IndexKind = Literal["exact", "scann", "auto"]
 
 
 class Index(Protocol):
-    """An immutable index over unit vectors; row i of `vectors` [N,E] belongs to document `ids[i]`."""
+    """An immutable index over unit vectors [N,E], searched by row."""
 
     @property
     def kind(self) -> str:
         """How it searches: `exact` or `scann`."""
-        ...
-
-    @property
-    def ids(self) -> Sequence[str]:
-        """Document ids by row, N of them."""
         ...
 
     @property
@@ -28,16 +24,49 @@ class Index(Protocol):
         ...
 
     @property
-    def vectors(self) -> np.ndarray:
-        """Unit vectors [N,E], float32 or bfloat16, possibly memory-mapped."""
+    def shape(self) -> tuple[int, int]:
+        """How many vectors there are and how wide they are, (N, E)."""
+        ...
+
+    @property
+    def ids_hash(self) -> str:
+        """`hash_of_ids` of the documents: equal hashes, equal rows."""
         ...
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Queries [Q,E] → inner products [Q,k] float32, descending, and rows [Q,k] int32; −inf and −1 past the last document."""
         ...
 
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """The vectors [n,E] float32 of rows [n], in their order."""
+        ...
 
-def build_index(kind: IndexKind, vectors: np.ndarray, ids: Sequence[str], version: int, *, threads: int = 0) -> Index:
+
+class LocalIndex(Index, Protocol):
+    """An index whose vectors are all in this process; row i of `vectors` belongs to document `ids[i]`."""
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """Document ids by row, N of them."""
+        ...
+
+    @property
+    def vectors(self) -> np.ndarray:
+        """Unit vectors [N,E], float32 or bfloat16, possibly memory-mapped."""
+        ...
+
+
+def hash_of_ids(ids: Sequence[str]) -> str:
+    """Hexadecimal sha256 over document ids in order."""
+    digest = hashlib.sha256()
+    for doc_id in ids:
+        encoded = doc_id.encode()
+        # Lengths keep ("ab", "c") and ("a", "bc") apart.
+        digest.update(len(encoded).to_bytes(8, "big") + encoded)
+    return digest.hexdigest()
+
+
+def build_index(kind: IndexKind, vectors: np.ndarray, ids: Sequence[str], version: int, *, threads: int = 0) -> LocalIndex:
     """Build an index over unit vectors [N,E]; `auto` is ScaNN where installed, else exact; the result's `kind` says which."""
     # Imported here so that the protocol alone pulls in neither JAX nor ScaNN.
     if resolve_kind(kind) == "scann":
@@ -75,7 +104,7 @@ def probe_recall(index: Index, exact: Index, queries: np.ndarray, k: int) -> flo
     """Recall@k of `index` for queries [Q,E]; a document that ties with the true k-th is as good as it, so copies do no harm."""
     exact_scores, exact_rows = exact.search(queries, k)
     found_rows = np.sort(index.search(queries, k)[1], axis=1)
-    found_vectors = np.asarray(exact.vectors[np.maximum(found_rows, 0)], dtype=np.float32)
+    found_vectors = exact.take(np.maximum(found_rows, 0).ravel()).reshape(*found_rows.shape, -1)
     counted = (found_rows >= 0) & (np.diff(found_rows, axis=1, prepend=-1) != 0)
     found_scores = np.where(counted, np.einsum("qe,qke->qk", queries, found_vectors), -np.inf)
     wanted = (exact_rows >= 0).sum(axis=1)

@@ -11,7 +11,7 @@ import numpy as np
 
 from search_r3_jax.data.collection import Collection, Document
 from search_r3_jax.errors import UserError
-from search_r3_jax.retrieval.index import Index
+from search_r3_jax.retrieval.index import LocalIndex
 
 Sampling = Literal["top", "random"]
 # Of the candidates' vectors that are scored again at once.
@@ -190,7 +190,7 @@ def distinct_texts(collection: Collection) -> Texts:
     )
 
 
-def mine_negatives(index: Index, queries_qe: np.ndarray, query_ids: Sequence[str], texts: Texts, options: MiningOptions) -> Selection:
+def mine_negatives(index: LocalIndex, queries_qe: np.ndarray, query_ids: Sequence[str], texts: Texts, options: MiningOptions) -> Selection:
     """Negatives of queries [Q,E] from an index over `texts.documents`; equal vectors, equal result, whatever the order of the queries."""
     depths = np.array([_depth(options, len(p) + len(j)) for p, j in zip(texts.positives, texts.judged, strict=True)], np.int64)
     found: list[tuple[np.ndarray, Selection]] = []
@@ -207,7 +207,7 @@ def mine_negatives(index: Index, queries_qe: np.ndarray, query_ids: Sequence[str
 
 
 def _select(
-    index: Index,
+    index: LocalIndex,
     queries_qe: np.ndarray,
     query_ids: Sequence[str],
     texts: Texts,

@@ -12,7 +12,7 @@ from typing import Any, Literal, Self, cast
 import numpy as np
 
 from search_r3_jax.errors import UserError
-from search_r3_jax.retrieval.index import check_corpus, check_queries, pad_results, scann_available
+from search_r3_jax.retrieval.index import check_corpus, check_queries, hash_of_ids, pad_results, scann_available
 
 SETTINGS_FILE = "settings.json"
 
@@ -62,6 +62,7 @@ class ScannIndex:
         """Wraps a ScaNN searcher whose datapoint i is row i of `vectors`."""
         self.vectors = vectors
         self.ids = ids
+        self.ids_hash = hash_of_ids(ids)
         self.version = version
         self.settings = settings
         self._searcher = searcher
@@ -107,6 +108,15 @@ class ScannIndex:
             short = (rows < 0).any(axis=1)
             scores[short], rows[short] = self._search_leaves(queries[short], wanted, leaves)
         return pad_results(scores, rows, k)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, E)."""
+        return (len(self.vectors), self.vectors.shape[1])
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """The vectors [n,E] float32 of rows [n], in their order."""
+        return np.asarray(self.vectors[rows], dtype=np.float32)
 
     def save(self, directory: str | Path) -> None:
         """Write ScaNN's files and the settings into an existing local directory."""

@@ -15,7 +15,7 @@ from etils import epath
 
 from search_r3_jax.errors import UserError
 from search_r3_jax.retrieval.exact import ExactIndex
-from search_r3_jax.retrieval.index import Index, IndexKind, probe_recall, resolve_kind, scann_available
+from search_r3_jax.retrieval.index import IndexKind, LocalIndex, probe_recall, resolve_kind, scann_available
 from search_r3_jax.retrieval.scann_index import ScannIndex, ScannSettings
 
 CURRENT, IN_USE, MANIFEST, TEMPORARY = "CURRENT", "IN_USE", "MANIFEST.json", ".tmp-"
@@ -117,7 +117,7 @@ def open_version(
     expect_embed_token_id: int | None = None,
     verify: bool = True,
     threads: int = 0,
-) -> Index:
+) -> LocalIndex:
     """Open `v<step>`, vectors memory-mapped; exact search where ScaNN is not installed; raises IndexVersionError on any doubt."""
     path = epath.Path(root) / f"v{step}"
     manifest = _verify(path, step) if verify else _read_manifest(path, step)
@@ -211,7 +211,7 @@ def _write_version(
     _gate_norms(stored, step)
     exact = ExactIndex(stored, ids, step)
     started = time.perf_counter()
-    index: Index = exact
+    index: LocalIndex = exact
     if resolve_kind(kind) == "scann":
         settings = settings or ScannSettings.for_corpus(*stored.shape)
         (work / "scann").mkdir()

@@ -11,7 +11,7 @@ import pytest
 
 from search_r3_jax.errors import UserError
 from search_r3_jax.retrieval.exact import ExactIndex
-from search_r3_jax.retrieval.index import Index, build_index, probe_recall, recall_at_k, scann_available
+from search_r3_jax.retrieval.index import LocalIndex, build_index, probe_recall, recall_at_k, scann_available
 from search_r3_jax.retrieval.scann_index import ScannIndex, ScannSettings
 
 needs_scann = pytest.mark.skipif(not scann_available(), reason="scann has wheels for Linux only")
@@ -31,7 +31,7 @@ def brute_force(queries: np.ndarray, vectors: np.ndarray, k: int) -> tuple[np.nd
     return np.take_along_axis(scores, rows, axis=1), rows
 
 
-def make(kind: str, vectors: np.ndarray) -> Index:
+def make(kind: str, vectors: np.ndarray) -> LocalIndex:
     ids = [f"doc{row}" for row in range(len(vectors))]
     return ScannIndex.build(vectors, ids, 7) if kind == "scann" else ExactIndex(vectors, ids, 7, corpus_chunk=256, query_chunk=16)
 
@@ -165,10 +165,13 @@ class Fixed:
     kind, version = "exact", 0
 
     def __init__(self, vectors: np.ndarray, rows: list[int]) -> None:
-        self.vectors, self.ids, self._rows = vectors, [str(row) for row in range(len(vectors))], np.array([rows], np.int32)
+        self._vectors, self._rows, self.ids_hash, self.shape = vectors, np.array([rows], np.int32), "", vectors.shape
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         return np.zeros((1, k), np.float32), self._rows
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        return self._vectors[rows]
 
 
 def test_probe_recall_forgives_copies_and_nothing_else() -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from search_r3_jax.data.collection import Collection, Document, Query
 from search_r3_jax.errors import UserError
 from search_r3_jax.retrieval.exact import ExactIndex
-from search_r3_jax.retrieval.index import Index, build_index, scann_available
+from search_r3_jax.retrieval.index import LocalIndex, build_index, scann_available
 from search_r3_jax.retrieval.mining import MiningOptions, Selection, distinct_texts, mine_negatives, select_negatives
 
 
@@ -52,7 +52,7 @@ def vectors_for(collection: Collection, seed: int, dim: int = 8) -> tuple[np.nda
 
 
 def mined(
-    collection: Collection, documents: np.ndarray, queries: np.ndarray, options: MiningOptions, index: Index | None = None
+    collection: Collection, documents: np.ndarray, queries: np.ndarray, options: MiningOptions, index: LocalIndex | None = None
 ) -> Selection:
     texts = distinct_texts(collection)
     ids = [document.doc_id for document in texts.documents]
