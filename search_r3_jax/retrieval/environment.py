@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from search_r3_jax.retrieval.index import Index, recall_at_k
+from search_r3_jax.retrieval.overlay import Overlay
 from search_r3_jax.retrieval.rewards import RewardSettings, reward_terms, total_reward
 
 EncodeDocuments = Callable[[np.ndarray], np.ndarray]
@@ -32,7 +33,7 @@ class StepResult:
 
 
 class Environment:
-    """Candidates from a stale index, ranked by fresh vectors where there are any: the overlay {row → (vector, step)}."""
+    """Candidates from a stale index, ranked by fresh vectors where there are any."""
 
     def __init__(
         self,
@@ -43,24 +44,27 @@ class Environment:
         per_completion: int = 8,
         refresh_budget: int = 1024,
         overlay_max_age: int = 0,
+        neighbours: int = 0,
         reward: RewardSettings | None = None,
     ) -> None:
         """`encode_documents` maps distinct rows [n] int32 to unit vectors [n,E] of the current parameters.
 
         `candidates` a query beside its positives; `per_completion` of them from each completion's own search;
-        `refresh_budget` documents encoded a step at most; `overlay_max_age` in steps, 0 = this step's only.
+        `neighbours` more for each candidate, its nearest in the index: what was near it may have come nearer to the query;
+        `refresh_budget` documents encoded a step at most, none for rewards by the index alone; `overlay_max_age` in steps, 0 = this
+        step's only.
         """
-        if candidates < 1 or per_completion < 1 or refresh_budget < 0 or overlay_max_age < 0:
-            raise ValueError("candidates and per_completion must be at least 1, refresh_budget and overlay_max_age at least 0")
+        if candidates < 1 or per_completion < 1 or min(refresh_budget, overlay_max_age, neighbours) < 0:
+            raise ValueError("candidates and per_completion must be at least 1, refresh_budget, overlay_max_age and neighbours at least 0")
         self.index = index
         self._encode_documents = encode_documents
         self._candidates = candidates
         self._per_completion = per_completion
         self._refresh_budget = refresh_budget
-        self._overlay_max_age = overlay_max_age
+        self._neighbours = neighbours
         self._reward = reward or RewardSettings()
-        self._overlay: dict[int, tuple[np.ndarray, int]] = {}
-        self._reencoded_total = 0
+        self._overlay = Overlay(max_age=overlay_max_age)
+        self._reencoded_total = self._reencoded_before_swap = 0
 
     def score(
         self,
@@ -80,7 +84,7 @@ class Environment:
         self._check(positives, vectors, valid)
         # Whatever an invalid completion left in its place must not reach a sum.
         vectors = np.where(valid[:, :, None], vectors, 0).astype(np.float32)
-        self._expire(step)
+        self._overlay.expire(step)
 
         started = time.perf_counter()
         means = _unit_means(vectors, valid)
@@ -98,6 +102,7 @@ class Environment:
             "index_age": float(step - self.index.version),
             "reencoded": float(reencoded),
             "reencoded_share": reencoded / rows,
+            "reencoded_period_share": (self._reencoded_total - self._reencoded_before_swap) / rows,
             "reencoded_total_share": self._reencoded_total / rows,
             "overlay_size": float(len(self._overlay)),
             "candidate_fresh_share": fresh_share,
@@ -113,30 +118,18 @@ class Environment:
         if index.ids_hash != self.index.ids_hash or index.shape != self.index.shape:
             raise ValueError(f"index v{index.version} is of another corpus or width than v{self.index.version}")
         self.index = index
-        self._overlay = {row: entry for row, entry in self._overlay.items() if entry[1] >= index.version}
+        self._overlay.keep_from(index.version)
+        self._reencoded_before_swap = self._reencoded_total
 
     def state(self) -> dict[str, np.ndarray]:
-        """The overlay as arrays for a checkpoint: rows [n] int32, vectors [n,E] float32, steps [n] int32, reencoded_total []."""
-        entries = list(self._overlay.values())
-        return {
-            "rows": np.array(list(self._overlay), dtype=np.int32),
-            "vectors": np.array([vector for vector, _ in entries], np.float32).reshape(-1, self.index.shape[1]),
-            "steps": np.array([step for _, step in entries], dtype=np.int32),
-            "reencoded_total": np.array(self._reencoded_total, dtype=np.int64),
-        }
+        """The overlay as arrays for a checkpoint (`Overlay.state`), and reencoded_total [], reencoded_before_swap []."""
+        counts = {"reencoded_total": self._reencoded_total, "reencoded_before_swap": self._reencoded_before_swap}
+        return {**self._overlay.state(self.index.shape[1]), **{name: np.array(count, np.int64) for name, count in counts.items()}}
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         """Take up what `state` gave, without vectors older than the present index; raises ValueError on another corpus."""
-        rows, vectors, steps = (np.asarray(state[name]) for name in ("rows", "vectors", "steps"))
-        corpus_rows, dim = self.index.shape
-        if vectors.shape != (len(rows), dim) or len(steps) != len(rows) or np.any((rows < 0) | (rows >= corpus_rows)):
-            raise ValueError(f"overlay {vectors.shape} does not fit an index of {corpus_rows} rows of width {dim}")
-        entries = zip(rows.tolist(), vectors.astype(np.float32), steps.tolist(), strict=True)
-        self._overlay = {row: (vector, step) for row, vector, step in entries if step >= self.index.version}
-        self._reencoded_total = int(state["reencoded_total"])
-
-    def _expire(self, step: int) -> None:
-        self._overlay = {row: entry for row, entry in self._overlay.items() if step - entry[1] <= self._overlay_max_age}
+        self._overlay.restore(state, self.index)
+        self._reencoded_total, self._reencoded_before_swap = int(state["reencoded_total"]), int(state["reencoded_before_swap"])
 
     def _propose(
         self, positives: Sequence[Mapping[int, float]], vectors: np.ndarray, valid: np.ndarray, means: np.ndarray
@@ -151,8 +144,18 @@ class Environment:
             own = flat_rows[owners == query].T.ravel()
             proposed = _distinct(np.concatenate([own, mean_rows[query]]))[: self._candidates] if len(own) else own
             candidates.append(_distinct(np.concatenate([np.array(list(positives[query]), np.int32), proposed])))
+        if self._neighbours:
+            candidates = self._widened(candidates)
         live = valid.any(axis=1)
         return candidates, self._agreement(means[live], mean_rows[live])
+
+    def _widened(self, candidates: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Each query's candidates, then their nearest documents."""
+        rows = _distinct(np.concatenate(candidates))
+        # One more: a document is its own nearest.
+        _, nearest = self.index.search(self.vectors_of(rows), self._neighbours + 1)
+        place = {row: i for i, row in enumerate(rows.tolist())}
+        return [_distinct(np.concatenate([own, nearest[[place[row] for row in own.tolist()]].T.ravel()])) for own in candidates]
 
     def _agreement(self, means: np.ndarray, proposed: np.ndarray) -> dict[str, float]:
         """Share of the exact top 10 in the index's; nothing where the corpus is too large to look every step."""
@@ -171,6 +174,8 @@ class Environment:
         candidates: Sequence[np.ndarray],
     ) -> int:
         """Encode candidates without a fresh vector, positives first, then by their best score; returns how many."""
+        if self._refresh_budget == 0:
+            return 0
         priority: dict[int, float] = {}
         for query in np.flatnonzero(valid.any(axis=1)).tolist():
             best = (vectors[query][valid[query]] @ self.vectors_of(candidates[query]).T).max(axis=0)
@@ -184,7 +189,7 @@ class Environment:
         fresh = np.asarray(self._encode_documents(np.array(chosen, dtype=np.int32)), dtype=np.float32)
         if fresh.shape != (len(chosen), vectors.shape[2]) or not np.isfinite(fresh).all():
             raise ValueError(f"encode_documents returned {fresh.shape} for {len(chosen)} rows, or numbers that are not finite")
-        self._overlay.update({row: (vector, step) for row, vector in zip(chosen, fresh, strict=True)})
+        self._overlay.put(step, chosen, fresh)
         self._reencoded_total += len(chosen)
         return len(chosen)
 
@@ -223,11 +228,7 @@ class Environment:
 
     def vectors_of(self, rows: np.ndarray) -> np.ndarray:
         """The vectors [n,E] that ranking uses: the overlay's where there is one, the index's otherwise."""
-        vectors = self.index.take(rows)
-        for place, row in enumerate(rows.tolist()):
-            if row in self._overlay:
-                vectors[place] = self._overlay[row][0]
-        return vectors
+        return self._overlay.over(self.index, rows)
 
     def _check(self, positives: Sequence[Mapping[int, float]], vectors: np.ndarray, valid: np.ndarray) -> None:
         rows, dim = self.index.shape

@@ -18,6 +18,7 @@ from search_r3_jax.text.prompts import CLOSING, DIRECT_SYSTEM, REASON_SYSTEM
 NAMES = 16
 DOCUMENTS_A_NAME = 4
 NOISE_WORDS = 40
+DISTRACTORS_A_NAME = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,19 +37,24 @@ class PlantedTask:
     words: tuple[str, ...]
 
 
-def planted_task(seed: int) -> PlantedTask:
-    """The task of a seed; an alias is two letters, a name and a noise word four."""
+def planted_task(seed: int, *, distractors: int = 0) -> PlantedTask:
+    """The task of a seed; an alias is two letters, a name and a noise word four. `distractors` more documents have names never asked for."""
     generator = np.random.default_rng(seed)
+    others_names = distractors // DISTRACTORS_A_NAME
     words: dict[str, None] = {}
-    while len(words) < NAMES + NOISE_WORDS:
+    while len(words) < NAMES + NOISE_WORDS + others_names:
         words["".join(generator.choice(list(LETTERS), 4))] = None
-    names, noise = list(words)[:NAMES], list(words)[NAMES:]
+    names, noise, strangers = list(words)[:NAMES], list(words)[NAMES : NAMES + NOISE_WORDS], list(words)[NAMES + NOISE_WORDS :]
     documents, positives = [], [{} for _ in names]
     for i in range(NAMES * DOCUMENTS_A_NAME):
         body = [str(word) for word in generator.choice(noise, 3)]
         body.insert(int(generator.integers(4)), names[i % NAMES])
         documents.append(Document(doc_id=f"d{i}", title="", text=" ".join(body)))
         positives[i % NAMES][f"d{i}"] = 1
+    for i in range(distractors):
+        body = [str(word) for word in generator.choice(noise, 3)]
+        body.insert(int(generator.integers(4)), strangers[i % len(strangers)])
+        documents.append(Document(doc_id=f"x{i}", title="", text=" ".join(body)))
     # No two of the planted aliases share a letter at the same place: the letters are known from other aliases, and keep them apart.
     firsts, seconds = generator.permutation(list(LETTERS)), generator.permutation(list(LETTERS))
     aliases = [f"{first} {second}" for first, second in zip(firsts[:NAMES], seconds[:NAMES], strict=True)]

@@ -90,9 +90,9 @@ def config_of(model: Path, seed: int) -> RunConfig:
     )
 
 
-def start_of_stage_2(folder: Path, seed: int) -> Start:
+def start_of_stage_2(folder: Path, seed: int, *, distractors: int = 0) -> Start:
     """A random model after stage 1."""
-    task = planted_task(seed)
+    task = planted_task(seed, distractors=distractors)
     config = config_of(write_word_checkpoint(folder / "base", task.words, seed=seed), seed)
     build_dataset({"train": task.planted}, folder / "data", name="planted", source={"kind": "test"})
     sets = [TrainingSet(train=task.warm, dev=None)]

@@ -1,0 +1,332 @@
+"""What a stale index costs: rewards held against full re-encoding, and what is learned, by the index's age, with and without the overlay.
+
+    python tests/benchmarks/staleness.py planted --out FOLDER            a tiny model learns a planted table; one training a setting
+    python tests/benchmarks/staleness.py real --data FOLDER --out FOLDER     SmolLM2-135M on a real collection; one training in all
+    python tests/benchmarks/staleness.py picture                         staleness.json to staleness.png
+
+Ages are those of the running system: while an index of period A is in use, the next one is being made, from the snapshot of the step at
+which this one came into use. So its age runs from A to 2A − 1 steps; at age 0 the whole corpus is encoded at every step. The periods are
+0, 1, 10 and 30 times `PERIOD`. Agreement is Kendall's τ-b between the rewards and those of the same completions when the whole corpus has
+been encoded with the current parameters: over all completions of a step, and within groups, where GRPO compares.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import kendalltau
+
+from search_r3_jax.configs.smollm2 import config as smollm2
+from search_r3_jax.data.dataset import build_dataset
+from search_r3_jax.data.development import TrainingSet, for_stage_2, load_training_sets
+from search_r3_jax.files import write_json
+from search_r3_jax.hub.checkpoint import load_model, with_lora
+from search_r3_jax.retrieval.drift import measure_drift, probe_rows
+from search_r3_jax.retrieval.environment import EncodeDocuments, Environment, StepResult
+from search_r3_jax.retrieval.exact import ExactIndex
+from search_r3_jax.training import rl
+from search_r3_jax.training.sft import train_sft
+
+HERE = Path(__file__).parent
+RESULT = HERE / "staleness.json"
+TIMES = (0, 1, 10, 30)
+# Steps between two indexes at age 1×.
+PERIOD = 5
+SHARE_A_PERIOD = 0.1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One line of the table: how many steps an index is used for, and how many documents a step may encode anew."""
+
+    times: int
+    overlay: bool
+
+    @property
+    def period(self) -> int:
+        return self.times * PERIOD
+
+    def version_at(self, step: int) -> int:
+        """The snapshot that the index in use at a step was made from."""
+        return step if self.period == 0 else max(0, step // self.period - 1) * self.period
+
+    @property
+    def name(self) -> str:
+        return f"{self.times}×" + (", overlay" if self.overlay else "")
+
+
+# With the whole corpus just encoded there is nothing left for an overlay to do.
+SETTINGS = [Setting(times=times, overlay=overlay) for times in TIMES for overlay in (False, True) if times or not overlay]
+
+
+def agreement(rewards: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """Kendall's τ-b of rewards [Q,G]: over all, and the mean over the groups in which both tell completions apart."""
+    groups = [
+        kendalltau(ours, theirs).statistic for ours, theirs in zip(rewards, truth, strict=True) if min(np.ptp(ours), np.ptp(theirs)) > 0
+    ]
+    return {
+        "tau": float(kendalltau(rewards.ravel(), truth.ravel()).statistic),
+        "tau_within_groups": float(np.mean(groups)) if groups else float("nan"),
+        "mean_difference": float(np.abs(rewards - truth).mean()),
+    }
+
+
+class Indexes:
+    """The whole corpus under the parameters of some steps."""
+
+    def __init__(self, ids: Sequence[str], encode: EncodeDocuments):
+        self._ids, self._encode, self._made = ids, encode, dict[int, ExactIndex]()
+
+    def make(self, step: int) -> ExactIndex:
+        """The index of a step; to be called while the parameters are that step's."""
+        if step not in self._made:
+            vectors = np.asarray(self._encode(np.arange(len(self._ids), dtype=np.int32)))
+            self._made[step] = ExactIndex(vectors, self._ids, step)
+        return self._made[step]
+
+    def __getitem__(self, step: int) -> ExactIndex:
+        return self._made[step]
+
+    def forget_before(self, step: int) -> None:
+        """Drop the indexes that no setting will ask for again."""
+        self._made = {version: index for version, index in self._made.items() if version >= step or version == 0}
+
+
+class Watched(Environment):
+    """An environment that sets its index's age itself, and holds its rewards, and those of other settings, against full re-encoding."""
+
+    # Set by the command; the trainer makes the environment by its class.
+    setting: Setting
+    others: Sequence[Setting] = ()
+    measured_at: frozenset[int] = frozenset()
+    lead: int = 0
+    log: list[dict[str, Any]]
+
+    def __init__(self, index: Any, encode_documents: EncodeDocuments, **options: Any):
+        budget = round(SHARE_A_PERIOD * index.shape[0] / PERIOD)
+        self._options = {**options, "overlay_max_age": PERIOD}
+        super().__init__(index, encode_documents, **{**self._options, "refresh_budget": budget if self.setting.overlay else 0})
+        self._indexes = Indexes(index.ids, encode_documents)
+        self._rows = probe_rows(index.shape[0], 1000)
+        self._shadows = {
+            other: Environment(index, encode_documents, **{**self._options, "refresh_budget": budget if other.overlay else 0})
+            for other in self.others
+        }
+
+    def score(self, step: int, positives: Sequence[Mapping[int, float]], vectors: np.ndarray, valid: np.ndarray, **more: Any) -> StepResult:
+        wanted = {s.version_at(t) for t in self.measured_at for s in (self.setting, *self.others) if t >= step}
+        if step in wanted or step == 0 or (self.setting.period and step % self.setting.period == 0 and not self.others):
+            self._indexes.make(step)
+        measured = step in self.measured_at
+        if measured or self.setting.period == 0:
+            self._indexes.make(step)
+        version = self.setting.version_at(step)
+        if version != self.index.version or step == 0:
+            self.swap(self._indexes[version])
+        result = super().score(step, positives, vectors, valid, **more)
+        near = [t for t in self.measured_at if t - self.lead <= step <= t]
+        found = {self.setting: result}
+        if near:
+            for other, shadow in self._shadows.items():
+                if other.version_at(near[0]) <= step and (version := other.version_at(step)) != shadow.index.version:
+                    shadow.swap(self._indexes[version])
+                found[other] = shadow.score(step, positives, vectors, valid, **more)
+        if measured:
+            current = self._indexes[step]
+            truth = Environment(current, lambda rows: current.take(rows), **{**self._options, "refresh_budget": 0})
+            rewards = truth.score(step, positives, vectors, valid, **more).rewards
+            for setting, of_setting in found.items():
+                drift = measure_drift(self._indexes[setting.version_at(step)].take(self._rows), current.take(self._rows))
+                self.log.append(
+                    {
+                        "setting": setting.name,
+                        "step": step,
+                        "age": of_setting.stats["index_age"],
+                        **agreement(of_setting.rewards, rewards),
+                        "drift_cosine": drift.cosine,
+                        "drift_overlap": drift.overlap,
+                        "reencoded_share": of_setting.stats["reencoded_share"],
+                        "reencoded_period_share": of_setting.stats["reencoded_period_share"],
+                    }
+                )
+        self._indexes.forget_before(min((s.version_at(step) for s in (self.setting, *self.others)), default=step))
+        return result
+
+
+def summary(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Means over the measured steps of one setting; the least τ too."""
+    names = ("age", "tau", "tau_within_groups", "mean_difference", "drift_cosine", "drift_overlap", "reencoded_share")
+    means = {name: round(float(np.nanmean([line[name] for line in lines])), 4) for name in names}
+    return {**means, "tau_least": round(min(line["tau"] for line in lines), 4), "measured": len(lines)}
+
+
+def watch(setting: Setting, *, others: Sequence[Setting] = (), measured_at: Sequence[int], lead: int = 0) -> list[dict[str, Any]]:
+    """Let the trainer make its environment so; returns the list that what is measured goes to."""
+    log: list[dict[str, Any]] = []
+    Watched.setting, Watched.others, Watched.measured_at, Watched.lead, Watched.log = setting, others, frozenset(measured_at), lead, log
+    rl.Environment = Watched
+    return log
+
+
+def planted(out: Path, seeds: Sequence[int], names: Sequence[str]) -> dict[str, Any]:
+    """What stage 2 learns on the planted task over 2,048 documents in each setting; the tests' model, task and settings."""
+    sys.path[:0] = [str(HERE.parent), str(HERE.parent / "training")]
+    from test_planted import stage_2, start_of_stage_2
+
+    results: dict[str, Any] = {}
+    for seed in seeds:
+        start = start_of_stage_2(Path(tempfile.mkdtemp(dir=out)), seed, distractors=1984)
+        for setting in [each for each in SETTINGS if not names or each.name in names]:
+            started = time.perf_counter()
+            log = watch(setting, measured_at=range(2 * PERIOD - 1, start.config.rl.steps, 12))
+            before, after, steps = stage_2(start, f"rl-{setting.times}-{setting.overlay}")
+            shares = [values["reencoded_share"] for values in steps]
+            result = {
+                "before": round(before.reason, 4),
+                "after": round(after.reason, 4),
+                "direct": round(after.direct, 4),
+                "reencoded_a_default_period": round(float(np.mean(shares)) * PERIOD, 4),
+                "reward": [round(values["reward"], 4) for values in steps[::10]],
+                "seconds": round(time.perf_counter() - started),
+                **summary(log),
+            }
+            results.setdefault(setting.name, {})[str(seed)] = result
+            print(seed, setting.name, {key: value for key, value in result.items() if key != "reward"}, flush=True)
+            write_json(out / "planted.json", results)
+    return results
+
+
+def real(out: Path, data: Path, *, model: str, documents: int, learning_rate: float, steps: int) -> dict[str, Any]:
+    """Agreement on a real collection along one training of SmolLM2, of every setting on the same completions."""
+    config = dataclasses.replace(
+        smollm2,
+        model=model,
+        data=dataclasses.replace(smollm2.data, sets=(str(data.resolve()),), dev_queries=0, rl_queries=400, rl_documents=documents),
+        text=dataclasses.replace(smollm2.text, max_query_tokens=32, max_document_tokens=32),
+        sft=dataclasses.replace(smollm2.sft, steps=60, eval_every=0),
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    sets = [dataclasses.replace(load_training_sets(config.data)[0], dev=None)]
+    base = load_model(model, compute_dtype="float32", remat="dots")
+    train_sft(config, out / "sft", sets, with_lora(base, config.lora, seed=0), report, say=print)
+
+    measured = [24 * PERIOD + at for at in (1, 5, 9, 13)] if steps > 24 * PERIOD else list(range(steps - 6, steps, 2))
+    rl_config = dataclasses.replace(
+        config.rl,
+        steps=steps,
+        global_queries=4,
+        group_size=8,
+        eval_every=0,
+        snapshot_every=10**6,
+        sampler=dataclasses.replace(config.rl.sampler, max_think_tokens=12),
+        optimizer=dataclasses.replace(config.rl.optimizer, learning_rate=learning_rate),
+    )
+    config = dataclasses.replace(
+        config, model=str((out / "sft").resolve()), rl=rl_config, index=dataclasses.replace(config.index, kind="exact", candidates=32)
+    )
+    chosen = for_stage_2(load_training_sets(config.data)[0], config.data)
+    train = TrainingSet(train=chosen.train, dev=None)
+    build_dataset({"train": train.train}, out / "data", name="chosen", source={"kind": "benchmark"})
+    log = watch(SETTINGS[-1], others=SETTINGS[:-1], measured_at=measured, lead=PERIOD)
+    start = with_lora(load_model(out / "sft", compute_dtype="float32", remat="dots"), config.lora, seed=0)
+    extra = {"data": "../data", "split": "train", "start": "../sft"}
+    rl.train_rl(config, out / "rl", train, start, report, say=print, extra=extra)
+    write_json(out / "real-steps.json", log)
+    lines = {setting.name: [line for line in log if line["setting"] == setting.name] for setting in SETTINGS}
+    result = {
+        "documents": len(train.train.documents),
+        "steps": steps,
+        "learning_rate": learning_rate,
+        "settings": {
+            name: summary(of) | {"reencoded_a_default_period": PERIOD * summary(of)["reencoded_share"]} for name, of in lines.items()
+        },
+    }
+    write_json(out / "real.json", result)
+    return result
+
+
+def report(done: int, total: int, values: dict[str, float]) -> None:
+    told = {name: round(values[name], 3) for name in ("loss", "reward", "valid_rate", "reencoded_share", "seconds") if name in values}
+    print(f"step {done} of {total}", told, flush=True)
+
+
+def picture(result: dict[str, Any], file: Path) -> None:
+    """Agreement over the age, and what is learned."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), constrained_layout=True)
+    tables = {"planted task, tiny model": planted_means(result["planted"]), "real collection, SmolLM2-135M": result["real"]["settings"]}
+    for axis, (title, table) in zip(axes, tables.items(), strict=False):
+        for overlay, label, style in ((False, "index alone", "o--"), (True, "with the overlay", "o-")):
+            chosen = [s for s in SETTINGS if s.overlay == overlay or s.times == 0]
+            axis.plot([str(s.times) + "×" for s in chosen], [table[s.name]["tau"] for s in chosen], style, label=label)
+        axis.axhline(0.98, color="grey", linewidth=0.8, linestyle=":")
+        axis.set(title=f"rewards: {title}", xlabel="age of the index", ylabel="Kendall τ with full re-encoding")
+        axis.legend(frameon=False)
+    means = tables["planted task, tiny model"]
+    for overlay, label, style in ((False, "index alone", "o--"), (True, "with the overlay", "o-")):
+        chosen = [s for s in SETTINGS if s.overlay == overlay or s.times == 0]
+        axes[2].plot([str(s.times) + "×" for s in chosen], [means[s.name]["after"] for s in chosen], style, label=label)
+    axes[2].set(title="learned on the planted task", xlabel="age of the index", ylabel="nDCG@10 after stage 2", ylim=(0, 1.02))
+    axes[2].legend(frameon=False)
+    figure.savefig(file, dpi=110)
+
+
+def planted_means(results: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Each setting's numbers, averaged over the seeds."""
+    numbers = {
+        name: {key for key, value in next(iter(seeds.values())).items() if isinstance(value, (int, float))}
+        for name, seeds in results.items()
+    }
+    return {name: {key: float(np.mean([seed[key] for seed in seeds.values()])) for key in numbers[name]} for name, seeds in results.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("planted", "real", "picture"))
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--documents", type=int, default=4096)
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--steps", type=int, default=24 * PERIOD + 14)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0])
+    parser.add_argument("--settings", nargs="*", default=[], help="only these lines of the planted table")
+    options = parser.parse_args()
+    result = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    if options.what == "picture":
+        picture(result, HERE / "staleness.png")
+        return
+    if options.out is None:
+        parser.error("--out: missing; name a folder for the runs")
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.what == "planted":
+        result["planted"] = planted(options.out, options.seeds, options.settings)
+    else:
+        if options.data is None:
+            parser.error("--data: missing; name a data set with 2,000 documents or more")
+        result["real"] = real(
+            options.out,
+            options.data,
+            model=options.model,
+            documents=options.documents,
+            learning_rate=options.learning_rate,
+            steps=options.steps,
+        )
+    write_json(RESULT, result)
+
+
+if __name__ == "__main__":
+    main()
