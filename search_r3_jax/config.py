@@ -304,23 +304,48 @@ class IndexConfig:
 
     Attributes:
         kind: `auto` is ScaNN where it is installed, else exact search.
+        scoring: by what documents are ranked: `fresh` encodes candidates anew with the current parameters, `stale` takes the index's
+            vectors as they are, `consistent_stale` embeds the queries with the index's snapshot as well.
         candidates: documents ranked per query.
+        neighbours: for each candidate, so many of the documents nearest to it are candidates too.
         refresh_budget: documents re-encoded a step at most.
         overlay_max_age: steps after which a re-encoded vector counts as stale.
+        drift_every: every so many steps a fixed part of the corpus is encoded, and a snapshot saved where it has drifted; 0 never.
+        drift_documents: how many documents that part has.
+        drift_cosine: mean cosine to the last snapshot's vectors under which they have drifted.
+        drift_overlap: share of the ten nearest documents still the same under which they have.
+        max_age: steps; where the index is older, `when_old` is done; 0 is no limit.
+        when_old: `wait` for a newer one, `warn` and go on, or `stop` with a checkpoint.
         recall_gate: recall@10 against exact search under which a version is not published.
+        vector_dtype: how a version keeps its vectors.
         keep_versions: how many versions stay on disk.
+        local: the trainer starts an indexer beside it; without, one has to be started elsewhere (`search-r3 indexer`).
+        silent_seconds: an indexer that gives no sign of life for so long is ended and started again.
         nice: added to the indexer's CPU priority, 0 to 19.
         threads: CPU threads of the indexer; 0 leaves the choice to XLA.
+        cores: CPU cores that the indexer keeps to; none is all.
     """
 
     kind: Literal["auto", "scann", "exact"] = "auto"
+    scoring: Literal["fresh", "stale", "consistent_stale"] = "fresh"
     candidates: int = 64
+    neighbours: int = 0
     refresh_budget: int = 256
     overlay_max_age: int = 4
+    drift_every: int = 0
+    drift_documents: int = 1000
+    drift_cosine: float = 0.95
+    drift_overlap: float = 0.7
+    max_age: int = 0
+    when_old: Literal["wait", "warn", "stop"] = "wait"
     recall_gate: float = 0.99
+    vector_dtype: Literal["float32", "bfloat16"] = "float32"
     keep_versions: int = 2
+    local: bool = True
+    silent_seconds: float = 600.0
     nice: int = 10
     threads: int = 0
+    cores: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from flax import nnx
 
 from search_r3_jax.config import RunConfig, Step, config_from_dict
 from search_r3_jax.errors import UserError
+from search_r3_jax.files import write_text
 
 PARAMS, OPTIMIZER, META = "params", "optimizer", "meta"
 SCORE = "score"
@@ -25,11 +26,14 @@ def checkpoint_folder(run: Path) -> Path:
 
 
 class SnapshotWriter:
-    """Saves steps asynchronously and keeps the newest `keep` and the best; an error of a background save is raised by the next call."""
+    """Saves steps asynchronously and keeps the newest `keep`, the best and what is pinned.
+
+    An error of a background save is raised by the next call.
+    """
 
     def __init__(self, run: Path, *, keep: int = 3):
         self._scores = _scores(run)
-        policy = _NewestAndBest(keep, self._scores)
+        policy = _Needed(run, keep, self._scores)
         options = ocp.CheckpointManagerOptions(preservation_policy=policy, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(checkpoint_folder(run), options=options)
 
@@ -70,16 +74,42 @@ class SnapshotWriter:
         self._manager.close()
 
 
-class _NewestAndBest:
-    """Which checkpoints Orbax keeps: `keep` of the newest and the best. Its own policy forgets the scores when a run is opened again."""
+class _Needed:
+    """Which checkpoints Orbax keeps: `keep` of the newest, the best, and those being read.
 
-    def __init__(self, keep: int, scores: dict[int, float]):
-        self._keep, self._scores = keep, scores
+    Its own policies forget the scores when a run is opened again.
+    """
+
+    def __init__(self, run: Path, keep: int, scores: dict[int, float]):
+        self._run, self._keep, self._scores = run, keep, scores
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         steps = sorted(info.step for info in checkpoints)
-        kept = {*steps[-self._keep :], _best({step: score for step, score in self._scores.items() if step in steps})}
+        best = _best({step: score for step, score in self._scores.items() if step in steps})
+        kept = {*steps[-self._keep :], best, *pinned_snapshots(self._run)}
         return [info.step in kept for info in checkpoints]
+
+
+def pin_snapshot(run: Path, reader: str, step: int | None) -> None:
+    """Keep a step from being deleted while `reader` needs it, in place of the one it named before; None lets go of that."""
+    file = run / "pins" / reader
+    if step is None:
+        file.unlink(missing_ok=True)
+        return
+    file.parent.mkdir(exist_ok=True)
+    write_text(file, f"{step}\n")
+
+
+def pinned_snapshots(run: Path) -> list[int]:
+    """The steps that readers need."""
+    steps = []
+    for file in (run / "pins").glob("[!.]*"):
+        try:
+            steps.append(int(file.read_text(encoding="utf-8")))
+        except (FileNotFoundError, ValueError):
+            # A reader has just let go.
+            continue
+    return steps
 
 
 def _scores(run: Path) -> dict[int, float]:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import os
+import shutil
 import threading
 import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +19,37 @@ import jax
 import numpy as np
 from flax import nnx
 
-from search_r3_jax.config import RunConfig
+from search_r3_jax.config import IndexConfig, RunConfig
 from search_r3_jax.data.development import for_stage_2, load_training_sets
 from search_r3_jax.errors import UserError
-from search_r3_jax.files import write_json
 from search_r3_jax.hub.checkpoint import load_model, with_lora
-from search_r3_jax.hub.snapshots import latest_snapshot, read_run, read_snapshot, start_of, start_step_of
+from search_r3_jax.hub.snapshots import checkpoint_folder, latest_snapshot, pin_snapshot, read_run, read_snapshot, start_of, start_step_of
 from search_r3_jax.models.lora import merge_lora, trainable_filter
-from search_r3_jax.retrieval.versions import current_version, prune_versions, publish_version
+from search_r3_jax.retrieval.corpus import SHARD_DOCUMENTS, encode_corpus
+from search_r3_jax.retrieval.heartbeat import Heartbeat, only_indexer, read_beat
+from search_r3_jax.retrieval.refusals import discard_version, refused_version
+from search_r3_jax.retrieval.versions import (
+    IndexGateError,
+    IndexVersionError,
+    current_version,
+    list_versions,
+    open_version,
+    prune_versions,
+    publish_version,
+)
 from search_r3_jax.rollout.encoder import Encoder
 from search_r3_jax.text.prompts import Prompter
 
 POLL_SECONDS = 0.5
+RETRY_SECONDS = 10.0
 PROBE_QUERIES = 64
+PIN = "indexer"
+# How often a version is made anew for a reader that refuses it.
+MAX_REMAKES = 2
+
+
+class SnapshotGoneError(Exception):
+    """A snapshot was deleted before it had been read."""
 
 
 def index_folder(run: Path) -> Path:
@@ -35,19 +58,24 @@ def index_folder(run: Path) -> Path:
 
 
 def run_indexer(run: Path, *, parent: int | None = None) -> None:
-    """Follow `run` until stopped; with `parent` it ends as soon as that process is gone, however it went."""
+    """Follow `run` until stopped; with `parent` it ends as soon as that process is gone, however it went.
+
+    Raises UserError when it is no run of stage 2, or another indexer follows it.
+    """
     config, record = read_run(run)
     if "data" not in record:
         raise UserError(f"{run / 'config.json'}: data: missing; only a run of stage 2 has an index")
     if parent is not None:
         threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
-    os.nice(config.index.nice)
-    worker = IndexWorker(run, config, record)
-    while True:
-        newest = latest_snapshot(run)
-        if newest is not None and newest != current_version(index_folder(run)):
-            worker.build(newest)
-        time.sleep(POLL_SECONDS)
+    with only_indexer(run):
+        _yield_to_training(config.index)
+        heartbeat = Heartbeat(run)
+        heartbeat.beat("starting")
+        with heartbeat.ticking():
+            worker = IndexWorker(run, config, record, heartbeat)
+        while True:
+            if not worker.advance():
+                time.sleep(POLL_SECONDS)
 
 
 def start_relative(run: Path, recorded: str) -> Path:
@@ -56,57 +84,168 @@ def start_relative(run: Path, recorded: str) -> Path:
 
 
 class IndexWorker:
-    """Holds the corpus and the model that a run started from, and makes a version of each snapshot it is given."""
+    """Holds the corpus and the model that a run started from, and makes a version of the newest snapshot, again and again."""
 
-    def __init__(self, run: Path, config: RunConfig, record: dict[str, Any]):
-        self._run, self._config = run, config
+    def __init__(self, run: Path, config: RunConfig, record: dict[str, Any], heartbeat: Heartbeat):
+        self._run, self._config, self._heartbeat = run, config, heartbeat
         data = dataclasses.replace(config.data, sets=(str(start_relative(run, record["data"])),), split=record["split"])
         self._collection = for_stage_2(load_training_sets(data)[0], data).train
+        self._corpus_hash = self._collection.corpus_hash()
         start = load_model(
             start_of(run, record), step=start_step_of(record), compute_dtype=config.compute_dtype, attention=config.attention
         )
         # Merged parameters have the structure of the model without adapters, so one encoder serves every snapshot.
         self._encoder = Encoder(nnx.split(start.decoder)[0], Prompter(start.tokenizer))
         self._model = with_lora(start, config.lora, seed=config.seed)
+        self._root = index_folder(run)
+        self._given_up: int | None = None
+        self._remade: Counter[int] = Counter()
+        pin_snapshot(run, PIN, None)
+        self._check_current()
+
+    def advance(self) -> bool:
+        """Make a version of the newest snapshot, if it has none; whether there was something to do."""
+        self._check_refused()
+        newest = latest_snapshot(self._run)
+        if newest is None or newest in (self._given_up, self._current()):
+            last = read_beat(self._run)
+            # What went wrong last stays to be read.
+            if last is None or last.phase not in ("refused", "failed"):
+                self._heartbeat.beat("waiting", step=-1 if newest is None else newest)
+            return False
+        try:
+            self.build(newest)
+        except SnapshotGoneError as error:
+            _log(f"{error}; taking the newest")
+        except IndexGateError as error:
+            self._give_up(newest, str(error))
+        except OSError as error:
+            message = f"index v{newest}: cannot be written ({error.strerror or error}); trying again"
+            _log(message)
+            self._heartbeat.beat("failed", step=newest, message=message)
+            time.sleep(RETRY_SECONDS)
+        return True
 
     def build(self, step: int) -> None:
-        """Encode the corpus with the snapshot of `step` and publish it; `indexer.json` tells how far it is."""
+        """Encode the corpus with the snapshot of `step` and publish it; the heartbeat tells how far it is.
+
+        Raises SnapshotGoneError, IndexGateError when it is not good enough, OSError when the disk refuses.
+        """
         started = time.time()
         config, decoder = self._config, self._model.decoder
-        params = nnx.state(decoder, trainable_filter(decoder))
-        nnx.update(decoder, read_snapshot(self._run, step, params))
-        state = nnx.state(merge_lora(decoder))
-        texts = [document.body for document in self._collection.documents]
-        probes = [query.text for query in self._collection.queries[:PROBE_QUERIES]]
+        documents = self._collection.documents
+        self._heartbeat.beat("reading", step=step, documents=len(documents))
+        with self._heartbeat.ticking():
+            nnx.update(decoder, self._read(step))
+            state = nnx.state(merge_lora(decoder))
+            of_parameters = parameter_hash(nnx.state(decoder, trainable_filter(decoder)))
         done = 0
 
-        def heartbeat(finished: int) -> None:
+        def progress(finished: int) -> None:
             nonlocal done
             done += finished
-            beat = {"step": step, "encoded": done, "documents": len(texts), "time": time.time(), "pid": os.getpid()}
-            write_json(self._run / "indexer.json", beat)
+            self._heartbeat.beat("encoding", step=step, encoded=done, documents=len(documents))
 
-        vectors = self._encoder.encode(state, texts, max_tokens=config.text.max_document_tokens, on_progress=heartbeat)
-        encoded = time.time()
-        publish_version(
-            index_folder(self._run),
-            step=step,
-            vectors=vectors,
-            ids=[document.doc_id for document in self._collection.documents],
-            manifest_fields={
-                "parameter_hash": parameter_hash(nnx.state(decoder, trainable_filter(decoder))),
-                "corpus_hash": self._collection.corpus_hash(),
-                "embed_token_id": self._model.embed_id,
-                "pooling": "embed_token",
-                "max_document_tokens": config.text.max_document_tokens,
-                "encode_seconds": encoded - started,
-            },
-            kind=config.index.kind,
-            recall_gate=config.index.recall_gate,
-            probe_queries=self._encoder.encode(state, probes, max_tokens=config.text.max_query_tokens),
-            threads=config.index.threads,
+        def encode(texts: Sequence[str], *, on_progress: Callable[[int], object] | None = None) -> np.ndarray:
+            return self._encoder.encode(state, texts, max_tokens=config.text.max_document_tokens, on_progress=on_progress)
+
+        progress(0)
+        shards = self._shards_of(step)
+        vectors = encode_corpus(
+            encode,
+            documents,
+            shards,
+            model_hash=of_parameters,
+            max_tokens=config.text.max_document_tokens,
+            dimension=self._model.decoder.config.hidden_size,
+            shard_documents=SHARD_DOCUMENTS,
+            on_progress=progress,
         )
-        prune_versions(index_folder(self._run), keep=config.index.keep_versions)
+        probes = [query.text for query in self._collection.queries[:PROBE_QUERIES]]
+        probe_vectors = self._encoder.encode(state, probes, max_tokens=config.text.max_query_tokens)
+        encoded = time.time()
+        self._heartbeat.beat("publishing", step=step, encoded=len(documents), documents=len(documents))
+        with self._heartbeat.ticking():
+            publish_version(
+                self._root,
+                step=step,
+                vectors=vectors,
+                ids=[document.doc_id for document in documents],
+                manifest_fields={
+                    "parameter_hash": of_parameters,
+                    "corpus_hash": self._corpus_hash,
+                    "embed_token_id": self._model.embed_id,
+                    "pooling": "embed_token",
+                    "max_document_tokens": config.text.max_document_tokens,
+                    "encode_seconds": encoded - started,
+                },
+                kind=config.index.kind,
+                recall_gate=config.index.recall_gate,
+                probe_queries=probe_vectors,
+                vector_dtype=config.index.vector_dtype,
+                threads=config.index.threads,
+            )
+            shutil.rmtree(shards)
+            # No one else writes here, so whatever is temporary was left by a writer that is gone.
+            prune_versions(self._root, keep=config.index.keep_versions, stale_seconds=-math.inf)
+        _log(f"index v{step}: published; {encoded - started:.1f} s to encode, {time.time() - encoded:.1f} s to build")
+
+    def _read(self, step: int) -> nnx.State:
+        """The trainable parameters of a snapshot, which is not deleted meanwhile; raises SnapshotGoneError where it was before."""
+        pin_snapshot(self._run, PIN, step)
+        try:
+            return read_snapshot(self._run, step, nnx.state(self._model.decoder, trainable_filter(self._model.decoder)))
+        except Exception as error:
+            # Orbax says in many ways that files vanished under it.
+            if (checkpoint_folder(self._run) / str(step)).is_dir():
+                raise
+            raise SnapshotGoneError(f"snapshot {step} was deleted while it was read ({type(error).__name__})") from error
+        finally:
+            pin_snapshot(self._run, PIN, None)
+
+    def _shards_of(self, step: int) -> Path:
+        """Where a snapshot's vectors are kept until they are published; those of others are of no use any more."""
+        folder = self._run / "encoding" / str(step)
+        for other in folder.parent.glob("*"):
+            if other != folder:
+                shutil.rmtree(other)
+        return folder
+
+    def _current(self) -> int | None:
+        try:
+            current = current_version(self._root)
+        except IndexVersionError as error:
+            _log(f"{error}; making a new one")
+            return None
+        return current if current in list_versions(self._root) else None
+
+    def _check_current(self) -> None:
+        """Discard the current version where it is damaged, or of another corpus or token."""
+        current = self._current()
+        if current is None:
+            return
+        try:
+            open_version(self._root, current, expect_corpus_hash=self._corpus_hash, expect_embed_token_id=self._model.embed_id)
+        except IndexVersionError as error:
+            _log(f"{error}; making it anew")
+            discard_version(self._root, current)
+
+    def _check_refused(self) -> None:
+        """Discard what a reader refused, so that it is made anew; but not for ever."""
+        refused = refused_version(self._root)
+        if refused is None:
+            return
+        discard_version(self._root, refused)
+        self._remade[refused] += 1
+        if self._remade[refused] > MAX_REMAKES:
+            self._give_up(refused, f"index v{refused}: was refused {MAX_REMAKES + 1} times by the trainer, whose log says why")
+        else:
+            _log(f"index v{refused}: was refused by the trainer; making it anew")
+
+    def _give_up(self, step: int, message: str) -> None:
+        self._given_up = step
+        _log(f"{message}; waiting for the next snapshot")
+        self._heartbeat.beat("refused", step=step, message=message)
 
 
 def parameter_hash(params: nnx.State) -> str:
@@ -116,6 +255,24 @@ def parameter_hash(params: nnx.State) -> str:
         digest.update(jax.tree_util.keystr(path).encode())
         digest.update(np.asarray(leaf).tobytes())
     return digest.hexdigest()
+
+
+def _yield_to_training(index: IndexConfig) -> None:
+    """Lower this process's priority and keep it to its threads and cores; before JAX makes its threads."""
+    os.nice(index.nice)
+    if index.cores:
+        try:
+            os.sched_setaffinity(0, index.cores)
+        except OSError as error:
+            raise UserError(f"index.cores: {index.cores}: not all of them are this machine's ({error.strerror})") from None
+    if index.threads:
+        # What XLA's pool of threads on a CPU goes by.
+        os.environ["NPROC"] = str(index.threads)
+
+
+def _log(message: str) -> None:
+    # Standard output is the run's indexer.log.
+    print(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {message}", flush=True)
 
 
 def _exit_with(parent: int) -> None:

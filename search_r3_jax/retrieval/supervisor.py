@@ -1,99 +1,96 @@
-"""The trainer's side of the index: starts the indexer process, keeps it alive, and takes in what it publishes."""
+"""The process of a run's indexer, kept alive: started, watched, ended when it falls silent, started again."""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from search_r3_jax.retrieval.index import Index
-from search_r3_jax.retrieval.indexer import index_folder
-from search_r3_jax.retrieval.versions import IndexVersionError, current_version, open_version, pin_versions
+from search_r3_jax.errors import UserError
+from search_r3_jax.retrieval.heartbeat import Beat, is_followed, read_beat
 
-MAX_RESTARTS = 5
+LONGEST_PAUSE = 300.0
+PATIENCE = 5
 
 
-class IndexFollower:
-    """One indexer process of a run, and the newest version that passed its checks.
+class IndexerProcess:
+    """A run's indexer, started here, or elsewhere and only watched.
 
     The process gets its own session, so an interrupt at the terminal reaches the trainer alone, which then stops it; it also watches
-    the trainer and ends when that is gone.
+    the trainer and ends when that is gone. Nothing here depends on what a clock shows: only on how long a beat has stayed the same.
     """
 
-    def __init__(self, run: Path, corpus_hash: str, embed_id: int, *, say: Callable[[str], object]):
-        self._run, self._corpus_hash, self._embed_id, self._say = run, corpus_hash, embed_id, say
+    def __init__(
+        self, run: Path, *, say: Callable[[str], object], local: bool, silent_seconds: float, command: Sequence[str] | None = None
+    ):
+        """`command` is what to start in place of `search-r3 indexer`; without `local` nothing is."""
+        self._run, self._say, self._local, self._silent_seconds = run, say, local, silent_seconds
+        self._command = command or [sys.executable, "-m", "search_r3_jax", "indexer", "--run", str(run), "--parent", str(os.getpid())]
         self._process: subprocess.Popen[bytes] | None = None
-        self._restarts, self._retry_at = 0, 0.0
-        self._doubted: int | None = None
+        self._failures, self._start_at, self._elsewhere = 0, 0.0, False
+        self._beat, self._beat_since, self._told = read_beat(run), time.monotonic(), ""
 
     def start(self) -> None:
-        """Start the process; what it prints goes to `indexer.log`."""
-        command = [sys.executable, "-m", "search_r3_jax", "indexer", "--run", str(self._run), "--parent", str(os.getpid())]
+        """Start the process, unless another follows the run already; what it prints goes to `indexer.log`."""
+        if not self._local:
+            return
+        if is_followed(self._run):
+            if not self._elsewhere:
+                beat = read_beat(self._run)
+                self._say(f"another indexer follows this run{f' (process {beat.pid})' if beat else ''}; using what it publishes")
+            self._elsewhere, self._process, self._start_at = True, None, time.monotonic() + 10
+            return
+        self._elsewhere = False
         with (self._run / "indexer.log").open("ab") as log:
-            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+            self._process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        self._beat_since = time.monotonic()
 
     def check(self) -> None:
-        """Restart the process with back-off if it has ended; the caller goes on with the index it has.
-
-        Raises RuntimeError when it keeps ending.
-        """
-        if self._process is None or self._process.poll() is None or time.monotonic() < self._retry_at:
+        """Start the process again, after a pause, if it ended or fell silent, and pass on what it says; never raises."""
+        self._listen()
+        if not self._local:
             return
-        if self._restarts == MAX_RESTARTS:
-            raise RuntimeError(f"the indexer ended {MAX_RESTARTS + 1} times; its last words: {self._last_words()}")
-        self._restarts += 1
-        self._retry_at = time.monotonic() + 2**self._restarts
-        code = self._process.returncode
-        self._say(f"the indexer ended with status {code}; starting it again ({self._restarts} of {MAX_RESTARTS}): {self._last_words()}")
-        self.start()
+        now = time.monotonic()
+        if self._process is None:
+            if now >= self._start_at:
+                self.start()
+            return
+        if self._process.poll() is None and now - self._beat_since > self._silent_seconds:
+            self._say(f"the indexer has been silent for {now - self._beat_since:.0f} s; ending it")
+            self._process.kill()
+            self._process.wait()
+        code = self._process.poll()
+        if code is None:
+            return
+        self._process = None
+        if is_followed(self._run):
+            # It was told so too late: another came first.
+            self.start()
+            return
+        self._failures += 1
+        pause = min(2.0 ** (self._failures - 1), LONGEST_PAUSE)
+        self._start_at = now + pause
+        self._say(f"the indexer ended with status {code}; the index stays, starting it again in {pause:.0f} s: {self._last_words()}")
 
-    def wait_for_first(self, on_wait: Callable[[int, int], object] | None = None) -> Index:
-        """Block until there is a version to train against; `on_wait` hears of documents encoded and in all."""
-        while True:
-            index = self.newer_than(-1)
-            if index is not None:
-                return index
-            self.check()
-            if on_wait is not None:
-                on_wait(*self.progress())
-            time.sleep(0.2)
+    def succeeded(self) -> None:
+        """It has published: what went wrong before counts no more."""
+        self._failures = 0
 
-    def progress(self) -> tuple[int, int]:
-        """Documents that the indexer has encoded of the version it is making, and how many there are."""
-        try:
-            beat = json.loads((self._run / "indexer.json").read_text(encoding="utf-8"))
-            return int(beat["encoded"]), int(beat["documents"])
-        except (OSError, ValueError, KeyError):
-            return 0, 0
+    def check_hope(self) -> None:
+        """For who can only wait: raises UserError when the process keeps ending, or has given up on its snapshot."""
+        if self._failures > PATIENCE:
+            raise UserError(f"{self._run / 'indexer.log'}: the indexer ended {self._failures} times in a row: {self._last_words()}")
+        beat = self._beat
+        if beat is not None and beat.phase == "refused" and (self._process is None or beat.pid == self._process.pid):
+            raise UserError(f"{self._run / 'indexer.log'}: no index to go on with: {beat.message}")
 
-    def newer_than(self, version: int) -> Index | None:
-        """The published index if it was made from a later step than `version`; None also where its checks leave a doubt."""
-        root = index_folder(self._run)
-        try:
-            newest = current_version(root)
-            if newest is None or newest <= version or newest == self._doubted:
-                return None
-            # Before it is opened: the indexer prunes whenever it has published.
-            pin_versions(root, {newest} if version < 0 else {version, newest})
-            return open_version(root, newest, expect_corpus_hash=self._corpus_hash, expect_embed_token_id=self._embed_id)
-        except IndexVersionError as error:
-            self._doubted = current_version(root)
-            self._say(f"keeping the index in use: {error}")
-            return None
-
-    def measured(self, version: int) -> dict[str, float]:
-        """What the manifest of a version says: step, recall@10 against exact search, seconds it took."""
-        manifest = json.loads((index_folder(self._run) / f"v{version}" / "MANIFEST.json").read_text(encoding="utf-8"))
-        return {
-            "step": version,
-            "recall@10": manifest["recall_at_10"],
-            "encode_seconds": manifest["encode_seconds"],
-            "build_seconds": manifest["build_seconds"],
-        }
+    def progress(self) -> Beat | None:
+        """The last sign of life."""
+        self._listen()
+        return self._beat
 
     def stop(self) -> None:
         """End the process; returns when it is gone."""
@@ -104,6 +101,18 @@ class IndexFollower:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
+
+    def _listen(self) -> None:
+        beat = read_beat(self._run)
+        if beat is not None and (self._beat is None or (beat.pid, beat.beat) != (self._beat.pid, self._beat.beat)):
+            self._beat, self._beat_since = beat, time.monotonic()
+            if beat.message and beat.message != self._told:
+                self._told = beat.message
+                self._say(f"the indexer says: {beat.message}")
+        silent = time.monotonic() - self._beat_since
+        if silent > self._silent_seconds and (self._elsewhere or not self._local) and self._told != "silent":
+            self._told = "silent"
+            self._say(f"the indexer, which runs elsewhere, has been silent for {silent:.0f} s; is it still there?")
 
     def _last_words(self) -> str:
         lines = (self._run / "indexer.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()

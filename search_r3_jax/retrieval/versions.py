@@ -120,7 +120,7 @@ def open_version(
 ) -> LocalIndex:
     """Open `v<step>`, vectors memory-mapped; exact search where ScaNN is not installed; raises IndexVersionError on any doubt."""
     path = epath.Path(root) / f"v{step}"
-    manifest = _verify(path, step) if verify else _read_manifest(path, step)
+    manifest = _verify(path, step) if verify else read_manifest(path, step)
     expectations = {"corpus_hash": expect_corpus_hash, "embed_token_id": expect_embed_token_id}
     for field, expected in expectations.items():
         if expected is not None and manifest.get(field) != expected:
@@ -261,17 +261,18 @@ def _open_vectors(path: epath.Path, vector_dtype: str) -> np.ndarray:
 
 def _write_manifest(path: epath.Path, fields: dict[str, Any]) -> dict[str, Any]:
     manifest = {**fields, "sha256": {name: _file_hash(path / name) for name in _file_names(path)}}
-    manifest["manifest_sha256"] = _manifest_hash(manifest)
+    manifest["manifest_sha256"] = manifest_hash(manifest)
     (path / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     return manifest
 
 
-def _read_manifest(path: epath.Path, step: int) -> dict[str, Any]:
+def read_manifest(path: epath.Path, step: int) -> dict[str, Any]:
+    """What the version in `path` says of itself; raises IndexVersionError where that is missing, damaged or of another step."""
     if not (path / MANIFEST).exists():
         raise IndexVersionError(f"{path}: no such index version (no {MANIFEST})")
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        sound = manifest["manifest_sha256"] == _manifest_hash(manifest) and manifest["step"] == step
+        sound = manifest["manifest_sha256"] == manifest_hash(manifest) and manifest["step"] == step
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise IndexVersionError(f"{path / MANIFEST}: unreadable: {error}") from error
     if not sound:
@@ -281,7 +282,7 @@ def _read_manifest(path: epath.Path, step: int) -> dict[str, Any]:
 
 def _verify(path: epath.Path, step: int) -> dict[str, Any]:
     """The manifest, after every file's checksum was found right and no file too many or too few."""
-    manifest = _read_manifest(path, step)
+    manifest = read_manifest(path, step)
     hashes = manifest["sha256"]
     different = sorted(set(hashes) ^ set(_file_names(path)))
     if different:
@@ -310,6 +311,6 @@ def _file_hash(path: epath.Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _manifest_hash(manifest: Mapping[str, Any]) -> str:
+def manifest_hash(manifest: Mapping[str, Any]) -> str:
     fields = {field: value for field, value in manifest.items() if field != "manifest_sha256"}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

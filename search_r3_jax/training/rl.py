@@ -23,14 +23,15 @@ from search_r3_jax.hub.snapshots import SnapshotWriter
 from search_r3_jax.models.lora import trainable_filter
 from search_r3_jax.objectives.policy_gradient import group_advantages
 from search_r3_jax.retrieval.environment import EncodeDocuments, Environment
+from search_r3_jax.retrieval.follower import IndexFollower
 from search_r3_jax.retrieval.index import Index
 from search_r3_jax.retrieval.rewards import RewardSettings, check_rewards
-from search_r3_jax.retrieval.supervisor import IndexFollower
-from search_r3_jax.rollout.encoder import Encoder
-from search_r3_jax.rollout.sampler import Sampler, rollout_seeds
+from search_r3_jax.rollout.encoder import Encoder, ReasonedEncoder
+from search_r3_jax.rollout.sampler import Rollout, Sampler, rollout_seeds
 from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training.development import Development
 from search_r3_jax.training.monitor import CollapseGuard
+from search_r3_jax.training.moving_index import MovingIndex
 from search_r3_jax.training.optimizer import make_optimizer
 from search_r3_jax.training.rl_report import ConstantTerms, sample_records, step_scalars
 from search_r3_jax.training.rl_step import RlBatch, Scorer, make_batch, make_scorer, make_update, put_batch
@@ -90,7 +91,7 @@ def train_rl(
     shardings = None if model.mesh is None else state_shardings(params, optimizer, model.mesh)
     state = init_state(params, optimizer, shardings, copy=donate)
     sampler = _make_sampler(full_graph, prompter, rl)
-    encoder = Encoder(full_graph, prompter)
+    encoder, reasoned_encoder = Encoder(full_graph, prompter), ReasonedEncoder(full_graph, prompter)
     score = make_scorer(graph, prompter, rl, shardings)
     update = make_update(graph, prompter, optimizer, rl, shardings, donate=donate)
     watched = [data.dev] if data.dev is not None and rl.eval_every > 0 else []
@@ -113,7 +114,7 @@ def train_rl(
     run = Run(folder, config, stage="rl", extra=extra)
     run.save_tokenizer(model.tokenizer)
     snapshots = SnapshotWriter(folder, keep=rl.keep)
-    follower = IndexFollower(folder, collection.corpus_hash(), model.embed_id, say=say)
+    follower = IndexFollower(folder, collection.corpus_hash(), model.embed_id, say=say, settings=config.index)
     meta: dict[str, Any] = {"stage": "rl", "seed": config.seed, "swaps": [], "index_versions": [], "reencoded": 0, "valid": []}
     meta |= {"skipped": 0, "skipped_in_a_row": 0, "guard": guard.state()}
     try:
@@ -129,25 +130,36 @@ def train_rl(
             snapshots.wait()
         run.start_at(first)
         follower.start()
-        index = follower.wait_for_first()
-        if index.version not in [version["step"] for version in meta["index_versions"]]:
-            meta["index_versions"].append(follower.measured(index.version))
-        environment = _make_environment(config, index, encode_documents)
+        environment = _make_environment(config, follower.wait_for_newer(-1), encode_documents)
+        moving = MovingIndex(
+            config.index,
+            folder,
+            follower,
+            environment,
+            encode_documents,
+            swaps=meta["swaps"],
+            index_versions=meta["index_versions"],
+            say=say,
+        )
+
+        def save(values: dict[str, float] | None = None) -> None:
+            snapshots.save(step, state.params, state.optimizer, meta, score=(values or {}).get(BEST_BY))
+            moving.snapshot_saved()
+
+        def save_for_index() -> None:
+            if step != snapshots.latest():
+                save()
+                snapshots.wait()
 
         # Act 3: the loop. Swaps happen between steps only.
         step = first
         while step < rl.steps or (len(meta["swaps"]) < rl.min_swaps and step < rl.steps + rl.max_extra_steps):
             started = time.perf_counter()
-            newer = follower.newer_than(environment.index.version)
-            if newer is not None:
-                environment.swap(newer)
-                meta["swaps"].append([step, newer.version])
-                meta["index_versions"].append(follower.measured(newer.version))
-                say(f"step {step}: the index built from step {newer.version} is in use")
+            current = nnx.merge_state(state.params, frozen)
+            stalls = moving.before_step(step, save_for_index)
             swapped = time.perf_counter()
 
             # Rollout: G replies to each of Q queries, with the parameters as they are.
-            current = nnx.merge_state(state.params, frozen)
             chosen = shuffled(len(collection.queries), config.seed, step * rl.global_queries, rl.global_queries)
             queries = [collection.queries[i] for i in chosen]
             texts = [query.text for query in queries]
@@ -158,13 +170,18 @@ def train_rl(
             # Reward: candidates from the index, the region they touch under current parameters.
             Q, G = seeds.shape
             positives = [_positives(query, collection) for query in queries]
+            vectors, embedding = rollout.vectors, current
+            if config.index.scoring == "consistent_stale":
+                embedding = nnx.merge_state(moving.snapshot_params(state.params), frozen)
+                vectors = _embedded(reasoned_encoder, embedding, texts, rollout, config.text.max_query_tokens)
+            direct = rl.reward == "gain_over_direct"
             result = environment.score(
                 step,
                 positives,
-                rollout.vectors.reshape(Q, G, -1),
+                vectors.reshape(Q, G, -1),
                 rollout.valid.reshape(Q, G),
                 tokens=rollout.lengths.reshape(Q, G),
-                direct=encode(texts, config.text.max_query_tokens) if rl.reward == "gain_over_direct" else None,
+                direct=encoder.encode(embedding, texts, max_tokens=config.text.max_query_tokens) if direct else None,
             )
             rewarded = time.perf_counter()
 
@@ -193,7 +210,7 @@ def train_rl(
             values |= {
                 "skipped": meta["skipped"],
                 "seconds": finished - started,
-                "swap_seconds": swapped - started,
+                **stalls,
                 "rollout_seconds": sampled - swapped,
                 "environment_seconds": rewarded - sampled,
                 "update_seconds": finished - rewarded,
@@ -204,15 +221,17 @@ def train_rl(
             for record in sample_records(step, rl.sample_every, queries, rollout, result, prompter, collection):
                 run.sample(record)
             step += 1
+            current = nnx.merge_state(state.params, frozen)
             looked = rl.eval_every > 0 and (step % rl.eval_every == 0 or step == rl.steps)
             if looked:
-                current = nnx.merge_state(state.params, frozen)
                 values |= _evaluate(development, current, step, folder, run, say)
+            drifted, drift = moving.drifted(step)
+            values |= drift
             run.log(step - 1, values)
             on_step(step, rl.steps, values)
             stop = _reason_to_stop(step - 1, values, meta, guard, rl)
-            if looked or stop or step % rl.snapshot_every == 0 or step == rl.steps:
-                snapshots.save(step, state.params, state.optimizer, meta, score=values.get(BEST_BY))
+            if looked or stop or drifted or step % rl.snapshot_every == 0 or step == rl.steps:
+                save(values)
             if stop:
                 raise UserError(f"{stop} (checkpoints are in {folder})")
             follower.check()
@@ -293,10 +312,22 @@ def _make_environment(config: RunConfig, index: Index, encode_documents: EncodeD
         index,
         encode_documents,
         candidates=config.index.candidates,
-        refresh_budget=config.index.refresh_budget,
+        # The index's vectors as they are, for the scoring that asks for them.
+        refresh_budget=config.index.refresh_budget if config.index.scoring == "fresh" else 0,
+        neighbours=config.index.neighbours,
         overlay_max_age=config.index.overlay_max_age,
         reward=_reward_settings(config.rl),
     )
+
+
+def _embedded(encoder: ReasonedEncoder, state: nnx.State, texts: Sequence[str], rollout: Rollout, max_tokens: int) -> np.ndarray:
+    """The replies' vectors [B,E] under other parameters than wrote them; zero where a reply is not valid."""
+    group = len(rollout.lengths) // len(texts)
+    valid = np.flatnonzero(rollout.valid)
+    replies = [rollout.ids[b, : rollout.lengths[b]].tolist() for b in valid]
+    vectors = np.zeros_like(rollout.vectors)
+    vectors[valid] = encoder.encode(state, [texts[b // group] for b in valid], replies, max_tokens=max_tokens)
+    return vectors
 
 
 def _reference(score: Scorer, batch: RlBatch, start: nnx.State, frozen: nnx.State, config: RunConfig) -> jax.Array | None:

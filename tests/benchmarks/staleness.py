@@ -133,13 +133,15 @@ class Watched(Environment):
         if version != self.index.version or step == 0:
             self.swap(self._indexes[version])
         result = super().score(step, positives, vectors, valid, **more)
-        near = [t for t in self.measured_at if t - self.lead <= step <= t]
         found = {self.setting: result}
-        if near:
-            for other, shadow in self._shadows.items():
-                if other.version_at(near[0]) <= step and (version := other.version_at(step)) != shadow.index.version:
-                    shadow.swap(self._indexes[version])
-                found[other] = shadow.score(step, positives, vectors, valid, **more)
+        # Before it is measured, an overlay has to fill as it does in use.
+        next_measured = min((t for t in self.measured_at if t - self.lead <= step <= t), default=None)
+        for other, shadow in self._shadows.items():
+            if next_measured is None or (version := other.version_at(next_measured)) > step:
+                continue
+            if version != shadow.index.version:
+                shadow.swap(self._indexes[version])
+            found[other] = shadow.score(step, positives, vectors, valid, **more)
         if measured:
             current = self._indexes[step]
             truth = Environment(current, lambda rows: current.take(rows), **{**self._options, "refresh_budget": 0})
@@ -219,7 +221,7 @@ def real(out: Path, data: Path, *, model: str, documents: int, learning_rate: fl
     base = load_model(model, compute_dtype="float32", remat="dots")
     train_sft(config, out / "sft", sets, with_lora(base, config.lora, seed=0), report, say=print)
 
-    measured = [24 * PERIOD + at for at in (1, 5, 9, 13)] if steps > 24 * PERIOD else list(range(steps - 6, steps, 2))
+    measured = [steps - before for before in (14, 10, 6, 2)]
     rl_config = dataclasses.replace(
         config.rl,
         steps=steps,
@@ -301,7 +303,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--documents", type=int, default=4096)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
-    parser.add_argument("--steps", type=int, default=24 * PERIOD + 14)
+    parser.add_argument("--steps", type=int, default=31 * PERIOD + 10)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
     parser.add_argument("--settings", nargs="*", default=[], help="only these lines of the planted table")
     options = parser.parse_args()

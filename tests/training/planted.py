@@ -38,7 +38,10 @@ class PlantedTask:
 
 
 def planted_task(seed: int, *, distractors: int = 0) -> PlantedTask:
-    """The task of a seed; an alias is two letters, a name and a noise word four. `distractors` more documents have names never asked for."""
+    """The task of a seed; an alias is two letters, a name and a noise word four.
+
+    `distractors` more documents have names that are never asked for.
+    """
     generator = np.random.default_rng(seed)
     others_names = distractors // DISTRACTORS_A_NAME
     words: dict[str, None] = {}

@@ -98,8 +98,9 @@ def test_the_indexer_ends_with_a_killed_trainer(tiny_folders: dict[str, Path], t
     folder = tiny_folders["llama"]
     start_of_run(tmp_path, folder)
     code = (
-        "import sys, time; from pathlib import Path; from search_r3_jax.retrieval.supervisor import IndexFollower\n"
-        "follower = IndexFollower(Path(sys.argv[1]), 'x', 0, say=print); follower.start(); print(follower._process.pid, flush=True)\n"
+        "import sys, time; from pathlib import Path; from search_r3_jax.retrieval.follower import IndexFollower\n"
+        "follower = IndexFollower(Path(sys.argv[1]), 'x', 0, say=print); follower.start()\n"
+        "print(follower._process._process.pid, flush=True)\n"
         "time.sleep(60)"
     )
     run = tmp_path / "run"
