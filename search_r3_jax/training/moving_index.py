@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,8 @@ from search_r3_jax.retrieval.drift import measure_drift, probe_rows
 from search_r3_jax.retrieval.environment import EncodeDocuments, Environment
 from search_r3_jax.retrieval.follower import IndexFollower
 from search_r3_jax.retrieval.index import Index
+from search_r3_jax.rollout.encoder import ReasonedEncoder
+from search_r3_jax.rollout.sampler import Rollout
 
 Say = Callable[[str], object]
 PIN = "trainer"
@@ -117,3 +119,13 @@ class MovingIndex:
             pin_snapshot(self._run, PIN, index.version)
         if index.version not in [version["step"] for version in self._index_versions]:
             self._index_versions.append(self._follower.measured(index.version))
+
+
+def reembedded(encoder: ReasonedEncoder, state: nnx.State, texts: Sequence[str], rollout: Rollout, max_tokens: int) -> np.ndarray:
+    """The replies' vectors [B,E] under other parameters than wrote them; zero where a reply is not valid. `texts` [Q] are the queries."""
+    group = len(rollout.lengths) // len(texts)
+    valid = np.flatnonzero(rollout.valid)
+    replies = [rollout.ids[b, : rollout.lengths[b]].tolist() for b in valid]
+    vectors = np.zeros_like(rollout.vectors)
+    vectors[valid] = encoder.encode(state, [texts[b // group] for b in valid], replies, max_tokens=max_tokens)
+    return vectors

@@ -27,11 +27,11 @@ from search_r3_jax.retrieval.follower import IndexFollower
 from search_r3_jax.retrieval.index import Index
 from search_r3_jax.retrieval.rewards import RewardSettings, check_rewards
 from search_r3_jax.rollout.encoder import Encoder, ReasonedEncoder
-from search_r3_jax.rollout.sampler import Rollout, Sampler, rollout_seeds
+from search_r3_jax.rollout.sampler import Sampler, rollout_seeds
 from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training.development import Development
 from search_r3_jax.training.monitor import CollapseGuard
-from search_r3_jax.training.moving_index import MovingIndex
+from search_r3_jax.training.moving_index import MovingIndex, reembedded
 from search_r3_jax.training.optimizer import make_optimizer
 from search_r3_jax.training.rl_report import ConstantTerms, sample_records, step_scalars
 from search_r3_jax.training.rl_step import RlBatch, Scorer, make_batch, make_scorer, make_update, put_batch
@@ -173,7 +173,7 @@ def train_rl(
             vectors, embedding = rollout.vectors, current
             if config.index.scoring == "consistent_stale":
                 embedding = nnx.merge_state(moving.snapshot_params(state.params), frozen)
-                vectors = _embedded(reasoned_encoder, embedding, texts, rollout, config.text.max_query_tokens)
+                vectors = reembedded(reasoned_encoder, embedding, texts, rollout, config.text.max_query_tokens)
             direct = rl.reward == "gain_over_direct"
             result = environment.score(
                 step,
@@ -318,16 +318,6 @@ def _make_environment(config: RunConfig, index: Index, encode_documents: EncodeD
         overlay_max_age=config.index.overlay_max_age,
         reward=_reward_settings(config.rl),
     )
-
-
-def _embedded(encoder: ReasonedEncoder, state: nnx.State, texts: Sequence[str], rollout: Rollout, max_tokens: int) -> np.ndarray:
-    """The replies' vectors [B,E] under other parameters than wrote them; zero where a reply is not valid."""
-    group = len(rollout.lengths) // len(texts)
-    valid = np.flatnonzero(rollout.valid)
-    replies = [rollout.ids[b, : rollout.lengths[b]].tolist() for b in valid]
-    vectors = np.zeros_like(rollout.vectors)
-    vectors[valid] = encoder.encode(state, [texts[b // group] for b in valid], replies, max_tokens=max_tokens)
-    return vectors
 
 
 def _reference(score: Scorer, batch: RlBatch, start: nnx.State, frozen: nnx.State, config: RunConfig) -> jax.Array | None:

@@ -250,3 +250,44 @@ def test_bad_positives(wrong: dict[int, float]) -> None:
 def test_encoder_that_breaks_is_not_believed() -> None:
     with pytest.raises(ValueError, match="not finite"):
         environment(lambda rows: np.full((len(rows), DIM), np.nan)).score(0, *batch())
+
+
+def test_neighbours_of_candidates_are_candidates_too() -> None:
+    encoder = Encoder(10)
+    positives, vectors, valid = batch()
+    subject = Environment(index(0), encoder, candidates=4, per_completion=2, neighbours=3, refresh_budget=ROWS)
+    subject.score(10, positives, vectors, valid)
+    alone = Encoder(10)
+    Environment(index(0), alone, candidates=4, per_completion=2, refresh_budget=ROWS).score(10, positives, vectors, valid)
+    candidates, widened = set(alone.calls[0]), set(encoder.calls[0])
+    near = np.argsort(-(corpus(0).astype(np.float64) @ corpus(0).T), axis=1)[:, :4]
+    assert widened == candidates | {row for candidate in candidates for row in near[candidate].tolist()}
+    assert len(widened) > len(candidates)
+
+
+def test_a_neighbour_that_came_nearer_counts_once_it_is_a_candidate() -> None:
+    # The second document hides behind the first until the current parameters move it on top of the query.
+    query = unit(np.array([1.0, 0.2, 0.0]))
+    stale = unit(np.array([[1.0, 0.0, 0.0], [0.9, -0.3, 0.0], [0.0, 0.0, 1.0]]))
+    fresh = stale.copy()
+    fresh[1] = query
+
+    def score(neighbours: int) -> float:
+        subject = Environment(
+            ExactIndex(stale, list("abc"), 0), lambda rows: fresh[rows], candidates=1, per_completion=1, neighbours=neighbours
+        )
+        return float(subject.score(3, [{0: 1.0}], query[None, None], np.ones((1, 1), bool)).rewards[0, 0])
+
+    assert score(0) == pytest.approx(1, abs=1e-5)
+    assert score(1) < 0.8
+
+
+def test_what_a_period_of_the_index_costs_is_counted() -> None:
+    encoder = Encoder(1)
+    subject = environment(encoder, refresh_budget=12)
+    shares = [subject.score(step, *batch(seed=step)).stats["reencoded_period_share"] for step in (1, 2)]
+    assert shares == pytest.approx([12 / ROWS, 24 / ROWS])
+    subject.swap(index(2))
+    result = subject.score(3, *batch(seed=3))
+    assert result.stats["reencoded_period_share"] == pytest.approx(12 / ROWS)
+    assert result.stats["reencoded_total_share"] == pytest.approx(36 / ROWS)

@@ -183,6 +183,21 @@ def test_everything_turned_on_and_what_is_logged_of_it(tiny_folders: dict[str, P
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("scoring", ["stale", "consistent_stale"])
+def test_rewards_by_the_index_alone_encode_nothing_anew(tiny_folders: dict[str, Path], tmp_path: Path, scoring: Any) -> None:
+    config, data, model = start_of_run(tmp_path, tiny_folders["llama"], steps=3)
+    index = dataclasses.replace(config.index, scoring=scoring, drift_every=1, drift_documents=20, drift_cosine=2.0)
+    run = tmp_path / "run"
+    run_it(dataclasses.replace(config, index=index), run, data, model, [])
+    lines = lines_of(run / "metrics.jsonl")
+    assert [line["reencoded"] for line in lines] == [0, 0, 0]
+    assert all(line["index_stall_share"] >= 0 and 0 < line["drift_cosine"] <= 1 + 1e-6 for line in lines)
+    # Everything has drifted by such a limit, so each step leaves a snapshot.
+    assert latest_snapshot(run) == 3
+    assert [path.name for path in (run / "pins").glob("trainer")] == (["trainer"] if scoring == "consistent_stale" else [])
+
+
+@pytest.mark.slow
 def test_a_collapse_stops_the_run_and_keeps_its_checkpoint(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
     config, data, model = start_of_run(tmp_path, tiny_folders["llama"], collapse_steps=2, collapse_valid=0.9, snapshot_every=50)
     run, said = tmp_path / "run", list[str]()
