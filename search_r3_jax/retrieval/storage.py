@@ -114,8 +114,9 @@ def write_pointer(root: epath.Path, name: str, text: str) -> None:
     try:
         temporary.write_text(text)
         temporary.replace(root / name)
-    finally:
+    except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
 
 
 def read_pointer(root: epath.Path, name: str) -> bytes | None:
