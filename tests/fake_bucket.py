@@ -1,7 +1,7 @@
 """An object store for tests, under gs://: whole objects in a dictionary, no folders and no rename, listings that fsspec remembers."""
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -19,11 +19,17 @@ class FakeBucket(fsspec.AbstractFileSystem):
     protocol = ("gs", "gcs")
     objects: ClassVar[dict[str, bytes]] = {}
     reads: ClassVar[list[str]] = []
-    before_write: ClassVar[Callable[[], object]] = lambda: None
-    before_delete: ClassVar[Callable[[], object]] = lambda: None
+
+    @staticmethod
+    def before_write() -> None:
+        """Hears of every write, to be patched."""
+
+    @staticmethod
+    def before_delete() -> None:
+        """Hears of every deletion, to be patched."""
 
     def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
-        path = self._strip_protocol(path)
+        path = str(self._strip_protocol(path))
         found = self.dircache.get(path)
         if found is None:
             below = sorted(name for name in self.objects if name.startswith(f"{path}/"))
@@ -35,7 +41,7 @@ class FakeBucket(fsspec.AbstractFileSystem):
         return found if detail else [entry["name"] for entry in found]
 
     def info(self, path: str, **_: Any) -> dict[str, Any]:
-        path = self._strip_protocol(path)
+        path = str(self._strip_protocol(path))
         remembered = [entry for entry in self.dircache.get(self._parent(path), ()) if entry["name"] == path]
         if remembered:
             return remembered[0]
@@ -44,7 +50,7 @@ class FakeBucket(fsspec.AbstractFileSystem):
         return self._entry(path)
 
     def rm(self, path: str, recursive: bool = False, maxdepth: int | None = None) -> None:
-        path = self._strip_protocol(path)
+        path = str(self._strip_protocol(path))
         # In whatever order; a manifest comes last in this one.
         doomed = [name for name in sorted(self.objects, reverse=True) if name == path or (recursive and name.startswith(f"{path}/"))]
         if not doomed:

@@ -154,7 +154,7 @@ def open_shard(
     """
     process, processes = jax.process_index(), jax.process_count()
     own_root = shard_root(root, process, processes)
-    start, stop = shard_rows(corpus_rows, process, processes)
+    start, _ = shard_rows(corpus_rows, process, processes)
     opened: LocalIndex | None = None
     ids_hash, doubt = "", IndexVersionError(f"{epath.Path(root)}: another process cannot open its shard of v{step}")
     try:
@@ -164,7 +164,7 @@ def open_shard(
             step,
             expect_corpus_hash=expect_corpus_hash,
             expect_embed_token_id=expect_embed_token_id,
-            expect={"first_row": start, "corpus_rows": corpus_rows, "rows": stop - start},
+            expect={"first_row": start, "corpus_rows": corpus_rows},
             threads=threads,
             cache=cache,
         )

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-import fsspec
 from etils import epath
+from fsspec.config import conf
+from fsspec.registry import get_filesystem_class
 
 from search_r3_jax.errors import UserError
 from search_r3_jax.retrieval.version_files import MANIFEST, IndexVersionError, check_files, file_names, read_chunks, read_manifest
@@ -24,9 +25,9 @@ def open_root(root: epath.PathLike) -> epath.Path:
     if is_bucket(root):
         scheme = os.fspath(root).split("://")[0]
         # A remembered listing hides what other processes have written since; it has to be off before the first access.
-        fsspec.config.conf.setdefault(scheme, {})["use_listings_cache"] = False
+        conf.setdefault(scheme, {})["use_listings_cache"] = False
         try:
-            fsspec.get_filesystem_class(scheme)
+            get_filesystem_class(scheme)
         except (ImportError, ValueError) as error:
             raise UserError(f"{root}: {' '.join(str(error).split())} (pip install)") from error
     return root

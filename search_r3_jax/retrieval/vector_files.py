@@ -47,7 +47,7 @@ def write_vectors(path: epath.PathLike, chunks: Iterable[np.ndarray], shape: tup
         file = cast(Any, opened)
         np.lib.format.write_array_header_1_0(file, header)
         for chunk in chunks:
-            file.write(memoryview(to_stored(chunk, dtype)).cast("B"))
+            file.write(to_stored(chunk, dtype).data)
 
 
 def open_vectors(path: epath.PathLike, dtype: str) -> np.ndarray:

@@ -92,8 +92,9 @@ def test_a_shard_says_which_rows_it_holds(tmp_path: Path) -> None:
     assert current_version(shard_root(tmp_path, 0, 2)) == 5
     with pytest.raises(ValueError, match="21 vectors: shard 1 of 2 of 41 rows has 20"):
         publish_shard(tmp_path, process=1, processes=2, vectors=unit(21), ids=ids, **fields)
+    fields["corpus_rows"] = 42
     with pytest.raises(IndexVersionError, match="corpus_rows"):
-        publish_shard(tmp_path, process=0, processes=2, vectors=unit(21), ids=ids, **(fields | {"corpus_rows": 42}))
+        publish_shard(tmp_path, process=0, processes=2, vectors=unit(21), ids=ids, **fields)
     # In one process, the shard of one: there is none, or a version that is no shard.
     with pytest.raises(IndexVersionError, match="no such index version"):
         open_shard(tmp_path, 5, corpus_rows=41)

@@ -6,6 +6,7 @@ Arguments: folder of a model, a JSON list of mesh sizes, process index, number o
 import json
 import sys
 from typing import Any
+from unittest.mock import patch
 
 import jax
 import numpy as np
@@ -37,11 +38,12 @@ def encoded(folder: str, mesh: Mesh | None) -> dict[str, Any]:
             shares.add(ids.addressable_shards[0].data.shape[0] / ids.shape[0])
         return encode(state, shared, ids, lengths)
 
-    encoder._encode = watched
     replies = [prompter.thought_ids(text[::-1][:9]) for text in TEXTS]
     heard: list[int] = []
+    with patch.object(encoder, "_encode", watched):
+        direct = encoder.encode(state, TEXTS, max_tokens=200, on_progress=heard.append)
     return {
-        "direct": encoder.encode(state, TEXTS, max_tokens=200, on_progress=heard.append),
+        "direct": direct,
         "reasoned": reasoned.encode(state, TEXTS, replies, max_tokens=30),
         "finished": sum(heard),
         "shares": sorted(shares),
