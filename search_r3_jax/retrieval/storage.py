@@ -57,7 +57,7 @@ def local_folder(root: epath.Path) -> Path:
 @contextlib.contextmanager
 def staging(root: epath.Path, step: int) -> Iterator[epath.Path]:
     """An empty local folder to build a version in; gone afterwards, unless it was renamed."""
-    parent = epath.Path(local_folder(root)) if is_bucket(root) else root
+    parent = epath.Path(local_folder(root) / "building") if is_bucket(root) else root
     work = parent / f"{TEMPORARY}v{step}"
     # What a crashed attempt at the same step left behind.
     work.rmtree(missing_ok=True)
@@ -167,7 +167,8 @@ def _tidy(cache: epath.Path, root: epath.Path) -> None:
     for step in version_steps(cache):
         if not (version_path(root, step) / MANIFEST).exists():
             version_path(cache, step).rmtree(missing_ok=True)
-    remove_stale(cache, seconds=3600.0)
+    # Old enough that no other reader is still copying into it.
+    remove_stale(cache, seconds=86_400.0)
 
 
 def _remove_leftovers(root: epath.Path) -> None:

@@ -1,10 +1,12 @@
 """An index in shards finds what one index over everything finds, in one process and in two."""
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from fake_bucket import fake_bucket
 from processes import run_processes
 from published import FIELDS, publish, unit
 
@@ -101,3 +103,24 @@ def test_a_shard_says_which_rows_it_holds(tmp_path: Path) -> None:
     publish(Path(shard_root(tmp_path, 0, 1)))
     with pytest.raises(IndexVersionError, match="first_row is None, expected 0"):
         open_shard(tmp_path, 5, corpus_rows=200)
+
+
+def test_a_shard_in_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    vectors, ids = unit(50), [f"d{row}" for row in range(50)]
+    with fake_bucket():
+        publish_shard(
+            "gs://bucket/index",
+            process=0,
+            processes=1,
+            corpus_rows=50,
+            ids_hash=hash_of_ids(ids),
+            step=5,
+            vectors=vectors,
+            ids=ids,
+            manifest_fields=FIELDS,
+            kind="exact",
+        )
+        index = open_shard("gs://bucket/index", 5, corpus_rows=50, cache=tmp_path)
+    np.testing.assert_array_equal(index.take(np.arange(50)), vectors)
+    assert (tmp_path / "v5" / "vectors.npy").exists()
