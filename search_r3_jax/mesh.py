@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import jax
@@ -120,6 +121,11 @@ def laid(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
     if mesh.empty or x.shape[0] % axis_size(mesh, axes[0] if axes else None):
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
+
+
+def in_use(mesh: Mesh | None) -> AbstractContextManager[Any]:
+    """While a function is traced under it, `laid` lays activations out on this mesh."""
+    return nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def axis_size(mesh: Mesh | AbstractMesh, axes: str | tuple[str, ...] | None) -> int:

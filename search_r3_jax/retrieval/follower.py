@@ -9,16 +9,17 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from etils import epath
 from jax.experimental import multihost_utils
 
 from search_r3_jax.config import IndexConfig
+from search_r3_jax.retrieval import storage
 from search_r3_jax.retrieval.heartbeat import Beat
 from search_r3_jax.retrieval.index import Index
 from search_r3_jax.retrieval.indexer import index_folder
 from search_r3_jax.retrieval.refusals import refuse_version
 from search_r3_jax.retrieval.supervisor import IndexerProcess
-from search_r3_jax.retrieval.versions import MANIFEST, IndexVersionError, current_version, open_version, pin_versions, read_manifest
+from search_r3_jax.retrieval.version_files import MANIFEST
+from search_r3_jax.retrieval.versions import IndexVersionError, current_version, open_version, pin_versions, read_version
 
 POLL_SECONDS = 0.5
 NONE = -1
@@ -123,7 +124,7 @@ class IndexFollower:
 
     def measured(self, version: int) -> dict[str, float]:
         """What the manifest of a version says: step, recall@10 against exact search, seconds it took."""
-        manifest = read_manifest(epath.Path(self._root) / f"v{version}", version)
+        manifest = read_version(self._root, version).manifest
         return {
             "step": version,
             "recall@10": manifest["recall_at_10"],
@@ -190,9 +191,8 @@ class IndexFollower:
             self._open[step] = index
 
     def _manifest_text(self, step: int) -> str:
-        file = epath.Path(self._root) / f"v{step}" / MANIFEST
         try:
-            return file.read_text()
+            return (storage.version_path(storage.open_root(self._root), step) / MANIFEST).read_text()
         except OSError:
             return ""
 

@@ -158,7 +158,9 @@ class IndexWorker:
             model_hash=of_parameters,
             max_tokens=config.text.max_document_tokens,
             dimension=self._model.decoder.config.hidden_size,
+            dtype=config.index.vector_dtype,
             shard_documents=SHARD_DOCUMENTS,
+            documents_hash=self._corpus_hash,
             on_progress=progress,
         )
         probes = [query.text for query in self._collection.queries[:PROBE_QUERIES]]

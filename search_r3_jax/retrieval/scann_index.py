@@ -119,10 +119,14 @@ class ScannIndex:
         return np.asarray(self.vectors[rows], dtype=np.float32)
 
     def save(self, directory: str | Path) -> None:
-        """Write ScaNN's files and the settings into an existing local directory."""
+        """Write ScaNN's files and the settings into an existing local directory; raises OSError when the disk refuses."""
         directory = Path(directory)
-        # Relative asset paths: a version is renamed once it is complete.
-        self._searcher.serialize(str(directory), relative_path=True)
+        try:
+            # Relative asset paths: a version is renamed once it is complete.
+            self._searcher.serialize(str(directory), relative_path=True)
+        except RuntimeError as error:
+            # How ScaNN says that the disk is full.
+            raise OSError(f"{directory}: ScaNN cannot write its files: {error}") from error
         (directory / SETTINGS_FILE).write_text(json.dumps(dataclasses.asdict(self.settings), indent=2) + "\n")
 
     @classmethod

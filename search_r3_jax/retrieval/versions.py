@@ -1,35 +1,57 @@
-"""Published versions of the index: written aside, measured, verified, renamed; readers trust nothing they have not checked."""
+"""Published versions of the index: written aside, measured, verified, then published; readers trust nothing they have not checked."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import time
 from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 from etils import epath
 
 from search_r3_jax.errors import UserError
+from search_r3_jax.retrieval import storage, version_files
 from search_r3_jax.retrieval.exact import ExactIndex
 from search_r3_jax.retrieval.index import IndexKind, LocalIndex, probe_recall, resolve_kind, scann_available
 from search_r3_jax.retrieval.scann_index import ScannIndex, ScannSettings
+from search_r3_jax.retrieval.vector_files import VectorDtype, chunks_of, open_vectors, write_vectors
+from search_r3_jax.retrieval.version_files import (
+    IDS,
+    MANIFEST,
+    SCANN,
+    VECTORS,
+    IndexVersionError,
+    check_hashes,
+    read_manifest,
+    write_manifest,
+)
 
-CURRENT, IN_USE, MANIFEST, TEMPORARY = "CURRENT", "IN_USE", "MANIFEST.json", ".tmp-"
+__all__ = [
+    "IndexGateError",
+    "IndexVersionError",
+    "VersionInfo",
+    "current_version",
+    "list_versions",
+    "open_version",
+    "pin_versions",
+    "pinned_versions",
+    "prune_versions",
+    "publish_version",
+    "read_version",
+]
+
+CURRENT, IN_USE = "CURRENT", "IN_USE"
 CALLER_FIELDS = ("parameter_hash", "corpus_hash", "embed_token_id", "pooling", "encode_seconds")
+# What makes a version another one; the last three are those of a shard.
+IDENTITY_FIELDS = ("parameter_hash", "corpus_hash", "embed_token_id", "pooling", "first_row", "corpus_rows", "corpus_ids_hash")
 PROBE_ROWS = 256
-VectorDtype = Literal["float32", "bfloat16"]
 
 
 class IndexGateError(UserError):
     """A new index that is not good enough to publish; the version before it stays current."""
-
-
-class IndexVersionError(UserError):
-    """A version that is missing, damaged or of another corpus or model; it must not be searched."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,50 +85,48 @@ def publish_version(
 ) -> VersionInfo:
     """Build, measure and publish `v<step>` from unit vectors [N,E], then point CURRENT at it; the only writer of `root`.
 
-    `manifest_fields` holds at least CALLER_FIELDS (times in seconds). `probe_queries` [Q,E], by default rows of the corpus,
-    measure recall@10. Publishing again what is already there only moves CURRENT. Raises IndexGateError, leaving nothing
-    behind, and IndexVersionError where another version has that step.
+    `root` is a local folder or a bucket (`gs://…`); `vectors` may be memory-mapped. `manifest_fields` holds at least CALLER_FIELDS (times
+    in seconds). `probe_queries` [Q,E], by default rows of the corpus, measure recall@10. Publishing again what is already there only moves
+    CURRENT. Raises IndexGateError, IndexVersionError where another version has that step, and OSError when the disk or the bucket
+    refuses; CURRENT then stays as it was, and nothing half-made is a version.
     """
     _check_arguments(step, vectors, ids, manifest_fields)
-    root = epath.Path(root)
-    final, work = root / f"v{step}", root / f"{TEMPORARY}v{step}"
-    if final.exists():
+    root = storage.open_root(root)
+    final = storage.version_path(root, step)
+    # On a bucket, files without a manifest are what an interrupted attempt left.
+    if (final / MANIFEST if storage.is_bucket(root) else final).exists():
         info = _confirm_existing(final, step, manifest_fields)
     else:
-        # What a crashed attempt at the same step left behind.
-        work.rmtree(missing_ok=True)
-        work.mkdir(parents=True)
-        try:
+        with storage.staging(root, step) as work:
             own_fields = _write_version(work, step, vectors, ids, kind, settings, recall_gate, probe_queries, vector_dtype, threads)
-            manifest = _write_manifest(work, {**manifest_fields, **own_fields})
-            _verify(work, step)
-            work.rename(final)
-        except BaseException:
-            work.rmtree(missing_ok=True)
-            raise
+            manifest = write_manifest(work, {**manifest_fields, **own_fields})
+            version_files.verify(work, step)
+            storage.publish_folder(work, final)
         info = VersionInfo(step=step, path=final, manifest=manifest)
-    _point(root, CURRENT, f"{step}\n")
+    storage.write_pointer(root, CURRENT, f"{step}\n")
     return info
 
 
 def current_version(root: epath.PathLike) -> int | None:
     """The step CURRENT names, None before the first publication; raises IndexVersionError where it names none."""
-    pointer = epath.Path(root) / CURRENT
-    if not pointer.exists():
+    text = storage.read_pointer(storage.open_root(root), CURRENT)
+    if text is None:
         return None
-    text = pointer.read_bytes().strip()
-    if not text.isdigit():
-        raise IndexVersionError(f"{pointer}: {text[:40]!r} is not a step; write the step of a version into it")
+    if not text.strip().isdigit():
+        raise IndexVersionError(f"{epath.Path(root) / CURRENT}: {text[:40]!r} is not a step; write the step of a version into it")
     return int(text)
 
 
 def list_versions(root: epath.PathLike) -> list[int]:
     """Steps of all complete versions, ascending."""
-    root = epath.Path(root)
-    if not root.exists():
-        return []
-    names = [path.name for path in root.iterdir() if (path / MANIFEST).exists()]
-    return sorted(int(name[1:]) for name in names if name.startswith("v") and name[1:].isdecimal())
+    root = storage.open_root(root)
+    return [step for step in storage.version_steps(root) if (storage.version_path(root, step) / MANIFEST).exists()]
+
+
+def read_version(root: epath.PathLike, step: int) -> VersionInfo:
+    """What `v<step>` says of itself, its files unread; raises IndexVersionError where there is none or its manifest is damaged."""
+    path = storage.version_path(storage.open_root(root), step)
+    return VersionInfo(step=step, path=path, manifest=read_manifest(path, step))
 
 
 def open_version(
@@ -115,23 +135,33 @@ def open_version(
     *,
     expect_corpus_hash: str | None = None,
     expect_embed_token_id: int | None = None,
+    expect: Mapping[str, Any] | None = None,
     verify: bool = True,
     threads: int = 0,
+    cache: Path | None = None,
 ) -> LocalIndex:
-    """Open `v<step>`, vectors memory-mapped; exact search where ScaNN is not installed; raises IndexVersionError on any doubt."""
-    path = epath.Path(root) / f"v{step}"
-    manifest = _verify(path, step) if verify else read_manifest(path, step)
-    expectations = {"corpus_hash": expect_corpus_hash, "embed_token_id": expect_embed_token_id}
-    for field, expected in expectations.items():
-        if expected is not None and manifest.get(field) != expected:
-            raise IndexVersionError(f"{path}: {field} is {manifest.get(field)!r}, expected {expected!r}; rebuild the index")
+    """Open `v<step>`, vectors memory-mapped; exact search where ScaNN is not installed; raises IndexVersionError on any doubt.
+
+    `expect` names further fields of the manifest and their values. A version in a bucket is copied into `cache`, by default a folder for
+    temporary files that is the same at every call, and always verified; a sound copy is not copied again.
+    """
+    root = storage.open_root(root)
+    path = storage.version_path(root, step)
+    expectations = {"corpus_hash": expect_corpus_hash, "embed_token_id": expect_embed_token_id, **(expect or {})}
+    if storage.is_bucket(root):
+        # Before a large copy, the few lines that may say it is the wrong one.
+        _check_expected(path, read_manifest(path, step), expectations)
+        path, manifest = storage.fetch_version(path, step, storage.local_folder(root) if cache is None else cache)
+    else:
+        manifest = version_files.verify(path, step) if verify else read_manifest(path, step)
+    _check_expected(path, manifest, expectations)
     try:
-        ids = json.loads((path / "ids.json").read_text())
-        vectors = _open_vectors(path, manifest["vector_dtype"])
+        ids = json.loads((path / IDS).read_text())
+        vectors = open_vectors(path / VECTORS, manifest["vector_dtype"])
         if vectors.shape != (manifest["rows"], manifest["dim"]):
             raise ValueError(f"vectors are {vectors.shape}")
         if manifest["kind"] == "scann" and scann_available():
-            return ScannIndex.load(os.fspath(path / "scann"), vectors, ids, step, threads)
+            return ScannIndex.load(os.fspath(path / SCANN), vectors, ids, step, threads)
         return ExactIndex(vectors, ids, step)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, UserError) as error:
         raise IndexVersionError(f"{path}: cannot be opened: {' '.join(str(error).split())}") from error
@@ -139,18 +169,16 @@ def open_version(
 
 def pin_versions(root: epath.PathLike, steps: Collection[int]) -> None:
     """Say which versions a reader has open, in place of those it named before; they are not pruned. The only writer of IN_USE."""
-    _point(epath.Path(root), IN_USE, json.dumps(sorted(steps)) + "\n")
+    storage.write_pointer(storage.open_root(root), IN_USE, json.dumps(sorted(steps)) + "\n")
 
 
 def pinned_versions(root: epath.PathLike) -> list[int]:
     """The versions that `pin_versions` named last, ascending; raises IndexVersionError where the file cannot be read."""
-    file = epath.Path(root) / IN_USE
-    if not file.exists():
-        return []
+    text = storage.read_pointer(storage.open_root(root), IN_USE)
     try:
-        return [int(step) for step in json.loads(file.read_text())]
+        return [] if text is None else [int(step) for step in json.loads(text)]
     except (ValueError, TypeError) as error:
-        raise IndexVersionError(f"{file}: is no list of steps ({error}); remove it") from error
+        raise IndexVersionError(f"{epath.Path(root) / IN_USE}: is no list of steps ({error}); remove it") from error
 
 
 def prune_versions(root: epath.PathLike, keep: int, pinned: Collection[int] = (), *, stale_seconds: float = 3600.0) -> list[int]:
@@ -160,27 +188,14 @@ def prune_versions(root: epath.PathLike, keep: int, pinned: Collection[int] = ()
     """
     if keep < 0:
         raise ValueError(f"keep {keep} is negative")
-    root = epath.Path(root)
+    root = storage.open_root(root)
     versions = list_versions(root)
     kept = {*versions[len(versions) - min(keep, len(versions)) :], *pinned, *pinned_versions(root), current_version(root)}
     doomed = [step for step in versions if step not in kept]
     for step in doomed:
-        # Renamed first: a half-deleted directory must never look like a version.
-        condemned = root / f"{TEMPORARY}pruned-v{step}"
-        condemned.rmtree(missing_ok=True)
-        (root / f"v{step}").rename(condemned)
-        condemned.rmtree()
-    for path in root.iterdir() if root.exists() else ():
-        if path.name.startswith(TEMPORARY) and path.is_dir() and time.time() - path.stat().mtime >= stale_seconds:
-            path.rmtree()
+        storage.remove_version(storage.version_path(root, step))
+    storage.remove_stale(root, stale_seconds)
     return doomed
-
-
-def _point(root: epath.Path, name: str, text: str) -> None:
-    """Write a small file that readers see whole, old or new."""
-    temporary = root / f"{TEMPORARY}{name}"
-    temporary.write_text(text)
-    temporary.replace(root / name)
 
 
 def _check_arguments(step: int, vectors: np.ndarray, ids: Sequence[str], manifest_fields: Mapping[str, Any]) -> None:
@@ -204,20 +219,20 @@ def _write_version(
     threads: int,
 ) -> dict[str, Any]:
     """Write everything but the manifest and return our part of it; raises IndexGateError."""
-    _write_vectors(work, vectors, vector_dtype)
-    (work / "ids.json").write_text(json.dumps(list(ids)))
+    write_vectors(work / VECTORS, chunks_of(vectors), vectors.shape, vector_dtype)
+    (work / IDS).write_text(json.dumps(list(ids)))
     # From here on the stored vectors, rounded as readers will see them.
-    stored = _open_vectors(work, vector_dtype)
+    stored = open_vectors(work / VECTORS, vector_dtype)
     _gate_norms(stored, step)
     exact = ExactIndex(stored, ids, step)
     started = time.perf_counter()
     index: LocalIndex = exact
     if resolve_kind(kind) == "scann":
         settings = settings or ScannSettings.for_corpus(*stored.shape)
-        (work / "scann").mkdir()
-        ScannIndex.build(stored, ids, step, settings, threads).save(os.fspath(work / "scann"))
+        (work / SCANN).mkdir()
+        ScannIndex.build(stored, ids, step, settings, threads).save(os.fspath(work / SCANN))
         # Measured as loaded from the files, which is what readers get.
-        index = ScannIndex.load(os.fspath(work / "scann"), stored, ids, step, threads)
+        index = ScannIndex.load(os.fspath(work / SCANN), stored, ids, step, threads)
     build_seconds = time.perf_counter() - started
     if probe_queries is None:
         probe_queries = stored[np.linspace(0, len(stored) - 1, min(PROBE_ROWS, len(stored))).astype(int)]
@@ -238,79 +253,30 @@ def _write_version(
     }
 
 
-def _gate_norms(vectors: np.ndarray, step: int, chunk: int = 65_536) -> None:
+def _gate_norms(vectors: np.ndarray, step: int) -> None:
     """Raise IndexGateError unless every vector is finite and of length 1 (within bfloat16's rounding)."""
-    for start in range(0, len(vectors), chunk):
-        norms = np.linalg.norm(np.asarray(vectors[start : start + chunk], dtype=np.float32), axis=1)
-        wrong = ~(np.abs(norms - 1) < 1e-2)
+    start = 0
+    for chunk in chunks_of(vectors):
+        wrong = ~(np.abs(np.linalg.norm(np.asarray(chunk, dtype=np.float32), axis=1) - 1) < 1e-2)
         if wrong.any():
             row = start + int(np.argmax(wrong))
             raise IndexGateError(f"index v{step}: the vector of row {row} is not finite or not of length 1; the encoder is broken")
+        start += len(chunk)
 
 
-def _write_vectors(path: epath.Path, vectors: np.ndarray, vector_dtype: VectorDtype) -> None:
-    # npy knows no bfloat16: its bits are kept as uint16.
-    stored = vectors.astype(ml_dtypes.bfloat16).view(np.uint16) if vector_dtype == "bfloat16" else np.asarray(vectors, np.float32)
-    np.save(os.fspath(path / "vectors.npy"), stored, allow_pickle=False)
-
-
-def _open_vectors(path: epath.Path, vector_dtype: str) -> np.ndarray:
-    stored = np.load(os.fspath(path / "vectors.npy"), mmap_mode="r", allow_pickle=False)
-    return stored.view(ml_dtypes.bfloat16) if vector_dtype == "bfloat16" else stored
-
-
-def _write_manifest(path: epath.Path, fields: dict[str, Any]) -> dict[str, Any]:
-    manifest = {**fields, "sha256": {name: _file_hash(path / name) for name in _file_names(path)}}
-    manifest["manifest_sha256"] = manifest_hash(manifest)
-    (path / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    return manifest
-
-
-def read_manifest(path: epath.Path, step: int) -> dict[str, Any]:
-    """What the version in `path` says of itself; raises IndexVersionError where that is missing, damaged or of another step."""
-    if not (path / MANIFEST).exists():
-        raise IndexVersionError(f"{path}: no such index version (no {MANIFEST})")
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        sound = manifest["manifest_sha256"] == manifest_hash(manifest) and manifest["step"] == step
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise IndexVersionError(f"{path / MANIFEST}: unreadable: {error}") from error
-    if not sound:
-        raise IndexVersionError(f"{path / MANIFEST}: does not match its own checksum or step {step}; rebuild the index")
-    return manifest
-
-
-def _verify(path: epath.Path, step: int) -> dict[str, Any]:
-    """The manifest, after every file's checksum was found right and no file too many or too few."""
-    manifest = read_manifest(path, step)
-    hashes = manifest["sha256"]
-    different = sorted(set(hashes) ^ set(_file_names(path)))
-    if different:
-        raise IndexVersionError(f"{path}: files missing or not in the manifest: {', '.join(different)}")
-    for name, expected in hashes.items():
-        if _file_hash(path / name) != expected:
-            raise IndexVersionError(f"{path / name}: does not match its checksum; rebuild the index")
-    return manifest
+def _check_expected(path: epath.Path, manifest: Mapping[str, Any], expectations: Mapping[str, Any]) -> None:
+    for field, expected in expectations.items():
+        if expected is not None and manifest.get(field) != expected:
+            raise IndexVersionError(f"{path}: {field} is {manifest.get(field)!r}, expected {expected!r}; rebuild the index")
 
 
 def _confirm_existing(path: epath.Path, step: int, manifest_fields: Mapping[str, Any]) -> VersionInfo:
-    manifest = _verify(path, step)
-    for field in ("parameter_hash", "corpus_hash", "embed_token_id", "pooling"):
-        if manifest.get(field) != manifest_fields[field]:
+    if storage.is_bucket(path):
+        manifest = read_manifest(path, step)
+        check_hashes(path, manifest)
+    else:
+        manifest = version_files.verify(path, step)
+    for field in IDENTITY_FIELDS:
+        if manifest.get(field) != manifest_fields.get(field):
             raise IndexVersionError(f"{path}: already published with another {field}; versions never change")
     return VersionInfo(step=step, path=path, manifest=manifest)
-
-
-def _file_names(path: epath.Path) -> list[str]:
-    names = [(folder / name).relative_to(path).as_posix() for folder, _, files in path.walk() for name in files]
-    return sorted(set(names) - {MANIFEST})
-
-
-def _file_hash(path: epath.Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def manifest_hash(manifest: Mapping[str, Any]) -> str:
-    fields = {field: value for field, value in manifest.items() if field != "manifest_sha256"}
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

@@ -9,14 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from search_r3_jax.mesh import BATCH_AXES, axis_size, in_use
 from search_r3_jax.models.attention import KVBlock
 from search_r3_jax.models.decoder import Decoder, positions_from_lengths
 from search_r3_jax.models.embedding import pool_embedding
 from search_r3_jax.text.packing import PaddedBatch, length_batches
 from search_r3_jax.text.prompts import Mode, Prompter
 
-# Padded tokens a batch. A CPU's caches like small ones: a decoder of 135M parameters ran 5 % faster at 1,024 than at 2,048.
+# Padded tokens a batch and device. A CPU's caches like small ones: a decoder of 135M parameters ran 5 % faster at 1,024 than at 2,048.
 CPU_BATCH_TOKENS, BATCH_TOKENS = 1024, 8192
 # Batches handed to the device before the first result is asked for: it never waits for the host to pad the next one.
 BATCHES_AHEAD = 2
@@ -39,25 +41,34 @@ def both_prefixes(decoder: Decoder, prompter: Prompter, *, adapters: bool = True
 
 
 class RowEncoder:
-    """Encodes what follows a mode's prefix with whatever parameters it is handed; compiled once per (rows, length) bucket."""
+    """Encodes what follows a mode's prefix with whatever parameters it is handed; compiled once per (rows, length) bucket.
 
-    def __init__(self, graph: nnx.GraphDef[Decoder], prompter: Prompter, mode: Mode, *, batch_tokens: int | None = None):
+    On a mesh of this process's devices the rows of a batch lie across `BATCH_AXES`, and the parameters as the caller laid them out.
+    """
+
+    def __init__(
+        self, graph: nnx.GraphDef[Decoder], prompter: Prompter, mode: Mode, *, batch_tokens: int | None = None, mesh: Mesh | None = None
+    ):
         prefix, embed_id = prompter.of(mode).prefix, prompter.embed_id
 
         @jax.jit
         def prefix_of(state: nnx.State) -> KVBlock:
-            return prefix_block(nnx.merge(graph, state), prefix)
+            with in_use(mesh):
+                return prefix_block(nnx.merge(graph, state), prefix)
 
         @jax.jit
         def encode(state: nnx.State, shared: KVBlock, ids: jax.Array, lengths: jax.Array) -> jax.Array:
             decoder = nnx.merge(graph, state)
             positions = positions_from_lengths(lengths, ids.shape[1], len(prefix))
-            hidden, _ = decoder(ids, positions, contexts=[shared])
+            with in_use(mesh):
+                hidden, _ = decoder(ids, positions, contexts=[shared])
             return pool_embedding(hidden, ids, embed_id).vectors
 
         self._prefix_of, self._encode = prefix_of, encode
-        self._graph = graph
+        self._graph, self._mesh = graph, mesh
         self._batch_tokens = batch_tokens or (CPU_BATCH_TOKENS if jax.default_backend() == "cpu" else BATCH_TOKENS)
+        if mesh is not None:
+            self._batch_tokens *= axis_size(mesh, BATCH_AXES)
 
     def compile_rows(self, state: nnx.State, rows: Sequence[Sequence[int]]) -> None:
         """Compile what `encode_rows` of these rows runs, and run none of it but the prefix: what follows can be timed."""
@@ -69,7 +80,7 @@ class RowEncoder:
             if batch.ids.shape not in compiled:
                 compiled.add(batch.ids.shape)
                 # A call with these shapes finds the program.
-                self._encode.lower(state, shared, batch.ids, batch.lengths).compile()
+                self._encode.lower(state, shared, *self._put(batch)).compile()
 
     def encode_rows(
         self, state: nnx.State, rows: Sequence[Sequence[int]], on_progress: Callable[[int], object] | None = None
@@ -88,7 +99,7 @@ class RowEncoder:
                 on_progress(len(at))
 
         for batch in self._batches(rows):
-            running.append((batch.rows, self._encode(state, shared, batch.ids, batch.lengths)))
+            running.append((batch.rows, self._encode(state, shared, *self._put(batch))))
             if len(running) > BATCHES_AHEAD:
                 collect()
         while running:
@@ -99,12 +110,20 @@ class RowEncoder:
         # The pad id must not be the embed token, which has to occur once; 0 never is.
         return length_batches(rows, tokens=self._batch_tokens, pad_id=0)
 
+    def _put(self, batch: PaddedBatch) -> tuple[jax.typing.ArrayLike, jax.typing.ArrayLike]:
+        """Ids [B,T] and lengths [B] of a batch, on a mesh filled up with rows of length 0 so that all devices have as many."""
+        if self._mesh is None:
+            return batch.ids, batch.lengths
+        missing = -len(batch.ids) % axis_size(self._mesh, BATCH_AXES)
+        filled = np.pad(batch.ids, ((0, missing), (0, 0))), np.pad(batch.lengths, (0, missing))
+        return jax.device_put(filled, NamedSharding(self._mesh, PartitionSpec(BATCH_AXES)))
+
 
 class Encoder(RowEncoder):
     """Encodes texts directly."""
 
-    def __init__(self, graph: nnx.GraphDef[Decoder], prompter: Prompter, *, batch_tokens: int | None = None):
-        super().__init__(graph, prompter, "direct", batch_tokens=batch_tokens)
+    def __init__(self, graph: nnx.GraphDef[Decoder], prompter: Prompter, *, batch_tokens: int | None = None, mesh: Mesh | None = None):
+        super().__init__(graph, prompter, "direct", batch_tokens=batch_tokens, mesh=mesh)
         self._prompter = prompter
 
     def compile(self, state: nnx.State, texts: Sequence[str], *, max_tokens: int) -> None:
@@ -126,8 +145,8 @@ class Encoder(RowEncoder):
 class ReasonedEncoder(RowEncoder):
     """Encodes queries whose reasoning is given, by teacher forcing: for a sampler's own replies it gives the sampler's vectors."""
 
-    def __init__(self, graph: nnx.GraphDef[Decoder], prompter: Prompter, *, batch_tokens: int | None = None):
-        super().__init__(graph, prompter, "reason", batch_tokens=batch_tokens)
+    def __init__(self, graph: nnx.GraphDef[Decoder], prompter: Prompter, *, batch_tokens: int | None = None, mesh: Mesh | None = None):
+        super().__init__(graph, prompter, "reason", batch_tokens=batch_tokens, mesh=mesh)
         self._prompter = prompter
 
     def compile(self, state: nnx.State, texts: Sequence[str], replies: Sequence[Sequence[int]], *, max_tokens: int) -> None:

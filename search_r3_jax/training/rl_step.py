@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from search_r3_jax.config import RlConfig
-from search_r3_jax.mesh import BATCH_AXES, axis_size, laid
+from search_r3_jax.mesh import BATCH_AXES, axis_size, in_use, laid
 from search_r3_jax.models.attention import KVBlock
 from search_r3_jax.models.decoder import Decoder, positions_from_lengths
 from search_r3_jax.models.embedding import unit
@@ -115,7 +115,7 @@ def make_scorer(graph: nnx.GraphDef[Decoder], prompter: Prompter, config: RlConf
             decoder = nnx.merge(graph, params, frozen)
             return _read(decoder, prompter, part, temperature=config.sampler.temperature, adapters=adapters, mesh=mesh)[0]
 
-        with sharding.in_use(mesh):
+        with in_use(mesh):
             return jax.lax.map(one, jax.tree.map(jnp.asarray, replies))
 
     return score
@@ -198,7 +198,7 @@ def make_update(
         state: TrainState, frozen: nnx.State, batch: RlBatch, old: jax.Array | None = None, reference: jax.Array | None = None
     ) -> tuple[TrainState, dict[str, jax.Array], jax.Array]:
         batch = jax.tree.map(jnp.asarray, batch)
-        with sharding.in_use(mesh):
+        with in_use(mesh):
             loss, scalars, log_probs, gradients = loss_and_gradient(state.params, frozen, batch, old, reference)
         state, about_update = updated(state, gradients, loss, optimizer)
         return state, {"loss": loss, **scalars, **about_update}, log_probs

@@ -12,7 +12,7 @@ from flax import nnx
 
 from search_r3_jax.config import SftConfig
 from search_r3_jax.data.pipeline import PairBatch, TextChunks
-from search_r3_jax.mesh import BATCH_AXES, laid
+from search_r3_jax.mesh import BATCH_AXES, in_use, laid
 from search_r3_jax.models.decoder import Decoder
 from search_r3_jax.models.embedding import unit
 from search_r3_jax.objectives.contrastive import Loss, exclusions, info_nce, matryoshka, triplet_margin
@@ -92,7 +92,7 @@ def make_step(
         dropout_key: jax.Array | None = None,
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         batch = jax.tree.map(jnp.asarray, batch)
-        with sharding.in_use(mesh):
+        with in_use(mesh):
             (value, scalars), gradients = loss_and_gradient(state.params, frozen, batch, reference, dropout_key)
         state, about_update = updated(state, gradients, value, optimizer)
         return state, scalars | about_update

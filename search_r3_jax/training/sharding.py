@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -41,11 +40,6 @@ def params_shardings(params: nnx.State, mesh: Mesh) -> nnx.State:
         return param_sharding(tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey)), mesh)
 
     return jax.tree_util.tree_map_with_path(of, params)
-
-
-def in_use(mesh: Mesh | None) -> AbstractContextManager[Any]:
-    """While a step is traced under it, `laid` lays activations out on this mesh."""
-    return nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def head_chunks(vocab_size: int, mesh: Mesh | None) -> tuple[int, int]:

@@ -20,8 +20,11 @@ class TorchIndex:
     def __init__(self, vectors: np.ndarray) -> None:
         import torch
 
-        self.vectors = vectors
-        self.ids = [str(row) for row in range(len(vectors))]
+        from search_r3_jax.retrieval.index import hash_of_ids
+
+        self.shape: tuple[int, int] = (len(vectors), vectors.shape[1])
+        self.ids_hash: str = hash_of_ids([str(row) for row in range(len(vectors))])
+        self._vectors = vectors
         self._corpus = torch.from_numpy(vectors)
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -29,6 +32,9 @@ class TorchIndex:
 
         scores, rows = torch.topk(torch.from_numpy(queries) @ self._corpus.T, k)
         return scores.numpy(), rows.numpy().astype(np.int32)
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        return self._vectors[rows]
 
 
 def trl_steps(given: dict[str, Any]) -> None:

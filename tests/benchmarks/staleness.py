@@ -124,7 +124,7 @@ class Watched(Environment):
 
     def score(self, step: int, positives: Sequence[Mapping[int, float]], vectors: np.ndarray, valid: np.ndarray, **more: Any) -> StepResult:
         wanted = {s.version_at(t) for t in self.measured_at for s in (self.setting, *self.others) if t >= step}
-        if step in wanted or step == 0 or (self.setting.period and step % self.setting.period == 0 and not self.others):
+        if step in wanted or step == 0 or (self.setting.period and step % self.setting.period == 0):
             self._indexes.make(step)
         measured = step in self.measured_at
         if measured or self.setting.period == 0:

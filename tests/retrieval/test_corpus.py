@@ -2,12 +2,17 @@
 
 import dataclasses
 import json
+import time
+import tracemalloc
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
+from faults import DISK_FULL, failing
 from flax import nnx
 from tiny import word_collection
 
@@ -52,7 +57,7 @@ def test_vectors_in_order_from_shards_that_add_up(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found, EXPECTED)
     assert (found.dtype, [len(call) for call in encode.calls]) == (np.float32, [5, 5, 5, 5, 3])
     assert sum(heard) == len(DOCUMENTS)
-    names = ["corpus.json", *[f"shard-{number:05d}.npy" for number in range(5)]]
+    names = ["corpus.json", *[f"shard-{number:05d}.npy" for number in range(5)], "vectors.npy"]
     assert sorted(path.name for path in (tmp_path / "deep" / "work").iterdir()) == names
 
     heard = []
@@ -95,6 +100,8 @@ def test_a_damaged_shard_is_encoded_again(tmp_path: Path, damage: str) -> None:
         (DOCUMENTS, {"max_tokens": 8}, "max_tokens"),
         (DOCUMENTS, {"shard_documents": 4}, "shard_documents"),
         (DOCUMENTS, {"dimension": 7}, "dimension"),
+        (DOCUMENTS, {"dtype": "bfloat16"}, "dtype"),
+        (DOCUMENTS, {"documents_hash": "handed in"}, "corpus_hash"),
     ],
 )
 def test_vectors_of_something_else_are_refused(tmp_path: Path, documents: Sequence[Document], changed: dict[str, Any], named: str) -> None:
@@ -116,6 +123,112 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         encode_corpus(Counted(), DOCUMENTS, tmp_path / "file" / "work", **SETTINGS)
+
+
+def test_bfloat16_takes_half_the_room(tmp_path: Path) -> None:
+    encode = Counted()
+    found = encode_corpus(encode, DOCUMENTS, tmp_path, **SETTINGS, dtype="bfloat16")
+    np.testing.assert_array_equal(found, EXPECTED.astype(ml_dtypes.bfloat16))
+    np.testing.assert_array_equal(np.asarray(found[3:9], np.float32), EXPECTED[3:9].astype(ml_dtypes.bfloat16).astype(np.float32))
+    assert (tmp_path / "vectors.npy").stat().st_size == 128 + 23 * E * 2
+    # A shard of float32 is none of these.
+    np.save(tmp_path / "shard-00001.npy", EXPECTED[5:10])
+    again = Counted()
+    np.testing.assert_array_equal(encode_corpus(again, DOCUMENTS, tmp_path, **SETTINGS, dtype="bfloat16"), found)
+    assert [len(call) for call in again.calls] == [5]
+
+
+class Endless(Sequence[Document]):
+    """Documents that are made when they are asked for, and only a shard of them at a time."""
+
+    def __init__(self, length: int, most: int) -> None:
+        self._length, self._most = length, most
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, at: Any) -> Any:
+        rows = range(self._length)[at]
+        assert isinstance(rows, range)
+        assert len(rows) <= self._most
+        return [Document(doc_id=f"d{row}", title="", text=str(row)) for row in rows]
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
+    rows, dim, shard = 40_000, 256, 1000
+
+    def encode(texts: Sequence[str], *, on_progress: Callable[[int], object] | None = None) -> np.ndarray:
+        return np.repeat(np.array(texts, np.float32)[:, None], dim, axis=1)
+
+    tracemalloc.start()
+    found = encode_corpus(
+        encode,
+        Endless(rows, shard),
+        tmp_path,
+        model_hash="m",
+        max_tokens=9,
+        dimension=dim,
+        shard_documents=shard,
+        documents_hash="h",
+    )
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < rows * dim * 4 / 4
+    assert json.loads((tmp_path / "corpus.json").read_text())["corpus_hash"] == "h"
+    np.testing.assert_array_equal(found[:, 0], np.arange(rows))
+    np.testing.assert_array_equal(found[::999, -1], np.arange(rows)[::999])
+
+
+@pytest.mark.parametrize("processes", [2, 3, 7])
+def test_processes_share_the_shards(tmp_path: Path, processes: int) -> None:
+    encoders = [Counted() for _ in range(processes)]
+    heard: list[list[int]] = [[] for _ in range(processes)]
+
+    def run(process: int) -> np.ndarray:
+        # Process 0 comes last: the others wait for its record.
+        time.sleep(0.3 if process == 0 else 0)
+        return encode_corpus(
+            encoders[process],
+            DOCUMENTS,
+            tmp_path,
+            process=process,
+            processes=processes,
+            wait_seconds=20,
+            on_progress=heard[process].append,
+            **SETTINGS,
+        )
+
+    with ThreadPoolExecutor(processes) as pool:
+        for found in pool.map(run, range(processes)):
+            np.testing.assert_array_equal(found, EXPECTED)
+    for process, encoder in enumerate(encoders):
+        bodies = [[document.body for document in DOCUMENTS[start : start + 5]] for start in range(0, 23, 5)]
+        assert encoder.calls == bodies[process::processes]
+    assert sum(heard[0]) == 23
+
+
+def test_a_process_that_does_not_come_is_missed(tmp_path: Path) -> None:
+    shared = SETTINGS | {"processes": 2, "wait_seconds": 0.1}
+    with pytest.raises(UserError, match=r"corpus.json: has not come for 0\.1 seconds; see that process 0 runs"):
+        encode_corpus(Counted(), DOCUMENTS, tmp_path, process=1, **shared)
+    with pytest.raises(UserError, match=r"shard-00001\.npy: has not come .* process 1 runs"):
+        encode_corpus(Counted(), DOCUMENTS, tmp_path, process=0, **shared)
+    assert not (tmp_path / "vectors.npy").exists()
+    with pytest.raises(UserError, match=r"vectors\.npy: has not come .* process 0 runs"):
+        encode_corpus(Counted(), DOCUMENTS, tmp_path, process=1, **shared)
+    np.testing.assert_array_equal(encode_corpus(Counted(stop_before=0), DOCUMENTS, tmp_path, process=0, **shared), EXPECTED)
+    np.testing.assert_array_equal(encode_corpus(Counted(stop_before=0), DOCUMENTS, tmp_path, process=1, **shared), EXPECTED)
+    assert not list(tmp_path.glob(".*"))
+    with pytest.raises(ValueError, match="process 2 of 2"):
+        encode_corpus(Counted(), DOCUMENTS, tmp_path, process=2, **shared)
+
+
+@pytest.mark.parametrize("at", [0, 5, 9])
+def test_a_full_disk_is_one_line_and_the_next_call_goes_on(tmp_path: Path, at: int) -> None:
+    with failing(at, DISK_FULL, writes_only=True), pytest.raises(UserError, match="No space left on device"):
+        encode_corpus(Counted(), DOCUMENTS, tmp_path / "work", **SETTINGS)
+    assert not list(tmp_path.rglob(".*.tmp"))
+    np.testing.assert_array_equal(encode_corpus(Counted(), DOCUMENTS, tmp_path / "work", **SETTINGS), EXPECTED)
 
 
 def test_shards_of_a_model_are_its_vectors(tiny_model: LoadedModel, tmp_path: Path) -> None:

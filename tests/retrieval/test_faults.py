@@ -19,7 +19,7 @@ from indexed_run import IndexedRun, until
 
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub.snapshots import latest_snapshot, pin_snapshot, pinned_snapshots
-from search_r3_jax.retrieval import indexer, versions
+from search_r3_jax.retrieval import indexer, version_files, versions
 from search_r3_jax.retrieval.environment import Environment
 from search_r3_jax.retrieval.follower import IndexFollower
 from search_r3_jax.retrieval.heartbeat import Beat, Heartbeat, is_followed, only_indexer, read_beat
@@ -173,7 +173,7 @@ def damage(path: Path, how: str) -> None:
         manifest = json.loads(content)
         manifest["corpus_hash" if how == "corpus" else "embed_token_id"] = "other" if how == "corpus" else 3
         manifest.pop("manifest_sha256")
-        manifest["manifest_sha256"] = versions.manifest_hash(manifest)
+        manifest["manifest_sha256"] = version_files.manifest_hash(manifest)
         file.write_text(json.dumps(manifest))
 
 
