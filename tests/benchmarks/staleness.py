@@ -42,6 +42,8 @@ TIMES = (0, 1, 10, 30)
 # Steps between two indexes at age 1×.
 PERIOD = 5
 SHARE_A_PERIOD = 0.1
+OVERLAY_MAX_AGE = 2
+PLANTED_STEPS = 200
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,7 +115,7 @@ class Watched(Environment):
 
     def __init__(self, index: Any, encode_documents: EncodeDocuments, **options: Any):
         budget = round(SHARE_A_PERIOD * index.shape[0] / PERIOD)
-        self._options = {**options, "overlay_max_age": PERIOD}
+        self._options = {**options, "overlay_max_age": OVERLAY_MAX_AGE}
         super().__init__(index, encode_documents, **{**self._options, "refresh_budget": budget if self.setting.overlay else 0})
         self._indexes = Indexes(index.ids, encode_documents)
         self._rows = probe_rows(index.shape[0], 1000)
@@ -180,13 +182,14 @@ def watch(setting: Setting, *, others: Sequence[Setting] = (), measured_at: Sequ
 
 
 def planted(out: Path, seeds: Sequence[int], names: Sequence[str]) -> dict[str, Any]:
-    """What stage 2 learns on the planted task over 2,048 documents in each setting; the tests' model, task and settings."""
+    """What stage 2 learns on the planted task over 4,096 documents in each setting; the tests' model, task and settings."""
     sys.path[:0] = [str(HERE.parent), str(HERE.parent / "training")]
     from test_planted import stage_2, start_of_stage_2
 
     results: dict[str, Any] = {}
     for seed in seeds:
-        start = start_of_stage_2(Path(tempfile.mkdtemp(dir=out)), seed, distractors=1984)
+        start = start_of_stage_2(Path(tempfile.mkdtemp(dir=out)), seed, distractors=4032)
+        start = start._replace(config=dataclasses.replace(start.config, rl=dataclasses.replace(start.config.rl, steps=PLANTED_STEPS)))
         for setting in [each for each in SETTINGS if not names or each.name in names]:
             started = time.perf_counter()
             log = watch(setting, measured_at=range(2 * PERIOD - 1, start.config.rl.steps, 12))
