@@ -40,7 +40,7 @@ HERE = Path(__file__).parent
 RESULT = HERE / "staleness.json"
 TIMES = (0, 1, 10, 30)
 # Steps between two indexes at age 1×.
-PERIOD = 5
+PERIOD = 4
 SHARE_A_PERIOD = 0.1
 OVERLAY_MAX_AGE = 2
 PLANTED_STEPS = 200
@@ -217,14 +217,14 @@ def real(out: Path, data: Path, *, model: str, documents: int, learning_rate: fl
         model=model,
         data=dataclasses.replace(smollm2.data, sets=(str(data.resolve()),), dev_queries=0, rl_queries=400, rl_documents=documents),
         text=dataclasses.replace(smollm2.text, max_query_tokens=32, max_document_tokens=32),
-        sft=dataclasses.replace(smollm2.sft, steps=60, eval_every=0),
+        sft=dataclasses.replace(smollm2.sft, steps=36, eval_every=0),
     )
     out.mkdir(parents=True, exist_ok=True)
     sets = [dataclasses.replace(load_training_sets(config.data)[0], dev=None)]
     base = load_model(model, compute_dtype="float32", remat="dots")
     train_sft(config, out / "sft", sets, with_lora(base, config.lora, seed=0), report, say=print)
 
-    measured = [steps - before for before in (14, 10, 6, 2)]
+    measured = [steps - before for before in (11, 7, 3)]
     rl_config = dataclasses.replace(
         config.rl,
         steps=steps,
@@ -304,7 +304,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--documents", type=int, default=4096)
+    parser.add_argument("--documents", type=int, default=3072)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--steps", type=int, default=31 * PERIOD + 10)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
