@@ -124,7 +124,7 @@ class MovingIndex:
 def reembedded(encoder: ReasonedEncoder, state: nnx.State, texts: Sequence[str], rollout: Rollout, max_tokens: int) -> np.ndarray:
     """The replies' vectors [B,E] under other parameters than wrote them; zero where a reply is not valid. `texts` [Q] are the queries."""
     group = len(rollout.lengths) // len(texts)
-    valid = np.flatnonzero(rollout.valid)
+    valid = np.flatnonzero(rollout.valid).tolist()
     replies = [rollout.ids[b, : rollout.lengths[b]].tolist() for b in valid]
     vectors = np.zeros_like(rollout.vectors)
     vectors[valid] = encoder.encode(state, [texts[b // group] for b in valid], replies, max_tokens=max_tokens)
