@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import json
 import sys
 import tempfile
@@ -72,14 +73,18 @@ SETTINGS = [Setting(times=times, overlay=overlay) for times in TIMES for overlay
 
 def agreement(rewards: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     """Kendall's τ-b of rewards [Q,G]: over all, and the mean over the groups in which both tell completions apart."""
-    groups = [
-        kendalltau(ours, theirs).statistic for ours, theirs in zip(rewards, truth, strict=True) if min(np.ptp(ours), np.ptp(theirs)) > 0
-    ]
+    groups = [tau_b(ours, theirs) for ours, theirs in zip(rewards, truth, strict=True) if min(np.ptp(ours), np.ptp(theirs)) > 0]
     return {
-        "tau": float(kendalltau(rewards.ravel(), truth.ravel()).statistic),
+        "tau": tau_b(rewards.ravel(), truth.ravel()),
         "tau_within_groups": float(np.mean(groups)) if groups else float("nan"),
         "mean_difference": float(np.abs(rewards - truth).mean()),
     }
+
+
+def tau_b(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Kendall's τ-b of two orders [n]."""
+    found: Any = kendalltau(ours, theirs)
+    return float(found.statistic)
 
 
 class Indexes:
@@ -184,16 +189,15 @@ def watch(setting: Setting, *, others: Sequence[Setting] = (), measured_at: Sequ
 def planted(out: Path, seeds: Sequence[int], names: Sequence[str]) -> dict[str, Any]:
     """What stage 2 learns on the planted task over 4,096 documents in each setting; the tests' model, task and settings."""
     sys.path[:0] = [str(HERE.parent), str(HERE.parent / "training")]
-    from test_planted import stage_2, start_of_stage_2
-
+    task = importlib.import_module("test_planted")
     results: dict[str, Any] = {}
     for seed in seeds:
-        start = start_of_stage_2(Path(tempfile.mkdtemp(dir=out)), seed, distractors=4032)
+        start = task.start_of_stage_2(Path(tempfile.mkdtemp(dir=out)), seed, distractors=4032)
         start = start._replace(config=dataclasses.replace(start.config, rl=dataclasses.replace(start.config.rl, steps=PLANTED_STEPS)))
         for setting in [each for each in SETTINGS if not names or each.name in names]:
             started = time.perf_counter()
             log = watch(setting, measured_at=range(2 * PERIOD - 1, start.config.rl.steps, 12))
-            before, after, steps = stage_2(start, f"rl-{setting.times}-{setting.overlay}")
+            before, after, steps = task.stage_2(start, f"rl-{setting.times}-{setting.overlay}")
             shares = [values["reencoded_share"] for values in steps]
             result = {
                 "before": round(before.reason, 4),
