@@ -44,9 +44,10 @@ from search_r3_jax.retrieval.scann_index import ScannIndex, ScannSettings
 from search_r3_jax.retrieval.versions import CALLER_FIELDS, open_version, publish_version
 
 K = 10
+CLOCKS = ("seconds", "cpu_seconds")
 OUT = Path(__file__).with_suffix(".json")
 NUMPY_BLOCKS = (1_000, 128, 16)
-LEAF_SHARES, REORDERED = (0.03, 0.1, 0.2, 0.4), (100, 200, 400)
+LEAF_SHARES, REORDERED = (0.05, 0.1, 0.125, 0.2, 0.3), (100, 200)
 Dtype = Literal["float32", "bfloat16"]
 DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
 
@@ -134,9 +135,7 @@ def measure(embedded: Embedded, arguments: Arguments) -> dict[str, Any]:
         searches["exact"] = partial(exact.search, queries, K)
         for block in NUMPY_BLOCKS:
             searches[f"numpy_{block}"] = partial(numpy_search, vectors, queries, K, block)
-        seconds = timed(searches, arguments.runs)
-    medians = {name: median(some) for name, some in seconds.items()}
-    numpy = min(value for name, value in medians.items() if name.startswith("numpy"))
+        spent = timed(searches, arguments.runs)
     return {
         "rows": len(vectors),
         "dimension": vectors.shape[1],
@@ -145,9 +144,7 @@ def measure(embedded: Embedded, arguments: Arguments) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "encoding": embedded.encoding,
         "index": versions,
-        "seconds": {name: [round(value, 5) for value in some] for name, some in seconds.items()},
-        "median_seconds": {name: round(value, 5) for name, value in medians.items()},
-        "numpy_by": {name: round(numpy / value, 2) for name, value in medians.items() if not name.startswith("numpy")},
+        **{clock: {"runs": some, **summary(some)} for clock, some in spent.items()},
     }
 
 
@@ -202,17 +199,29 @@ def numpy_search(vectors: np.ndarray, queries: np.ndarray, k: int, block: int) -
     return np.concatenate([scores for scores, _ in found]), np.concatenate([rows for _, rows in found])
 
 
-def timed(searches: Mapping[str, Callable[[], object]], runs: int) -> dict[str, list[float]]:
-    """Seconds of every run of each: one run of all after the other, so that what disturbs the machine disturbs them alike."""
+def timed(searches: Mapping[str, Callable[[], object]], runs: int) -> dict[str, dict[str, list[float]]]:
+    """Every run's seconds, of the clock and of the processor, by search: all take turns, so that what disturbs one disturbs the others."""
     for search in searches.values():
         search()
-    seconds: dict[str, list[float]] = {name: [] for name in searches}
+    spent: dict[str, dict[str, list[float]]] = {clock: {name: [] for name in searches} for clock in CLOCKS}
     for _ in range(runs):
         for name, search in searches.items():
-            started = time.perf_counter()
+            started = time.perf_counter(), time.process_time()
             search()
-            seconds[name].append(time.perf_counter() - started)
-    return seconds
+            ended = time.perf_counter(), time.process_time()
+            for clock, since, until in zip(CLOCKS, started, ended, strict=True):
+                spent[clock][name].append(round(until - since, 5))
+    return spent
+
+
+def summary(spent: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Medians of each search, and how much NumPy's best is of each other."""
+    medians = {name: median(some) for name, some in spent.items()}
+    best = min(value for name, value in medians.items() if name.startswith("numpy"))
+    return {
+        "median": medians,
+        "numpy_by": {name: round(best / value, 2) for name, value in medians.items() if not name.startswith("numpy")},
+    }
 
 
 def described(name: str, found: dict[str, Any]) -> str:
@@ -225,46 +234,59 @@ def described(name: str, found: dict[str, Any]) -> str:
             f" with checksums {version['verify_and_open_seconds']:.2f} s  vectors {version['vector_bytes'] / 2**20:.0f} MiB,"
             f" ScaNN {version['scann_bytes'] / 2**20:.0f} MiB"
         )
-    lines += [f"  {search:<15} {seconds:8.4f} s" for search, seconds in found["median_seconds"].items()]
-    return "\n".join([*lines, f"  NumPy's time by theirs: {found['numpy_by']}"])
+    cpu = found["cpu_seconds"]["median"]
+    lines += [f"  {search:<15} {seconds:8.4f} s  (cpu {cpu[search]:8.4f} s)" for search, seconds in found["seconds"]["median"].items()]
+    lines += [f"  NumPy's {clock} by theirs: {found[clock]['numpy_by']}" for clock in CLOCKS]
+    return "\n".join(lines)
 
 
 def sweep(embedded: Embedded, runs: int) -> Iterator[str]:
     """Markdown, a line for each of other settings: the bases are built, leaves to search and candidates are chosen at every search."""
     vectors, queries = embedded.vectors, embedded.queries
     ids = [str(row) for row in range(len(vectors))]
-    exact = ExactIndex(vectors, ids, 0)
+    exact_rows = numpy_search(vectors, queries, K, NUMPY_BLOCKS[1])[1]
     root = round(math.sqrt(len(vectors)))
-    tree = ScannSettings(method="tree_ah", leaves=root)
+    plain = ScannSettings(method="tree_ah", leaves=root)
+    tree = dataclasses.replace(plain, spherical=True, soar_lambda=1.0)
     bases = [
         ScannSettings(method="ah"),
+        plain,
+        dataclasses.replace(plain, spherical=True),
+        dataclasses.replace(plain, soar_lambda=1.0),
         tree,
         dataclasses.replace(tree, leaves=3 * root),
         dataclasses.replace(tree, dims_per_block=4),
-        dataclasses.replace(tree, anisotropic_threshold=0.1),
-        # What ScaNN takes for none.
+        # ScaNN takes it for none.
         dataclasses.replace(tree, anisotropic_threshold=math.nan),
     ]
-    yield "| method | leaves | searched | reorder | dims a block | threshold | build s | recall@10 | of rows | search s | NumPy by it |"
-    yield "|---" * 11 + "|"
+    yield "| method | leaves | searched | spherical | SOAR | reorder | dims | threshold | build s | recall@10 | s | NumPy by it | cpu |"
+    yield "|---" * 13 + "|"
     for base in bases:
         started = time.perf_counter()
         index = ScannIndex.build(vectors, ids, 0, base)
         built = time.perf_counter() - started
-        for share in LEAF_SHARES if base.method == "tree_ah" else (1.0,):
-            for reorder in REORDERED:
-                index.settings = dataclasses.replace(base, leaves_to_search=math.ceil(share * base.leaves), reorder=reorder)
-                searches = {
-                    "scann": partial(index.search, queries, K),
-                    "numpy": partial(numpy_search, vectors, queries, K, NUMPY_BLOCKS[1]),
-                }
-                seconds = {name: median(some) for name, some in timed(searches, runs).items()}
-                found = recalls(index, exact, queries)
-                yield (
-                    f"| {base.method} | {base.leaves} | {index.settings.leaves_to_search} | {reorder} | {base.dims_per_block}"
-                    f" | {base.anisotropic_threshold} | {built:.1f} | {found['recall@10']:.4f} | {found['recall@10_of_rows']:.4f}"
-                    f" | {seconds['scann']:.4f} | {seconds['numpy'] / seconds['scann']:.1f} |"
-                )
+        shares = LEAF_SHARES if base.method == "tree_ah" else (1.0,)
+        variants = {
+            f"{leaves} {reorder}": dataclasses.replace(base, leaves_to_search=leaves, reorder=reorder)
+            for leaves in [math.ceil(share * base.leaves) for share in shares]
+            for reorder in REORDERED
+        }
+        searches = {name: partial(search_by, index, settings, queries) for name, settings in variants.items()}
+        spent = timed(searches | {"numpy": partial(numpy_search, vectors, queries, K, NUMPY_BLOCKS[1])}, runs)
+        seconds, cpu_seconds = (summary(spent[clock]) for clock in CLOCKS)
+        for name, settings in variants.items():
+            recall = recall_at_k(searches[name]()[1], exact_rows, K)
+            yield (
+                f"| {base.method} | {base.leaves} | {settings.leaves_to_search} | {base.spherical} | {base.soar_lambda:g} | {settings.reorder}"
+                f" | {base.dims_per_block} | {base.anisotropic_threshold} | {built:.1f} | {recall:.4f} | {seconds['median'][name]:.4f}"
+                f" | {seconds['numpy_by'][name]:.1f} | {cpu_seconds['numpy_by'][name]:.1f} |"
+            )
+
+
+def search_by(index: ScannIndex, settings: ScannSettings, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A search of queries [Q,E] with other settings of searching than those the index was built by: scores and rows [Q,k]."""
+    index.settings = settings
+    return index.search(queries, K)
 
 
 if __name__ == "__main__":
