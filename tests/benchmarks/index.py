@@ -277,9 +277,9 @@ def sweep(embedded: Embedded, runs: int) -> Iterator[str]:
         for name, settings in variants.items():
             recall = recall_at_k(searches[name]()[1], exact_rows, K)
             yield (
-                f"| {base.method} | {base.leaves} | {settings.leaves_to_search} | {base.spherical} | {base.soar_lambda:g} | {settings.reorder}"
-                f" | {base.dims_per_block} | {base.anisotropic_threshold} | {built:.1f} | {recall:.4f} | {seconds['median'][name]:.4f}"
-                f" | {seconds['numpy_by'][name]:.1f} | {cpu_seconds['numpy_by'][name]:.1f} |"
+                f"| {base.method} | {base.leaves} | {settings.leaves_to_search} | {base.spherical} | {base.soar_lambda:g}"
+                f" | {settings.reorder} | {base.dims_per_block} | {base.anisotropic_threshold} | {built:.1f} | {recall:.4f}"
+                f" | {seconds['median'][name]:.4f} | {seconds['numpy_by'][name]:.1f} | {cpu_seconds['numpy_by'][name]:.1f} |"
             )
 
 
