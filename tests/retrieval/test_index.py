@@ -71,8 +71,12 @@ class TestEveryIndex:
 @needs_scann
 @pytest.mark.parametrize(
     "settings",
-    [ScannSettings(method="ah"), ScannSettings(method="tree_ah", leaves=40, leaves_to_search=20)],
-    ids=["ah", "tree_ah"],
+    [
+        ScannSettings(method="ah"),
+        ScannSettings(method="tree_ah", leaves=40, leaves_to_search=20),
+        ScannSettings(method="tree_ah", leaves=40, leaves_to_search=10, spherical=True, soar_lambda=1.0),
+    ],
+    ids=["ah", "tree_ah", "soar"],
 )
 def test_hashed_methods_reach_the_gate(settings: ScannSettings) -> None:
     # Queries of the same clusters as the corpus, as embeddings of real queries are.
@@ -85,9 +89,10 @@ def test_hashed_methods_reach_the_gate(settings: ScannSettings) -> None:
 
 
 @needs_scann
-def test_tree_looks_further_until_k_are_found() -> None:
+@pytest.mark.parametrize("soar_lambda", [0.0, 1.0])
+def test_tree_looks_further_until_k_are_found(soar_lambda: float) -> None:
     vectors = clustered(1000, 32)
-    settings = ScannSettings(method="tree_ah", leaves=30, leaves_to_search=1)
+    settings = ScannSettings(method="tree_ah", leaves=30, leaves_to_search=1, soar_lambda=soar_lambda)
     _, rows = ScannIndex.build(vectors, [str(row) for row in range(1000)], 0, settings).search(vectors[:4], 900)
     assert all(len(set(found)) == 900 and -1 not in found for found in rows.tolist())
 
@@ -96,7 +101,8 @@ def test_tree_looks_further_until_k_are_found() -> None:
 def test_scann_saved_and_moved_finds_the_same(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     vectors, queries = clustered(2000, 32), clustered(9, 32, seed=1)
     ids = [str(row) for row in range(2000)]
-    built = ScannIndex.build(vectors, ids, 3, ScannSettings(method="ah"))
+    settings = ScannSettings(method="tree_ah", leaves=40, leaves_to_search=10, spherical=True, soar_lambda=1.0)
+    built = ScannIndex.build(vectors, ids, 3, settings)
     (tmp_path / "before").mkdir()
     monkeypatch.chdir(tmp_path)
     built.save("before")
@@ -114,7 +120,8 @@ def test_scann_saved_and_moved_finds_the_same(tmp_path, monkeypatch: pytest.Monk
 def test_settings_follow_the_guide() -> None:
     methods = [ScannSettings.for_corpus(rows, 64).method for rows in (19_999, 20_000, 99_999, 100_000)]
     assert methods == ["brute_force", "ah", "ah", "tree_ah"]
-    assert ScannSettings.for_corpus(1_000_000, 64).leaves == 1000
+    settings = ScannSettings.for_corpus(1_000_000, 64)
+    assert (settings.leaves, settings.leaves_to_search, settings.spherical, settings.soar_lambda) == (1000, 125, True, 1.0)
 
 
 def test_auto_says_what_it_became(monkeypatch: pytest.MonkeyPatch) -> None:
