@@ -299,6 +299,23 @@ class RlConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Over how many devices each axis goes; one of them may be -1 and takes the devices that the others leave.
+
+    Attributes:
+        data: rows of a batch; parameters are repeated.
+        fsdp: rows of a batch, and the parameters' hidden dimension.
+        tensor: heads, the feed-forward dimension and the vocabulary.
+        sequence: tokens of a row; 1 is the only size that is supported.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+    sequence: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class IndexConfig:
     """The retrieval environment.
 
@@ -318,12 +335,14 @@ class IndexConfig:
         when_old: `wait` for a newer one, `warn` and go on, or `stop` with a checkpoint.
         recall_gate: recall@10 against exact search under which a version is not published.
         vector_dtype: how a version keeps its vectors.
-        keep_versions: how many versions stay on disk.
+        folder: where versions are kept, a folder or a bucket (`gs://…`); empty is the run's `index`.
+        keep_versions: how many versions stay there.
         local: the trainer starts an indexer beside it; without, one has to be started elsewhere (`search-r3 indexer`).
         silent_seconds: an indexer that gives no sign of life for so long is ended and started again.
         nice: added to the indexer's CPU priority, 0 to 19.
         threads: CPU threads of the indexer; 0 leaves the choice to XLA.
         cores: CPU cores that the indexer keeps to; none is all.
+        mesh: the devices of an indexer process, over which it encodes.
     """
 
     kind: Literal["auto", "scann", "exact"] = "auto"
@@ -340,29 +359,14 @@ class IndexConfig:
     when_old: Literal["wait", "warn", "stop"] = "wait"
     recall_gate: float = 0.99
     vector_dtype: Literal["float32", "bfloat16"] = "float32"
+    folder: str = ""
     keep_versions: int = 2
     local: bool = True
     silent_seconds: float = 600.0
     nice: int = 10
     threads: int = 0
     cores: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class MeshConfig:
-    """Over how many devices each axis goes; one of them may be -1 and takes the devices that the others leave.
-
-    Attributes:
-        data: rows of a batch; parameters are repeated.
-        fsdp: rows of a batch, and the parameters' hidden dimension.
-        tensor: heads, the feed-forward dimension and the vocabulary.
-        sequence: tokens of a row; 1 is the only size that is supported.
-    """
-
-    data: int = 1
-    fsdp: int = -1
-    tensor: int = 1
-    sequence: int = 1
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -145,14 +145,18 @@ class Indexer:
     Attributes:
         run_folder: directory of the run.
         parent: process that started this one; the indexer ends with it.
+        process: which of several processes that share the encoding this is; process 0 builds and publishes.
+        processes: how many there are.
         debug: show the traceback of an error.
     """
 
     run_folder: Annotated[Path, tyro.conf.arg(name="run")]
     parent: int | None = None
+    process: int = 0
+    processes: int = 1
     debug: bool = False
 
     def run(self) -> None:
         from search_r3_jax.retrieval.indexer import run_indexer
 
-        run_indexer(self.run_folder, parent=self.parent)
+        run_indexer(self.run_folder, parent=self.parent, process=self.process, processes=self.processes)

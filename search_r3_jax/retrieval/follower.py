@@ -44,7 +44,7 @@ class IndexFollower:
     ):
         """`command` is what to start in place of `search-r3 indexer`."""
         self._settings = settings or IndexConfig()
-        self._root = index_folder(run)
+        self._root = index_folder(run, self._settings.folder)
         self._corpus_hash, self._embed_id, self._say = corpus_hash, embed_id, say
         self._first = jax.process_index() == 0
         self._process = IndexerProcess(

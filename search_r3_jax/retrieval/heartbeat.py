@@ -45,10 +45,10 @@ class Beat:
 
 
 class Heartbeat:
-    """Writes the file of a run's only indexer."""
+    """Writes the file of a run's only indexer, or of one of its processes."""
 
-    def __init__(self, run: Path):
-        self._file, self._lock = run / HEARTBEAT, threading.Lock()
+    def __init__(self, run: Path, process: int = 0):
+        self._file, self._lock = run / _of_process(HEARTBEAT, process), threading.Lock()
         self._last = Beat(beat=0, pid=os.getpid(), phase="starting")
 
     def beat(self, phase: Phase, *, step: int = -1, encoded: int = 0, documents: int = 0, message: str = "") -> None:
@@ -96,15 +96,19 @@ def read_beat(run: Path) -> Beat | None:
 
 
 @contextmanager
-def only_indexer(run: Path) -> Iterator[None]:
-    """Hold the run's lock; raises UserError while another indexer does. The system frees it however its holder ends."""
-    with (run / LOCK).open("a+") as lock:
+def only_indexer(run: Path, process: int = 0) -> Iterator[None]:
+    """Hold the run's lock for this process of its indexer; raises UserError while another does.
+
+    The system frees it however its holder ends.
+    """
+    file = run / _of_process(LOCK, process)
+    with file.open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             beat = read_beat(run)
             holder = f" (process {beat.pid})" if beat else ""
-            raise UserError(f"{run / LOCK}: another indexer follows this run{holder}; stop it first, or leave the run to it") from None
+            raise UserError(f"{file}: another indexer follows this run{holder}; stop it first, or leave the run to it") from None
         yield
 
 
@@ -115,3 +119,8 @@ def is_followed(run: Path) -> bool:
             return False
     except UserError:
         return True
+
+
+def _of_process(name: str, process: int) -> str:
+    stem, suffix = name.split(".")
+    return f"{stem}-{process}.{suffix}" if process else name

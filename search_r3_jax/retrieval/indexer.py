@@ -17,13 +17,16 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from flax import nnx
 
 from search_r3_jax.config import IndexConfig, RunConfig
 from search_r3_jax.data.development import for_stage_2, load_training_sets
 from search_r3_jax.errors import UserError
+from search_r3_jax.files import write_text
 from search_r3_jax.hub.checkpoint import load_model, with_lora
 from search_r3_jax.hub.snapshots import checkpoint_folder, latest_snapshot, pin_snapshot, read_run, read_snapshot, start_of, start_step_of
+from search_r3_jax.mesh import mesh_from_config
 from search_r3_jax.models.lora import merge_lora, trainable_filter
 from search_r3_jax.retrieval.corpus import SHARD_DOCUMENTS, encode_corpus
 from search_r3_jax.retrieval.heartbeat import Heartbeat, only_indexer, read_beat
@@ -43,7 +46,7 @@ from search_r3_jax.text.prompts import Prompter
 POLL_SECONDS = 0.5
 RETRY_SECONDS = 10.0
 PROBE_QUERIES = 64
-PIN = "indexer"
+PIN, TASK = "indexer", "step"
 # How often a version is made anew for a reader that refuses it.
 MAX_REMAKES = 2
 
@@ -52,27 +55,30 @@ class SnapshotGoneError(Exception):
     """A snapshot was deleted before it had been read."""
 
 
-def index_folder(run: Path) -> Path:
-    """Where a run keeps its index versions (absolute: ScaNN asks for it)."""
-    return (run / "index").absolute()
+def index_folder(run: Path, folder: str = "") -> epath.Path:
+    """Where a run keeps its index versions, `folder` of its config or its own (absolute: ScaNN asks for it)."""
+    return epath.Path(folder) if folder else epath.Path((run / "index").absolute())
 
 
-def run_indexer(run: Path, *, parent: int | None = None) -> None:
+def run_indexer(run: Path, *, parent: int | None = None, process: int = 0, processes: int = 1) -> None:
     """Follow `run` until stopped; with `parent` it ends as soon as that process is gone, however it went.
 
-    Raises UserError when it is no run of stage 2, or another indexer follows it.
+    Several processes share the encoding: process 0 decides of which snapshot, builds and publishes. Raises UserError when it is no run of
+    stage 2, or another indexer follows it.
     """
+    if not 0 <= process < processes:
+        raise UserError(f"--process: {process} of {processes}: give 0 to {processes - 1}")
     config, record = read_run(run)
     if "data" not in record:
         raise UserError(f"{run / 'config.json'}: data: missing; only a run of stage 2 has an index")
     if parent is not None:
         threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
-    with only_indexer(run):
+    with only_indexer(run, process):
         _yield_to_training(config.index)
-        heartbeat = Heartbeat(run)
+        heartbeat = Heartbeat(run, process)
         heartbeat.beat("starting")
         with heartbeat.ticking():
-            worker = IndexWorker(run, config, record, heartbeat)
+            worker = IndexWorker(run, config, record, heartbeat, process=process, processes=processes)
         while True:
             if not worker.advance():
                 time.sleep(POLL_SECONDS)
@@ -86,25 +92,33 @@ def start_relative(run: Path, recorded: str) -> Path:
 class IndexWorker:
     """Holds the corpus and the model that a run started from, and makes a version of the newest snapshot, again and again."""
 
-    def __init__(self, run: Path, config: RunConfig, record: dict[str, Any], heartbeat: Heartbeat):
+    def __init__(self, run: Path, config: RunConfig, record: dict[str, Any], heartbeat: Heartbeat, *, process: int = 0, processes: int = 1):
+        self._process, self._processes = process, processes
         self._run, self._config, self._heartbeat = run, config, heartbeat
         data = dataclasses.replace(config.data, sets=(str(start_relative(run, record["data"])),), split=record["split"])
         self._collection = for_stage_2(load_training_sets(data)[0], data).train
         self._corpus_hash = self._collection.corpus_hash()
+        mesh = mesh_from_config(config.index.mesh)
         start = load_model(
-            start_of(run, record), step=start_step_of(record), compute_dtype=config.compute_dtype, attention=config.attention
+            start_of(run, record), step=start_step_of(record), compute_dtype=config.compute_dtype, attention=config.attention, mesh=mesh
         )
         # Merged parameters have the structure of the model without adapters, so one encoder serves every snapshot.
-        self._encoder = Encoder(nnx.split(start.decoder)[0], Prompter(start.tokenizer))
+        self._encoder = Encoder(nnx.split(start.decoder)[0], Prompter(start.tokenizer), mesh=mesh)
         self._model = with_lora(start, config.lora, seed=config.seed)
-        self._root = index_folder(run)
+        self._root = index_folder(run, config.index.folder)
+        self._shards = run / "encoding"
         self._given_up: int | None = None
+        self._helped: int | None = None
         self._remade: Counter[int] = Counter()
-        pin_snapshot(run, PIN, None)
-        self._check_current()
+        self._pin = f"{PIN}-{process}" if process else PIN
+        pin_snapshot(run, self._pin, None)
+        if process == 0:
+            self._check_current()
 
     def advance(self) -> bool:
         """Make a version of the newest snapshot, if it has none; whether there was something to do."""
+        if self._process:
+            return self._help()
         self._check_refused()
         newest = latest_snapshot(self._run)
         if newest is None or newest in (self._given_up, self._current()):
@@ -132,37 +146,8 @@ class IndexWorker:
         Raises SnapshotGoneError, IndexGateError when it is not good enough, OSError when the disk refuses.
         """
         started = time.time()
-        config, decoder = self._config, self._model.decoder
-        documents = self._collection.documents
-        self._heartbeat.beat("reading", step=step, documents=len(documents))
-        with self._heartbeat.ticking():
-            nnx.update(decoder, self._read(step))
-            state = nnx.state(merge_lora(decoder))
-            of_parameters = parameter_hash(nnx.state(decoder, trainable_filter(decoder)))
-        done = 0
-
-        def progress(finished: int) -> None:
-            nonlocal done
-            done += finished
-            self._heartbeat.beat("encoding", step=step, encoded=done, documents=len(documents))
-
-        def encode(texts: Sequence[str], *, on_progress: Callable[[int], object] | None = None) -> np.ndarray:
-            return self._encoder.encode(state, texts, max_tokens=config.text.max_document_tokens, on_progress=on_progress)
-
-        progress(0)
-        shards = self._shards_of(step)
-        vectors = encode_corpus(
-            encode,
-            documents,
-            shards,
-            model_hash=of_parameters,
-            max_tokens=config.text.max_document_tokens,
-            dimension=self._model.decoder.config.hidden_size,
-            dtype=config.index.vector_dtype,
-            shard_documents=SHARD_DOCUMENTS,
-            documents_hash=self._corpus_hash,
-            on_progress=progress,
-        )
+        config, documents = self._config, self._collection.documents
+        vectors, state, of_parameters = self._encode(step)
         probes = [query.text for query in self._collection.queries[:PROBE_QUERIES]]
         probe_vectors = self._encoder.encode(state, probes, max_tokens=config.text.max_query_tokens)
         encoded = time.time()
@@ -187,14 +172,69 @@ class IndexWorker:
                 vector_dtype=config.index.vector_dtype,
                 threads=config.index.threads,
             )
-            shutil.rmtree(shards)
+            shutil.rmtree(self._shards / str(step))
             # No one else writes here, so whatever is temporary was left by a writer that is gone.
             prune_versions(self._root, keep=config.index.keep_versions, stale_seconds=-math.inf)
         _log(f"index v{step}: published; {encoded - started:.1f} s to encode, {time.time() - encoded:.1f} s to build")
 
+    def _encode(self, step: int) -> tuple[np.ndarray, nnx.State, str]:
+        """The corpus's vectors [N,E], memory-mapped, under the snapshot of `step`, its merged parameters and their hash."""
+        config, decoder, documents = self._config, self._model.decoder, self._collection.documents
+        self._heartbeat.beat("reading", step=step, documents=len(documents))
+        with self._heartbeat.ticking():
+            nnx.update(decoder, self._read(step))
+            state = nnx.state(merge_lora(decoder))
+            of_parameters = parameter_hash(nnx.state(decoder, trainable_filter(decoder)))
+        done = 0
+
+        def progress(finished: int) -> None:
+            nonlocal done
+            done += finished
+            self._heartbeat.beat("encoding", step=step, encoded=done, documents=len(documents))
+
+        def encode(texts: Sequence[str], *, on_progress: Callable[[int], object] | None = None) -> np.ndarray:
+            return self._encoder.encode(state, texts, max_tokens=config.text.max_document_tokens, on_progress=on_progress)
+
+        progress(0)
+        if self._process == 0:
+            self._announce(step)
+        vectors = encode_corpus(
+            encode,
+            documents,
+            self._shards / str(step),
+            model_hash=of_parameters,
+            max_tokens=config.text.max_document_tokens,
+            dimension=decoder.config.hidden_size,
+            dtype=config.index.vector_dtype,
+            shard_documents=SHARD_DOCUMENTS,
+            documents_hash=self._corpus_hash,
+            process=self._process,
+            processes=self._processes,
+            on_progress=progress,
+        )
+        return vectors, state, of_parameters
+
+    def _help(self) -> bool:
+        """Encode this process's shards of the snapshot that process 0 works on; whether there was something to do."""
+        try:
+            step = int((self._shards / TASK).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            step = None
+        if step is None or step == self._helped:
+            self._heartbeat.beat("waiting")
+            return False
+        try:
+            self._encode(step)
+            self._helped = step
+        except (SnapshotGoneError, UserError) as error:
+            # Process 0 has gone on to a newer one, or will say what is wrong.
+            _log(f"snapshot {step}: {error}")
+            time.sleep(RETRY_SECONDS)
+        return True
+
     def _read(self, step: int) -> nnx.State:
         """The trainable parameters of a snapshot, which is not deleted meanwhile; raises SnapshotGoneError where it was before."""
-        pin_snapshot(self._run, PIN, step)
+        pin_snapshot(self._run, self._pin, step)
         try:
             return read_snapshot(self._run, step, nnx.state(self._model.decoder, trainable_filter(self._model.decoder)))
         except Exception as error:
@@ -203,15 +243,15 @@ class IndexWorker:
                 raise
             raise SnapshotGoneError(f"snapshot {step} was deleted while it was read ({type(error).__name__})") from error
         finally:
-            pin_snapshot(self._run, PIN, None)
+            pin_snapshot(self._run, self._pin, None)
 
-    def _shards_of(self, step: int) -> Path:
-        """Where a snapshot's vectors are kept until they are published; those of others are of no use any more."""
-        folder = self._run / "encoding" / str(step)
-        for other in folder.parent.glob("*"):
-            if other != folder:
-                shutil.rmtree(other)
-        return folder
+    def _announce(self, step: int) -> None:
+        """Say which snapshot is being encoded, and remove the vectors of others: they are of no use any more."""
+        for other in self._shards.glob("*/"):
+            if other.name != str(step):
+                shutil.rmtree(other, ignore_errors=True)
+        self._shards.mkdir(exist_ok=True)
+        write_text(self._shards / TASK, f"{step}\n")
 
     def _current(self) -> int | None:
         try:

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import jax
+
 from search_r3_jax.errors import UserError
 from search_r3_jax.retrieval.heartbeat import Beat, is_followed, read_beat
 
@@ -44,8 +46,12 @@ class IndexerProcess:
             self._elsewhere, self._process, self._start_at = True, None, time.monotonic() + 10
             return
         self._elsewhere = False
+        # A chip serves one process: beside a trainer that has it, the indexer computes on the host.
+        environment = os.environ if jax.default_backend() == "cpu" else os.environ | {"JAX_PLATFORMS": "cpu"}
         with (self._run / "indexer.log").open("ab") as log:
-            self._process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+            self._process = subprocess.Popen(
+                self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=environment
+            )
         self._beat_since = time.monotonic()
 
     def check(self) -> None:
