@@ -54,7 +54,7 @@ class ScannSettings:
         if rows < 100_000:
             return cls(method="ah", dims_per_block=dims_per_block)
         leaves = round(math.sqrt(rows))
-        # 100,000 vectors of real texts: an eighth found 0.995 of the true ten, and 0.97 with plain partitions.
+        # 100,000 vectors of real texts from MiniLM: an eighth found 0.996 of the true ten; with plain partitions, 0.968.
         return cls(
             method="tree_ah",
             leaves=leaves,
