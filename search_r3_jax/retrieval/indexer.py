@@ -28,7 +28,7 @@ from search_r3_jax.hub.checkpoint import load_model, with_lora
 from search_r3_jax.hub.snapshots import checkpoint_folder, latest_snapshot, pin_snapshot, read_run, read_snapshot, start_of, start_step_of
 from search_r3_jax.mesh import mesh_from_config
 from search_r3_jax.models.lora import merge_lora, trainable_filter
-from search_r3_jax.retrieval.corpus import SHARD_DOCUMENTS, encode_corpus
+from search_r3_jax.retrieval.corpus import RECORD, SHARD_DOCUMENTS, WAIT_SECONDS, encode_corpus
 from search_r3_jax.retrieval.heartbeat import Heartbeat, only_indexer, read_beat
 from search_r3_jax.retrieval.refusals import discard_version, refused_version
 from search_r3_jax.retrieval.versions import (
@@ -109,6 +109,7 @@ class IndexWorker:
         self._shards = run / "encoding"
         self._given_up: int | None = None
         self._helped: int | None = None
+        self._encoded = 0
         self._remade: Counter[int] = Counter()
         self._pin = f"{PIN}-{process}" if process else PIN
         pin_snapshot(run, self._pin, None)
@@ -185,12 +186,11 @@ class IndexWorker:
             nnx.update(decoder, self._read(step))
             state = nnx.state(merge_lora(decoder))
             of_parameters = parameter_hash(nnx.state(decoder, trainable_filter(decoder)))
-        done = 0
+        self._encoded = 0
 
         def progress(finished: int) -> None:
-            nonlocal done
-            done += finished
-            self._heartbeat.beat("encoding", step=step, encoded=done, documents=len(documents))
+            self._encoded += finished
+            self._heartbeat.beat("encoding", step=step, encoded=self._encoded, documents=len(documents))
 
         def encode(texts: Sequence[str], *, on_progress: Callable[[int], object] | None = None) -> np.ndarray:
             return self._encoder.encode(state, texts, max_tokens=config.text.max_document_tokens, on_progress=on_progress)
@@ -210,6 +210,7 @@ class IndexWorker:
             documents_hash=self._corpus_hash,
             process=self._process,
             processes=self._processes,
+            wait_seconds=0 if self._process else WAIT_SECONDS,
             on_progress=progress,
         )
         return vectors, state, of_parameters
@@ -220,16 +221,23 @@ class IndexWorker:
             step = int((self._shards / TASK).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             step = None
-        if step is None or step == self._helped:
+        if step is None or step == self._helped or not (self._shards / str(step) / RECORD).exists():
             self._heartbeat.beat("waiting")
             return False
+        documents = len(self._collection.documents)
+        starts = range(self._process * SHARD_DOCUMENTS, documents, self._processes * SHARD_DOCUMENTS)
+        own = sum(min(SHARD_DOCUMENTS, documents - start) for start in starts)
         try:
             self._encode(step)
             self._helped = step
         except (SnapshotGoneError, UserError) as error:
-            # Process 0 has gone on to a newer one, or will say what is wrong.
-            _log(f"snapshot {step}: {error}")
-            time.sleep(RETRY_SECONDS)
+            if self._encoded == own:
+                # Only what others bring was missing, which process 0 waits for.
+                self._helped = step
+            else:
+                # Process 0 has gone on to a newer one, or will say what is wrong.
+                _log(f"snapshot {step}: {error}")
+                time.sleep(RETRY_SECONDS)
         return True
 
     def _read(self, step: int) -> nnx.State:

@@ -44,7 +44,7 @@ TIMES = (0, 1, 10, 30)
 PERIOD = 4
 SHARE_A_PERIOD = 0.1
 OVERLAY_MAX_AGE = 2
-PLANTED_STEPS = 200
+PLANTED_STEPS = 130
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -196,7 +196,7 @@ def planted(out: Path, seeds: Sequence[int], names: Sequence[str]) -> dict[str, 
         start = start._replace(config=dataclasses.replace(start.config, rl=dataclasses.replace(start.config.rl, steps=PLANTED_STEPS)))
         for setting in [each for each in SETTINGS if not names or each.name in names]:
             started = time.perf_counter()
-            log = watch(setting, measured_at=range(2 * PERIOD - 1, start.config.rl.steps, 12))
+            log = watch(setting, measured_at=range(2 * PERIOD - 1, start.config.rl.steps, 8))
             before, after, steps = task.stage_2(start, f"rl-{setting.times}-{setting.overlay}")
             shares = [values["reencoded_share"] for values in steps]
             result = {

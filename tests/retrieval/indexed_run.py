@@ -32,11 +32,11 @@ SOURCES = str(Path(__file__).resolve().parents[2])
 class IndexedRun:
     """The run, and what its snapshots' vectors should be."""
 
-    def __init__(self, folder: Path, model: Path, *, documents: int = 40, **index: Any):
-        self.path = folder / "run"
+    def __init__(self, place: Path, model: Path, *, documents: int = 40, **index: Any):
+        self.path = place / "run"
         self.path.mkdir(parents=True)
         collection = word_collection(documents=documents, queries=10)
-        build_dataset({"train": collection}, folder / "data", name="words", source={"kind": "test"})
+        build_dataset({"train": collection}, place / "data", name="words", source={"kind": "test"})
         self.config = RunConfig(
             model=str(model),
             compute_dtype="float32",

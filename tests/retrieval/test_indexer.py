@@ -110,7 +110,8 @@ def test_trainers_of_two_processes_take_in_the_same_versions_at_the_same_steps(t
 def test_threads_and_cores_are_what_the_config_says(run: IndexedRun) -> None:
     cores = sorted(os.sched_getaffinity(0))[:1]
     program = (
-        "import os, sys, jax; from search_r3_jax.config import IndexConfig; from search_r3_jax.retrieval.indexer import _yield_to_training\n"
+        "import os, sys, jax; from search_r3_jax.config import IndexConfig\n"
+        "from search_r3_jax.retrieval.indexer import _yield_to_training\n"
         f"_yield_to_training(IndexConfig(nice=3, threads=1, cores={tuple(cores)!r}))\n"
         "before = len(os.listdir('/proc/self/task')); jax.numpy.zeros(9).block_until_ready()\n"
         "print(sorted(os.sched_getaffinity(0)), os.nice(0), len(os.listdir('/proc/self/task')) - before)"
