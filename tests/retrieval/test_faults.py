@@ -193,7 +193,7 @@ def test_a_version_that_is_damaged_or_of_something_else_is_never_used_and_made_a
         # The follower must not be faster than the damage.
         with follower._lock:
             assert worker.advance()
-            damage(index_folder(run.path) / "v4", how)
+            damage(Path(index_folder(run.path)) / "v4", how)
         until(lambda: (index_folder(run.path) / "REFUSED").exists() or None)
         assert follower.newer_than(2) is None
         assert any("keeping the index in use" in line for line in said)
@@ -207,7 +207,7 @@ def test_a_version_that_is_damaged_or_of_something_else_is_never_used_and_made_a
 @pytest.mark.parametrize("how", HOW)
 def test_an_indexer_that_starts_looks_at_the_current_version_first(run: IndexedRun, how: str, capsys: pytest.CaptureFixture[str]) -> None:
     worker_of(run).build(0)
-    damage(index_folder(run.path) / "v0", how)
+    damage(Path(index_folder(run.path)) / "v0", how)
     worker = worker_of(run)
     assert "making it anew" in capsys.readouterr().out
     assert worker.advance()
