@@ -106,7 +106,7 @@ class Rl:
         config, console = _absolute(self.settings), Stages(1)
         if len(config.data.sets) != 1:
             raise UserError(f"data.sets: {len(config.data.sets)} data sets: stage 2 searches one corpus; name one")
-        data = for_stage_2(load_training_sets(config.data)[0], config.data)
+        data = for_stage_2(load_training_sets(config.data, stored=True)[0], config.data)
         dev = f"; {len(data.dev.queries)} of {data.dev.split} over {len(data.dev.documents)} to watch" if data.dev else ""
         console.say(f"{data.train.name}: {len(data.train.queries)} queries over {len(data.train.documents)} documents{dev}")
         extra: dict[str, Any] = start_record(self.run_folder, config) | {"data": config.data.sets[0], "split": config.data.split}

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -49,11 +49,11 @@ class Query:
 
 @dataclass(frozen=True, kw_only=True)
 class Collection:
-    """The documents and the queries of one split; row numbers are positions in `documents`."""
+    """The documents and the queries of one split; row numbers are positions in `documents`, which may be on disk."""
 
     name: str
     split: str
-    documents: tuple[Document, ...]
+    documents: Sequence[Document]
     queries: tuple[Query, ...]
 
     def qrels(self) -> dict[str, dict[str, int]]:

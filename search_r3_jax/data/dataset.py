@@ -22,6 +22,7 @@ from tensorflow_datasets.core.splits import SplitDict, SplitInfo
 from search_r3_jax.data.beir import find_splits, read_beir_splits
 from search_r3_jax.data.collection import SHARED_CORPUS, Collection, Document, Query, usable_split_name
 from search_r3_jax.data.lines import Problems
+from search_r3_jax.data.stored import StoredDocuments, document_of
 from search_r3_jax.errors import UserError
 
 FORMAT_VERSION = 2
@@ -63,9 +64,12 @@ def build_dataset(
     return out
 
 
-def load_collection(path: Path | str, split: str) -> Collection:
-    """One split of a built data set or of a BEIR folder, in its original order; raises UserError for anything else."""
-    return _load(Path(path), [split])[split]
+def load_collection(path: Path | str, split: str, *, stored: bool = False) -> Collection:
+    """One split of a built data set or of a BEIR folder, in its original order; raises UserError for anything else.
+
+    With `stored` the documents of a built data set stay on disk, and are read when they are asked for.
+    """
+    return _load(Path(path), [split], stored=stored)[split]
 
 
 def load_collections(path: Path | str) -> dict[str, Collection]:
@@ -83,11 +87,11 @@ def queries_hash(queries: Iterable[Query]) -> str:
     return digest.hexdigest()
 
 
-def _load(path: Path, splits: Sequence[str] | None) -> dict[str, Collection]:
+def _load(path: Path, splits: Sequence[str] | None, *, stored: bool = False) -> dict[str, Collection]:
     """The named splits, or all that there are where `splits` is None."""
     if (path / MANIFEST).is_file():
         manifest = _read_manifest(path)
-        return _read_splits(path, manifest, sorted(manifest["splits"]) if splits is None else splits)
+        return _read_splits(path, manifest, sorted(manifest["splits"]) if splits is None else splits, stored=stored)
     if any((path / name).is_file() for name in ("corpus.jsonl", "corpus.jsonl.gz")):
         return read_beir_splits(path, find_splits(path) if splits is None else splits, Problems())
     raise UserError(f"{path}: expected a built data set (with {MANIFEST}) or a BEIR folder (with corpus.jsonl or corpus.jsonl.gz)")
@@ -241,14 +245,17 @@ def _query_example(row: int, query: Query) -> dict[str, Any]:
     }
 
 
-def _read_splits(path: Path, manifest: Mapping[str, Any], splits: Sequence[str]) -> dict[str, Collection]:
+def _read_splits(path: Path, manifest: Mapping[str, Any], splits: Sequence[str], *, stored: bool) -> dict[str, Collection]:
     for split in splits:
         if split not in manifest["splits"]:
             raise UserError(f"{path}: no split {split!r}; splits found: {', '.join(sorted(manifest['splits']))}")
     _check_files(path, manifest)
     corpus_of = {split: manifest["splits"][split]["corpus_split"] for split in splits}
     # A corpus that several splits share is read, and kept, once.
-    documents = {corpus: _read_part(path / "corpus", corpus, _document) for corpus in set(corpus_of.values())}
+    documents: dict[str, Sequence[Document]] = {
+        corpus: StoredDocuments(path / "corpus", corpus) if stored else _read_part(path / "corpus", corpus, document_of)
+        for corpus in set(corpus_of.values())
+    }
     return {
         split: Collection(
             name=manifest["name"],
@@ -269,10 +276,6 @@ def _read_part(folder: Path, split: str, decode: Callable[[dict[str, Any]], T]) 
         chunk = records.__getitems__(range(start, min(start + EXAMPLES_PER_CALL, len(records))))
         numbered.extend((int(record["row"]), decode(record)) for record in chunk)
     return tuple(item for _, item in sorted(numbered, key=lambda pair: pair[0]))
-
-
-def _document(record: dict[str, Any]) -> Document:
-    return Document(doc_id=record["doc_id"].decode(), title=record["title"].decode(), text=record["text"].decode())
 
 
 def _query(record: dict[str, Any]) -> Query:

@@ -21,19 +21,19 @@ class TrainingSet:
     dev: Collection | None
 
 
-def load_training_sets(config: DataConfig) -> tuple[TrainingSet, ...]:
-    """Each of the data sets of a config; raises UserError when one cannot be read or there is none."""
+def load_training_sets(config: DataConfig, *, stored: bool = False) -> tuple[TrainingSet, ...]:
+    """Each of the data sets of a config, `stored` as in `load_collection`; raises UserError when one cannot be read or there is none."""
     if not config.sets:
         raise UserError("data.sets: no data set; name one or more folders: --data.sets FOLDER …")
-    return tuple(_load(Path(folder), config) for folder in config.sets)
+    return tuple(_load(Path(folder), config, stored) for folder in config.sets)
 
 
-def _load(folder: Path, config: DataConfig) -> TrainingSet:
-    train = load_collection(folder, config.split)
+def _load(folder: Path, config: DataConfig, stored: bool) -> TrainingSet:
+    train = load_collection(folder, config.split, stored=stored)
     if config.dev_queries == 0:
         return TrainingSet(train=train, dev=None)
     if config.dev_split in splits_of(folder):
-        watched = load_collection(folder, config.dev_split)
+        watched = load_collection(folder, config.dev_split, stored=stored)
         chosen = {query.query_id for query in _drawn(watched, config.dev_queries)}
         dev = dataclasses.replace(watched, queries=tuple(query for query in watched.queries if query.query_id in chosen))
     else:

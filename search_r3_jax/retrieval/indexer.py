@@ -96,7 +96,7 @@ class IndexWorker:
         self._process, self._processes = process, processes
         self._run, self._config, self._heartbeat = run, config, heartbeat
         data = dataclasses.replace(config.data, sets=(str(start_relative(run, record["data"])),), split=record["split"])
-        self._collection = for_stage_2(load_training_sets(data)[0], data).train
+        self._collection = for_stage_2(load_training_sets(data, stored=True)[0], data).train
         self._corpus_hash = self._collection.corpus_hash()
         mesh = mesh_from_config(config.index.mesh)
         start = load_model(
