@@ -114,7 +114,7 @@ def test_chunks_hold_the_texts_of_the_batch_in_order(chunk: int) -> None:
         assert known == query.positives
         place = b // chunk * chunk * 3 + b % chunk
         assert batch.document_ids[place] == pair.document
-        mined = [collection.documents[batch.document_ids[row]].doc_id for row in batch.mined[b] if row != FILLER]
+        mined = [collection.documents[int(batch.document_ids[row])].doc_id for row in batch.mined[b] if row != FILLER]
         assert set(mined) <= set(query.negatives)
         assert len(set(mined)) == min(2, len(query.negatives))
 

@@ -269,7 +269,7 @@ def test_mined_negatives_reach_the_training_batch(tiny_folders: dict[str, Path],
     batch, pairs = pipeline.batch(0), pipeline.pairs(0)
     for pair, rows in zip(pairs, batch.mined, strict=True):
         assert (rows != FILLER).all()
-        found = {collection.documents[batch.document_ids[row]].doc_id for row in rows}
+        found = {collection.documents[int(batch.document_ids[row])].doc_id for row in rows}
         wanted = collection.queries[pair.query].negatives
         # Where there are judged ones too, two of the four.
         assert found <= set(wanted)
