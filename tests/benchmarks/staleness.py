@@ -2,6 +2,7 @@
 
     python tests/benchmarks/staleness.py planted --out FOLDER            a tiny model learns a planted table; one training a setting
     python tests/benchmarks/staleness.py real --data FOLDER --out FOLDER     SmolLM2-135M on a real collection; one training in all
+    python tests/benchmarks/staleness.py varied --out FOLDER             the same run's ends, on replies that differ more
     python tests/benchmarks/staleness.py picture                         staleness.json to staleness.png
 
 Ages are those of the running system: while an index of period A is in use, the next one is being made, from the snapshot of the step at
@@ -24,17 +25,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax import nnx
 from scipy.stats import kendalltau
 
 from search_r3_jax.configs.smollm2 import config as smollm2
-from search_r3_jax.data.dataset import build_dataset
+from search_r3_jax.data.dataset import build_dataset, load_collection
 from search_r3_jax.data.development import TrainingSet, for_stage_2, load_training_sets
 from search_r3_jax.files import write_json
 from search_r3_jax.hub.checkpoint import load_model, with_lora
+from search_r3_jax.hub.snapshots import latest_snapshot, read_run, read_snapshot
+from search_r3_jax.models.lora import trainable_filter
 from search_r3_jax.retrieval.drift import measure_drift, probe_rows
 from search_r3_jax.retrieval.environment import EncodeDocuments, Environment, StepResult
 from search_r3_jax.retrieval.exact import ExactIndex
+from search_r3_jax.rollout.encoder import Encoder, ReasonedEncoder
+from search_r3_jax.rollout.sampler import Sampler, rollout_seeds
+from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training import rl
+from search_r3_jax.training.moving_index import reembedded
 from search_r3_jax.training.sft import train_sft
 
 HERE = Path(__file__).parent
@@ -263,6 +271,53 @@ def real(out: Path, data: Path, *, model: str, documents: int, learning_rate: fl
     return result
 
 
+def varied(out: Path, *, batches: int = 12) -> dict[str, Any]:
+    """Agreement between the first and the last snapshot of `real`'s run, on replies that differ: those of its first policy.
+
+    The trained policy writes next to nothing, so that the completions of a group hardly differ. Here 4 queries × 8 replies a batch are
+    sampled with the first snapshot's parameters, embedded with the last one's, and rewarded by the index of the first.
+    """
+    config, _ = read_run(out / "rl")
+    collection = load_collection(out / "data", "train")
+    model = with_lora(load_model(out / "sft", compute_dtype="float32", remat="dots"), config.lora, seed=0)
+    _, params, frozen = nnx.split(model.decoder, trainable_filter(model.decoder), ...)
+    full, prompter = nnx.split(model.decoder)[0], Prompter(model.tokenizer)
+    last = latest_snapshot(out / "rl") or 0
+    first_state, last_state = (nnx.merge_state(read_snapshot(out / "rl", step, params), frozen) for step in (0, last))
+    encoder, reasoned = Encoder(full, prompter), ReasonedEncoder(full, prompter)
+    sampler = Sampler(full, prompter, max_think_tokens=config.rl.sampler.max_think_tokens, temperature=1.0)
+    ids, bodies = [document.doc_id for document in collection.documents], [document.body for document in collection.documents]
+    stale, current = (
+        ExactIndex(encoder.encode(state, bodies, max_tokens=config.text.max_document_tokens), ids, step)
+        for state, step in ((first_state, 0), (last_state, last))
+    )
+    Q, G, budget = 4, 8, round(SHARE_A_PERIOD * len(ids) / PERIOD)
+    options: dict[str, Any] = {"candidates": config.index.candidates}
+    lines: dict[str, list[dict[str, float]]] = {"index alone": [], "overlay": []}
+    for batch in range(batches):
+        chosen = [batch * Q + q for q in range(Q)]
+        texts = [collection.queries[i].text for i in chosen]
+        rollout = sampler.sample(first_state, texts, rollout_seeds(1, batch, chosen, G), max_tokens=config.text.max_query_tokens)
+        # Where the budget ran out the embed token was forced; such a reply serves as well here.
+        rollout = dataclasses.replace(rollout, valid=np.ones_like(rollout.valid))
+        vectors = reembedded(reasoned, last_state, texts, rollout, config.text.max_query_tokens).reshape(Q, G, -1)
+        positives = [{collection.row_of[doc_id]: grade for doc_id, grade in collection.queries[i].positives.items()} for i in chosen]
+        valid = np.ones((Q, G), bool)
+
+        def score(index: ExactIndex, refresh_budget: int, at: Any = (positives, vectors, valid)) -> StepResult:
+            return Environment(index, current.take, refresh_budget=refresh_budget, **options).score(last, *at)
+
+        truth = score(current, 0).rewards
+        for name, allowed in (("index alone", 0), ("overlay", budget)):
+            result = score(stale, allowed)
+            lines[name].append(agreement(result.rewards, truth) | {"reencoded_share": result.stats["reencoded_share"]})
+        print(batch, {name: round(of[-1]["tau"], 3) for name, of in lines.items()}, flush=True)
+    rows = probe_rows(len(ids), 1000)
+    drift = measure_drift(stale.take(rows), current.take(rows))
+    means = {name: {key: round(float(np.nanmean([line[key] for line in of])), 4) for key in of[0]} for name, of in lines.items()}
+    return {"steps": last, "batches": batches, "drift_cosine": drift.cosine, "drift_overlap": drift.overlap, **means}
+
+
 def report(done: int, total: int, values: dict[str, float]) -> None:
     told = {name: round(values[name], 3) for name in ("loss", "reward", "valid_rate", "reencoded_share", "seconds") if name in values}
     print(f"step {done} of {total}", told, flush=True)
@@ -304,7 +359,7 @@ def planted_means(results: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("planted", "real", "picture"))
+    parser.add_argument("what", choices=("planted", "real", "varied", "picture"))
     parser.add_argument("--out", type=Path)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--model", default="smollm2")
@@ -323,6 +378,9 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     if options.what == "planted":
         result["planted"] = planted(options.out, options.seeds, options.settings)
+    elif options.what == "varied":
+        result["varied"] = varied(options.out)
+        print(result["varied"])
     else:
         if options.data is None:
             parser.error("--data: missing; name a data set with 2,000 documents or more")
