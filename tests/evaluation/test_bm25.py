@@ -79,7 +79,7 @@ def test_agrees_with_a_naive_bm25(identifiers: bool, k1: float, b: float) -> Non
     expected_qd = naive_bm25(made, split_identifiers if identifiers else stemmed_words, k1, b)
     assert list(run) == [query.query_id for query in made.queries]
     for scores, expected_d in zip(run.values(), expected_qd, strict=True):
-        expected = {made.documents[row].doc_id: expected_d[row] for row in np.flatnonzero(expected_d)}
+        expected = {made.documents[int(row)].doc_id: expected_d[row] for row in np.flatnonzero(expected_d)}
         assert scores == pytest.approx(expected, rel=1e-5)
     assert run["q3"] == {}
 
