@@ -18,7 +18,7 @@ from search_r3_jax.commands.models import Embed, Export
 from search_r3_jax.commands.training import Indexer, Quickstart, Rl, Sft
 from search_r3_jax.config import RunConfig
 from search_r3_jax.configs import load_config
-from search_r3_jax.errors import UserError
+from search_r3_jax.errors import StoppedError, UserError
 from search_r3_jax.quiet import quiet
 
 INTERRUPTED = 130
@@ -40,7 +40,7 @@ Command = (
 
 
 def main() -> None:
-    """Parse the command line and run one subcommand; exit status 2 for a user's mistake, 130 when interrupted."""
+    """Parse the command line and run one subcommand; exit status 2 for a user's mistake, 130 when interrupted before training began."""
     quiet()
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -51,6 +51,8 @@ def main() -> None:
             raise
         print(f"search-r3: {error}", file=sys.stderr)
         sys.exit(2)
+    except StoppedError as stopped:
+        print(f"search-r3: {stopped}")
     except KeyboardInterrupt:
         print("search-r3: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.stderr.flush()

@@ -181,6 +181,7 @@ class SftConfig:
         eval_every: steps from one evaluation on the development queries to the next; 0 never looks.
         save_every: steps from one checkpoint to the next; there is one after every evaluation too.
         keep: so many of the newest checkpoints stay, and the best.
+        keep_every: checkpoints of multiples of so many steps stay too; 0 keeps none for that.
         max_skipped: steps with a loss or gradient that is not finite are skipped; so many in a row end the run.
     """
 
@@ -204,6 +205,7 @@ class SftConfig:
     eval_every: int = 0
     save_every: int = 100
     keep: int = 2
+    keep_every: int = 0
     max_skipped: int = 10
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
@@ -255,6 +257,7 @@ class RlConfig:
         eval_every: steps from one evaluation on the development queries, direct and reasoned, to the next; 0 never looks.
         snapshot_every: steps from one checkpoint, which the indexer makes an index of, to the next; evaluations make one too.
         keep: so many of the newest checkpoints stay, and the best.
+        keep_every: checkpoints of multiples of so many steps stay too; 0 keeps none for that.
         sample_every: every so many rollouts one is written to `samples.jsonl`.
         max_skipped: updates with a loss or gradient that is not finite are skipped; so many in a row end the run.
         collapse_steps: a valid rate below `collapse_valid`, or an entropy (nats a token) below `collapse_entropy`, for so many steps in a
@@ -287,6 +290,7 @@ class RlConfig:
     eval_every: int = 0
     snapshot_every: int = 50
     keep: int = 3
+    keep_every: int = 0
     sample_every: int = 16
     max_skipped: int = 10
     collapse_steps: int = 20

@@ -66,8 +66,9 @@ class Bar:
 class Stages:
     """Numbered stages on standard output, each with the time it took."""
 
-    def __init__(self, count: int):
-        self.console = Console(highlight=False, soft_wrap=True)
+    def __init__(self, count: int, *, silent: bool = False):
+        """`silent` shows nothing: of several processes one speaks."""
+        self.console = Console(highlight=False, soft_wrap=True, quiet=silent)
         self.seconds: dict[str, float] = {}
         self._count, self._number = count, 0
 

@@ -1,12 +1,13 @@
-"""Atomic writes of files, and texts read line by line. Imports no jax."""
+"""Atomic writes of files, locks, and texts read line by line. Imports no jax."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -36,6 +37,33 @@ def write_array(path: Path, array: np.ndarray) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror or error}); make room or choose another --out") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def hold_lock(file: Path) -> TextIO | None:
+    """An opened file that only one process holds, until it is closed or the process ends, however that goes; None while another does."""
+    lock = file.open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        return None
+    return lock
+
+
+def append_line(file: Path, line: str, *, durable: bool = False) -> None:
+    """Append one line; with `durable` it is on the disk when this returns, whatever happens to the machine."""
+    with file.open("a", encoding="utf-8") as opened:
+        opened.write(line + "\n")
+        if durable:
+            opened.flush()
+            os.fsync(opened.fileno())
+
+
+def complete_lines(file: Path) -> list[str]:
+    """The lines of a file that only grows, without a last one that was cut off; [] where there is no file."""
+    if not file.is_file():
+        return []
+    return file.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
 
 
 def check_output(flag: str, path: Path | None) -> None:

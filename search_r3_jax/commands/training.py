@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
+from search_r3_jax.cluster import Cluster
 from search_r3_jax.config import RunConfig
 
 
@@ -38,23 +39,33 @@ class Sft:
     Attributes:
         config: an experiment; the settings below show its values and change them.
         run_folder: folder of the run; made where it is missing.
+        allow_config_change: go on with a run whose config has changed in what it computes.
         debug: show the traceback of an error.
     """
 
     config: str
     run_folder: Annotated[Path, tyro.conf.arg(name="run")]
     settings: Annotated[RunConfig, tyro.conf.arg(name="")]
+    cluster: Cluster = field(default_factory=Cluster)
+    allow_config_change: bool = False
     debug: bool = False
 
     def run(self) -> None:
+        from search_r3_jax.distributed import in_cluster
+
+        with in_cluster(self.cluster):
+            self._train()
+
+    def _train(self) -> None:
         from search_r3_jax.console import Stages
         from search_r3_jax.data.development import load_training_sets
+        from search_r3_jax.distributed import is_first
         from search_r3_jax.hub.checkpoint import load_model, with_lora
         from search_r3_jax.hub.snapshots import latest_snapshot
         from search_r3_jax.mesh import mesh_from_config
         from search_r3_jax.training.sft import train_sft
 
-        config, console = _absolute(self.settings), Stages(1)
+        config, console = _absolute(self.settings), Stages(1, silent=not is_first())
         sets = load_training_sets(config.data)
         for each in sets:
             dev = f"; {len(each.dev.queries)} of {each.dev.split} over {len(each.dev.documents)} to watch" if each.dev else ""
@@ -74,7 +85,8 @@ class Sft:
                 rate = f"{values['tokens_per_second']:,.0f} tokens/s, MFU {values['mfu']:.0%}"
                 bar.to(done, f"loss {values['loss']:.3f}, in-batch accuracy {values['in_batch_accuracy']:.0%}, {rate}", total)
 
-            train_sft(config, self.run_folder, sets, with_lora(model, config.lora, seed=config.seed), on_step, say=console.say)
+            model = with_lora(model, config.lora, seed=config.seed)
+            train_sft(config, self.run_folder, sets, model, on_step, say=console.say, allow_change=self.allow_config_change)
         console.say(f"{self.run_folder}: done; search-r3 export --run {self.run_folder} --out FOLDER writes the model")
 
 
@@ -85,12 +97,16 @@ class Rl:
     Attributes:
         config: an experiment; the settings below show its values and change them. --model is what it starts from: a run of stage 1.
         run_folder: folder of the run; made where it is missing.
+        replay: a run whose record of index versions this run repeats: with the same settings, the same losses to the last bit.
+        allow_config_change: go on with a run whose config has changed in what it computes, or whose index is gone.
         debug: show the traceback of an error.
     """
 
     config: str
     run_folder: Annotated[Path, tyro.conf.arg(name="run")]
     settings: Annotated[RunConfig, tyro.conf.arg(name="")]
+    replay: Path | None = None
+    allow_config_change: bool = False
     debug: bool = False
 
     def run(self) -> None:
@@ -126,8 +142,17 @@ class Rl:
                 told = f"reward {values['reward']:.3f}, valid {values['valid_rate']:.0%}, entropy {values['entropy']:.2f}"
                 bar.to(done, f"{told}, {values['rollout_tokens_per_second']:,.0f} tokens/s written", max(done, total))
 
-            model = with_lora(model, config.lora, seed=config.seed)
-            train_rl(config, self.run_folder, data, model, on_step, say=console.say, extra=extra)
+            train_rl(
+                config,
+                self.run_folder,
+                data,
+                with_lora(model, config.lora, seed=config.seed),
+                on_step,
+                say=console.say,
+                extra=extra,
+                allow_change=self.allow_config_change,
+                replay=None if self.replay is None else self.replay.resolve(),
+            )
         console.say(f"{self.run_folder}: done; search-r3 export --run {self.run_folder} --out FOLDER writes the model")
 
 

@@ -1,9 +1,9 @@
-"""Orbax checkpoints of a run: written by a trainer, read by the indexer and by everything that takes a run as a model."""
+"""Orbax checkpoints of a run, as the indexer reads them, and everything that takes a run as a model."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from flax import nnx
 from search_r3_jax.config import RunConfig, Step, config_from_dict
 from search_r3_jax.errors import UserError
 from search_r3_jax.files import write_text
+from search_r3_jax.hub.seals import find_damage
 
 PARAMS, OPTIMIZER, META = "params", "optimizer", "meta"
 SCORE = "score"
@@ -25,79 +26,14 @@ def checkpoint_folder(run: Path) -> Path:
     return (run / "checkpoints").absolute()
 
 
-class SnapshotWriter:
-    """Saves steps asynchronously and keeps the newest `keep`, the best and what is pinned.
-
-    An error of a background save is raised by the next call.
-    """
-
-    def __init__(self, run: Path, *, keep: int = 3):
-        self._scores = _scores(run)
-        policy = _Needed(run, keep, self._scores)
-        options = ocp.CheckpointManagerOptions(preservation_policy=policy, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(checkpoint_folder(run), options=options)
-
-    def latest(self) -> int | None:
-        """The newest committed step."""
-        return self._manager.latest_step()
-
-    def save(self, step: int, params: nnx.State, optimizer: Any, meta: dict[str, Any], *, score: float | None = None) -> None:
-        """Begin to save one step: trainable parameters, optimiser state, what else decides the next step; the highest score is the best."""
-        self._manager.check_for_errors()
-        if score is not None:
-            self._scores[step] = score
-        items = {
-            PARAMS: ocp.args.StandardSave(nnx.to_pure_dict(params)),
-            OPTIMIZER: ocp.args.StandardSave(optimizer),
-            META: ocp.args.JsonSave({**meta, SCORE: score}),
-        }
-        self._manager.save(step, args=ocp.args.Composite(**items))
-
-    def restore(self, step: int, params: nnx.State, optimizer: Any) -> tuple[nnx.State, Any, dict[str, Any]]:
-        """`(params, optimizer, meta)` of a step, shaped like the ones given."""
-        targets = {
-            PARAMS: ocp.args.StandardRestore(_abstract(nnx.to_pure_dict(params))),
-            OPTIMIZER: ocp.args.StandardRestore(_abstract(optimizer)),
-            META: ocp.args.JsonRestore(),
-        }
-        found = self._manager.restore(step, args=ocp.args.Composite(**targets))
-        return _filled(params, found[PARAMS]), found[OPTIMIZER], found[META]
-
-    def wait(self) -> None:
-        """Until every save has been committed; raises what went wrong in the background."""
-        self._manager.wait_until_finished()
-        self._manager.check_for_errors()
-
-    def close(self) -> None:
-        """Wait for the saves and release the manager."""
-        self.wait()
-        self._manager.close()
-
-
-class _Needed:
-    """Which checkpoints Orbax keeps: `keep` of the newest, the best, and those being read.
-
-    Its own policies forget the scores when a run is opened again.
-    """
-
-    def __init__(self, run: Path, keep: int, scores: dict[int, float]):
-        self._run, self._keep, self._scores = run, keep, scores
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        steps = sorted(info.step for info in checkpoints)
-        best = _best({step: score for step, score in self._scores.items() if step in steps})
-        kept = {*steps[-self._keep :], best, *pinned_snapshots(self._run)}
-        return [info.step in kept for info in checkpoints]
-
-
-def pin_snapshot(run: Path, reader: str, step: int | None) -> None:
-    """Keep a step from being deleted while `reader` needs it, in place of the one it named before; None lets go of that."""
+def pin_snapshots(run: Path, reader: str, steps: Collection[int]) -> None:
+    """Keep steps from being deleted while `reader` needs them, in place of those it named before; none lets go of all."""
     file = run / "pins" / reader
-    if step is None:
+    if not steps:
         file.unlink(missing_ok=True)
         return
     file.parent.mkdir(exist_ok=True)
-    write_text(file, f"{step}\n")
+    write_text(file, " ".join(str(step) for step in sorted(steps)) + "\n")
 
 
 def pinned_snapshots(run: Path) -> list[int]:
@@ -105,14 +41,14 @@ def pinned_snapshots(run: Path) -> list[int]:
     steps = []
     for file in (run / "pins").glob("[!.]*"):
         try:
-            steps.append(int(file.read_text(encoding="utf-8")))
+            steps += [int(step) for step in file.read_text(encoding="utf-8").split()]
         except (FileNotFoundError, ValueError):
             # A reader has just let go.
             continue
     return steps
 
 
-def _scores(run: Path) -> dict[int, float]:
+def snapshot_scores(run: Path) -> dict[int, float]:
     """The scores of the committed steps that have one."""
     folder = checkpoint_folder(run)
     # Orbax publishes a step by renaming its temporary directory to the bare number.
@@ -121,23 +57,28 @@ def _scores(run: Path) -> dict[int, float]:
     return {step: score for step, score in scores.items() if score is not None}
 
 
-def _best(scores: dict[int, float]) -> int | None:
+def best_of(scores: dict[int, float]) -> int | None:
+    """The step with the highest score, the newest of equals."""
     return max(scores, key=lambda step: (scores[step], step), default=None)
 
 
-def latest_snapshot(run: Path) -> int | None:
-    """The newest committed step of a run, or None; sees what another process has committed by now."""
+def snapshot_steps(run: Path) -> list[int]:
+    """The committed steps of a run, ascending; sees what another process has committed by now."""
     folder = checkpoint_folder(run)
     if not folder.is_dir():
-        return None
+        return []
     # Orbax publishes a step by renaming its temporary directory to the bare number.
-    steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
-    return max(steps, default=None)
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+
+
+def latest_snapshot(run: Path) -> int | None:
+    """The newest committed step of a run, or None."""
+    return max(snapshot_steps(run), default=None)
 
 
 def best_snapshot(run: Path) -> int | None:
     """The committed step with the highest score, the newest of equals; None where no step has one."""
-    return _best(_scores(run))
+    return best_of(snapshot_scores(run))
 
 
 def chosen_snapshot(run: Path, step: Step) -> int:
@@ -153,12 +94,16 @@ def chosen_snapshot(run: Path, step: Step) -> int:
 
 
 def read_snapshot(run: Path, step: int, params: nnx.State) -> nnx.State:
-    """The trainable parameters of one step, shaped like `params`; raises UserError when the step is not there."""
-    folder = checkpoint_folder(run) / str(step) / PARAMS
+    """The trainable parameters of one step, shaped like `params`; raises UserError when the step is not there, or damaged."""
+    folder = checkpoint_folder(run) / str(step)
     if not folder.is_dir():
         raise UserError(f"{checkpoint_folder(run)}: step {step}: no such checkpoint; the newest is {latest_snapshot(run)}")
+    damage = find_damage(folder, PARAMS)
+    if damage:
+        others = ", ".join(str(other) for other in snapshot_steps(run) if other != step)
+        raise UserError(f"{folder}: is damaged: {damage}; choose another step{f' ({others})' if others else ''}")
     with ocp.StandardCheckpointer() as checkpointer:
-        return _filled(params, checkpointer.restore(folder, _abstract(nnx.to_pure_dict(params))))
+        return filled(params, checkpointer.restore(folder / PARAMS, abstract(nnx.to_pure_dict(params))))
 
 
 def read_run(path: Path) -> tuple[RunConfig, dict[str, Any]]:
@@ -182,11 +127,13 @@ def start_step_of(record: dict[str, Any]) -> int | None:
     return record.get("start_step")
 
 
-def _abstract(tree: Any) -> Any:
+def abstract(tree: Any) -> Any:
+    """Shapes, dtypes and places of arrays: what to restore, and where to."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=getattr(x, "sharding", None)), tree)
 
 
-def _filled(params: nnx.State, pure: Any) -> nnx.State:
+def filled(params: nnx.State, pure: Any) -> nnx.State:
+    """A state of the structure of `params` with the arrays of a pure dictionary."""
     filled = jax.tree.map(lambda x: x, params)
     nnx.replace_by_pure_dict(filled, pure)
     return filled

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 
 from search_r3_jax.config import IndexConfig
+from search_r3_jax.errors import UserError
 from search_r3_jax.retrieval import storage
-from search_r3_jax.retrieval.heartbeat import Beat
 from search_r3_jax.retrieval.index import Index
 from search_r3_jax.retrieval.indexer import index_folder
 from search_r3_jax.retrieval.refusals import refuse_version
 from search_r3_jax.retrieval.supervisor import IndexerProcess
 from search_r3_jax.retrieval.version_files import MANIFEST
-from search_r3_jax.retrieval.versions import IndexVersionError, current_version, open_version, pin_versions, read_version
+from search_r3_jax.retrieval.versions import IndexVersionError, current_version, list_versions, open_version, pin_versions, read_version
 
 POLL_SECONDS = 0.5
 NONE = -1
@@ -41,10 +42,18 @@ class IndexFollower:
         say: Callable[[str], object],
         settings: IndexConfig | None = None,
         command: Sequence[str] | None = None,
+        needed: Callable[[], Collection[int]] = tuple,
+        replayed: epath.Path | None = None,
     ):
-        """`command` is what to start in place of `search-r3 indexer`."""
+        """`command` is what to start in place of `search-r3 indexer`.
+
+        `needed` are versions that must not be pruned beside those in use; `replayed` is another run's index, where versions that a record
+        names are looked for first.
+        """
         self._settings = settings or IndexConfig()
         self._root = index_folder(run, self._settings.folder)
+        self._roots = [*([] if replayed is None else [replayed]), self._root]
+        self._needed = needed
         self._corpus_hash, self._embed_id, self._say = corpus_hash, embed_id, say
         self._first = jax.process_index() == 0
         self._process = IndexerProcess(
@@ -73,16 +82,17 @@ class IndexFollower:
         self._process.check()
         self._tell()
 
-    def newer_than(self, version: int) -> Index | None:
+    def newer_than(self, version: int, *, at_most: int) -> Index | None:
         """An index from a later step than `version`, open and checked on all processes; None where there is none yet. Never waits.
 
-        Every process calls it at the same step, with the same version.
+        One of a later step than `at_most` is left for later: a run that went back to an earlier checkpoint will come to it again. Every
+        process calls it at the same step, with the same versions.
         """
         self._tell()
         # Process 0 proposes one version until all have it open, or one of them cannot.
         with self._lock:
             if self._proposed not in self._open:
-                self._proposed = max(self._open, default=NONE)
+                self._proposed = max((step for step in self._open if step <= at_most), default=NONE)
         chosen = self._proposed_by_first()
         if chosen <= version:
             return None
@@ -105,26 +115,55 @@ class IndexFollower:
         self._process.succeeded()
         return index
 
-    def wait_for_newer(self, version: int, on_wait: Callable[[Beat], object] | None = None) -> Index:
-        """Block until there is an index from a later step than `version`; `on_wait` hears what the indexer does.
+    def wait_for_newer(self, version: int, *, at_most: int, on_wait: Callable[[], object] = lambda: None) -> Index:
+        """Block until there is an index as `newer_than` gives; `on_wait` is called again and again, and may raise.
 
         Raises UserError when there will be none: the indexer keeps ending, or refuses its snapshot.
         """
         while True:
-            index = self.newer_than(version)
+            index = self.newer_than(version, at_most=at_most)
             if index is not None:
                 return index
-            self.check()
-            if self._first:
-                self._process.check_hope()
-            beat = self._process.progress()
-            if on_wait is not None and beat is not None:
-                on_wait(beat)
-            time.sleep(0.1)
+            self._wait(on_wait)
+
+    def is_there(self, version: int, *, own: bool = False) -> bool:
+        """Whether a version is published, here or, without `own`, where the replayed run has its index."""
+        return any(version in list_versions(root) for root in ([self._root] if own else self._roots))
+
+    def wait_for(self, version: int, *, on_wait: Callable[[], object] = lambda: None) -> None:
+        """Block until a version is published; raises as `wait_for_newer`."""
+        while not self.is_there(version):
+            self._wait(on_wait)
+
+    def recorded(self, version: int) -> Index:
+        """A version that the record names, open and checked; raises UserError where there is none."""
+        with self._lock:
+            index = self._open.pop(version, None)
+            if index is not None:
+                self._in_use = version
+                return index
+        self._pin(version)
+        problem = "it is not there"
+        for root in self._roots:
+            if version not in list_versions(root):
+                continue
+            try:
+                index = open_version(root, version, expect_corpus_hash=self._corpus_hash, expect_embed_token_id=self._embed_id)
+            except IndexVersionError as error:
+                problem = str(error)
+                continue
+            with self._lock:
+                self._in_use = version
+            return index
+        raise UserError(
+            f"{self._root}: v{version}: the run's record names this index, but {problem}; put it back, or go on with "
+            "a new one, as another run: --allow-config-change"
+        )
 
     def measured(self, version: int) -> dict[str, float]:
         """What the manifest of a version says: step, recall@10 against exact search, seconds it took."""
-        manifest = read_version(self._root, version).manifest
+        root = next(root for root in self._roots if version in list_versions(root))
+        manifest = read_version(root, version).manifest
         return {
             "step": version,
             "recall@10": manifest["recall_at_10"],
@@ -132,12 +171,19 @@ class IndexFollower:
             "build_seconds": manifest["build_seconds"],
         }
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """End the indexer process, and look no more."""
         self._stopping.set()
         self._process.stop()
         if self._thread.is_alive():
             self._thread.join(timeout=5)
+
+    def _wait(self, on_wait: Callable[[], object]) -> None:
+        self.check()
+        if self._first:
+            self._process.check_hope()
+        on_wait()
+        time.sleep(0.1)
 
     def _watch(self) -> None:
         while not self._stopping.wait(POLL_SECONDS):
@@ -168,11 +214,8 @@ class IndexFollower:
         return newest
 
     def _try_open(self, step: int) -> None:
-        with self._lock:
-            used = {self._in_use, *self._open} - {NONE}
-        if self._first:
-            # Before it is opened: the indexer prunes whenever it has published.
-            pin_versions(self._root, {*used, step})
+        # Before it is opened: the indexer prunes whenever it has published.
+        self._pin(step)
         text = self._manifest_text(step)
         try:
             index = open_version(self._root, step, expect_corpus_hash=self._corpus_hash, expect_embed_token_id=self._embed_id)
@@ -189,6 +232,12 @@ class IndexFollower:
         index.search(index.take(np.zeros(1, np.int32)), 1)
         with self._lock:
             self._open[step] = index
+
+    def _pin(self, *opening: int) -> None:
+        if self._first:
+            with self._lock:
+                used = {self._in_use, *self._open} - {NONE}
+                pin_versions(self._root, {*used, *opening, *self._needed()})
 
     def _manifest_text(self, step: int) -> str:
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import os
 import threading
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from search_r3_jax.errors import UserError
-from search_r3_jax.files import write_json
+from search_r3_jax.files import hold_lock, write_json
 
 HEARTBEAT, LOCK = "indexer.json", "indexer.lock"
 TICK_SECONDS = 5.0
@@ -102,13 +101,12 @@ def only_indexer(run: Path, process: int = 0) -> Iterator[None]:
     The system frees it however its holder ends.
     """
     file = run / _of_process(LOCK, process)
-    with file.open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            beat = read_beat(run)
-            holder = f" (process {beat.pid})" if beat else ""
-            raise UserError(f"{file}: another indexer follows this run{holder}; stop it first, or leave the run to it") from None
+    lock = hold_lock(file)
+    if lock is None:
+        beat = read_beat(run)
+        holder = f" (process {beat.pid})" if beat else ""
+        raise UserError(f"{file}: another indexer follows this run{holder}; stop it first, or leave the run to it")
+    with lock:
         yield
 
 

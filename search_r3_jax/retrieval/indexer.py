@@ -25,7 +25,7 @@ from search_r3_jax.data.development import for_stage_2, load_training_sets
 from search_r3_jax.errors import UserError
 from search_r3_jax.files import write_text
 from search_r3_jax.hub.checkpoint import load_model, with_lora
-from search_r3_jax.hub.snapshots import checkpoint_folder, latest_snapshot, pin_snapshot, read_run, read_snapshot, start_of, start_step_of
+from search_r3_jax.hub.snapshots import checkpoint_folder, latest_snapshot, pin_snapshots, read_run, read_snapshot, start_of, start_step_of
 from search_r3_jax.mesh import mesh_from_config
 from search_r3_jax.models.lora import merge_lora, trainable_filter
 from search_r3_jax.retrieval.corpus import RECORD, SHARD_DOCUMENTS, WAIT_SECONDS, encode_corpus
@@ -112,7 +112,7 @@ class IndexWorker:
         self._encoded = 0
         self._remade: Counter[int] = Counter()
         self._pin = f"{PIN}-{process}" if process else PIN
-        pin_snapshot(run, self._pin, None)
+        pin_snapshots(run, self._pin, [])
         if process == 0:
             self._check_current()
 
@@ -242,7 +242,10 @@ class IndexWorker:
 
     def _read(self, step: int) -> nnx.State:
         """The trainable parameters of a snapshot, which is not deleted meanwhile; raises SnapshotGoneError where it was before."""
-        pin_snapshot(self._run, self._pin, step)
+        # Scores by an index and its snapshot need that until the trainer, which will pin it, has taken the index in.
+        published = self._current() if self._config.index.scoring == "consistent_stale" else None
+        kept = [] if self._config.index.scoring != "consistent_stale" else [step] if published is None else [step, published]
+        pin_snapshots(self._run, self._pin, kept or [step])
         try:
             return read_snapshot(self._run, step, nnx.state(self._model.decoder, trainable_filter(self._model.decoder)))
         except Exception as error:
@@ -251,7 +254,7 @@ class IndexWorker:
                 raise
             raise SnapshotGoneError(f"snapshot {step} was deleted while it was read ({type(error).__name__})") from error
         finally:
-            pin_snapshot(self._run, self._pin, None)
+            pin_snapshots(self._run, self._pin, kept)
 
     def _announce(self, step: int) -> None:
         """Say which snapshot is being encoded, and remove the vectors of others: they are of no use any more."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +11,18 @@ from flax import nnx
 
 from search_r3_jax.config import IndexConfig
 from search_r3_jax.errors import UserError
-from search_r3_jax.hub.snapshots import pin_snapshot, read_snapshot
+from search_r3_jax.hub.snapshots import pin_snapshots, read_snapshot, snapshot_steps
 from search_r3_jax.retrieval.drift import measure_drift, probe_rows
 from search_r3_jax.retrieval.environment import EncodeDocuments, Environment
 from search_r3_jax.retrieval.follower import IndexFollower
 from search_r3_jax.retrieval.index import Index
+from search_r3_jax.retrieval.schedule import IndexSchedule
 from search_r3_jax.rollout.encoder import ReasonedEncoder
 from search_r3_jax.rollout.sampler import Rollout
 
 Say = Callable[[str], object]
 PIN = "trainer"
+PROBE = "drift_probe"
 
 
 class MovingIndex:
@@ -34,37 +36,65 @@ class MovingIndex:
         environment: Environment,
         encode_documents: EncodeDocuments,
         *,
+        schedule: IndexSchedule,
+        needed: Callable[[], set[int]],
         swaps: list[list[int]],
         index_versions: list[dict[str, float]],
         say: Say,
+        on_wait: Callable[[int], object] = lambda step: None,
     ):
-        """`swaps` and `index_versions` are the run's record, which is added to."""
+        """Steps that `schedule` has are given the index it names; the others the newest there is, which it then has too.
+
+        `needed` are the versions that steps may be taken with again; `swaps` and `index_versions` are the run's statistics, which are added
+        to; `on_wait` hears, again and again, at which step training waits, and may raise.
+        """
         self._config, self._run, self._follower, self._say = config, run, follower, say
         self._environment, self._encode = environment, encode_documents
+        self._schedule, self._needed, self._on_wait = schedule, needed, on_wait
         self._swaps, self._index_versions = swaps, index_versions
         self._rows = probe_rows(environment.index.shape[0], config.drift_documents) if config.drift_every else np.zeros(0, np.int32)
         self._probe: np.ndarray | None = None
         self._snapshot: tuple[int, nnx.State] | None = None
         self._warned_of = -1
         self._began, self._stalled = time.perf_counter(), 0.0
+        # What a record names and no index has, or no snapshot of this run: it comes to the same parameters and makes it itself.
+        own = config.scoring == "consistent_stale"
+        self._to_make = {version for version in schedule.versions_from(0) if not follower.is_there(version, own=own)}
         self._note(environment.index)
 
     def before_step(self, step: int, save: Callable[[], object]) -> dict[str, float]:
-        """Take in a newer index, if there is one; do what is to be done of one that is too old; returns the seconds that took.
+        """Take in the index that is this step's; returns the seconds that took.
 
-        `save` commits a snapshot of this step, for the indexer. Raises UserError where an old index is to stop the run, or waiting for
-        another would be in vain.
+        `save` commits a snapshot of this step, for the indexer. Raises UserError where an old index is to stop the run, waiting for
+        another would be in vain, or the record names one that is gone.
         """
         started = time.perf_counter()
-        newer = self._follower.newer_than(self._environment.index.version)
-        if newer is not None:
-            self._swap(step, newer)
-        swapped = time.perf_counter()
-        self._mind_age(step, save)
-        waited = time.perf_counter()
-        self._stalled += waited - started
-        share = self._stalled / max(waited - self._began, 1e-9)
-        return {"swap_seconds": swapped - started, "index_wait_seconds": waited - swapped, "index_stall_share": share}
+        if step in self._to_make:
+            save()
+            self._pin(step)
+            self._follower.wait_for(step, on_wait=lambda: self._on_wait(step))
+        recorded, in_use = self._schedule.version_at(step), self._environment.index.version
+        chosen, waited = None, 0.0
+        if recorded is None:
+            chosen, waited = self._newest(step, save)
+            # On the disk before it has any effect.
+            self._schedule.record(step, in_use if chosen is None else chosen.version)
+        elif recorded != in_use:
+            chosen = self._follower.recorded(recorded)
+        if chosen is not None:
+            self._swap(step, chosen)
+        took = time.perf_counter() - started
+        self._stalled += took
+        share = self._stalled / max(time.perf_counter() - self._began, 1e-9)
+        return {"swap_seconds": took - waited, "index_wait_seconds": waited, "index_stall_share": share}
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Arrays for a checkpoint: what drift is counted from."""
+        return {} if self._probe is None else {PROBE: self._probe}
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take up what `state` gave."""
+        self._probe = state.get(PROBE)
 
     def drifted(self, step: int) -> tuple[bool, dict[str, float]]:
         """Whether the corpus has moved so far since the last snapshot that another is due, and how far."""
@@ -89,24 +119,29 @@ class MovingIndex:
             self._snapshot = version, read_snapshot(self._run, version, like)
         return self._snapshot[1]
 
-    def _mind_age(self, step: int, save: Callable[[], object]) -> None:
-        config, index = self._config, self._environment.index
-        age = step - index.version
-        if not config.max_age or age <= config.max_age:
-            return
-        told = f"step {step}: the index is {age} steps old, more than index.max_age {config.max_age}"
+    def _newest(self, step: int, save: Callable[[], object]) -> tuple[Index | None, float]:
+        """A newer index than the one in use, if there is one, and the seconds waited for it; minds how old the newest is."""
+        config, in_use = self._config, self._environment.index.version
+        newer = self._follower.newer_than(in_use, at_most=step)
+        version = in_use if newer is None else newer.version
+        if not config.max_age or step - version <= config.max_age:
+            return newer, 0.0
+        told = f"step {step}: the index is {step - version} steps old, more than index.max_age {config.max_age}"
         if config.when_old == "stop":
             save()
             raise UserError(f"{told}; a checkpoint was saved; give the indexer more room, or let it wait (index.when_old)")
         if config.when_old == "warn":
-            if self._warned_of != index.version:
-                self._warned_of = index.version
+            if self._warned_of != version:
+                self._warned_of = version
                 self._say(f"warning: {told}")
-            return
+            return newer, 0.0
         self._say(f"{told}; waiting for a newer one")
+        started = time.perf_counter()
         save()
-        while step - self._environment.index.version > config.max_age:
-            self._swap(step, self._follower.wait_for_newer(self._environment.index.version))
+        while newer is None or step - newer.version > config.max_age:
+            version = in_use if newer is None else newer.version
+            newer = self._follower.wait_for_newer(version, at_most=step, on_wait=lambda: self._on_wait(step))
+        return newer, time.perf_counter() - started
 
     def _swap(self, step: int, index: Index) -> None:
         self._environment.swap(index)
@@ -115,10 +150,21 @@ class MovingIndex:
         self._say(f"step {step}: the index built from step {index.version} is in use")
 
     def _note(self, index: Index) -> None:
-        if self._config.scoring == "consistent_stale":
-            pin_snapshot(self._run, PIN, index.version)
+        self._pin(index.version)
         if index.version not in [version["step"] for version in self._index_versions]:
             self._index_versions.append(self._follower.measured(index.version))
+
+    def _pin(self, version: int) -> None:
+        """Keep the snapshots that queries may have to be embedded with again."""
+        if self._config.scoring == "consistent_stale":
+            pin_snapshots(self._run, PIN, {*self._needed(), version})
+
+
+def versions_needed(run: Path, schedule: IndexSchedule, keep: int) -> set[int]:
+    """The index versions a run may need again: those since the oldest of the `keep` newest checkpoints, and those in use at the others."""
+    steps = snapshot_steps(run)
+    in_use = {schedule.version_at(max(step - 1, 0)) for step in steps}
+    return schedule.versions_from(min(steps[-keep:], default=0)) | {version for version in in_use if version is not None}
 
 
 def reembedded(encoder: ReasonedEncoder, state: nnx.State, texts: Sequence[str], rollout: Rollout, max_tokens: int) -> np.ndarray:

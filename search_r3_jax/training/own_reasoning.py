@@ -37,11 +37,13 @@ def with_own_reasoning(
     prompter = Prompter(model.tokenizer)
     graph, state = nnx.split(model.decoder)
     sampler = Sampler(graph, prompter, max_think_tokens=config.text.max_thought_tokens, temperature=0.0)
-    todo = [(number, row) for number, row in missing if (number, collections[number].queries[row].query_id) not in thoughts]
     # Sorted by length, so that a pass holds prompts of one bucket.
-    todo.sort(key=lambda at: (len(collections[at[0]].queries[at[1]].text), at))
-    for start in range(0, len(todo), QUERIES_A_PASS):
-        chosen = todo[start : start + QUERIES_A_PASS]
+    missing.sort(key=lambda at: (len(collections[at[0]].queries[at[1]].text), at))
+    for start in range(0, len(missing), QUERIES_A_PASS):
+        chosen = missing[start : start + QUERIES_A_PASS]
+        # Always the same passes: who shares one must not depend on where an earlier attempt was interrupted.
+        if all((number, collections[number].queries[row].query_id) in thoughts for number, row in chosen):
+            continue
         filled = chosen + chosen[:1] * (QUERIES_A_PASS - len(chosen))
         texts = [collections[number].queries[row].text for number, row in filled]
         rollout = sampler.sample(state, texts, np.zeros((len(texts), 1), np.uint32), max_tokens=config.text.max_query_tokens)
@@ -49,7 +51,7 @@ def with_own_reasoning(
             thoughts[number, collections[number].queries[row].query_id] = thought
         lines = [{"set": number, "query_id": query_id, "reasoning": text} for (number, query_id), text in thoughts.items()]
         write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-        on_progress(start + len(chosen), len(todo))
+        on_progress(start + len(chosen), len(missing))
     return tuple(_with(collection, number, thoughts) for number, collection in enumerate(collections))
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,26 +21,36 @@ from search_r3_jax.data.development import TrainingSet
 from search_r3_jax.data.mixture import shuffled
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub.checkpoint import LoadedModel
-from search_r3_jax.hub.snapshots import SnapshotWriter
+from search_r3_jax.hub.snapshot_writer import SnapshotWriter, newest_sound_snapshot
+from search_r3_jax.hub.snapshots import read_run
 from search_r3_jax.models.lora import trainable_filter
 from search_r3_jax.objectives.policy_gradient import group_advantages
-from search_r3_jax.retrieval.environment import EncodeDocuments, Environment
 from search_r3_jax.retrieval.follower import IndexFollower
-from search_r3_jax.retrieval.index import Index
-from search_r3_jax.retrieval.rewards import RewardSettings, check_rewards
+from search_r3_jax.retrieval.indexer import index_folder
 from search_r3_jax.rollout.encoder import Encoder, ReasonedEncoder
-from search_r3_jax.rollout.sampler import Sampler, rollout_seeds
+from search_r3_jax.rollout.sampler import rollout_seeds
 from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training.development import Development
 from search_r3_jax.training.monitor import CollapseGuard
-from search_r3_jax.training.moving_index import MovingIndex, reembedded
+from search_r3_jax.training.moving_index import MovingIndex, reembedded, versions_needed
 from search_r3_jax.training.optimizer import make_optimizer
 from search_r3_jax.training.rl_report import ConstantTerms, sample_records, step_scalars
+from search_r3_jax.training.rl_setup import (
+    check_settings,
+    first_index,
+    forget_later_indexes,
+    make_environment,
+    make_sampler,
+    schedule_of,
+)
 from search_r3_jax.training.rl_step import RlBatch, Scorer, make_batch, make_scorer, make_update, put_batch
-from search_r3_jax.training.run import Run
+from search_r3_jax.training.run import Run, data_version
 from search_r3_jax.training.state import TrainState, init_state, state_shardings
+from search_r3_jax.training.stopping import StopRequest
 
 BEST_BY = "dev_reason_ndcg@10"
+# The step of what is told of a run before its first.
+BEFORE = -1
 OnStep = Callable[[int, int, dict[str, float]], object]
 Say = Callable[[str], object]
 
@@ -72,16 +84,19 @@ def train_rl(
     *,
     say: Say,
     extra: dict[str, Any],
+    allow_change: bool = False,
+    replay: Path | None = None,
 ) -> RlResult:
-    """Run stage 2 to its last step, from the newest checkpoint where there is one.
+    """Run stage 2 to its last step, from the newest sound checkpoint where there is one.
 
     `model` holds the parameters that stage 1 left, which also are the reference; `extra` is what the indexer process has to know (data
-    set, start). `on_step(steps done, steps in all, scalars)`. Raises UserError for settings that cannot work, before the first step, and
-    when the replies collapse or too many updates in a row are not finite; the last checkpoint is kept.
+    set, start). `on_step(steps done, steps in all, scalars)`; `allow_change` as in `Run`; `replay` is a run whose record of index versions
+    a new run repeats. Raises UserError for settings that cannot work, before the first step, and when the replies collapse or too many
+    updates in a row are not finite, and StoppedError when it was asked to stop; the last checkpoint is kept.
     """
     # Act 1: what is needed.
     rl, collection = config.rl, data.train
-    _check(config, collection)
+    check_settings(config, collection)
     prompter = Prompter(model.tokenizer)
     graph, params, frozen = nnx.split(model.decoder, trainable_filter(model.decoder), ...)
     full_graph = nnx.split(model.decoder)[0]
@@ -90,7 +105,7 @@ def train_rl(
     donate = jax.default_backend() != "cpu"
     shardings = None if model.mesh is None else state_shardings(params, optimizer, model.mesh)
     state = init_state(params, optimizer, shardings, copy=donate)
-    sampler = _make_sampler(full_graph, prompter, rl)
+    sampler = make_sampler(full_graph, prompter, rl)
     encoder, reasoned_encoder = Encoder(full_graph, prompter), ReasonedEncoder(full_graph, prompter)
     score = make_scorer(graph, prompter, rl, shardings)
     update = make_update(graph, prompter, optimizer, rl, shardings, donate=donate)
@@ -111,48 +126,81 @@ def train_rl(
         raise UserError(f"model: {config.model}: its embeddings are not finite, nor would any reward be; start from another checkpoint")
 
     # Act 2: the run directory, the first snapshot, and the index made from it by the indexer process.
-    run = Run(folder, config, stage="rl", extra=extra)
+    extra = {**extra, "data_version": data_version(collection)} | ({} if replay is None else {"replay": str(replay)})
+    run = Run(folder, config, stage="rl", say=say, extra=extra, allow_change=allow_change)
     run.save_tokenizer(model.tokenizer)
-    snapshots = SnapshotWriter(folder, keep=rl.keep)
-    follower = IndexFollower(folder, collection.corpus_hash(), model.embed_id, say=say, settings=config.index)
-    meta: dict[str, Any] = {"stage": "rl", "seed": config.seed, "swaps": [], "index_versions": [], "reencoded": 0, "valid": []}
+    first = newest_sound_snapshot(folder, say)
+    schedule = schedule_of(folder, first or 0, replay=replay if first is None else None)
+    if run.changed:
+        forget_later_indexes(folder, config, schedule, first or 0)
+    snapshots = SnapshotWriter(folder, keep=rl.keep, keep_every=rl.keep_every)
+    needed = functools.partial(versions_needed, folder, schedule, rl.keep)
+    follower = IndexFollower(
+        folder,
+        collection.corpus_hash(),
+        model.embed_id,
+        say=say,
+        settings=config.index,
+        needed=needed,
+        replayed=None if replay is None else index_folder(replay, read_run(replay)[0].index.folder),
+    )
+    meta: dict[str, Any] = {"index_version": 0, "swaps": [], "index_versions": [], "reencoded": 0, "valid": []}
     meta |= {"skipped": 0, "skipped_in_a_row": 0, "guard": guard.state()}
-    try:
-        first = snapshots.latest() or 0
+    with StopRequest(say) as request, closing(run), closing(snapshots), closing(follower):
+        arrays: Mapping[str, np.ndarray] = {}
         if first:
-            restored, optimizer_state, meta = snapshots.restore(first, state.params, state.optimizer)
-            state = TrainState(restored, optimizer_state, jnp.asarray(meta["skipped_in_a_row"], jnp.int32))
+            restored = snapshots.restore(first, state.params, state.optimizer)
+            meta, arrays = restored.meta, restored.arrays
+            in_a_row = jax.device_put(np.int32(meta["skipped_in_a_row"]), state.skipped.sharding)
+            state = TrainState(restored.params, restored.optimizer, in_a_row)
             guard.restore(meta["guard"])
             say(f"going on from step {first}")
-        elif snapshots.latest() is None:
+        run.start_at(BEFORE if first is None else first)
+        if first is None:
             scalars = _evaluate(development, current, 0, folder, run, say)
             snapshots.save(0, state.params, state.optimizer, meta, score=scalars.get(BEST_BY))
             snapshots.wait()
-        run.start_at(first)
+        step = first or 0
+
+        def stop_waiting(at: int) -> None:
+            request.stop_waiting(folder, at)
+
         follower.start()
-        environment = _make_environment(config, follower.wait_for_newer(-1), encode_documents)
+        anew = run.changed or (allow_change and not follower.is_there(meta["index_version"]))
+        index = first_index(follower, schedule, step, meta["index_version"], anew=anew, on_wait=lambda: stop_waiting(step))
+        environment = make_environment(config, index, encode_documents)
         moving = MovingIndex(
             config.index,
             folder,
             follower,
             environment,
             encode_documents,
+            schedule=schedule,
+            needed=needed,
             swaps=meta["swaps"],
             index_versions=meta["index_versions"],
             say=say,
+            on_wait=stop_waiting,
         )
+        if arrays and not anew:
+            environment.restore(arrays)
+            moving.restore(arrays)
+        else:
+            moving.snapshot_saved()
 
         def save(values: dict[str, float] | None = None) -> None:
-            snapshots.save(step, state.params, state.optimizer, meta, score=(values or {}).get(BEST_BY))
-            moving.snapshot_saved()
+            run.make_durable()
+            meta["index_version"] = environment.index.version
+            kept = environment.state() | moving.state()
+            snapshots.save(step, state.params, state.optimizer, meta, arrays=kept, score=(values or {}).get(BEST_BY))
 
         def save_for_index() -> None:
             if step != snapshots.latest():
+                moving.snapshot_saved()
                 save()
                 snapshots.wait()
 
         # Act 3: the loop. Swaps happen between steps only.
-        step = first
         while step < rl.steps or (len(meta["swaps"]) < rl.min_swaps and step < rl.steps + rl.max_extra_steps):
             started = time.perf_counter()
             current = nnx.merge_state(state.params, frozen)
@@ -230,17 +278,21 @@ def train_rl(
             run.log(step - 1, values)
             on_step(step, rl.steps, values)
             stop = _reason_to_stop(step - 1, values, meta, guard, rl)
-            if looked or stop or drifted or step % rl.snapshot_every == 0 or step == rl.steps:
+            asked = request.asked()
+            due = looked or drifted or step % rl.snapshot_every == 0 or step == rl.steps
+            if due:
+                moving.snapshot_saved()
+            if due or stop or asked:
                 save(values)
             if stop:
                 raise UserError(f"{stop} (checkpoints are in {folder})")
+            if asked and step < rl.steps:
+                snapshots.wait()
+                request.stop(folder, step)
+            snapshots.check()
             follower.check()
         if step > (snapshots.latest() or 0):
-            snapshots.save(step, state.params, state.optimizer, meta)
-    finally:
-        follower.stop()
-        snapshots.close()
-        run.close()
+            save()
     recent = meta["valid"][-max(1, len(meta["valid"]) // 4) :]
     return RlResult(
         params=state.params,
@@ -249,74 +301,6 @@ def train_rl(
         valid_rate=float(np.mean(recent)),
         reencoded_share=meta["reencoded"] / max(1, step) / len(collection.documents),
         index_versions=meta["index_versions"],
-    )
-
-
-def _check(config: RunConfig, collection: Collection) -> None:
-    """Raises UserError where the settings do not fit each other or the data."""
-    rl, index = config.rl, config.index
-    check_rewards(
-        documents=len(collection.documents), candidates=index.candidates, group_size=rl.group_size, scale_rewards=rl.scale_rewards
-    )
-    if rl.micro_queries < 0 or (rl.micro_queries and rl.global_queries % rl.micro_queries):
-        raise UserError(f"rl.micro_queries: {rl.micro_queries}: does not divide rl.global_queries {rl.global_queries}; 0 is all at once")
-    if rl.global_queries < 1 or rl.global_queries > len(collection.queries):
-        raise UserError(
-            f"rl.global_queries: {rl.global_queries}: there are {len(collection.queries)} queries to train on; give 1 to that many"
-        )
-    if rl.inner_epochs < 1:
-        raise UserError(f"rl.inner_epochs: {rl.inner_epochs}: a rollout is trained on at least once; give 1 or more")
-    if rl.sample_every < 1:
-        raise UserError(f"rl.sample_every: {rl.sample_every}: counts rollouts; give 1 or more")
-    if rl.variant == "dr_grpo" and rl.sampler.max_think_tokens < 1:
-        raise UserError("rl.sampler.max_think_tokens: 0: dr_grpo divides by the budget of a reply; give 1 or more")
-    for query in collection.queries:
-        if not query.text.strip():
-            raise UserError(f"{collection.name}: query {query.query_id!r}: is empty; remove it from the data set")
-        if not query.positives:
-            raise UserError(f"{collection.name}: query {query.query_id!r}: has no relevant document, so no reward; remove it")
-    _reward_settings(rl)
-
-
-def _reward_settings(rl: RlConfig) -> RewardSettings:
-    try:
-        return RewardSettings(
-            variant=rl.reward,
-            temperature=rl.reward_temperature,
-            margin_weight=rl.margin_weight,
-            margin_width=rl.margin_width,
-            hard_negatives=rl.hard_negatives,
-            floor_gap=rl.floor_gap,
-            length_weight=rl.length_weight,
-            free_tokens=rl.free_tokens,
-            max_tokens=rl.sampler.max_think_tokens,
-        )
-    except ValueError as error:
-        raise UserError(f"config: rl: {error}") from None
-
-
-def _make_sampler(graph: nnx.GraphDef[Any], prompter: Prompter, rl: RlConfig) -> Sampler:
-    return Sampler(
-        graph,
-        prompter,
-        max_think_tokens=rl.sampler.max_think_tokens,
-        temperature=rl.sampler.temperature,
-        top_k=rl.sampler.top_k,
-        top_p=rl.sampler.top_p,
-        prefill_chunk=rl.sampler.prefill_chunk,
-    )
-
-
-def _make_environment(config: RunConfig, index: Index, encode_documents: EncodeDocuments) -> Environment:
-    return Environment(
-        index,
-        encode_documents,
-        candidates=config.index.candidates,
-        # The index's vectors as they are, for the scoring that asks for them.
-        refresh_budget=config.index.refresh_budget if config.index.scoring == "fresh" else 0,
-        neighbours=config.index.neighbours,
-        overlay_max_age=config.index.overlay_max_age,
-        reward=_reward_settings(config.rl),
     )
 
 
@@ -333,7 +317,7 @@ def _evaluate(development: Development | None, state: nnx.State, step: int, fold
         return {}
     scalars, samples = development.evaluate(state, step, folder)
     for sample in samples:
-        run.sample({"step": max(step - 1, 0), **sample})
+        run.sample({"step": step - 1, **sample})
     probe = f"; with another query's reasoning {-scalars['dev_swap_gain']:+.3f}" if "dev_swap_gain" in scalars else ""
     say(
         f"step {step}: nDCG@10 {scalars['dev_direct_ndcg@10']:.3f} direct, {scalars[BEST_BY]:.3f} reasoned "

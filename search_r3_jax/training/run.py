@@ -5,69 +5,139 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from tensorboardX import SummaryWriter
 from transformers import PreTrainedTokenizerBase
 
 from search_r3_jax.config import RunConfig
+from search_r3_jax.data.collection import Collection
+from search_r3_jax.data.dataset import queries_hash
 from search_r3_jax.errors import UserError
-from search_r3_jax.files import write_json, write_text
+from search_r3_jax.files import append_line, complete_lines, hold_lock, write_json, write_text
 from search_r3_jax.hub.checkpoint import pinned_step
+from search_r3_jax.hub.snapshots import latest_snapshot, read_run
+from search_r3_jax.training.config_changes import changes_of, told
+
+LOCK, HISTORY = "trainer.lock", "changes"
+Say = Callable[[str], object]
 
 
 class Run:
-    """An open run directory; opening it again with the same config resumes it.
+    """An open run directory, which no other trainer may write to meanwhile; opening it again with the same config resumes it.
 
-    Raises UserError when the directory holds a run with another config.
+    Of several processes only process 0 writes. Raises UserError when another trainer has the directory open, or when it holds a run whose
+    config differs in more than harmless fields; with `allow_change` these are taken over, and `changed` is true.
     """
 
-    def __init__(self, path: Path, config: RunConfig, *, stage: str, extra: dict[str, Any] | None = None):
-        self.path = path
-        path.mkdir(parents=True, exist_ok=True)
-        record = {"stage": stage, "config": dataclasses.asdict(config), **(extra or {})}
-        file = path / "config.json"
-        if file.is_file():
-            before = json.loads(file.read_text(encoding="utf-8"))
-            changed = _differing_field(before, json.loads(json.dumps(record)))
-            if changed:
-                raise UserError(f"{file}: {changed}: this run was made with another value; give another folder or remove this one")
-        else:
-            write_json(file, record)
+    def __init__(
+        self,
+        path: Path,
+        config: RunConfig,
+        *,
+        stage: str,
+        say: Say,
+        extra: dict[str, Any] | None = None,
+        allow_change: bool = False,
+    ):
+        self.path, self.changed = path, False
+        self._first = jax.process_index() == 0
         self._metrics, self._samples = path / "metrics.jsonl", path / "samples.jsonl"
         self._board: SummaryWriter | None = None
+        self._lock: TextIO | None = None
+        if self._first:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = hold_lock(path / LOCK)
+            if self._lock is None:
+                raise UserError(f"{path}: another trainer has this run open; stop it first, or give another --run")
+            record = json.loads(json.dumps({"stage": stage, "config": dataclasses.asdict(config), **(extra or {})}))
+            file = path / "config.json"
+            before = _with_all_settings(path) if file.is_file() else None
+            if before is not None:
+                self._compare(file, before, record, allow_change, say)
+            if before != record:
+                write_json(file, record)
+        if jax.process_count() > 1:
+            self.changed = bool(multihost_utils.broadcast_one_to_all(np.array(self.changed)))
+
+    def _compare(self, file: Path, before: dict[str, Any], record: dict[str, Any], allow_change: bool, say: Say) -> None:
+        """Say what has changed, and keep that in the record; raises UserError where it may not."""
+        history = before.pop(HISTORY, [])
+        changes = changes_of(before, record)
+        harmful = [change for change in changes if not change.harmless]
+        if harmful and not allow_change:
+            raise UserError(
+                f"{file}: this run was made with other values ({told(harmful)}); "
+                "give another --run, or --allow-config-change to go on with these"
+            )
+        harmless = [change for change in changes if change.harmless]
+        if harmless:
+            say(f"changed since this run was started, harmless: {told(harmless)}")
+        if harmful:
+            say(f"changed since this run was started, as allowed: {told(harmful)}")
+        self.changed = bool(harmful)
+        history += [{"step": latest_snapshot(self.path) or 0, **dataclasses.asdict(change)} for change in changes]
+        if history:
+            before[HISTORY] = record[HISTORY] = history
 
     def start_at(self, step: int) -> None:
         """Forget metrics and samples of steps from `step` on: they will be computed again, and each step must stand once."""
+        if not self._first:
+            return
         for file in (self._metrics, self._samples):
             if file.is_file():
-                lines = file.read_text(encoding="utf-8").splitlines()
-                write_text(file, "".join(line + "\n" for line in lines if _step_of(line) < step))
+                kept = [line for line in complete_lines(file) if json.loads(line)["step"] < step]
+                write_text(file, "".join(line + "\n" for line in kept))
+        self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=max(step, 0))
 
     def log(self, step: int, scalars: dict[str, float]) -> None:
         """Append one step's scalars to `metrics.jsonl` and TensorBoard."""
-        with self._metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **scalars}) + "\n")
-        if self._board is None:
-            self._board = SummaryWriter(str(self.path / "tensorboard"))
-        for name, value in scalars.items():
-            self._board.add_scalar(name, value, step)
+        if not self._first:
+            return
+        self._append(self._metrics, {"step": step, **scalars})
+        if self._board is not None:
+            for name, value in scalars.items():
+                self._board.add_scalar(name, value, step)
 
     def sample(self, record: dict[str, Any]) -> None:
         """Append one search, with its `step`, to `samples.jsonl`."""
-        with self._samples.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        if self._first:
+            self._append(self._samples, record)
 
     def save_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Keep the tokenizer beside the checkpoints, with `<|embed_token|>` in it."""
-        if not (self.path / "tokenizer").is_dir():
-            tokenizer.save_pretrained(str(self.path / "tokenizer"))
+        folder = self.path / "tokenizer"
+        if self._first and not folder.is_dir():
+            # At once or not at all: a folder that is there is not written again.
+            aside = folder.with_name(f".tokenizer.{os.getpid()}.tmp")
+            tokenizer.save_pretrained(str(aside))
+            aside.rename(folder)
+
+    def make_durable(self) -> None:
+        """Before a checkpoint: what was logged of its steps must not be lost where the checkpoint is not."""
+        if self._first:
+            for file in (self._metrics, self._samples):
+                if file.is_file():
+                    with file.open("a") as opened:
+                        os.fsync(opened.fileno())
 
     def close(self) -> None:
-        """Flush what is still buffered."""
+        """Flush what is still buffered, and leave the directory to others."""
         if self._board is not None:
             self._board.close()
+        if self._lock is not None:
+            self._lock.close()
+
+    def _append(self, file: Path, record: dict[str, Any]) -> None:
+        try:
+            append_line(file, json.dumps(record, ensure_ascii=False))
+        except OSError as error:
+            raise UserError(f"{file}: cannot be written ({error.strerror or error}); make room, then the same command goes on") from error
 
 
 def start_record(run: Path, config: RunConfig) -> dict[str, Any]:
@@ -83,20 +153,13 @@ def start_record(run: Path, config: RunConfig) -> dict[str, Any]:
     return {**start, "start_step": step}
 
 
-def _step_of(line: str) -> int:
-    try:
-        return json.loads(line)["step"]
-    except ValueError:
-        # A line cut off by a kill: it is written again.
-        return 1 << 62
+def data_version(collection: Collection) -> dict[str, str]:
+    """What a collection is, wherever it lies: its texts in their order, queries and judgements."""
+    hashes = {"corpus_hash": collection.corpus_hash(), "queries_hash": queries_hash(collection.queries)}
+    return {"name": collection.name, "split": collection.split, **hashes}
 
 
-def _differing_field(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str | None:
-    for key in sorted({*before, *now}):
-        if isinstance(before.get(key), dict) and isinstance(now.get(key), dict):
-            inner = _differing_field(before[key], now[key], f"{prefix}{key}.")
-            if inner:
-                return inner
-        elif before.get(key) != now.get(key):
-            return f"{prefix}{key}"
-    return None
+def _with_all_settings(run: Path) -> dict[str, Any]:
+    """The record of a run; settings that are newer than it have their defaults. Raises UserError where it cannot be read."""
+    config, record = read_run(run)
+    return record | {"config": json.loads(json.dumps(dataclasses.asdict(config)))}

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from search_r3_jax.config import RunConfig
@@ -19,16 +20,17 @@ from search_r3_jax.data.mixture import Mixture
 from search_r3_jax.data.pipeline import PairPipeline
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub.checkpoint import LoadedModel
-from search_r3_jax.hub.snapshots import SnapshotWriter
+from search_r3_jax.hub.snapshot_writer import SnapshotWriter, newest_sound_snapshot
 from search_r3_jax.models.lora import trainable_filter
 from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training import sharding
 from search_r3_jax.training.development import Development
 from search_r3_jax.training.optimizer import make_optimizer
 from search_r3_jax.training.own_reasoning import with_own_reasoning
-from search_r3_jax.training.run import Run
+from search_r3_jax.training.run import Run, data_version
 from search_r3_jax.training.sft_step import make_step
 from search_r3_jax.training.state import TrainState, init_state, state_shardings
+from search_r3_jax.training.stopping import StopRequest
 from search_r3_jax.training.throughput import Throughput, peak_flops
 
 BEST_BY = "dev_direct_ndcg@10"
@@ -44,10 +46,12 @@ def train_sft(
     on_step: OnStep,
     *,
     say: Say,
+    allow_change: bool = False,
 ) -> nnx.State:
-    """Run stage 1 to its last step, from the newest checkpoint where there is one; returns the trained parameters.
+    """Run stage 1 to its last step, from the newest sound checkpoint where there is one; returns the trained parameters.
 
-    `on_step(steps done, steps in all, scalars)`. Raises UserError when too many steps in a row were not finite.
+    `on_step(steps done, steps in all, scalars)`; `allow_change` as in `Run`. Raises UserError when too many steps in a row were not finite,
+    and StoppedError when it was asked to stop (`StopRequest`), saved.
     """
     # Act 1: what is needed.
     sft = config.sft
@@ -67,19 +71,19 @@ def train_sft(
     development = _make_development(config, sets, model, prompter)
 
     # Act 2: the run directory, and where to begin.
-    data = [{"name": s.train.name, "split": s.train.split, "corpus_hash": s.train.corpus_hash()} for s in sets]
-    run = Run(folder, config, stage="sft", extra={"data": data})
+    extra = {"data_version": [data_version(each.train) for each in sets]}
+    run = Run(folder, config, stage="sft", say=say, extra=extra, allow_change=allow_change)
     run.save_tokenizer(model.tokenizer)
     if sft.reasoning == "self":
         pipeline = _own_reasoning(config, folder, pipeline, model, say)
-    snapshots = SnapshotWriter(folder, keep=sft.keep)
-    skipped = 0
-    try:
-        first = snapshots.latest() or 0
+    first, skipped = newest_sound_snapshot(folder, say) or 0, 0
+    snapshots = SnapshotWriter(folder, keep=sft.keep, keep_every=sft.keep_every)
+    with StopRequest(say) as request, closing(run), closing(snapshots):
         if first:
-            restored, optimizer_state, meta = snapshots.restore(first, state.params, state.optimizer)
-            state = TrainState(restored, optimizer_state, jnp.asarray(meta["skipped_in_a_row"], jnp.int32))
-            skipped = meta["skipped"]
+            restored = snapshots.restore(first, state.params, state.optimizer)
+            skipped = restored.meta["skipped"]
+            in_a_row = jax.device_put(np.int32(restored.meta["skipped_in_a_row"]), state.skipped.sharding)
+            state = TrainState(restored.params, restored.optimizer, in_a_row)
             say(f"going on from step {first}")
         elif development is not None:
             scalars, _ = development.evaluate(nnx.merge_state(state.params, frozen), 0, folder)
@@ -110,17 +114,20 @@ def train_sft(
                 say(f"step {done}: {_told(scalars)}")
             run.log(step, values)
             on_step(done, sft.steps, values)
-            if looked or done % sft.save_every == 0 or done == sft.steps or in_a_row >= sft.max_skipped:
-                meta = {"stage": "sft", "seed": config.seed, "skipped": skipped, "skipped_in_a_row": in_a_row}
+            stop = request.asked()
+            if looked or stop or done % sft.save_every == 0 or done == sft.steps or in_a_row >= sft.max_skipped:
+                run.make_durable()
+                meta = {"skipped": skipped, "skipped_in_a_row": in_a_row}
                 snapshots.save(done, state.params, state.optimizer, meta, score=values.get(BEST_BY))
             if in_a_row >= sft.max_skipped:
                 raise UserError(
                     f"sft.optimizer.learning_rate: step {step}: {in_a_row} steps in a row were not finite; lower the rate, and "
                     f"give another --run (the last good parameters are in {folder})"
                 )
-    finally:
-        snapshots.close()
-        run.close()
+            if stop and done < sft.steps:
+                snapshots.wait()
+                request.stop(folder, done)
+            snapshots.check()
     return state.params
 
 

@@ -124,7 +124,7 @@ def swap(out: Path, kind: IndexKind, rows: int, dim: int) -> dict[str, float]:
     follower = IndexFollower(run, "c", 0, say=print, settings=IndexConfig(local=False))
     follower.start()
     try:
-        environment = Environment(follower.wait_for_newer(-1), lambda rows: np.zeros((len(rows), dim), np.float32))
+        environment = Environment(follower.wait_for_newer(-1, at_most=0), lambda rows: np.zeros((len(rows), dim), np.float32))
         moving = MovingIndex(
             IndexConfig(), run, follower, environment, lambda _: np.zeros((0, dim), np.float32), swaps=[], index_versions=[], say=print
         )
@@ -152,7 +152,7 @@ def swap(out: Path, kind: IndexKind, rows: int, dim: int) -> dict[str, float]:
             "foreground_slowest_beside": max(beside),
         }
     finally:
-        follower.stop()
+        follower.close()
 
 
 def main() -> None:

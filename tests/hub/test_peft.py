@@ -21,7 +21,7 @@ from search_r3_jax.errors import UserError
 from search_r3_jax.files import write_json
 from search_r3_jax.hub.checkpoint import LoadedModel, load_model
 from search_r3_jax.hub.peft import export_peft
-from search_r3_jax.hub.snapshots import SnapshotWriter
+from search_r3_jax.hub.snapshot_writer import SnapshotWriter
 from search_r3_jax.models.decoder import positions_from_lengths
 from search_r3_jax.models.lora import merge_lora, trainable_filter
 from search_r3_jax.text.prompts import Prompter

@@ -50,13 +50,13 @@ def main(folder: str, process: int, processes: int, port: int) -> None:
                 index_folder(run), step=number, vectors=vectors, ids=[f"d{i}" for i in range(50)], manifest_fields=FIELDS, kind="exact"
             )
         multihost_utils.sync_global_devices(f"step {step}")
-        index = follower.newer_than(version)
+        index = follower.newer_than(version, at_most=step)
         if index is not None:
             version = index.version
             taken.append([step, version])
             np.testing.assert_allclose(index.take(np.arange(50)), unit(50, seed=version))
         time.sleep(0.05)
-    follower.stop()
+    follower.close()
     print(json.dumps({"taken": taken, "said": said}))
 
 

@@ -19,7 +19,7 @@ from search_r3_jax.config import IndexConfig, LoraConfig, RunConfig, TextConfig
 from search_r3_jax.data.collection import Collection
 from search_r3_jax.data.dataset import build_dataset
 from search_r3_jax.hub.checkpoint import LoadedModel, load_model, with_lora
-from search_r3_jax.hub.snapshots import SnapshotWriter
+from search_r3_jax.hub.snapshot_writer import SnapshotWriter
 from search_r3_jax.models.lora import merge_lora, trainable_filter
 from search_r3_jax.retrieval.follower import IndexFollower
 from search_r3_jax.rollout.encoder import Encoder

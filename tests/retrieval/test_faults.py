@@ -18,7 +18,7 @@ import pytest
 from indexed_run import IndexedRun, until
 
 from search_r3_jax.errors import UserError
-from search_r3_jax.hub.snapshots import latest_snapshot, pin_snapshot, pinned_snapshots
+from search_r3_jax.hub.snapshots import latest_snapshot, pin_snapshots, pinned_snapshots
 from search_r3_jax.retrieval import indexer, version_files, versions
 from search_r3_jax.retrieval.environment import Environment
 from search_r3_jax.retrieval.follower import IndexFollower
@@ -70,7 +70,7 @@ def following(follower: IndexFollower) -> Iterator[IndexFollower]:
     try:
         yield follower
     finally:
-        follower.stop()
+        follower.close()
 
 
 # A process each, killed or hit while it makes version 2; version 0 is in use.
@@ -95,10 +95,10 @@ def test_training_goes_on_and_the_next_version_is_right(run: IndexedRun, fault: 
     said: list[str] = []
     # A start takes longer than that, and beats meanwhile.
     with following(run.follower(said, fault, silent_seconds=15 if fault == "silent" else 600)) as follower:
-        first = until(lambda: follower.newer_than(-1))
+        first = until(lambda: follower.newer_than(-1, at_most=9))
         assert first.version == 0
         training = Training(run, first)
-        second = until(lambda: follower.newer_than(0), seconds=120, meanwhile=[training.step, follower.check])
+        second = until(lambda: follower.newer_than(0, at_most=9), seconds=120, meanwhile=[training.step, follower.check])
     assert training.steps > 0
     assert second.version == 2
     check_vectors(run, second)
@@ -116,7 +116,7 @@ def test_a_snapshot_deleted_under_the_reader_is_left_for_the_newest(run: Indexed
     run.save(2, 4)
     said: list[str] = []
     with following(run.follower(said, "snapshot deleted")) as follower:
-        index = until(lambda: follower.newer_than(-1), seconds=120, meanwhile=[follower.check])
+        index = until(lambda: follower.newer_than(-1, at_most=9), seconds=120, meanwhile=[follower.check])
     assert latest_snapshot(run.path) == 2
     assert index.version == 2
     check_vectors(run, index)
@@ -127,7 +127,7 @@ def test_a_snapshot_deleted_under_the_reader_is_left_for_the_newest(run: Indexed
 @pytest.mark.slow
 def test_a_second_indexer_leaves_the_run_to_the_first(run: IndexedRun) -> None:
     with following(run.follower([])) as follower:
-        until(lambda: follower.newer_than(-1), seconds=120)
+        until(lambda: follower.newer_than(-1, at_most=9), seconds=120)
         command = [sys.executable, "-m", "search_r3_jax", "indexer", "--run", str(run.path)]
         second = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         assert second.returncode == 2
@@ -137,7 +137,7 @@ def test_a_second_indexer_leaves_the_run_to_the_first(run: IndexedRun) -> None:
         assert len(second.stderr.strip().splitlines()) == 1
         said: list[str] = []
         with following(run.follower(said)) as other:
-            assert until(lambda: other.newer_than(-1)).version == 0
+            assert until(lambda: other.newer_than(-1, at_most=9)).version == 0
             other.check()
         assert "another indexer follows this run" in said[0]
         # It was not the second trainer's to end.
@@ -188,18 +188,18 @@ def test_a_version_that_is_damaged_or_of_something_else_is_never_used_and_made_a
     assert worker.advance()
     said: list[str] = []
     with following(run.follower(said, local=False)) as follower:
-        assert until(lambda: follower.newer_than(-1)).version == 2
+        assert until(lambda: follower.newer_than(-1, at_most=9)).version == 2
         run.save(4)
         # The follower must not be faster than the damage.
         with follower._lock:
             assert worker.advance()
             damage(Path(index_folder(run.path)) / "v4", how)
         until(lambda: (index_folder(run.path) / "REFUSED").exists() or None)
-        assert follower.newer_than(2) is None
+        assert follower.newer_than(2, at_most=9) is None
         assert any("keeping the index in use" in line for line in said)
         # The indexer hears of it.
         assert worker.advance()
-        mended = until(lambda: follower.newer_than(2))
+        mended = until(lambda: follower.newer_than(2, at_most=9))
         assert mended.version == 4
         check_vectors(run, mended)
 
@@ -252,11 +252,11 @@ def test_an_index_under_the_gate_is_not_published_and_the_next_snapshot_is_tried
 
 
 def test_a_pinned_snapshot_is_not_deleted(run: IndexedRun) -> None:
-    pin_snapshot(run.path, "someone", 0)
+    pin_snapshots(run.path, "someone", [0])
     run.save(2, 4, 6, keep=1)
     folders = sorted(path.name for path in (run.path / "checkpoints").iterdir() if path.name.isdigit())
     assert folders == ["0", "6"]
-    pin_snapshot(run.path, "someone", None)
+    pin_snapshots(run.path, "someone", [])
     run.save(8, keep=1)
     assert sorted(path.name for path in (run.path / "checkpoints").iterdir() if path.name.isdigit()) == ["8"]
 
@@ -292,7 +292,7 @@ def test_an_error_in_the_background_is_raised_where_training_goes_on(run: Indexe
     worker_of(run).build(0)
     monkeypatch.setattr("search_r3_jax.retrieval.follower.open_version", broken)
     with following(run.follower([], local=False)) as follower, pytest.raises(ZeroDivisionError, match="a bug"):
-        until(lambda: follower.newer_than(-1), meanwhile=[follower.check])
+        until(lambda: follower.newer_than(-1, at_most=9), meanwhile=[follower.check])
 
 
 class TestSupervisor:

@@ -83,13 +83,13 @@ def test_versions_in_a_bucket(tiny_folders: dict[str, Path], tmp_path: Path, dty
         )
         follower.start()
         try:
-            assert until(lambda: follower.newer_than(-1)).version == 0
+            assert until(lambda: follower.newer_than(-1, at_most=9)).version == 0
             run.save(2)
             assert worker.advance()
-            index = until(lambda: follower.newer_than(0))
+            index = until(lambda: follower.newer_than(0, at_most=9))
             assert follower.measured(2)["recall@10"] == 1
         finally:
-            follower.stop()
+            follower.close()
         assert current_version("gs://bucket/index") == 2
     tolerance = 1e-5 if dtype == "float32" else 2**-8
     np.testing.assert_allclose(index.take(np.arange(40)), run.vectors(2), atol=tolerance)

@@ -20,6 +20,7 @@ from search_r3_jax.retrieval.environment import Environment
 from search_r3_jax.retrieval.exact import ExactIndex
 from search_r3_jax.retrieval.follower import IndexFollower
 from search_r3_jax.retrieval.index import Index
+from search_r3_jax.retrieval.schedule import IndexSchedule
 from search_r3_jax.rollout.encoder import ReasonedEncoder
 from search_r3_jax.rollout.sampler import Sampler, rollout_seeds
 from search_r3_jax.text.prompts import Prompter
@@ -46,17 +47,20 @@ class Handed(IndexFollower):
         self.saved = 0
         self.waited = 0
 
-    def newer_than(self, version: int) -> Index | None:
-        found = self.ready if self.ready is not None and self.ready.version > version else None
-        return found
+    def newer_than(self, version: int, *, at_most: int) -> Index | None:
+        return self.ready if self.ready is not None and version < self.ready.version <= at_most else None
 
-    def wait_for_newer(self, version: int, on_wait: Any = None) -> Index:
+    def wait_for_newer(self, version: int, *, at_most: int, on_wait: Any = None) -> Index:
+        assert self.saved <= at_most
         self.waited += 1
         time.sleep(0.05)
         return index(self.saved)
 
     def measured(self, version: int) -> dict[str, float]:
         return {"step": version}
+
+    def is_there(self, version: int, *, own: bool = False) -> bool:
+        return True
 
 
 class Subject:
@@ -65,12 +69,16 @@ class Subject:
         self.swaps: list[list[int]] = []
         self.versions: list[dict[str, float]] = []
         self.environment = Environment(index(0), lambda rows: vectors(self.now)[rows])
+        folder.mkdir(exist_ok=True)
+        self.schedule = IndexSchedule(folder)
         self.moving = MovingIndex(
             dataclasses.replace(IndexConfig(), **settings),
             folder,
             self.follower,
             self.environment,
             lambda rows: vectors(self.now)[rows],
+            schedule=self.schedule,
+            needed=set,
             swaps=self.swaps,
             index_versions=self.versions,
             say=self.said.append,
@@ -80,6 +88,9 @@ class Subject:
         def save() -> None:
             self.follower.saved = step
 
+        # The steps that the test leaves out.
+        for passed in range(len(self.schedule), step):
+            self.schedule.record(passed, self.environment.index.version)
         return self.moving.before_step(step, save)
 
 
@@ -147,7 +158,6 @@ def test_drift_asks_for_a_snapshot(tmp_path: Path) -> None:
 def test_the_snapshot_of_the_index_is_kept_for_the_scoring_that_reads_it(tmp_path: Path) -> None:
     Subject(tmp_path / "other", scoring="fresh")
     assert pinned_snapshots(tmp_path / "other") == []
-    (tmp_path / "run").mkdir()
     subject = Subject(tmp_path / "run", scoring="consistent_stale")
     assert pinned_snapshots(tmp_path / "run") == [0]
     subject.follower.ready = index(2)

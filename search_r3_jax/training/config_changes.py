@@ -1,0 +1,86 @@
+"""What may change in a run's config between two calls, and what would make another run of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+MISSING = "nothing"
+
+# Fields, or sections, that leave what is computed as it is (but for the order of additions, where the devices are others), or only say
+# when checkpoints, evaluations and new indexes are made: the record of index versions keeps what was.
+HARMLESS = (
+    # Where the data lies; what it is stands in `data_version`.
+    "data",
+    "config.data.sets",
+    "config.remat",
+    "config.attention",
+    "config.mesh",
+    "config.sft.eval_every",
+    "config.sft.save_every",
+    "config.sft.keep",
+    "config.sft.keep_every",
+    "config.sft.max_skipped",
+    "config.rl.eval_every",
+    "config.rl.snapshot_every",
+    "config.rl.keep",
+    "config.rl.keep_every",
+    "config.rl.sample_every",
+    "config.rl.max_skipped",
+    "config.rl.collapse_steps",
+    "config.rl.collapse_valid",
+    "config.rl.collapse_entropy",
+    "config.rl.min_swaps",
+    "config.rl.max_extra_steps",
+    "config.index.drift_every",
+    "config.index.drift_documents",
+    "config.index.drift_cosine",
+    "config.index.drift_overlap",
+    "config.index.max_age",
+    "config.index.when_old",
+    "config.index.recall_gate",
+    "config.index.keep_versions",
+    "config.index.local",
+    "config.index.silent_seconds",
+    "config.index.nice",
+    "config.index.threads",
+    "config.index.cores",
+    "config.index.mesh",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """One field of a run's record that has another value now; `field` is its path, `config.sft.steps` for one."""
+
+    field: str
+    before: Any
+    now: Any
+
+    @property
+    def harmless(self) -> bool:
+        """Whether the run stays the same run."""
+        return any(self.field == name or self.field.startswith(f"{name}.") for name in HARMLESS)
+
+    def __str__(self) -> str:
+        return f"{self.field} was {self.before}, is {self.now}"
+
+
+def changes_of(before: dict[str, Any], now: dict[str, Any]) -> list[Change]:
+    """Every field that differs, in alphabetical order."""
+    return list(_changes(before, now, ""))
+
+
+def told(changes: Sequence[Change]) -> str:
+    """The changes in one line."""
+    return "; ".join(str(change) for change in changes)
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any], prefix: str) -> Iterator[Change]:
+    for key in sorted({*before, *now}):
+        old, new = before.get(key, MISSING), now.get(key, MISSING)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _changes(old, new, f"{prefix}{key}.")
+        elif old != new:
+            yield Change(field=f"{prefix}{key}", before=old, now=new)

@@ -1,0 +1,139 @@
+"""Killed at random moments and started again by the same command, a run ends where an uninterrupted one ends, to the last bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from runs import Place, computed, equal, until
+
+from search_r3_jax.distributed import STATUS
+from search_r3_jax.retrieval.heartbeat import read_beat
+from search_r3_jax.retrieval.schedule import IndexSchedule
+
+SFT_KILLS, RL_KILLS, CLUSTER_KILLS = 13, 12, 5
+SFT_STEPS, RL_STEPS = 70, 60
+# A start that finds its programs compiled takes about so long; a kill may come anywhere in it.
+START_SECONDS = 8.0
+# A process whose peer was killed ends within so many seconds, on a machine that is busy with other things.
+BOUND_SECONDS = 20.0
+
+
+def wait_for_a_moment(place: Place, run: str, process: subprocess.Popen[bytes], generator: np.random.Generator) -> None:
+    """A random time within the start of a process, or a random number of steps and a random time after it."""
+    if generator.random() < 0.25:
+        time.sleep(generator.uniform(0, START_SECONDS))
+        return
+    metrics = place.folder / run / "metrics.jsonl"
+    before = metrics.stat().st_mtime_ns if metrics.exists() else 0
+    seen, steps = 0, int(generator.integers(1, 6))
+
+    def advanced() -> bool:
+        nonlocal before, seen
+        if metrics.exists() and metrics.stat().st_mtime_ns != before:
+            before, seen = metrics.stat().st_mtime_ns, seen + 1
+        return seen >= steps
+
+    until(advanced, process)
+    # Through the step, the save behind it, and the next.
+    time.sleep(generator.uniform(0, 0.4))
+
+
+def kill(process: int) -> None:
+    try:
+        os.kill(process, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+@pytest.mark.slow
+def test_stage_1_killed_at_random_moments_ends_bit_equal(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    place, generator = Place(tmp_path, tiny_folders["llama"]), np.random.default_rng(0)
+    place.finish(place.command("sft", "whole", sft__steps=SFT_STEPS))
+    whole = [computed(line) for line in place.lines("whole")]
+    assert [line["step"] for line in whole] == list(range(SFT_STEPS))
+    command = place.command("sft", "killed", sft__steps=SFT_STEPS)
+    for _ in range(SFT_KILLS):
+        process = place.start(command)
+        wait_for_a_moment(place, "killed", process, generator)
+        assert process.poll() is None, (tmp_path / "out.txt").read_text()[-3000:]
+        process.kill()
+        process.wait()
+        # Every step that it ever told of, also those that will be taken again.
+        found = place.lines("killed")
+        assert [computed(line) for line in found] == whole[: len(found)]
+    said = place.finish(command)
+    assert "going on from step" in said
+    assert [computed(line) for line in place.lines("killed")] == whole
+    equal(place.params("killed", SFT_STEPS), place.params("whole", SFT_STEPS))
+
+
+@pytest.mark.slow
+def test_stage_2_killed_at_random_moments_is_repeated_bit_equal(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    """Trainer, indexer or both are killed; an uninterrupted run that replays the record of index versions is the same run."""
+    place, generator = Place(tmp_path, tiny_folders["llama"]), np.random.default_rng(1)
+    run = tmp_path / "killed"
+    command, told, kills, indexers = place.command("rl", "killed", rl__steps=RL_STEPS), dict[int, dict[str, object]](), 0, 0
+    while kills < RL_KILLS:
+        process = place.start(command)
+        wait_for_a_moment(place, "killed", process, generator)
+        victim, beat = generator.choice(["trainer", "indexer", "both"], p=[0.5, 0.3, 0.2]), read_beat(run)
+        if victim != "trainer" and beat is not None:
+            kill(beat.pid)
+            indexers += 1
+        if victim == "indexer":
+            # Training goes on without it, for a while.
+            wait_for_a_moment(place, "killed", process, generator)
+        assert process.poll() is None, (tmp_path / "out.txt").read_text()[-3000:]
+        process.kill()
+        process.wait()
+        kills += 1
+        for line in place.lines("killed"):
+            # A step that is taken again is the same step.
+            assert told.setdefault(line["step"], computed(line)) == computed(line)
+    assert indexers >= 3
+    place.finish(command)
+    lines = [computed(line) for line in place.lines("killed")]
+    assert [line["step"] for line in lines] == list(range(RL_STEPS))
+    schedule = IndexSchedule(run)
+    assert [schedule.version_at(step) for step in range(RL_STEPS)] == [line["index_step"] for line in lines]
+    assert len(schedule.versions_from(0)) > 3
+
+    place.finish(place.command("rl", "whole", "--replay", str(run), rl__steps=RL_STEPS))
+    assert [computed(line) for line in place.lines("whole")] == lines
+    equal(place.params("whole", RL_STEPS), place.params("killed", RL_STEPS))
+
+
+@pytest.mark.slow
+def test_two_processes_one_of_them_killed_end_bit_equal(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    place, generator = Place(tmp_path, tiny_folders["llama"]), np.random.default_rng(2)
+    for process in place.cluster(place.command("sft", "whole", sft__steps=40), processes=2):
+        assert process.wait(timeout=600) == 0, (tmp_path / "out-0.txt").read_text()[-3000:]
+    whole = [computed(line) for line in place.lines("whole")]
+    assert [line["step"] for line in whole] == list(range(40))
+    command = place.command("sft", "killed", sft__steps=40)
+    for number in range(CLUSTER_KILLS):
+        processes = place.cluster(command, processes=2)
+        wait_for_a_moment(place, "killed", processes[0], generator)
+        victim = number % 2
+        assert processes[victim].poll() is None
+        processes[victim].kill()
+        killed = time.monotonic()
+        other = processes[1 - victim]
+        status = other.wait(timeout=300)
+        # Before they have found each other JAX itself ends the one that waits.
+        if "is gone; process" in (tmp_path / f"out-{1 - victim}.txt").read_text().rsplit("loading", 1)[-1]:
+            assert status == STATUS
+            assert time.monotonic() - killed < BOUND_SECONDS
+        assert status != 0
+        found = place.lines("killed")
+        assert [computed(line) for line in found] == whole[: len(found)]
+    for process in place.cluster(command, processes=2):
+        assert process.wait(timeout=600) == 0, (tmp_path / "out-0.txt").read_text()[-3000:]
+    assert [computed(line) for line in place.lines("killed")] == whole
+    equal(place.params("killed", 40), place.params("whole", 40))
