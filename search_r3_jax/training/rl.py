@@ -127,12 +127,11 @@ def train_rl(
 
     # Act 2: the run directory, the first snapshot, and the index made from it by the indexer process.
     extra = {**extra, "data_version": data_version(collection)} | ({} if replay is None else {"replay": str(replay)})
-    run = Run(folder, config, stage="rl", say=say, extra=extra, allow_change=allow_change)
+    forget = functools.partial(forget_later_indexes, folder, config, say)
+    run = Run(folder, config, stage="rl", say=say, extra=extra, allow_change=allow_change, on_change=forget)
     run.save_tokenizer(model.tokenizer)
     first = newest_sound_snapshot(folder, say)
     schedule = schedule_of(folder, first or 0, replay=replay if first is None else None)
-    if run.changed:
-        forget_later_indexes(folder, config, schedule, first or 0)
     snapshots = SnapshotWriter(folder, keep=rl.keep, keep_every=rl.keep_every)
     needed = functools.partial(versions_needed, folder, schedule, rl.keep)
     follower = IndexFollower(
@@ -166,8 +165,7 @@ def train_rl(
             request.stop_waiting(folder, at)
 
         follower.start()
-        anew = run.changed or (allow_change and not follower.is_there(meta["index_version"]))
-        index = first_index(follower, schedule, step, meta["index_version"], anew=anew, on_wait=lambda: stop_waiting(step))
+        index = first_index(follower, schedule, step, meta["index_version"], allow_other=allow_change, on_wait=lambda: stop_waiting(step))
         environment = make_environment(config, index, encode_documents)
         moving = MovingIndex(
             config.index,
@@ -182,7 +180,7 @@ def train_rl(
             say=say,
             on_wait=stop_waiting,
         )
-        if arrays and not anew:
+        if arrays and index.version == meta["index_version"]:
             environment.restore(arrays)
             moving.restore(arrays)
         else:

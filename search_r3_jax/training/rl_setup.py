@@ -12,6 +12,7 @@ from flax import nnx
 from search_r3_jax.config import RlConfig, RunConfig
 from search_r3_jax.data.collection import Collection
 from search_r3_jax.errors import UserError
+from search_r3_jax.hub.snapshot_writer import newest_sound_snapshot
 from search_r3_jax.retrieval.environment import EncodeDocuments, Environment
 from search_r3_jax.retrieval.follower import NONE, IndexFollower
 from search_r3_jax.retrieval.index import Index
@@ -39,9 +40,10 @@ def schedule_of(run: Path, step: int, *, replay: Path | None) -> IndexSchedule:
     return schedule
 
 
-def forget_later_indexes(run: Path, config: RunConfig, schedule: IndexSchedule, step: int) -> None:
-    """From `step` on it is another run: neither the indexes it made later nor their order are to be taken up."""
-    schedule.truncate(step)
+def forget_later_indexes(run: Path, config: RunConfig, say: Callable[[str], object]) -> None:
+    """From its newest checkpoint on it is another run: neither the indexes made since nor their order are to be taken up."""
+    step = newest_sound_snapshot(run, say) or 0
+    IndexSchedule(run).truncate(step)
     root = index_folder(run, config.index.folder)
     for version in list_versions(root):
         if version > step:
@@ -49,16 +51,19 @@ def forget_later_indexes(run: Path, config: RunConfig, schedule: IndexSchedule, 
 
 
 def first_index(
-    follower: IndexFollower, schedule: IndexSchedule, step: int, version: int, *, anew: bool, on_wait: Callable[[], object]
+    follower: IndexFollower, schedule: IndexSchedule, step: int, version: int, *, allow_other: bool, on_wait: Callable[[], object]
 ) -> Index:
-    """The index in use before `step`: `version`, and before the first step the recorded one; with `anew` the newest that there is."""
-    if anew:
-        schedule.truncate(step)
-        return follower.wait_for_newer(NONE, at_most=step, on_wait=on_wait)
+    """The index in use before `step`: `version`, or before the first step the recorded one; where it is gone, another if that is allowed."""
     if step == 0:
         version = schedule.version_at(0) or 0
         follower.wait_for(version, on_wait=on_wait)
-    return follower.recorded(version)
+    try:
+        return follower.recorded(version)
+    except UserError:
+        if not allow_other:
+            raise
+        schedule.truncate(step)
+        return follower.wait_for_newer(NONE, at_most=step, on_wait=on_wait)
 
 
 def check_settings(config: RunConfig, collection: Collection) -> None:

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 from tensorboardX import SummaryWriter
 from transformers import PreTrainedTokenizerBase
 
@@ -32,7 +30,7 @@ class Run:
     """An open run directory, which no other trainer may write to meanwhile; opening it again with the same config resumes it.
 
     Of several processes only process 0 writes. Raises UserError when another trainer has the directory open, or when it holds a run whose
-    config differs in more than harmless fields; with `allow_change` these are taken over, and `changed` is true.
+    config differs in more than harmless fields; with `allow_change` these are taken over, `on_change` first.
     """
 
     def __init__(
@@ -44,8 +42,9 @@ class Run:
         say: Say,
         extra: dict[str, Any] | None = None,
         allow_change: bool = False,
+        on_change: Callable[[], object] = lambda: None,
     ):
-        self.path, self.changed = path, False
+        self.path = path
         self._first = jax.process_index() == 0
         self._metrics, self._samples = path / "metrics.jsonl", path / "samples.jsonl"
         self._board: SummaryWriter | None = None
@@ -55,18 +54,19 @@ class Run:
             self._lock = hold_lock(path / LOCK)
             if self._lock is None:
                 raise UserError(f"{path}: another trainer has this run open; stop it first, or give another --run")
-            record = json.loads(json.dumps({"stage": stage, "config": dataclasses.asdict(config), **(extra or {})}))
-            file = path / "config.json"
-            before = _with_all_settings(path) if file.is_file() else None
-            if before is not None:
-                self._compare(file, before, record, allow_change, say)
-            if before != record:
-                write_json(file, record)
-        if jax.process_count() > 1:
-            self.changed = bool(multihost_utils.broadcast_one_to_all(np.array(self.changed)))
+            try:
+                self._claim({"stage": stage, "config": dataclasses.asdict(config), **(extra or {})}, allow_change, on_change, say)
+            except UserError:
+                self.close()
+                raise
 
-    def _compare(self, file: Path, before: dict[str, Any], record: dict[str, Any], allow_change: bool, say: Say) -> None:
-        """Say what has changed, and keep that in the record; raises UserError where it may not."""
+    def _claim(self, record: dict[str, Any], allow_change: bool, on_change: Callable[[], object], say: Say) -> None:
+        """Write down what this run is, where another call has not, or say what has changed since; raises UserError where it may not."""
+        file, record = self.path / "config.json", json.loads(json.dumps(record))
+        if not file.is_file():
+            write_json(file, record)
+            return
+        before = _with_all_settings(self.path)
         history = before.pop(HISTORY, [])
         changes = changes_of(before, record)
         harmful = [change for change in changes if not change.harmless]
@@ -80,10 +80,11 @@ class Run:
             say(f"changed since this run was started, harmless: {told(harmless)}")
         if harmful:
             say(f"changed since this run was started, as allowed: {told(harmful)}")
-        self.changed = bool(harmful)
+            # Before the change is on record: who is interrupted here is asked again.
+            on_change()
         history += [{"step": latest_snapshot(self.path) or 0, **dataclasses.asdict(change)} for change in changes]
-        if history:
-            before[HISTORY] = record[HISTORY] = history
+        if changes:
+            write_json(file, record | {HISTORY: history})
 
     def start_at(self, step: int) -> None:
         """Forget metrics and samples of steps from `step` on: they will be computed again, and each step must stand once."""

@@ -1,0 +1,141 @@
+"""A run's directory: one trainer at a time, each step once, and a config that changes only as it may."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import word_collection
+
+from search_r3_jax.config import LoraConfig, MeshConfig, OptimizerConfig, RunConfig, SftConfig
+from search_r3_jax.errors import UserError
+from search_r3_jax.training.config_changes import HARMLESS, changes_of
+from search_r3_jax.training.run import Run, data_version
+
+CONFIG = RunConfig()
+
+
+def opened(path: Path, config: RunConfig = CONFIG, said: list[str] | None = None, **settings: Any) -> Run:
+    return Run(path, config, stage="sft", say=(said if said is not None else []).append, **settings)
+
+
+def interrupted() -> None:
+    raise InterruptedError
+
+
+def leaves(fields: dict[str, Any], prefix: str = "config") -> Iterator[str]:
+    for name, value in fields.items():
+        yield from leaves(value, f"{prefix}.{name}") if isinstance(value, dict) else [f"{prefix}.{name}"]
+
+
+def test_another_trainer_is_refused_until_the_first_has_closed(tmp_path: Path) -> None:
+    run = opened(tmp_path / "run")
+    with pytest.raises(UserError, match="another trainer has this run open; stop it first"):
+        opened(tmp_path / "run")
+    run.close()
+    opened(tmp_path / "run").close()
+
+
+def test_every_step_stands_once_after_any_number_of_restarts(tmp_path: Path) -> None:
+    for first in (0, 3, 1, 4, 4):
+        run = opened(tmp_path / "run")
+        run.start_at(first)
+        for step in range(first, first + 4):
+            run.sample({"step": step, "query": f"{first} ä"})
+            run.log(step, {"loss": first + step / 3})
+        run.close()
+        # Killed within a line.
+        with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 9, "lo')
+    run = opened(tmp_path / "run")
+    run.start_at(8)
+    run.close()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    starts = [0, 1, 1, 1, 4, 4, 4, 4]
+    assert lines == [{"step": step, "loss": first + step / 3} for step, first in enumerate(starts)]
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert samples == [{"step": step, "query": f"{first} ä"} for step, first in enumerate(starts)]
+
+
+def test_harmless_changes_are_named_and_taken_over(tmp_path: Path) -> None:
+    path, said = tmp_path / "run", list[str]()
+    opened(path, said=said).close()
+    assert said == []
+    changed = dataclasses.replace(CONFIG, mesh=MeshConfig(data=2, fsdp=4), sft=SftConfig(save_every=7), remat="none")
+    opened(path, changed, said, on_change=interrupted).close()
+    assert len(said) == 1
+    for part in ("harmless", "config.mesh.data was 1, is 2", "config.mesh.fsdp was -1, is 4", "config.sft.save_every was 100, is 7"):
+        assert part in said[0]
+    record = json.loads((path / "config.json").read_text())
+    assert record["config"] == json.loads(json.dumps(dataclasses.asdict(changed)))
+    assert {change["field"] for change in record["changes"]} >= {"config.mesh.data", "config.sft.save_every", "config.remat"}
+    opened(path, changed, said).close()
+    assert len(said) == 1
+    assert json.loads((path / "config.json").read_text()) == record
+
+
+def test_harmful_changes_are_refused_all_at_once_and_leave_the_record(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    opened(path).close()
+    before = (path / "config.json").read_bytes()
+    changed = dataclasses.replace(CONFIG, seed=1, lora=LoraConfig(rank=8), sft=SftConfig(optimizer=OptimizerConfig(learning_rate=0.5)))
+    with pytest.raises(
+        UserError, match=r"config\.lora\.rank was 16, is 8; config\.seed was 0, is 1; .*learning_rate was 0\.0001, is 0\.5\)"
+    ):
+        opened(path, changed)
+    assert (path / "config.json").read_bytes() == before
+    with pytest.raises(UserError, match=r"data_version was nothing, is \["):
+        opened(path, extra={"data_version": [{"corpus_hash": "x"}]})
+    said = list[str]()
+    with pytest.raises(InterruptedError):
+        opened(path, changed, said, allow_change=True, on_change=interrupted)
+    assert (path / "config.json").read_bytes() == before
+    said.clear()
+    opened(path, changed, said, allow_change=True).close()
+    assert "as allowed: config.lora.rank was 16, is 8" in said[0]
+    # From here on these are the run's values.
+    opened(path, changed).close()
+
+
+def test_a_setting_that_is_newer_than_the_run_has_its_default(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    opened(path).close()
+    record = json.loads((path / "config.json").read_text())
+    del record["config"]["sft"]["temperature"]
+    (path / "config.json").write_text(json.dumps(record))
+    opened(path).close()
+    with pytest.raises(UserError, match=r"config\.sft\.temperature was 0\.05, is 0\.1"):
+        opened(path, dataclasses.replace(CONFIG, sft=SftConfig(temperature=0.1)))
+
+
+def test_every_setting_that_is_called_harmless_exists() -> None:
+    fields = set(leaves(dataclasses.asdict(CONFIG)))
+    for name in HARMLESS:
+        assert name == "data" or any(field == name or field.startswith(f"{name}.") for field in fields), name
+
+
+def test_changes_are_found_wherever_they_are() -> None:
+    before, now = {"a": {"b": 1, "c": [1, 2]}, "d": 4}, {"a": {"b": 1, "c": [1, 3]}, "e": None}
+    assert [(change.field, change.before, change.now) for change in changes_of(before, now)] == [
+        ("a.c", [1, 2], [1, 3]),
+        ("d", 4, "nothing"),
+        ("e", "nothing", None),
+    ]
+
+
+def test_the_version_of_data_is_its_texts_and_judgements_not_its_place() -> None:
+    collection = word_collection(documents=10, queries=5)
+    version = data_version(collection)
+    assert version == data_version(word_collection(documents=10, queries=5))
+    first, *others = collection.queries
+    judged = dataclasses.replace(first, positives={"d9": 1})
+    for changed in (
+        dataclasses.replace(collection, queries=(judged, *others)),
+        dataclasses.replace(collection, documents=collection.documents[::-1]),
+        dataclasses.replace(collection, queries=tuple(others)),
+    ):
+        assert data_version(changed) != version

@@ -1,0 +1,114 @@
+"""Asked to stop, training saves at the next step boundary and ends with status 0; asked twice, it leaves at once."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from runs import Place, computed, equal, until
+
+from search_r3_jax.errors import StoppedError
+from search_r3_jax.hub.snapshots import snapshot_steps
+from search_r3_jax.training.stopping import StopRequest
+
+# A second signal ends the process although its main thread is within a call that returns after a minute.
+BUSY = """
+import ctypes, time
+from search_r3_jax.training.stopping import StopRequest
+with StopRequest(lambda text: print(text, flush=True)):
+    print("ready", flush=True)
+    # Like a compilation: Python's own handlers do not run before this returns.
+    ctypes.CDLL(None).usleep.argtypes = [ctypes.c_uint]
+    for _ in range(60):
+        ctypes.CDLL(None).usleep(999_999)
+"""
+
+
+def test_a_first_signal_asks_and_leaves_the_handlers_as_they_were(tmp_path: Path) -> None:
+    before, said = signal.getsignal(signal.SIGTERM), list[str]()
+    with StopRequest(said.append) as request:
+        assert not request.asked()
+        request.stop_waiting(tmp_path, 3)
+        os.kill(os.getpid(), signal.SIGTERM)
+        end = time.monotonic() + 10
+        while not request.asked() and time.monotonic() < end:
+            time.sleep(0.01)
+        assert request.asked()
+        with pytest.raises(StoppedError, match=r"stopped and saved at step 7, \d+\.\d s after the signal; the same command goes on"):
+            request.stop_waiting(tmp_path, 7)
+    assert said == ["SIGTERM: saving at the end of this step; once more leaves at once"]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_elsewhere_than_in_the_main_thread_signals_are_left_alone() -> None:
+    found = list[bool]()
+
+    def work() -> None:
+        with StopRequest(lambda _: None) as request:
+            found.append(request.asked())
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [False]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_second_signal_leaves_at_once() -> None:
+    process = subprocess.Popen([sys.executable, "-c", BUSY], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert "SIGTERM: saving" in process.stdout.readline()
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    asked = time.monotonic()
+    assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    assert time.monotonic() - asked < 5
+    assert process.stderr is not None
+    assert "leaving at once; the same command goes on from the last checkpoint" in process.stderr.read()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "number"), [("sft", signal.SIGTERM), ("rl", signal.SIGINT), ("sft", signal.SIGUSR1)])
+def test_a_stopped_run_goes_on_as_if_nothing_had_been(
+    tiny_folders: dict[str, Path], tmp_path: Path, stage: str, number: signal.Signals
+) -> None:
+    place = Place(tmp_path, tiny_folders["llama"])
+    steps = {f"{stage}__steps": 24, "sft__save_every": 100, "rl__snapshot_every": 100}
+    command = place.command(stage, "stopped", **steps)
+    process = place.start(command)
+    until(lambda: len(place.lines("stopped")) >= 5, process)
+    process.send_signal(number)
+    assert process.wait(timeout=120) == 0
+    found = re.search(
+        r"stopped and saved at step (\d+), (\d+\.\d) s after the signal; the same command goes on", (tmp_path / "out.txt").read_text()
+    )
+    assert found, (tmp_path / "out.txt").read_text()
+    step = int(found[1])
+    assert len(place.lines("stopped")) == step == snapshot_steps(tmp_path / "stopped")[-1] < 24
+    assert f"going on from step {step}" in place.finish(command)
+    replay = ["--replay", str(tmp_path / "stopped")] if stage == "rl" else []
+    place.finish(place.command(stage, "whole", *replay, **steps))
+    assert [computed(line) for line in place.lines("stopped")] == [computed(line) for line in place.lines("whole")]
+    equal(place.params("stopped", 24), place.params("whole", 24))
+
+
+@pytest.mark.slow
+def test_one_process_that_is_asked_stops_all_at_the_same_step(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    place = Place(tmp_path, tiny_folders["llama"])
+    processes = place.cluster(place.command("sft", "stopped", sft__steps=400, sft__save_every=1000), processes=2)
+    until(lambda: len(place.lines("stopped")) >= 3, processes[0])
+    processes[1].send_signal(signal.SIGTERM)
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    told = [re.findall(r"saved at step (\d+)", (tmp_path / f"out-{process}.txt").read_text()) for process in range(2)]
+    assert told[0] == told[1] == [str(len(place.lines("stopped")))]
+    assert snapshot_steps(tmp_path / "stopped") == [len(place.lines("stopped"))]
