@@ -159,7 +159,7 @@ def train_rl(
             scalars = _evaluate(development, current, 0, folder, run, say)
             snapshots.save(0, state.params, state.optimizer, meta, score=scalars.get(BEST_BY))
             snapshots.wait()
-        step = first or 0
+        step, saving = first or 0, 0.0
 
         def stop_waiting(at: int) -> None:
             request.stop_waiting(folder, at)
@@ -257,6 +257,7 @@ def train_rl(
                 "skipped": meta["skipped"],
                 "seconds": finished - started,
                 **stalls,
+                "save_seconds": saving,
                 "rollout_seconds": sampled - swapped,
                 "environment_seconds": rewarded - sampled,
                 "update_seconds": finished - rewarded,
@@ -276,12 +277,14 @@ def train_rl(
             run.log(step - 1, values)
             on_step(step, rl.steps, values)
             stop = _reason_to_stop(step - 1, values, meta, guard, rl)
-            asked = request.asked()
+            asked, saving = request.asked(), 0.0
             due = looked or drifted or step % rl.snapshot_every == 0 or step == rl.steps
             if due:
                 moving.snapshot_saved()
             if due or stop or asked:
+                started = time.perf_counter()
                 save(values)
+                saving = time.perf_counter() - started
             if stop:
                 raise UserError(f"{stop} (checkpoints are in {folder})")
             if asked and step < rl.steps:

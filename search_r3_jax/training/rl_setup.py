@@ -53,7 +53,7 @@ def forget_later_indexes(run: Path, config: RunConfig, say: Callable[[str], obje
 def first_index(
     follower: IndexFollower, schedule: IndexSchedule, step: int, version: int, *, allow_other: bool, on_wait: Callable[[], object]
 ) -> Index:
-    """The index in use before `step`: `version`, or before the first step the recorded one; where it is gone, another if that is allowed."""
+    """The index in use before `step`, `version`, or before the first step the recorded one; where it is gone, another if allowed."""
     if step == 0:
         version = schedule.version_at(0) or 0
         follower.wait_for(version, on_wait=on_wait)

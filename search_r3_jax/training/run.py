@@ -56,7 +56,7 @@ class Run:
                 raise UserError(f"{path}: another trainer has this run open; stop it first, or give another --run")
             try:
                 self._claim({"stage": stage, "config": dataclasses.asdict(config), **(extra or {})}, allow_change, on_change, say)
-            except UserError:
+            except BaseException:
                 self.close()
                 raise
 

@@ -91,7 +91,7 @@ def train_sft(
         run.start_at(first)
 
         # Act 3: the loop.
-        batch = pipeline.batch(min(first, sft.steps - 1))
+        batch, saving = pipeline.batch(min(first, sft.steps - 1)), 0.0
         for step in range(first, sft.steps):
             started = time.perf_counter()
             key = jax.random.fold_in(jax.random.key(config.seed), step) if config.lora.dropout > 0 else None
@@ -102,6 +102,8 @@ def train_sft(
             in_a_row = int(values.pop("skipped_in_a_row"))
             skipped += in_a_row > 0
             values |= {"skipped": skipped, "padding_share": batch.padding_share(), "seconds": time.perf_counter() - started}
+            # What the save before this step kept the loop from going on.
+            values["save_seconds"], saving = saving, 0.0
             values |= throughput.of(batch.queries, batch.documents, values["seconds"])
             batch, done = following, step + 1
 
@@ -116,9 +118,11 @@ def train_sft(
             on_step(done, sft.steps, values)
             stop = request.asked()
             if looked or stop or done % sft.save_every == 0 or done == sft.steps or in_a_row >= sft.max_skipped:
+                started = time.perf_counter()
                 run.make_durable()
                 meta = {"skipped": skipped, "skipped_in_a_row": in_a_row}
                 snapshots.save(done, state.params, state.optimizer, meta, score=values.get(BEST_BY))
+                saving = time.perf_counter() - started
             if in_a_row >= sft.max_skipped:
                 raise UserError(
                     f"sft.optimizer.learning_rate: step {step}: {in_a_row} steps in a row were not finite; lower the rate, and "

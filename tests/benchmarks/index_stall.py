@@ -35,6 +35,7 @@ from search_r3_jax.retrieval.follower import IndexFollower
 from search_r3_jax.retrieval.heartbeat import read_beat
 from search_r3_jax.retrieval.index import IndexKind
 from search_r3_jax.retrieval.indexer import index_folder
+from search_r3_jax.retrieval.schedule import IndexSchedule
 from search_r3_jax.retrieval.versions import publish_version
 from search_r3_jax.training.moving_index import MovingIndex
 from search_r3_jax.training.rl import train_rl
@@ -124,9 +125,18 @@ def swap(out: Path, kind: IndexKind, rows: int, dim: int) -> dict[str, float]:
     follower = IndexFollower(run, "c", 0, say=print, settings=IndexConfig(local=False))
     follower.start()
     try:
-        environment = Environment(follower.wait_for_newer(-1, at_most=0), lambda rows: np.zeros((len(rows), dim), np.float32))
+        environment = Environment(follower.wait_for_newer(-1, at_most=1), lambda rows: np.zeros((len(rows), dim), np.float32))
         moving = MovingIndex(
-            IndexConfig(), run, follower, environment, lambda _: np.zeros((0, dim), np.float32), swaps=[], index_versions=[], say=print
+            IndexConfig(),
+            run,
+            follower,
+            environment,
+            lambda _: np.zeros((0, dim), np.float32),
+            schedule=IndexSchedule(run),
+            needed=set,
+            swaps=[],
+            index_versions=[],
+            say=print,
         )
         a = generator.standard_normal((800, 800), dtype=np.float32)
 
@@ -138,11 +148,11 @@ def swap(out: Path, kind: IndexKind, rows: int, dim: int) -> dict[str, float]:
         product = np.empty_like(a)
         alone = [foreground() for _ in range(300)]
         publish(2)
-        published, beside, taken = time.perf_counter(), [], {}
+        published, beside, taken = time.perf_counter(), list[float](), {}
         while environment.index.version == 1:
             beside.append(foreground())
             started = time.perf_counter()
-            moving.before_step(3, lambda: None)
+            moving.before_step(len(beside) - 1, lambda: None)
             taken = {"swap_seconds": time.perf_counter() - started}
         return {
             **taken,

@@ -76,6 +76,8 @@ class Place:
             "PYTHONPATH": str(SOURCES),
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            # Each device's part of a collective waits in a thread of its own.
+            **({"NPROC": str(2 * devices)} if devices > 1 else {}),
             # Restarts find the programs that an earlier attempt compiled.
             "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

@@ -1,0 +1,69 @@
+"""A checkpoint that one device saved is gone on with on eight, on another mesh, by two processes, and back: the losses stay."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import Place
+
+from search_r3_jax.hub.snapshots import checkpoint_folder, snapshot_steps
+
+STEPS = 12
+# Adapters alone, and all parameters with their moments.
+KINDS = {"lora": {"lora__rank": 4, "lora__dropout": 0.0}, "full": {"lora__rank": 0, "lora__dropout": 0.0}}
+
+
+def back_to(run: Path, step: int) -> None:
+    """As if the run had been killed right after it saved `step`."""
+    for later in snapshot_steps(run):
+        if later > step:
+            shutil.rmtree(checkpoint_folder(run) / str(later))
+
+
+def check(lines: list[dict[str, Any]], whole: list[dict[str, Any]]) -> None:
+    assert [line["step"] for line in lines] == list(range(STEPS))
+    for ours, theirs in zip(lines, whole, strict=True):
+        for name in ("loss", "infonce", "language", "kl"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-5), (ours["step"], name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_on_one_device_resumed_on_others_and_back(tiny_folders: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    place, run = Place(tmp_path, tiny_folders["llama"]), tmp_path / "run"
+    settings = KINDS[kind] | {"sft__steps": STEPS, "sft__keep": 9, "sft__save_every": 2}
+    place.finish(place.command("sft", "run", **settings))
+    whole = place.lines("run")
+    moves = [
+        (2, 8, {"mesh__fsdp": 8}),
+        (4, 8, {"mesh__data": 2, "mesh__fsdp": 4}),
+        (6, 8, {"mesh__data": 1, "mesh__fsdp": 4, "mesh__tensor": 2}),
+        (8, 1, {"mesh__data": 1, "mesh__fsdp": -1, "mesh__tensor": 1}),
+    ]
+    for step, devices, mesh in moves:
+        back_to(run, step)
+        said = place.finish(place.command("sft", "run", **settings, **mesh), devices=devices)
+        assert f"going on from step {step}" in said
+        assert "harmless: config.mesh." in said
+        check(place.lines("run"), whole)
+
+
+@pytest.mark.slow
+def test_saved_by_one_process_resumed_by_two_and_back(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    place, run = Place(tmp_path, tiny_folders["llama"]), tmp_path / "run"
+    settings = KINDS["lora"] | {"sft__steps": STEPS, "sft__keep": 9, "sft__save_every": 2}
+    place.finish(place.command("sft", "run", **settings))
+    whole = place.lines("run")
+    back_to(run, 4)
+    for process in place.cluster(place.command("sft", "run", **settings, mesh__fsdp=4, mesh__data=2), processes=2, devices=4):
+        assert process.wait(timeout=300) == 0, (tmp_path / "out-0.txt").read_text()[-3000:]
+    assert "going on from step 4" in (tmp_path / "out-0.txt").read_text()
+    # One of them speaks.
+    assert (tmp_path / "out-1.txt").read_text() == ""
+    check(place.lines("run"), whole)
+    back_to(run, 8)
+    assert "going on from step 8" in place.finish(place.command("sft", "run", **settings))
+    check(place.lines("run"), whole)
