@@ -54,6 +54,12 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def wait_for_all(what: str) -> None:
+    """Until every process has come to `what`."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
 def _connections() -> dict[int, socket.socket]:
     """One between process 0 and each other: the system closes it when a process dies, however that goes."""
     own, count = jax.process_index(), jax.process_count()

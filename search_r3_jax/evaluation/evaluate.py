@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from search_r3_jax.config import SamplerConfig, TextConfig
 from search_r3_jax.data.collection import Collection
@@ -96,11 +97,14 @@ class ModeResult:
 class Evaluator:
     """Compiled once, then fed with any parameters of the same structure."""
 
-    def __init__(self, graph: nnx.GraphDef[Decoder], prompter: Prompter, text: TextConfig, sampler: SamplerConfig):
-        self._encoder, self._reasoned_encoder = Encoder(graph, prompter), ReasonedEncoder(graph, prompter)
+    def __init__(
+        self, graph: nnx.GraphDef[Decoder], prompter: Prompter, text: TextConfig, sampler: SamplerConfig, *, mesh: Mesh | None = None
+    ):
+        """On a `mesh`, every process evaluates the same and comes to the same result."""
+        self._encoder, self._reasoned_encoder = Encoder(graph, prompter, mesh=mesh), ReasonedEncoder(graph, prompter, mesh=mesh)
         # Greedy: an evaluation must not depend on a seed.
         self._sampler = Sampler(
-            graph, prompter, max_think_tokens=sampler.max_think_tokens, temperature=0.0, prefill_chunk=sampler.prefill_chunk
+            graph, prompter, max_think_tokens=sampler.max_think_tokens, temperature=0.0, prefill_chunk=sampler.prefill_chunk, mesh=mesh
         )
         self._prompter, self._text = prompter, text
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
@@ -43,7 +44,8 @@ def both_prefixes(decoder: Decoder, prompter: Prompter, *, adapters: bool = True
 class RowEncoder:
     """Encodes what follows a mode's prefix with whatever parameters it is handed; compiled once per (rows, length) bucket.
 
-    On a mesh of this process's devices the rows of a batch lie across `BATCH_AXES`, and the parameters as the caller laid them out.
+    On a mesh, of this process's devices or of all processes', the rows of a batch lie across `BATCH_AXES`, and the parameters as the caller
+    laid them out; every process gives the same texts and has all vectors.
     """
 
     def __init__(
@@ -56,7 +58,10 @@ class RowEncoder:
             with in_use(mesh):
                 return prefix_block(nnx.merge(graph, state), prefix)
 
-        @jax.jit
+        # On all devices: each process reads the vectors from its own.
+        everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+
+        @functools.partial(jax.jit, out_shardings=everywhere)
         def encode(state: nnx.State, shared: KVBlock, ids: jax.Array, lengths: jax.Array) -> jax.Array:
             decoder = nnx.merge(graph, state)
             positions = positions_from_lengths(lengths, ids.shape[1], len(prefix))
@@ -116,7 +121,9 @@ class RowEncoder:
             return batch.ids, batch.lengths
         missing = -len(batch.ids) % axis_size(self._mesh, BATCH_AXES)
         filled = np.pad(batch.ids, ((0, missing), (0, 0))), np.pad(batch.lengths, (0, missing))
-        return jax.device_put(filled, NamedSharding(self._mesh, PartitionSpec(BATCH_AXES)))
+        rows = NamedSharding(self._mesh, PartitionSpec(BATCH_AXES))
+        ids, lengths = (jax.make_array_from_callback(x.shape, rows, x.__getitem__) for x in filled)
+        return ids, lengths
 
 
 class Encoder(RowEncoder):

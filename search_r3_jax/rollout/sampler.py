@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from search_r3_jax.errors import UserError
 from search_r3_jax.models.attention import NOTHING, KVBlock
@@ -108,8 +109,11 @@ class Sampler:
         top_p: float = 1.0,
         prefill_chunk: int = 0,
         slots: int = 0,
+        mesh: Mesh | None = None,
     ):
         """`slots` rows are written at a time, and a finished one makes room for the next; 0 writes all at once.
+
+        On a `mesh` the parameters lie as the caller laid them out, and each process, which gives the same texts and seeds, has all replies.
 
         Raises UserError for a temperature, `top_k`, `top_p` or `slots` out of range.
         """
@@ -232,7 +236,7 @@ class Sampler:
 
             return jax.lax.while_loop(lambda loop: jnp.any(loop.slots.row < B), body, start).replies
 
-        self._sample = jax.jit(sample)
+        self._sample = jax.jit(sample, out_shardings=None if mesh is None else NamedSharding(mesh, PartitionSpec()))
 
     def compile(self, state: nnx.State, queries: int, group: int, *, max_tokens: int) -> None:
         """Compile what `sample` of so many queries and samples runs, and run none of it: what follows can be timed."""

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from search_r3_jax.config import RunConfig
 from search_r3_jax.data.collection import Collection
+from search_r3_jax.distributed import is_first
 from search_r3_jax.evaluation.evaluate import Evaluator, ModeResult, exact_index, search_result
 from search_r3_jax.files import write_json
 from search_r3_jax.models.decoder import Decoder
@@ -36,8 +38,9 @@ class Development:
         *,
         reasoned: bool,
         probe: bool = False,
+        mesh: Mesh | None = None,
     ):
-        self._evaluator = Evaluator(graph, prompter, config.text, config.rl.sampler)
+        self._evaluator = Evaluator(graph, prompter, config.text, config.rl.sampler, mesh=mesh)
         self._collections, self._reasoned, self._probe, self._seed = collections, reasoned, probe, config.seed
 
     def evaluate(self, state: nnx.State, step: int, folder: Path) -> tuple[dict[str, float], list[dict[str, Any]]]:
@@ -62,8 +65,9 @@ class Development:
                 for name, value in result.as_dict().items():
                     scalars.setdefault(f"dev_{mode}_{name}", []).append(value)
                 samples += _samples(collection, mode, result)
-        (folder / "eval").mkdir(exist_ok=True)
-        write_json(folder / "eval" / f"dev_{step:06d}.json", {"step": step, "results": results})
+        if is_first():
+            (folder / "eval").mkdir(exist_ok=True)
+            write_json(folder / "eval" / f"dev_{step:06d}.json", {"step": step, "results": results})
         return {name: float(np.mean(values)) for name, values in scalars.items()}, samples
 
 

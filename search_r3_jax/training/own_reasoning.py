@@ -12,6 +12,7 @@ from flax import nnx
 
 from search_r3_jax.config import RunConfig
 from search_r3_jax.data.collection import Collection, Query
+from search_r3_jax.distributed import is_first, wait_for_all
 from search_r3_jax.files import write_text
 from search_r3_jax.hub.checkpoint import LoadedModel
 from search_r3_jax.rollout.sampler import Rollout, Sampler
@@ -34,9 +35,11 @@ def with_own_reasoning(
     """
     missing = sorted({(number, row) for number, row in wanted if not collections[number].queries[row].reasoning})
     thoughts = _read(file)
+    # Whoever reads later would find more in the file than the others did.
+    wait_for_all("own reasoning is read")
     prompter = Prompter(model.tokenizer)
     graph, state = nnx.split(model.decoder)
-    sampler = Sampler(graph, prompter, max_think_tokens=config.text.max_thought_tokens, temperature=0.0)
+    sampler = Sampler(graph, prompter, max_think_tokens=config.text.max_thought_tokens, temperature=0.0, mesh=model.mesh)
     # Sorted by length, so that a pass holds prompts of one bucket.
     missing.sort(key=lambda at: (len(collections[at[0]].queries[at[1]].text), at))
     for start in range(0, len(missing), QUERIES_A_PASS):
@@ -49,9 +52,11 @@ def with_own_reasoning(
         rollout = sampler.sample(state, texts, np.zeros((len(texts), 1), np.uint32), max_tokens=config.text.max_query_tokens)
         for (number, row), thought in zip(chosen, _thoughts(rollout, prompter), strict=False):
             thoughts[number, collections[number].queries[row].query_id] = thought
+        on_progress(start + len(chosen), len(missing))
+        if not is_first():
+            continue
         lines = [{"set": number, "query_id": query_id, "reasoning": text} for (number, query_id), text in thoughts.items()]
         write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-        on_progress(start + len(chosen), len(missing))
     return tuple(_with(collection, number, thoughts) for number, collection in enumerate(collections))
 
 

@@ -105,12 +105,12 @@ def train_rl(
     donate = jax.default_backend() != "cpu"
     shardings = None if model.mesh is None else state_shardings(params, optimizer, model.mesh)
     state = init_state(params, optimizer, shardings, copy=donate)
-    sampler = make_sampler(full_graph, prompter, rl)
-    encoder, reasoned_encoder = Encoder(full_graph, prompter), ReasonedEncoder(full_graph, prompter)
+    sampler = make_sampler(full_graph, prompter, rl, model.mesh)
+    encoder, reasoned_encoder = Encoder(full_graph, prompter, mesh=model.mesh), ReasonedEncoder(full_graph, prompter, mesh=model.mesh)
     score = make_scorer(graph, prompter, rl, shardings)
     update = make_update(graph, prompter, optimizer, rl, shardings, donate=donate)
     watched = [data.dev] if data.dev is not None and rl.eval_every > 0 else []
-    development = Development(config, watched, full_graph, prompter, reasoned=True, probe=True) if watched else None
+    development = Development(config, watched, full_graph, prompter, reasoned=True, probe=True, mesh=model.mesh) if watched else None
     guard = CollapseGuard(valid_below=rl.collapse_valid, entropy_below=rl.collapse_entropy, steps=rl.collapse_steps)
     constant = ConstantTerms(say)
 

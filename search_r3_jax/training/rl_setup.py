@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 
 from search_r3_jax.config import RlConfig, RunConfig
 from search_r3_jax.data.collection import Collection
@@ -94,7 +95,7 @@ def check_settings(config: RunConfig, collection: Collection) -> None:
     _reward_settings(rl)
 
 
-def make_sampler(graph: nnx.GraphDef[Any], prompter: Prompter, rl: RlConfig) -> Sampler:
+def make_sampler(graph: nnx.GraphDef[Any], prompter: Prompter, rl: RlConfig, mesh: Mesh | None) -> Sampler:
     """Writes replies as the config says."""
     return Sampler(
         graph,
@@ -104,6 +105,7 @@ def make_sampler(graph: nnx.GraphDef[Any], prompter: Prompter, rl: RlConfig) -> 
         top_k=rl.sampler.top_k,
         top_p=rl.sampler.top_p,
         prefill_chunk=rl.sampler.prefill_chunk,
+        mesh=mesh,
     )
 
 

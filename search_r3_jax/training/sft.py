@@ -196,7 +196,7 @@ def _make_development(config: RunConfig, sets: Sequence[TrainingSet], model: Loa
     if not collections or config.sft.eval_every == 0:
         return None
     reasoned = config.sft.reasoning != "off" and config.sft.reasoned_share > 0
-    return Development(config, collections, nnx.split(model.decoder)[0], prompter, reasoned=reasoned)
+    return Development(config, collections, nnx.split(model.decoder)[0], prompter, reasoned=reasoned, mesh=model.mesh)
 
 
 def _told(scalars: dict[str, float]) -> str:

@@ -41,7 +41,7 @@ from search_r3_jax.retrieval.exact import ExactIndex
 from search_r3_jax.rollout.encoder import Encoder, ReasonedEncoder
 from search_r3_jax.rollout.sampler import Sampler, rollout_seeds
 from search_r3_jax.text.prompts import Prompter
-from search_r3_jax.training import rl
+from search_r3_jax.training import rl, rl_setup
 from search_r3_jax.training.moving_index import reembedded
 from search_r3_jax.training.sft import train_sft
 
@@ -190,7 +190,7 @@ def watch(setting: Setting, *, others: Sequence[Setting] = (), measured_at: Sequ
     """Let the trainer make its environment so; returns the list that what is measured goes to."""
     log: list[dict[str, Any]] = []
     Watched.setting, Watched.others, Watched.measured_at, Watched.lead, Watched.log = setting, others, frozenset(measured_at), lead, log
-    rl.Environment = Watched
+    rl_setup.Environment = Watched
     return log
 
 

@@ -61,7 +61,8 @@ def test_a_newest_checkpoint_cut_off_anywhere_is_put_aside_for_the_one_before(tm
         run = tmp_path / str(trial)
         save(run, 3, 6)
         folder = checkpoint_folder(run) / "6"
-        file = generator.choice(sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size))
+        files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
+        file = files[generator.integers(len(files))]
         with file.open("r+b") as opened:
             opened.truncate(int(generator.integers(0, file.stat().st_size)))
         cut.add(file.name)

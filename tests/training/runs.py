@@ -25,7 +25,7 @@ from search_r3_jax.models.lora import trainable_filter
 
 SOURCES, TESTS = Path(__file__).resolve().parents[2], Path(__file__).resolve().parents[1]
 # What a step takes is no part of what it computes.
-TIMES = ("seconds", "per_second", "mfu", "stall_share", "milliseconds_per_query")
+TIMES = ("seconds", "per_second", "mfu", "tflops", "stall_share", "milliseconds_per_query")
 
 COMMON = {
     "config": "smollm2",

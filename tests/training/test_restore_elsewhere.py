@@ -54,13 +54,19 @@ def test_saved_on_one_device_resumed_on_others_and_back(tiny_folders: dict[str, 
 @pytest.mark.slow
 def test_saved_by_one_process_resumed_by_two_and_back(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
     place, run = Place(tmp_path, tiny_folders["llama"]), tmp_path / "run"
-    settings = KINDS["lora"] | {"sft__steps": STEPS, "sft__keep": 9, "sft__save_every": 2}
+    # The model writes its own reasoning, and development queries are watched: all processes take part in that too.
+    settings = KINDS["lora"] | {"sft__steps": STEPS, "sft__keep": 9, "sft__save_every": 2, "sft__reasoning": "self"}
+    settings |= {"sft__eval_every": 6, "data__dev_queries": 8}
     place.finish(place.command("sft", "run", **settings))
     whole = place.lines("run")
+    watched = [line["dev_reason_ndcg@10"] for line in whole if "dev_reason_ndcg@10" in line]
+    assert len(watched) == 2
     back_to(run, 4)
+    (run / "own_reasoning.jsonl").unlink()
     for process in place.cluster(place.command("sft", "run", **settings, mesh__fsdp=4, mesh__data=2), processes=2, devices=4):
         assert process.wait(timeout=300) == 0, (tmp_path / "out-0.txt").read_text()[-3000:]
     assert "going on from step 4" in (tmp_path / "out-0.txt").read_text()
+    assert [line["dev_reason_ndcg@10"] for line in place.lines("run") if "dev_reason_ndcg@10" in line] == watched
     # One of them speaks.
     assert (tmp_path / "out-1.txt").read_text() == ""
     check(place.lines("run"), whole)

@@ -1,0 +1,128 @@
+"""What ends a run in the middle, and what it goes on with: a full disk, a damaged checkpoint, a changed config."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from faults import DISK_FULL
+from flax import nnx
+from tiny import word_collection
+
+from search_r3_jax import files
+from search_r3_jax.config import LoraConfig, OptimizerConfig, RunConfig, SftConfig, TextConfig
+from search_r3_jax.data.development import TrainingSet
+from search_r3_jax.errors import UserError
+from search_r3_jax.hub import seals
+from search_r3_jax.hub.checkpoint import load_model, with_lora
+from search_r3_jax.hub.snapshots import checkpoint_folder, snapshot_steps
+from search_r3_jax.training import run as run_module
+from search_r3_jax.training.sft import train_sft
+
+STEPS = 8
+
+
+class Runs:
+    """Runs of one config on one model and collection."""
+
+    def __init__(self, folder: Path, model: Path):
+        self.folder, self._model = folder, model
+        self._sets = [TrainingSet(train=word_collection(documents=24, queries=24), dev=None)]
+        self.config = RunConfig(
+            model=str(model),
+            compute_dtype="float32",
+            remat="none",
+            text=TextConfig(max_query_tokens=16, max_document_tokens=32),
+            lora=LoraConfig(rank=4, dropout=0.1),
+            sft=SftConfig(steps=STEPS, global_batch=8, save_every=2, keep=3, kl_weight=0.0, optimizer=OptimizerConfig(learning_rate=1e-2)),
+        )
+
+    def train(self, name: str, on_step: Callable[[int], object] = lambda done: None, **settings: Any) -> tuple[Any, list[str]]:
+        """The trained parameters, and what was said."""
+        said = list[str]()
+        config = settings.pop("config", self.config)
+        model = with_lora(load_model(self._model), config.lora, seed=0)
+        params = train_sft(config, self.folder / name, self._sets, model, lambda done, *_: on_step(done), say=said.append, **settings)
+        return jax.tree.map(np.asarray, nnx.to_pure_dict(params)), said
+
+    def losses(self, name: str) -> list[tuple[int, float]]:
+        lines = [json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()]
+        return [(line["step"], line["loss"]) for line in lines]
+
+
+@pytest.fixture
+def runs(tiny_folders: dict[str, Path], tmp_path: Path) -> Runs:
+    return Runs(tmp_path, tiny_folders["llama"])
+
+
+def test_a_full_disk_ends_the_run_with_a_line_and_the_same_command_goes_on(runs: Runs) -> None:
+    whole, _ = runs.train("whole")
+    with pytest.MonkeyPatch.context() as patched:
+
+        def fill(done: int) -> None:
+            if done == 3:
+                patched.setattr(seals, "write_json", full)
+
+        with pytest.raises(UserError, match=r"checkpoints: step 4: cannot be written \(.*No space left on device"):
+            runs.train("full", fill)
+    # It came up at the next step, or while the next was saved.
+    assert len(runs.losses("full")) in (4, 5, 6)
+    assert snapshot_steps(runs.folder / "full") == [2]
+
+    with pytest.MonkeyPatch.context() as patched:
+
+        def fill_all(done: int) -> None:
+            if done == 5:
+                patched.setattr(run_module, "append_line", full)
+
+        with pytest.raises(UserError, match=r"metrics.jsonl: cannot be written \(No space left on device\); make room"):
+            runs.train("full", fill_all)
+    resumed, said = runs.train("full")
+    assert "going on from step 4" in said
+    jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+    assert runs.losses("full") == runs.losses("whole")
+
+
+def full(*_: Any, **__: Any) -> None:
+    raise DISK_FULL
+
+
+def test_a_damaged_newest_checkpoint_is_got_around(runs: Runs) -> None:
+    whole, _ = runs.train("run")
+    losses = runs.losses("run")
+    newest = checkpoint_folder(runs.folder / "run") / str(STEPS)
+    data = max((file for file in newest.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+    data.write_bytes(data.read_bytes()[:-7])
+    again, said = runs.train("run")
+    assert f"checkpoint {STEPS} is damaged: {data.relative_to(newest)} has" in said[0]
+    assert "going on from step 6" in said
+    jax.tree.map(np.testing.assert_array_equal, again, whole)
+    assert runs.losses("run") == losses
+    assert snapshot_steps(runs.folder / "run") == [4, 6, 8]
+
+
+def test_a_changed_config_goes_on_where_that_is_allowed(runs: Runs) -> None:
+    def stop(done: int) -> None:
+        if done == 5:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        runs.train("run", stop)
+    changed = dataclasses.replace(runs.config, sft=dataclasses.replace(runs.config.sft, temperature=0.1, save_every=3))
+    with pytest.raises(UserError, match=r"config\.sft\.temperature was 0\.05, is 0\.1\); give another --run, or --allow-config-change"):
+        runs.train("run", config=changed)
+    _, said = runs.train("run", config=changed, allow_change=True)
+    assert "going on from step 4" in said
+    assert [step for step, _ in runs.losses("run")] == list(range(STEPS))
+    assert files.complete_lines(runs.folder / "run" / "metrics.jsonl")
+    record = json.loads((runs.folder / "run" / "config.json").read_text())
+    assert {(change["field"], change["step"]) for change in record["changes"]} == {
+        ("config.sft.temperature", 4),
+        ("config.sft.save_every", 4),
+    }
