@@ -169,7 +169,10 @@ def open_version(
 
 def pin_versions(root: epath.PathLike, steps: Collection[int]) -> None:
     """Say which versions a reader has open, in place of those it named before; they are not pruned. The only writer of IN_USE."""
-    storage.write_pointer(storage.open_root(root), IN_USE, json.dumps(sorted(steps)) + "\n")
+    root = storage.open_root(root)
+    # Whoever replays another run's versions may come before the first of its own.
+    root.mkdir(parents=True, exist_ok=True)
+    storage.write_pointer(root, IN_USE, json.dumps(sorted(steps)) + "\n")
 
 
 def pinned_versions(root: epath.PathLike) -> list[int]:

@@ -112,3 +112,16 @@ def test_one_process_that_is_asked_stops_all_at_the_same_step(tiny_folders: dict
     told = [re.findall(r"saved at step (\d+)", (tmp_path / f"out-{process}.txt").read_text()) for process in range(2)]
     assert told[0] == told[1] == [str(len(place.lines("stopped")))]
     assert snapshot_steps(tmp_path / "stopped") == [len(place.lines("stopped"))]
+
+
+@pytest.mark.slow
+def test_a_run_that_waits_for_its_first_index_stops_too(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    place = Place(tmp_path, tiny_folders["llama"])
+    # Nobody makes an index.
+    command = place.command("rl", "waiting", "--index.no-local", rl__steps=4)
+    process = place.start(command)
+    until(lambda: snapshot_steps(tmp_path / "waiting") == [0], process)
+    time.sleep(2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 0, (tmp_path / "out.txt").read_text()
+    assert "stopped and saved at step 0" in (tmp_path / "out.txt").read_text()

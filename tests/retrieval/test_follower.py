@@ -1,0 +1,104 @@
+"""The trainer's side of the index: what a record names is found, what lies ahead is left, what may be needed again is kept."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from published import FIELDS, unit
+
+from search_r3_jax.config import IndexConfig
+from search_r3_jax.errors import UserError
+from search_r3_jax.hub.snapshots import checkpoint_folder
+from search_r3_jax.retrieval.follower import IndexFollower
+from search_r3_jax.retrieval.indexer import index_folder
+from search_r3_jax.retrieval.schedule import IndexSchedule
+from search_r3_jax.retrieval.versions import list_versions, pinned_versions, prune_versions, publish_version
+from search_r3_jax.training.moving_index import versions_needed
+
+
+def publish(run: Path, *steps: int) -> None:
+    for step in steps:
+        ids = [f"d{i}" for i in range(30)]
+        publish_version(index_folder(run), step=step, vectors=unit(30, seed=step), ids=ids, manifest_fields=FIELDS, kind="exact")
+
+
+def follower_of(run: Path, **settings: Any) -> IndexFollower:
+    run.mkdir(exist_ok=True)
+    return IndexFollower(run, "c", 9, say=lambda _: None, settings=IndexConfig(local=False), **settings)
+
+
+def holds(index: Any, step: int) -> None:
+    assert index.version == step
+    np.testing.assert_array_equal(index.take(np.arange(30)), unit(30, seed=step))
+
+
+def test_a_recorded_version_is_opened_from_the_replayed_run_or_the_own(tmp_path: Path) -> None:
+    own, other = tmp_path / "own", tmp_path / "other"
+    publish(own, 0, 4)
+    publish(other, 0, 2)
+    follower = follower_of(own, replayed=index_folder(other))
+    for step in (0, 2, 4):
+        assert follower.is_there(step)
+        holds(follower.recorded(step), step)
+        assert step in pinned_versions(index_folder(own))
+        assert follower.measured(step)["step"] == step
+    assert follower.is_there(4, own=True)
+    assert not follower.is_there(2, own=True)
+    assert not follower.is_there(6)
+    with pytest.raises(
+        UserError, match=r"v6: the run's record names this index, but it is not there; put it back, or .*--allow-config-change"
+    ):
+        follower.recorded(6)
+    # Damaged there, it is not taken; the error says what is wrong with it.
+    (index_folder(other) / "v2" / "vectors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"v2: the run's record names this index, but .*v2"):
+        follower.recorded(2)
+
+
+def test_a_version_from_a_later_step_is_left_until_that_step(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    publish(run, 3, 8)
+    follower = follower_of(run)
+    follower.start()
+    try:
+        end = time.monotonic() + 30
+        while not follower._open and time.monotonic() < end:
+            time.sleep(0.05)
+        for step in range(8):
+            assert follower.newer_than(3, at_most=step) is None
+        found = follower.newer_than(3, at_most=8)
+        holds(found, 8)
+    finally:
+        follower.close()
+
+
+def test_what_a_kept_checkpoint_may_need_is_not_pruned(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    schedule = IndexSchedule(run)
+    # v0 up to step 3, v2 up to step 5, v4 up to step 8, then v8.
+    for step, version in enumerate([0, 0, 0, 0, 2, 2, 4, 4, 4, 8, 8]):
+        schedule.record(step, version)
+    for step in (0, 3, 6, 9, 11):
+        (checkpoint_folder(run) / str(step)).mkdir(parents=True)
+    assert versions_needed(run, schedule, 1) == {0, 2, 4, 8}
+    for step in (3, 6):
+        (checkpoint_folder(run) / str(step)).rmdir()
+    # The start needs the first again, step 9 goes on with the fourth.
+    assert versions_needed(run, schedule, 2) == {0, 4, 8}
+    (checkpoint_folder(run) / "0").rmdir()
+    assert versions_needed(run, schedule, 2) == {4, 8}
+    assert versions_needed(run, schedule, 1) == {4, 8}
+    (checkpoint_folder(run) / "9").rmdir()
+    assert versions_needed(run, schedule, 1) == {8}
+
+    publish(run, 0, 2, 4, 8, 10, 12)
+    (checkpoint_folder(run) / "9").mkdir()
+    follower = follower_of(run, needed=lambda: versions_needed(run, schedule, 2))
+    follower.recorded(10)
+    assert prune_versions(index_folder(run), keep=1) == [0, 2]
+    assert list_versions(index_folder(run)) == [4, 8, 10, 12]
