@@ -153,6 +153,7 @@ def train_rl(
             in_a_row = jax.device_put(np.int32(meta["skipped_in_a_row"]), state.skipped.sharding)
             state = TrainState(restored.params, restored.optimizer, in_a_row)
             guard.restore(meta["guard"])
+            current = nnx.merge_state(state.params, frozen)
             say(f"going on from step {first}")
         run.start_at(BEFORE if first is None else first)
         if first is None:
@@ -198,8 +199,11 @@ def train_rl(
                 save()
                 snapshots.wait()
 
+        def unfinished() -> bool:
+            return step < rl.steps or (len(meta["swaps"]) < rl.min_swaps and step < rl.steps + rl.max_extra_steps)
+
         # Act 3: the loop. Swaps happen between steps only.
-        while step < rl.steps or (len(meta["swaps"]) < rl.min_swaps and step < rl.steps + rl.max_extra_steps):
+        while unfinished():
             started = time.perf_counter()
             current = nnx.merge_state(state.params, frozen)
             stalls = moving.before_step(step, save_for_index)
@@ -287,7 +291,7 @@ def train_rl(
                 saving = time.perf_counter() - started
             if stop:
                 raise UserError(f"{stop} (checkpoints are in {folder})")
-            if asked and step < rl.steps:
+            if asked and unfinished():
                 snapshots.wait()
                 request.stop(folder, step)
             snapshots.check()

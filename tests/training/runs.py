@@ -59,6 +59,7 @@ class Place:
 
     def __init__(self, folder: Path, model: Path):
         self.folder, self.model = folder, model
+        self._started: list[subprocess.Popen[bytes]] = []
         folder.mkdir(parents=True, exist_ok=True)
         build_dataset({"train": word_collection(documents=40, queries=20)}, folder / "data", name="words", source={"kind": "test"})
 
@@ -84,7 +85,15 @@ class Place:
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
         with (self.folder / log).open("ab") as out:
-            return subprocess.Popen(command, stdout=out, stderr=out, env=environment)
+            process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
+        self._started.append(process)
+        return process
+
+    def close(self) -> None:
+        """End what a test that failed has left."""
+        for process in self._started:
+            process.kill()
+            process.wait()
 
     def finish(self, command: list[str], *, devices: int = 1, status: int = 0) -> str:
         """Run a command to its end; what it printed."""

@@ -32,8 +32,8 @@ def check(lines: list[dict[str, Any]], whole: list[dict[str, Any]]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_saved_on_one_device_resumed_on_others_and_back(tiny_folders: dict[str, Path], tmp_path: Path, kind: str) -> None:
-    place, run = Place(tmp_path, tiny_folders["llama"]), tmp_path / "run"
+def test_saved_on_one_device_resumed_on_others_and_back(place: Place, tmp_path: Path, kind: str) -> None:
+    run = tmp_path / "run"
     settings = KINDS[kind] | {"sft__steps": STEPS, "sft__keep": 9, "sft__save_every": 2}
     place.finish(place.command("sft", "run", **settings))
     whole = place.lines("run")
@@ -52,8 +52,8 @@ def test_saved_on_one_device_resumed_on_others_and_back(tiny_folders: dict[str, 
 
 
 @pytest.mark.slow
-def test_saved_by_one_process_resumed_by_two_and_back(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
-    place, run = Place(tmp_path, tiny_folders["llama"]), tmp_path / "run"
+def test_saved_by_one_process_resumed_by_two_and_back(place: Place, tmp_path: Path) -> None:
+    run = tmp_path / "run"
     # The model writes its own reasoning, and development queries are watched: all processes take part in that too.
     settings = KINDS["lora"] | {"sft__steps": STEPS, "sft__keep": 9, "sft__save_every": 2, "sft__reasoning": "self"}
     settings |= {"sft__eval_every": 6, "data__dev_queries": 8}

@@ -79,10 +79,7 @@ def test_a_second_signal_leaves_at_once() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "number"), [("sft", signal.SIGTERM), ("rl", signal.SIGINT), ("sft", signal.SIGUSR1)])
-def test_a_stopped_run_goes_on_as_if_nothing_had_been(
-    tiny_folders: dict[str, Path], tmp_path: Path, stage: str, number: signal.Signals
-) -> None:
-    place = Place(tmp_path, tiny_folders["llama"])
+def test_a_stopped_run_goes_on_as_if_nothing_had_been(place: Place, tmp_path: Path, stage: str, number: signal.Signals) -> None:
     steps = {f"{stage}__steps": 24, "sft__save_every": 100, "rl__snapshot_every": 100}
     command = place.command(stage, "stopped", **steps)
     process = place.start(command)
@@ -103,8 +100,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(
 
 
 @pytest.mark.slow
-def test_one_process_that_is_asked_stops_all_at_the_same_step(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
-    place = Place(tmp_path, tiny_folders["llama"])
+def test_one_process_that_is_asked_stops_all_at_the_same_step(place: Place, tmp_path: Path) -> None:
     processes = place.cluster(place.command("sft", "stopped", sft__steps=400, sft__save_every=1000), processes=2)
     until(lambda: len(place.lines("stopped")) >= 3, processes[0])
     processes[1].send_signal(signal.SIGTERM)
@@ -115,8 +111,7 @@ def test_one_process_that_is_asked_stops_all_at_the_same_step(tiny_folders: dict
 
 
 @pytest.mark.slow
-def test_a_run_that_waits_for_its_first_index_stops_too(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
-    place = Place(tmp_path, tiny_folders["llama"])
+def test_a_run_that_waits_for_its_first_index_stops_too(place: Place, tmp_path: Path) -> None:
     # Nobody makes an index.
     command = place.command("rl", "waiting", "--index.no-local", rl__steps=4)
     process = place.start(command)

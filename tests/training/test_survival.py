@@ -54,8 +54,8 @@ def kill(process: int) -> None:
 
 
 @pytest.mark.slow
-def test_stage_1_killed_at_random_moments_ends_bit_equal(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
-    place, generator = Place(tmp_path, tiny_folders["llama"]), np.random.default_rng(0)
+def test_stage_1_killed_at_random_moments_ends_bit_equal(place: Place, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
     place.finish(place.command("sft", "whole", sft__steps=SFT_STEPS))
     whole = [computed(line) for line in place.lines("whole")]
     assert [line["step"] for line in whole] == list(range(SFT_STEPS))
@@ -76,9 +76,9 @@ def test_stage_1_killed_at_random_moments_ends_bit_equal(tiny_folders: dict[str,
 
 
 @pytest.mark.slow
-def test_stage_2_killed_at_random_moments_is_repeated_bit_equal(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_stage_2_killed_at_random_moments_is_repeated_bit_equal(place: Place, tmp_path: Path) -> None:
     """Trainer, indexer or both are killed; an uninterrupted run that replays the record of index versions is the same run."""
-    place, generator = Place(tmp_path, tiny_folders["llama"]), np.random.default_rng(1)
+    generator = np.random.default_rng(1)
     run = tmp_path / "killed"
     command, told, kills, indexers = place.command("rl", "killed", rl__steps=RL_STEPS), dict[int, dict[str, object]](), 0, 0
     while kills < RL_KILLS:
@@ -112,8 +112,8 @@ def test_stage_2_killed_at_random_moments_is_repeated_bit_equal(tiny_folders: di
 
 
 @pytest.mark.slow
-def test_two_processes_one_of_them_killed_end_bit_equal(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
-    place, generator = Place(tmp_path, tiny_folders["llama"]), np.random.default_rng(2)
+def test_two_processes_one_of_them_killed_end_bit_equal(place: Place, tmp_path: Path) -> None:
+    generator = np.random.default_rng(2)
     for process in place.cluster(place.command("sft", "whole", sft__steps=40), processes=2):
         assert process.wait(timeout=600) == 0, (tmp_path / "out-0.txt").read_text()[-3000:]
     whole = [computed(line) for line in place.lines("whole")]
