@@ -1,6 +1,6 @@
 """Stage 1 of Qwen2.5-1.5B-Instruct, all parameters, batches of 4,096 pairs through GradCache; a TPU slice of 16 chips.
 
-search-r3 sft --config qwen25_1p5b --run gs://BUCKET/runs/qwen25_1p5b --data.sets DATA/…
+search-r3 sft --config qwen25_1p5b --run SHARED/runs/qwen25_1p5b --data.sets DATA/…
 """
 
 from search_r3_jax.config import DataConfig, LoraConfig, OptimizerConfig, RunConfig, SftConfig, TextConfig

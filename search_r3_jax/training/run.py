@@ -29,8 +29,8 @@ Say = Callable[[str], object]
 class Run:
     """An open run directory, which no other trainer may write to meanwhile; opening it again with the same config resumes it.
 
-    Of several processes only process 0 writes. Raises UserError when another trainer has the directory open, or when it holds a run whose
-    config differs in more than harmless fields; with `allow_change` these are taken over, `on_change` first.
+    Of several processes only process 0 writes. Raises UserError for a bucket, when another trainer has the directory open, or when it holds a
+    run whose config differs in more than harmless fields; with `allow_change` these are taken over, after `on_change` was called.
     """
 
     def __init__(
@@ -44,6 +44,11 @@ class Run:
         allow_change: bool = False,
         on_change: Callable[[], object] = lambda: None,
     ):
+        if path.parts and path.parts[0].endswith(":"):
+            # What a path makes of gs://BUCKET/…: it would be a local folder of that name.
+            raise UserError(
+                f"--run: {path}: a run lies in a folder that all its processes see, not in a bucket; its index may (index.folder)"
+            )
         self.path = path
         self._first = jax.process_index() == 0
         self._metrics, self._samples = path / "metrics.jsonl", path / "samples.jsonl"

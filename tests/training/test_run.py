@@ -40,6 +40,13 @@ def test_another_trainer_is_refused_until_the_first_has_closed(tmp_path: Path) -
     opened(tmp_path / "run").close()
 
 
+def test_a_bucket_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"--run: gs:/bucket/run: a run lies in a folder that all its processes see, not in a bucket"):
+        opened(Path("gs://bucket/run"))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_every_step_stands_once_after_any_number_of_restarts(tmp_path: Path) -> None:
     for first in (0, 3, 1, 4, 4):
         run = opened(tmp_path / "run")
