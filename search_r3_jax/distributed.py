@@ -38,7 +38,8 @@ def in_cluster(cluster: Cluster, environment: Mapping[str, str] = os.environ) ->
             jax.distributed.initialize(heartbeat_timeout_seconds=SILENT_SECONDS)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"cluster: the processes did not find each other ({' '.join(str(error).split())[:300]})") from error
-    connections = _connections() if jax.process_count() > 1 else {}
+    host = _own_address() if named is None else named.coordinator.rsplit(":", 1)[0]
+    connections = _connections(host) if jax.process_count() > 1 else {}
     for number, connection in connections.items():
         threading.Thread(target=_end_with, args=(number, connection), daemon=True).start()
     try:
@@ -60,23 +61,27 @@ def wait_for_all(what: str) -> None:
         multihost_utils.sync_global_devices(what)
 
 
-def _connections() -> dict[int, socket.socket]:
-    """One between process 0 and each other: the system closes it when a process dies, however that goes."""
+def _connections(host: str) -> dict[int, socket.socket]:
+    """One between process 0, at `host` there, and each other: the system closes it when a process dies, however that goes."""
     own, count = jax.process_index(), jax.process_count()
     with socket.create_server(("", 0)) if own == 0 else socket.socket() as server:
-        address = np.zeros(300, np.uint8)
+        told = np.zeros(300, np.uint8)
         if own == 0:
-            text = f"{server.getsockname()[1]} {_own_address()}".encode()
-            address[: len(text)] = np.frombuffer(text, np.uint8)
-        told = np.asarray(multihost_utils.broadcast_one_to_all(address), np.uint8).tobytes().rstrip(b"\0").decode()
-        port, host = told.split(" ")
-        if own:
-            connection = socket.create_connection((host, int(port)), timeout=SILENT_SECONDS)
-            connection.sendall(own.to_bytes(4, "big"))
-            connection.settimeout(None)
-            return {0: connection}
-        accepted = [server.accept()[0] for _ in range(count - 1)]
-        return {int.from_bytes(connection.recv(4, socket.MSG_WAITALL), "big"): connection for connection in accepted}
+            text = f"{server.getsockname()[1]} {host}".encode()
+            told[: len(text)] = np.frombuffer(text, np.uint8)
+        address = np.asarray(multihost_utils.broadcast_one_to_all(told), np.uint8).tobytes().rstrip(b"\0").decode()
+        port, host = address.split(" ")
+        try:
+            if own:
+                connection = socket.create_connection((host, int(port)), timeout=SILENT_SECONDS)
+                connection.sendall(own.to_bytes(4, "big"))
+                connection.settimeout(None)
+                return {0: connection}
+            server.settimeout(SILENT_SECONDS)
+            accepted = [server.accept()[0] for _ in range(count - 1)]
+            return {int.from_bytes(connection.recv(4, socket.MSG_WAITALL), "big"): connection for connection in accepted}
+        except OSError as error:
+            raise UserError(f"cluster: process 0 at {host}, port {port}: not all others reach it ({error}); let them through") from error
 
 
 def _say_done(connections: Mapping[int, socket.socket]) -> None:

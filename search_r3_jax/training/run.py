@@ -29,8 +29,8 @@ Say = Callable[[str], object]
 class Run:
     """An open run directory, which no other trainer may write to meanwhile; opening it again with the same config resumes it.
 
-    Of several processes only process 0 writes. Raises UserError for a bucket, when another trainer has the directory open, or when it holds a
-    run whose config differs in more than harmless fields; with `allow_change` these are taken over, after `on_change` was called.
+    Of several processes only process 0 writes. Raises UserError for a bucket, when another trainer has the directory open, or when it holds
+    a run whose config differs in more than harmless fields; with `allow_change` these are taken over, after `on_change` was called.
     """
 
     def __init__(
