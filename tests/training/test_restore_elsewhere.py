@@ -73,3 +73,22 @@ def test_saved_by_one_process_resumed_by_two_and_back(place: Place, tmp_path: Pa
     back_to(run, 8)
     assert "going on from step 8" in place.finish(place.command("sft", "run", **settings))
     check(place.lines("run"), whole)
+
+
+@pytest.mark.slow
+def test_stage_2_saved_on_one_device_resumed_on_eight_and_back(place: Place, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = {"rl__steps": 8, "rl__keep": 9, "rl__snapshot_every": 2, "rl__global_queries": 8, "rl__group_size": 2}
+    place.finish(place.command("rl", "run", **settings))
+    whole = place.lines("run")
+    for step, devices, mesh in ((2, 8, {"mesh__data": 2, "mesh__fsdp": 4}), (4, 1, {"mesh__data": 1, "mesh__fsdp": -1})):
+        back_to(run, step)
+        said = place.finish(place.command("rl", "run", **settings, **mesh), devices=devices)
+        assert f"going on from step {step}" in said
+        lines = place.lines("run")
+        assert [line["step"] for line in lines] == list(range(8))
+        for ours, theirs in zip(lines, whole, strict=True):
+            # The same record of index versions, whatever the indexer has made meanwhile.
+            assert ours["index_step"] == theirs["index_step"]
+            for name in ("loss", "reward", "kl", "infonce"):
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-5), (ours["step"], name)
