@@ -52,7 +52,8 @@ on_workers() {
 }
 
 create() {
-    tpus queued-resources create "$name" "--node-id=$name" "--accelerator-type=$type" "--runtime-version=$runtime" ${spot:+--spot}
+    # Not waited for here: it may take days, which gcloud would not.
+    tpus queued-resources create "$name" "--node-id=$name" "--accelerator-type=$type" "--runtime-version=$runtime" ${spot:+--spot} --async
     dry_state=ACTIVE
 }
 
@@ -89,11 +90,12 @@ wait_for_slice() {
         state="$(slice_state)"
         case "$state" in
         ACTIVE) return ;;
-        NONE | FAILED | SUSPENDING | SUSPENDED | DELETING)
+        FAILED | SUSPENDING | SUSPENDED | DELETING)
             say "$state"
             return "$GONE"
             ;;
-        UNKNOWN)
+        # Just asked for it may not be listed yet.
+        NONE | UNKNOWN)
             unknown=$((unknown + 1))
             [ "$unknown" -lt 10 ] || return 1
             ;;

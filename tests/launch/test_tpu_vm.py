@@ -54,9 +54,9 @@ def test_a_slice_is_asked_for_by_type(cloud: StandIns) -> None:
         "v4-32": "tpu-ubuntu2204-base",
     }.items():
         assert cloud.run("tpu_vm.sh", "create", *FLAGS, "--type", kind).returncode == 0
-        assert cloud.calls("gcloud")[-1] == [*CREATE, f"--accelerator-type={kind}", f"--runtime-version={runtime}", *PLACE]
+        assert cloud.calls("gcloud")[-1] == [*CREATE, f"--accelerator-type={kind}", f"--runtime-version={runtime}", "--async", *PLACE]
     cloud.run("tpu_vm.sh", "create", *FLAGS, "--type=tpu7x-16", "--runtime=own", "--spot", "--name=other")
-    own = ["other", "--node-id=other", "--accelerator-type=tpu7x-16", "--runtime-version=own", "--spot"]
+    own = ["other", "--node-id=other", "--accelerator-type=tpu7x-16", "--runtime-version=own", "--spot", "--async"]
     assert cloud.calls("gcloud")[-1] == [*CREATE[:4], *own, *PLACE]
     unknown = cloud.run("tpu_vm.sh", "create", *FLAGS, "--type", "tpu7x-16")
     assert (unknown.returncode, unknown.stderr.count("\n")) == (2, 1)
@@ -121,7 +121,9 @@ def test_sources_and_secrets_are_copied_not_told(cloud: StandIns, tmp_path: Path
 
 
 def test_up_goes_all_the_way(cloud: StandIns) -> None:
-    cloud.answer("gcloud", STATE, err="ERROR: NOT_FOUND: Resource was not found\n", status=1)
+    # Listed a moment after it was asked for.
+    for _ in range(2):
+        cloud.answer("gcloud", STATE, err="ERROR: NOT_FOUND: Resource was not found\n", status=1)
     for state in ("PROVISIONING", "ACTIVE"):
         cloud.answer("gcloud", STATE, out=state)
     cloud.answer("gcloud", LOG, out="3\nstep 1\nstep 2\n")
@@ -130,7 +132,7 @@ def test_up_goes_all_the_way(cloud: StandIns) -> None:
         cloud.answer("gcloud", STATUS, out="ssh: a banner\n" + report(*states))
     done = cloud.run("tpu_vm.sh", "up", *FLAGS, "--", "sft", "--run", "r")
     assert done.returncode == 0, done.stderr
-    assert verbs(cloud)[:7] == ["describe", "create", "describe", "describe", "scp", "ssh", "ssh"]
+    assert verbs(cloud)[:8] == ["describe", "create", "describe", "describe", "describe", "scp", "ssh", "ssh"]
     assert starts(cloud) == 1
     assert "delete" not in verbs(cloud)
     assert "step 1\nstep 2\n  done\n" in done.stdout
@@ -163,7 +165,7 @@ def test_a_slice_that_was_taken_away_is_asked_for_again(cloud: StandIns, gone: s
     done_in_order = [verb for verb in verbs(cloud) if verb in ("create", "delete")]
     assert done_in_order == ["delete", "create"]
     made = next(words for words in cloud.calls("gcloud") if "create" in words)
-    assert made == [*CREATE, "--accelerator-type=v5litepod-16", "--runtime-version=v2-alpha-tpuv5-lite", "--spot", *PLACE]
+    assert made == [*CREATE, "--accelerator-type=v5litepod-16", "--runtime-version=v2-alpha-tpuv5-lite", "--spot", "--async", *PLACE]
     assert DELETE in cloud.calls("gcloud")
     # The same command, word for word.
     commands = [words[6] for words in cloud.calls("gcloud") if START in " ".join(words)]
