@@ -44,7 +44,9 @@ act() {
 need() {
     local tool
     for tool in "$@"; do
-        [ -n "$dry_run" ] || command -v "$tool" >/dev/null || fail "$tool: not found; call this where the cluster's commands and search-r3 are"
+        if [ -z "$dry_run" ] && ! command -v "$tool" >/dev/null; then
+            fail "$tool: not found; call this where the cluster's commands and search-r3 are"
+        fi
     done
 }
 

@@ -176,9 +176,14 @@ run() {
     on_workers all start "$@"
 }
 
-# install_and_run ARGUMENT…: in a few tries, as ssh may not answer at once.
+# install_and_run ARGUMENT…: in a few tries, as ssh may not answer at once; a run that is under way keeps the sources it has.
 install_and_run() {
-    local try
+    local try status=0
+    outcome "$(on_workers all status 2>/dev/null)" || status=$?
+    if [ "$status" -eq "$RUNNING" ]; then
+        run "$@"
+        return
+    fi
     for try in 1 2 3; do
         if install && run "$@"; then
             return

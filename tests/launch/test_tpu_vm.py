@@ -128,11 +128,13 @@ def test_up_goes_all_the_way(cloud: StandIns) -> None:
         cloud.answer("gcloud", STATE, out=state)
     cloud.answer("gcloud", LOG, out="3\nstep 1\nstep 2\n")
     cloud.answer("gcloud", LOG, out="4\n  done\n")
+    # Nothing is there yet that could say how it is.
+    cloud.answer("gcloud", STATUS, err="bash: search_r3_jax/launch/tpu_worker.sh: No such file or directory\n", status=127)
     for states in (("running", "running"), ("running", "finished"), ("finished", "finished")):
         cloud.answer("gcloud", STATUS, out="ssh: a banner\n" + report(*states))
     done = cloud.run("tpu_vm.sh", "up", *FLAGS, "--", "sft", "--run", "r")
     assert done.returncode == 0, done.stderr
-    assert verbs(cloud)[:8] == ["describe", "create", *["describe"] * 4, "scp", "ssh"]
+    assert verbs(cloud)[:8] == ["describe", "create", *["describe"] * 4, "ssh", "scp"]
     assert starts(cloud) == 1
     assert "delete" not in verbs(cloud)
     assert "step 1\nstep 2\n  done\n" in done.stdout
@@ -157,8 +159,11 @@ def test_a_slice_that_was_taken_away_is_asked_for_again(cloud: StandIns, gone: s
             cloud.answer("gcloud", STATE, out=state)
     cloud.answer("gcloud", STATE, err="ERROR: NOT_FOUND\n", status=1)
     cloud.answer("gcloud", STATE, out="ACTIVE")
-    cloud.answer("gcloud", STATUS, out=report("running", "running"))
-    cloud.answer("gcloud", STATUS, err="ssh: connect: timed out\n", status=255)
+    for states in (("idle", "idle"), ("running", "running")):
+        cloud.answer("gcloud", STATUS, out=report(*states))
+    # Not when it is gone, nor when it is there again.
+    for _ in range(2):
+        cloud.answer("gcloud", STATUS, err="ssh: connect: timed out\n", status=255)
     cloud.answer("gcloud", STATUS, out=report("finished", "finished"))
     done = cloud.run("tpu_vm.sh", "up", *FLAGS, "--spot", "--", *ODD)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -175,15 +180,13 @@ def test_a_slice_that_was_taken_away_is_asked_for_again(cloud: StandIns, gone: s
 
 def test_a_run_of_which_a_process_died_starts_again_on_all_workers(cloud: StandIns) -> None:
     cloud.answer("gcloud", STATE, out="ACTIVE")
-    for states in (
-        ("ended 75", "running"),
-        ("finished", "ended 75"),
-        ("ended 137", "finished"),
-        ("lost", "ended 75"),
-        ("stopped", "stopped"),
-        ("finished", "finished"),
-    ):
-        cloud.answer("gcloud", STATUS, out=report(*states))
+    cloud.answer("gcloud", STATUS, out=report("idle", "idle"))
+    cloud.answer("gcloud", STATUS, out=report("ended 75", "running"))
+    for states in (("finished", "ended 75"), ("ended 137", "finished"), ("lost", "ended 75"), ("stopped", "stopped")):
+        # Once while it is followed, once before it is started.
+        for _ in range(2):
+            cloud.answer("gcloud", STATUS, out=report(*states))
+    cloud.answer("gcloud", STATUS, out=report("finished", "finished"))
     done = cloud.run("tpu_vm.sh", "up", *FLAGS, "--", "sft")
     assert done.returncode == 0, done.stdout + done.stderr
     assert starts(cloud) == 5
@@ -203,8 +206,19 @@ def test_what_another_start_does_not_mend_ends_it(cloud: StandIns, states: tuple
     assert states[0] in done.stdout
 
 
+def test_a_run_that_is_under_way_is_taken_up_as_it_is(cloud: StandIns) -> None:
+    cloud.answer("gcloud", STATE, out="ACTIVE")
+    for states in (("running", "running"), ("finished", "finished")):
+        cloud.answer("gcloud", STATUS, out=report(*states))
+    assert cloud.run("tpu_vm.sh", "up", *FLAGS, "--", "sft").returncode == 0
+    # Its sources stay; whether it is this run the workers say.
+    assert "scp" not in verbs(cloud)
+    assert starts(cloud) == 1
+
+
 def test_a_worker_that_does_not_answer_is_waited_for(cloud: StandIns) -> None:
     cloud.answer("gcloud", STATE, out="ACTIVE")
+    cloud.answer("gcloud", STATUS, out=report("idle", "idle"))
     cloud.answer("gcloud", STATUS, out=report("finished"), status=255)
     cloud.answer("gcloud", STATUS, out=report("finished", "finished"))
     done = cloud.run("tpu_vm.sh", "up", *FLAGS, "--", "sft")
@@ -230,7 +244,7 @@ def test_a_dry_run_shows_the_commands_it_would_run(cloud: StandIns, tmp_path: Pa
     done = cloud.run("tpu_vm.sh", "up", *FLAGS, "--env-file", "e.env", "--dry-run", "--", *ODD)
     assert (done.returncode, done.stderr, cloud.calls("gcloud")) == (0, "", [])
     printed = shown(done.stdout)
-    assert [words[0] for words in printed] == ["gcloud"] * 3 + ["tar"] + ["gcloud"] * 7
+    assert [words[0] for words in printed] == ["gcloud"] * 4 + ["tar"] + ["gcloud"] * 7
     # What it shows is what it does.
     cloud.answer("gcloud", STATE, err="NOT_FOUND", status=1)
     cloud.answer("gcloud", STATE, out="ACTIVE")
