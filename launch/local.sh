@@ -126,7 +126,9 @@ for ((number = 0; number < processes; number++)); do
     fi
 done
 wait_for_all
-for reader in ${readers[@]+"${readers[@]}"}; do
-    wait "$reader" || true
+for ((number = 1; number <= ${#readers[@]}; number++)); do
+    # A process that was ended before it wrote has left its reader waiting for a first writer.
+    : <>"$scratch/$number"
+    wait "${readers[number - 1]}" || true
 done
 exit "$failed"
