@@ -1,0 +1,119 @@
+#!/usr/bin/env bash
+# What tpu_vm.sh does on each worker, where it copies these sources to.
+set -euo pipefail
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+# shellcheck source=launch/common.sh
+. "$here/common.sh"
+dry_run=
+root="$(dirname "$here")"
+state="$HOME/search_r3_run"
+secrets="$HOME/.search_r3.env"
+shared=/mnt/search-r3
+
+# install [HOST:/SHARE]: the package in an environment of its own, and the shared folder.
+install_here() {
+    if [ -n "${1:-}" ] && ! mountpoint -q "$shared"; then
+        command -v mount.nfs >/dev/null || { sudo apt-get -qq update && sudo apt-get -qq install -y nfs-common; }
+        sudo mkdir -p "$shared"
+        sudo mount -t nfs "$1" "$shared"
+        sudo chmod a+rwx "$shared"
+    fi
+    [ ! -e "$secrets" ] || chmod 600 "$secrets"
+    cd "$root"
+    # The images' own Python may be older than 3.11.
+    PATH="$HOME/.local/bin:$PATH"
+    command -v uv >/dev/null || PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install -qq --user uv
+    uv python install --quiet 3.12
+    PYTHON="$(uv python find 3.12)"
+    # shellcheck source=launch/environment.sh
+    . launch/environment.sh
+    enter_environment
+    install tpu --editable '.[tpu]'
+}
+
+# held: whether something of a run is alive. Locks go with their processes, whichever way these end.
+held() {
+    ! (flock --nonblock 9) 9>>"$state/lock"
+}
+
+# start ARGUMENT…: search-r3, detached; a second call with the same arguments changes nothing.
+start() {
+    local wanted
+    wanted="$(quoted "$@")"
+    mkdir -p "$state"
+    exec 9>"$state/lock"
+    if ! flock --nonblock 9; then
+        [ "$(cat "$state/command")" = "$wanted" ] || fail "search-r3 runs here already, with other arguments; \`stop\` ends it"
+        echo "runs already"
+        return
+    fi
+    rm -f "$state/ended"
+    printf '%s' "$wanted" >"$state/command"
+    # A session of its own, which a lost connection does not end.
+    setsid bash "$0" attempt "$@" >>"$state/log.txt" 2>&1 </dev/null 3>&- &
+    echo started
+}
+
+# attempt ARGUMENT…: within that session: one run, and how it ended.
+attempt() {
+    local before status=0 ended
+    before="$(wc -l <"$state/log.txt")"
+    [ ! -e "$secrets" ] || read_environment "$secrets"
+    PATH="$root/.venv/bin:$PATH"
+    cd "$HOME"
+    search-r3 "$@" &
+    printf '%s' "$!" >"$state/process"
+    wait "$!" || status=$?
+    ended="ended $status"
+    if [ "$status" -eq 0 ]; then
+        ended=finished
+        # A run that stopped ends with 0 as a finished one does; only its last line tells them apart.
+        ! tail -n "+$((before + 1))" "$state/log.txt" | grep -q ': stopped and saved at step ' || ended=stopped
+    fi
+    printf '%s' "$ended" >"$state/ended.new"
+    mv "$state/ended.new" "$state/ended"
+}
+
+# status: one word or two, after this worker's name.
+status() {
+    local now=idle
+    if [ -e "$state/command" ]; then
+        now=lost
+        if held; then
+            now=running
+        elif [ -e "$state/ended" ]; then
+            now="$(cat "$state/ended")"
+        fi
+    fi
+    printf 'worker %s: %s\n' "$(hostname)" "$now"
+}
+
+# log FROM: the number of the line to ask for next, then the whole lines from there; 0 is the last few.
+log() {
+    local from="$1" count=0
+    [ ! -e "$state/log.txt" ] || count="$(wc -l <"$state/log.txt")"
+    [ "$from" -gt 0 ] || from=$((count > 20 ? count - 19 : 1))
+    echo $((count + 1))
+    [ "$from" -gt "$count" ] || sed -n "${from},${count}p" "$state/log.txt"
+}
+
+# stop: saved, and ended.
+stop() {
+    if [ ! -e "$state/process" ] || ! held; then
+        fail "nothing runs here"
+    fi
+    kill -TERM "$(cat "$state/process")"
+}
+
+action="${1:-}"
+shift || true
+case "$action" in
+install) install_here "$@" ;;
+start) start "$@" ;;
+attempt) attempt "$@" ;;
+status) status ;;
+log) log "$1" ;;
+follow) exec tail -n +1 -F "$state/log.txt" ;;
+stop) stop ;;
+*) fail "$action: unknown" ;;
+esac

@@ -1,0 +1,355 @@
+"""`tpu_vm.sh` asks for exactly what it says, comes back after a preemption, and tells a finished run from a stopped one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from standins import LAUNCH, StandIns, shown
+
+PLACE = ["--project=p", "--zone=us-east5-a", "--quiet"]
+FLAGS = ["--project", "p", "--zone", "us-east5-a", "--poll", "0"]
+ODD = ["sft", "--run", "/mnt/search-r3/a b", "--data.sets", "q\"uo'te", "$(touch hacked)", "`id`", "*", "-x;y", "ü  two", ""]
+CREATE = ["compute", "tpus", "queued-resources", "create", "search-r3", "--node-id=search-r3"]
+DELETE = ["compute", "tpus", "queued-resources", "delete", "search-r3", "--force", *PLACE]
+DESCRIBE = ["compute", "tpus", "queued-resources", "describe", "search-r3", "--format=value(state.state)", *PLACE]
+STATE, STATUS, LOG, START = "queued-resources describe", "tpu_worker.sh status", "tpu_worker.sh log", "tpu_worker.sh start"
+
+
+@pytest.fixture
+def cloud(tmp_path: Path) -> StandIns:
+    """No wait between two looks, and a gcloud."""
+    standins = StandIns(tmp_path)
+    standins.add("gcloud")
+    return standins
+
+
+def report(*states: str) -> str:
+    return "".join(f"worker w-{number}: {state}\n" for number, state in enumerate(states))
+
+
+def verbs(cloud: StandIns) -> list[str]:
+    """What was done, in short."""
+    return [
+        words[3] if words[2] == "queued-resources" else next(w for w in words if w in ("ssh", "scp", "describe"))
+        for words in cloud.calls("gcloud")
+    ]
+
+
+def starts(cloud: StandIns) -> int:
+    return sum(START in " ".join(words) for words in cloud.calls("gcloud"))
+
+
+def test_a_slice_is_asked_for_by_type(cloud: StandIns) -> None:
+    for kind, runtime in {
+        "v5litepod-16": "v2-alpha-tpuv5-lite",
+        "v6e-16": "v2-alpha-tpuv6e",
+        "v5p-32": "v2-alpha-tpuv5",
+        "v4-32": "tpu-ubuntu2204-base",
+    }.items():
+        assert cloud.run("tpu_vm.sh", "create", *FLAGS, "--type", kind).returncode == 0
+        assert cloud.calls("gcloud")[-1] == [*CREATE, f"--accelerator-type={kind}", f"--runtime-version={runtime}", "--async", *PLACE]
+    cloud.run("tpu_vm.sh", "create", *FLAGS, "--type=tpu7x-16", "--runtime=own", "--spot", "--name=other")
+    own = ["other", "--node-id=other", "--accelerator-type=tpu7x-16", "--runtime-version=own", "--spot", "--async"]
+    assert cloud.calls("gcloud")[-1] == [*CREATE[:4], *own, *PLACE]
+    unknown = cloud.run("tpu_vm.sh", "create", *FLAGS, "--type", "tpu7x-16")
+    assert (unknown.returncode, unknown.stderr.count("\n")) == (2, 1)
+    # Where nothing is said, gcloud's own settings hold.
+    cloud.run("tpu_vm.sh", "delete")
+    assert cloud.calls("gcloud")[-1] == [*DELETE[:6], "--quiet"]
+
+
+def test_arguments_reach_the_worker_as_they_are(cloud: StandIns, tmp_path: Path) -> None:
+    assert cloud.run("tpu_vm.sh", "run", *FLAGS, "--", *ODD).returncode == 0
+    *head, command = [word for word in cloud.calls("gcloud")[-1] if word not in PLACE]
+    assert head == ["compute", "tpus", "tpu-vm", "ssh", "search-r3", "--worker=all"]
+    # gcloud takes the command apart at spaces, ssh joins it again, and a shell reads it.
+    text = " ".join(command.removeprefix("--command=").split(" "))
+    read = subprocess.run(["bash", "-c", f"set -- {text}; printf '%s\\0' \"$@\""], cwd=tmp_path, capture_output=True, check=True).stdout
+    assert read.decode().split("\0")[:-1] == ["bash", "search_r3_jax/launch/tpu_worker.sh", "start", *ODD]
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_waiting_ends_when_the_slice_is_there_or_gone(cloud: StandIns) -> None:
+    for state in ("WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"):
+        cloud.answer("gcloud", STATE, out=f"{state}\n")
+    assert cloud.run("tpu_vm.sh", "wait", *FLAGS).returncode == 0
+    assert cloud.calls("gcloud") == [DESCRIBE] * 3
+    for state in ("SUSPENDED", "FAILED"):
+        cloud.add("gcloud")
+        cloud.answer("gcloud", STATE, out=state)
+        ended = cloud.run("tpu_vm.sh", "wait", *FLAGS)
+        assert ended.returncode == 1
+        assert state in ended.stdout
+    # One that nobody can tell of is asked for again, and not for ever.
+    cloud.add("gcloud")
+    cloud.answer("gcloud", STATE, err="ERROR: no network\n", status=1)
+    ended = cloud.run("tpu_vm.sh", "wait", *FLAGS)
+    assert ended.returncode == 1
+    assert "no network" in ended.stderr
+
+
+def test_sources_and_secrets_are_copied_not_told(cloud: StandIns, tmp_path: Path) -> None:
+    secrets = tmp_path / "own.env"
+    secrets.write_text("HF_TOKEN=hf_TopSecretTopSecretTopSecret\n")
+    cloud.program("tar", f'printf "%s\\n" "$*" >>{tmp_path}/tar.txt')
+    done = cloud.run("tpu_vm.sh", "install", *FLAGS, "--env-file", "own.env", "--nfs", "10.0.0.2:/runs")
+    assert done.returncode == 0, done.stderr
+    packed = (tmp_path / "tar.txt").read_text().split()
+    assert packed[:1] + packed[2:] == [
+        *["-czf", "-C"],
+        str(LAUNCH.parent),
+        *(f"--exclude={name}" for name in (".git", ".venv", "./runs", "*.env")),
+        ".",
+    ]
+    sources, unpack, environment, install = cloud.calls("gcloud")
+    scp = ["compute", "tpus", "tpu-vm", "scp"]
+    assert sources == [*scp, packed[1], "search-r3:search_r3_jax.tar.gz", "--worker=all", *PLACE]
+    assert environment == [*scp, str(secrets), "search-r3:.search_r3.env", "--worker=all", *PLACE]
+    ssh = ["compute", "tpus", "tpu-vm", "ssh", "search-r3", "--worker=all"]
+    assert unpack == [*ssh, "--command=mkdir -p search_r3_jax && tar -xzf search_r3_jax.tar.gz -C search_r3_jax", *PLACE]
+    assert install == [*ssh, "--command=bash search_r3_jax/launch/tpu_worker.sh install 10.0.0.2:/runs", *PLACE]
+    cloud.run("tpu_vm.sh", "install", *FLAGS, "--repo", "https://example.org/r3.git")
+    assert "git clone --quiet https://example.org/r3.git search_r3_jax" in " ".join(cloud.calls("gcloud")[-2])
+    assert "TopSecret" not in json.dumps(cloud.calls("gcloud")) + done.stdout + done.stderr
+
+
+def test_up_goes_all_the_way(cloud: StandIns) -> None:
+    # Listed a moment after it was asked for.
+    for _ in range(3):
+        cloud.answer("gcloud", STATE, err="ERROR: NOT_FOUND: Resource was not found\n", status=1)
+    for state in ("PROVISIONING", "ACTIVE"):
+        cloud.answer("gcloud", STATE, out=state)
+    cloud.answer("gcloud", LOG, out="3\nstep 1\nstep 2\n")
+    cloud.answer("gcloud", LOG, out="4\n  done\n")
+    # Nothing is there yet that could say how it is.
+    cloud.answer("gcloud", STATUS, err="bash: search_r3_jax/launch/tpu_worker.sh: No such file or directory\n", status=127)
+    for states in (("running", "running"), ("running", "finished"), ("finished", "finished")):
+        cloud.answer("gcloud", STATUS, out="ssh: a banner\n" + report(*states))
+    done = cloud.run("tpu_vm.sh", "up", *FLAGS, "--", "sft", "--run", "r")
+    assert done.returncode == 0, done.stderr
+    assert verbs(cloud)[:8] == ["describe", "create", *["describe"] * 4, "ssh", "scp"]
+    assert starts(cloud) == 1
+    assert "delete" not in verbs(cloud)
+    assert "step 1\nstep 2\n  done\n" in done.stdout
+    # Each line is asked for once.
+    asked = [words[6].split()[-1] for words in cloud.calls("gcloud") if LOG in " ".join(words)]
+    assert asked == ["0", "3", "4"]
+
+
+@pytest.mark.parametrize("gone", ["SUSPENDED", "FAILED", "PREEMPTED"])
+def test_a_slice_that_was_taken_away_is_asked_for_again(cloud: StandIns, gone: str) -> None:
+    cloud.answer("gcloud", STATE, out="ACTIVE")
+    cloud.answer("gcloud", STATE, out="ACTIVE")
+    if gone == "PREEMPTED":
+        # The queued resource is active still, its machines are not there.
+        cloud.answer("gcloud", STATE, out="ACTIVE")
+        cloud.answer("gcloud", STATE, out="ACTIVE")
+        for node in ("READY", "PREEMPTED", "PREEMPTED", "READY"):
+            cloud.answer("gcloud", "tpu-vm describe", out=node)
+    else:
+        # The service takes its time.
+        for state in ("SUSPENDING", "SUSPENDING", gone):
+            cloud.answer("gcloud", STATE, out=state)
+    cloud.answer("gcloud", STATE, err="ERROR: NOT_FOUND\n", status=1)
+    cloud.answer("gcloud", STATE, out="ACTIVE")
+    for states in (("idle", "idle"), ("running", "running")):
+        cloud.answer("gcloud", STATUS, out=report(*states))
+    # Not when it is gone, nor when it is there again.
+    for _ in range(2):
+        cloud.answer("gcloud", STATUS, err="ssh: connect: timed out\n", status=255)
+    cloud.answer("gcloud", STATUS, out=report("finished", "finished"))
+    done = cloud.run("tpu_vm.sh", "up", *FLAGS, "--spot", "--", *ODD)
+    assert done.returncode == 0, done.stdout + done.stderr
+    done_in_order = [verb for verb in verbs(cloud) if verb in ("create", "delete")]
+    assert done_in_order == ["delete", "create"]
+    made = next(words for words in cloud.calls("gcloud") if "create" in words)
+    assert made == [*CREATE, "--accelerator-type=v5litepod-16", "--runtime-version=v2-alpha-tpuv5-lite", "--spot", "--async", *PLACE]
+    assert DELETE in cloud.calls("gcloud")
+    # The same command, word for word.
+    commands = [words[6] for words in cloud.calls("gcloud") if START in " ".join(words)]
+    assert len(commands) == 2
+    assert commands[0] == commands[1]
+
+
+def test_a_run_of_which_a_process_died_starts_again_on_all_workers(cloud: StandIns) -> None:
+    cloud.answer("gcloud", STATE, out="ACTIVE")
+    cloud.answer("gcloud", STATUS, out=report("idle", "idle"))
+    cloud.answer("gcloud", STATUS, out=report("ended 75", "running"))
+    for states in (("finished", "ended 75"), ("ended 137", "finished"), ("lost", "ended 75"), ("stopped", "stopped")):
+        # Once while it is followed, once before it is started.
+        for _ in range(2):
+            cloud.answer("gcloud", STATUS, out=report(*states))
+    cloud.answer("gcloud", STATUS, out=report("finished", "finished"))
+    done = cloud.run("tpu_vm.sh", "up", *FLAGS, "--", "sft")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert starts(cloud) == 5
+    assert all("--worker=all" in words for words in cloud.calls("gcloud") if START in " ".join(words))
+    assert {"create", "delete"}.isdisjoint(verbs(cloud))
+
+
+@pytest.mark.parametrize(
+    ("states", "status", "count"), [(("ended 2", "ended 75"), 2, 1), (("ended 1", "finished"), 1, 1), (("ended 75",) * 2, 75, 3)]
+)
+def test_what_another_start_does_not_mend_ends_it(cloud: StandIns, states: tuple[str, ...], status: int, count: int) -> None:
+    cloud.answer("gcloud", STATE, out="ACTIVE")
+    cloud.answer("gcloud", STATUS, out=report(*states))
+    done = cloud.run("tpu_vm.sh", "up", *FLAGS, "--restarts", "2", "--", "sft")
+    assert done.returncode == status
+    assert starts(cloud) == count
+    assert states[0] in done.stdout
+
+
+def test_a_run_that_is_under_way_is_taken_up_as_it_is(cloud: StandIns) -> None:
+    cloud.answer("gcloud", STATE, out="ACTIVE")
+    for states in (("running", "running"), ("finished", "finished")):
+        cloud.answer("gcloud", STATUS, out=report(*states))
+    assert cloud.run("tpu_vm.sh", "up", *FLAGS, "--", "sft").returncode == 0
+    # Its sources stay; whether it is this run the workers say.
+    assert "scp" not in verbs(cloud)
+    assert starts(cloud) == 1
+
+
+def test_a_worker_that_does_not_answer_is_waited_for(cloud: StandIns) -> None:
+    cloud.answer("gcloud", STATE, out="ACTIVE")
+    cloud.answer("gcloud", STATUS, out=report("idle", "idle"))
+    cloud.answer("gcloud", STATUS, out=report("finished"), status=255)
+    cloud.answer("gcloud", STATUS, out=report("finished", "finished"))
+    done = cloud.run("tpu_vm.sh", "up", *FLAGS, "--", "sft")
+    assert done.returncode == 0
+    assert "not every worker answers" in done.stdout
+    assert starts(cloud) == 1
+
+
+def test_a_slice_that_never_comes_is_given_up(cloud: StandIns) -> None:
+    cloud.answer("gcloud", STATE, out="FAILED")
+    for state in ("x", "FAILED"):
+        cloud.answer("gcloud", STATE, out=state, err="NOT_FOUND" if state == "x" else "", status=int(state == "x"))
+    for _ in range(9):
+        cloud.answer("gcloud", STATE, err="NOT_FOUND", status=1)
+        cloud.answer("gcloud", STATE, out="FAILED")
+    assert cloud.run("tpu_vm.sh", "up", *FLAGS, "--restarts", "2", "--", "sft").returncode == 1
+    assert verbs(cloud).count("create") == 3
+    assert starts(cloud) == 0
+
+
+def test_a_dry_run_shows_the_commands_it_would_run(cloud: StandIns, tmp_path: Path) -> None:
+    (tmp_path / "e.env").write_text("HF_TOKEN=hf_TopSecretTopSecretTopSecret")
+    done = cloud.run("tpu_vm.sh", "up", *FLAGS, "--env-file", "e.env", "--dry-run", "--", *ODD)
+    assert (done.returncode, done.stderr, cloud.calls("gcloud")) == (0, "", [])
+    printed = shown(done.stdout)
+    assert [words[0] for words in printed] == ["gcloud"] * 4 + ["tar"] + ["gcloud"] * 7
+    # What it shows is what it does.
+    cloud.answer("gcloud", STATE, err="NOT_FOUND", status=1)
+    cloud.answer("gcloud", STATE, out="ACTIVE")
+    cloud.answer("gcloud", STATUS, out=report("finished"))
+    assert cloud.run("tpu_vm.sh", "up", *FLAGS, "--env-file", "e.env", "--", *ODD).returncode == 0
+    without_scratch = [
+        [word if "sources.tar.gz" not in word else "sources" for word in words] for words in (w[1:] for w in printed if w[0] == "gcloud")
+    ]
+    assert without_scratch == [[word if "sources.tar.gz" not in word else "sources" for word in words] for words in cloud.calls("gcloud")]
+
+
+class Workers:
+    """Two homes with the sources and a search-r3 that does as it is told, behind a gcloud that runs what it is given there."""
+
+    def __init__(self, cloud: StandIns, folder: Path):
+        self.cloud, self.homes = cloud, (folder / "worker0", folder / "worker1")
+        for home in self.homes:
+            shutil.copytree(LAUNCH, home / "search_r3_jax/launch")
+            (home / "search_r3_jax/.venv/bin").mkdir(parents=True)
+        cloud.answer("gcloud", "--worker=all", homes=self.homes)
+        cloud.answer("gcloud", "--worker=0", homes=self.homes[:1])
+        self.trains("exit 0")
+
+    def trains(self, *texts: str) -> None:
+        for home, text in zip(self.homes, texts * 2, strict=False):
+            program = home / "search_r3_jax/.venv/bin/search-r3"
+            program.write_text(f"#!{shutil.which('bash')}\nprintf '%s\\0' \"$@\" >>~/arguments\n{text}\n")
+            program.chmod(0o755)
+
+    def states(self, *, until: str = "") -> list[str]:
+        """Each worker's state, once `until` is no longer among them."""
+        for _ in range(100):
+            printed = self.cloud.run("tpu_vm.sh", "status", *FLAGS).stdout
+            states = [line.split(": ")[1] for line in printed.splitlines() if line.startswith("worker ")]
+            if until not in states:
+                break
+            time.sleep(0.05)
+        return states
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a worker is a Linux machine")
+def test_workers_run_detached_and_tell_how_it_ended(cloud: StandIns, tmp_path: Path) -> None:
+    workers = Workers(cloud, tmp_path)
+    assert workers.states() == ["idle", "idle"]
+    seen = "read -a stat </proc/$$/stat; echo ${stat[5]} >~/session; echo $HF_TOKEN >~/token; "
+    wait = seen + "echo step 1; for ((left = 400; left; left--)); do [ ! -e ~/go ] || break; sleep 0.05; done; "
+    workers.trains(wait + "echo all good; exit 0", wait + "exit 75")
+    (workers.homes[0] / ".search_r3.env").write_text("# mine\nHF_TOKEN=$(touch hacked) 'x'\n")
+    assert cloud.run("tpu_vm.sh", "run", *FLAGS, "--", *ODD).returncode == 0
+    # `run` has ended, the run has not; asked for again it goes on, asked for something else it says no.
+    assert workers.states() == ["running", "running"]
+    again = cloud.run("tpu_vm.sh", "run", *FLAGS, "--", *ODD)
+    assert again.stdout.count("runs already") == 2
+    assert cloud.run("tpu_vm.sh", "run", *FLAGS, "--", "rl").returncode == 2
+    for home in workers.homes:
+        (home / "go").touch()
+    assert workers.states(until="running") == ["finished", "ended 75"]
+    # A connection that is lost ends its own session only.
+    assert {int((home / "session").read_text()) for home in workers.homes}.isdisjoint({os.getsid(0)})
+    for home in workers.homes:
+        assert (home / "arguments").read_text().split("\0")[:-1] == ODD
+    assert (workers.homes[0] / "token").read_text() == "$(touch hacked) 'x'\n"
+    assert not (workers.homes[0] / "hacked").exists()
+    assert cloud.run("tpu_vm.sh", "logs", *FLAGS).stdout == "step 1\nall good\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a worker is a Linux machine")
+def test_a_run_that_was_stopped_or_lost_is_not_finished(cloud: StandIns, tmp_path: Path) -> None:
+    workers = Workers(cloud, tmp_path)
+    saved = "search-r3: r: stopped and saved at step 7, 1.0 s after the signal; the same command goes on from there"
+    workers.trains(f"trap 'echo \"{saved}\"; exit 0' TERM; for ((left = 400; left; left--)); do sleep 0.05; done", "kill -9 $PPID")
+    cloud.run("tpu_vm.sh", "run", *FLAGS, "--", "sft")
+    for _ in range(100):
+        if workers.states() == ["running", "lost"]:
+            break
+        time.sleep(0.05)
+    stop = subprocess.run(
+        ["bash", "search_r3_jax/launch/tpu_worker.sh", "stop"], cwd=workers.homes[0], env=cloud.environment({"HOME": str(workers.homes[0])})
+    )
+    assert stop.returncode == 0
+    assert workers.states(until="running") == ["stopped", "lost"]
+    # What an earlier attempt said does not count for the next.
+    workers.trains("exit 0")
+    cloud.run("tpu_vm.sh", "run", *FLAGS, "--", "sft")
+    assert workers.states(until="running") == ["finished", "finished"]
+
+
+def test_a_worker_installs_with_a_python_that_is_new_enough(cloud: StandIns, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    shutil.copytree(LAUNCH, home / "search_r3_jax/launch")
+    for name in ("setup.cfg", "requirements.txt", "pyproject.toml"):
+        shutil.copy(LAUNCH.parent / name, home / "search_r3_jax")
+    cloud.add("sudo")
+    for tool in ("mountpoint", "mount.nfs"):
+        cloud.program(tool, "exit 1")
+    cloud.program("made", f'printf "%s\\n" "$*" >>{tmp_path}/pip.txt')
+    enter = 'printf "VIRTUAL_ENV=$PWD/$3; PATH=$PWD/$3/bin:$PATH" >"$3/bin/activate"'
+    cloud.program("python3.12", f'mkdir -p "$3/bin"; cp {cloud.tools}/made "$3/bin/python"; {enter}')
+    cloud.program("uv", f'[ "$2" = install ] || echo {cloud.tools}/python3.12')
+    command = ["bash", "search_r3_jax/launch/tpu_worker.sh", "install", "10.0.0.2:/runs"]
+    done = subprocess.run(command, cwd=home, env=cloud.environment({"HOME": str(home)}), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert cloud.calls("sudo") == [
+        ["mkdir", "-p", "/mnt/search-r3"],
+        ["mount", "-t", "nfs", "10.0.0.2:/runs", "/mnt/search-r3"],
+        ["chmod", "a+rwx", "/mnt/search-r3"],
+    ]
+    assert (tmp_path / "pip.txt").read_text().splitlines()[-1] == "-m pip install -qq --constraint requirements.txt --editable .[tpu]"
