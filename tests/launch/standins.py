@@ -104,10 +104,10 @@ class StandIns:
         """What a script is started with: nothing of the machine's own."""
         return {"PATH": str(self.tools), "HOME": str(self.folder), "TMPDIR": str(self.folder), "LANG": "C.UTF-8", **(extra or {})}
 
-    def run(self, script: str, *words: str | Path, **extra: str) -> subprocess.CompletedProcess[str]:
-        """A script of `launch/` to its end."""
+    def run(self, script: str, *words: str | Path, launch: Path = LAUNCH, **extra: str) -> subprocess.CompletedProcess[str]:
+        """A script of `launch/`, or of a copy of it, to its end."""
         return subprocess.run(
-            [str(self.tools / "bash"), str(LAUNCH / script), *map(str, words)],
+            [str(self.tools / "bash"), str(launch / script), *map(str, words)],
             cwd=self.folder,
             env=self.environment(extra),
             stdin=subprocess.DEVNULL,

@@ -96,11 +96,13 @@ def test_a_mistake_is_one_line_and_starts_nothing(cloud: StandIns, script: str) 
 
 
 @pytest.mark.parametrize("script", CALLS)
-def test_a_tool_that_is_missing_is_named(cloud: StandIns, script: str) -> None:
+def test_a_tool_that_is_missing_is_named(cloud: StandIns, tmp_path: Path, script: str) -> None:
     words, tools = CALLS[script]
+    # A checkout without an environment beside it, where search-r3 would be found.
+    launch = Path(shutil.copytree(LAUNCH, tmp_path / "checkout" / "launch"))
     for tool in tools:
         (cloud.tools / tool).unlink()
-    done = cloud.run(script, *words)
+    done = cloud.run(script, *words, launch=launch)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert f"{tools[0]}: not found" in done.stderr
 
