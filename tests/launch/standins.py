@@ -104,10 +104,14 @@ class StandIns:
         """What a script is started with: nothing of the machine's own."""
         return {"PATH": str(self.tools), "HOME": str(self.folder), "TMPDIR": str(self.folder), "LANG": "C.UTF-8", **(extra or {})}
 
-    def run(self, script: str, *words: str | Path, launch: Path = LAUNCH, **extra: str) -> subprocess.CompletedProcess[str]:
-        """A script of `launch/`, or of a copy of it, to its end."""
+    def run(self, script: str, *words: str | Path, **extra: str) -> subprocess.CompletedProcess[str]:
+        """A script of `launch/` to its end."""
+        return self.run_file(LAUNCH / script, *words, **extra)
+
+    def run_file(self, script: Path, *words: str | Path, **extra: str) -> subprocess.CompletedProcess[str]:
+        """The same of a script anywhere."""
         return subprocess.run(
-            [str(self.tools / "bash"), str(launch / script), *map(str, words)],
+            [str(self.tools / "bash"), str(script), *map(str, words)],
             cwd=self.folder,
             env=self.environment(extra),
             stdin=subprocess.DEVNULL,

@@ -102,7 +102,7 @@ def test_a_tool_that_is_missing_is_named(cloud: StandIns, tmp_path: Path, script
     launch = Path(shutil.copytree(LAUNCH, tmp_path / "checkout" / "launch"))
     for tool in tools:
         (cloud.tools / tool).unlink()
-    done = cloud.run(script, *words, launch=launch)
+    done = cloud.run_file(launch / script, *words)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert f"{tools[0]}: not found" in done.stderr
 
