@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,8 @@ def test_a_full_disk_ends_the_run_with_a_line_and_the_same_command_goes_on(runs:
 
         def fill(done: int) -> None:
             if done == 3:
+                # The disk fills after step 2 has been committed, however slow it is, and before step 4.
+                wait_for(runs.folder / "full", [2])
                 patched.setattr(seals, "write_json", full)
 
         with pytest.raises(UserError, match=r"checkpoints: step 4: cannot be written \(.*No space left on device"):
@@ -87,6 +90,13 @@ def test_a_full_disk_ends_the_run_with_a_line_and_the_same_command_goes_on(runs:
     assert "going on from step 4" in said
     jax.tree.map(np.testing.assert_array_equal, resumed, whole)
     assert runs.losses("full") == runs.losses("whole")
+
+
+def wait_for(run: Path, steps: list[int]) -> None:
+    end = time.monotonic() + 60
+    while snapshot_steps(run) != steps:
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def full(*_: Any, **__: Any) -> None:
