@@ -15,6 +15,7 @@ import tyro
 from search_r3_jax.commands.data import DataBuild, DataMine
 from search_r3_jax.commands.evaluation import Budget, Compare, Curves, Eval, Perplexity
 from search_r3_jax.commands.models import Embed, Export
+from search_r3_jax.commands.planning import Plan
 from search_r3_jax.commands.training import Indexer, Quickstart, Rl, Sft
 from search_r3_jax.config import RunConfig
 from search_r3_jax.configs import load_config
@@ -67,7 +68,13 @@ def _commands(arguments: Sequence[str]) -> Any:
     settings = load_config(name) if name else RunConfig()
     sft = Sft(config=name or required, run_folder=required, settings=settings)
     rl = Rl(config=name or required, run_folder=required, settings=settings)
-    return Command | Annotated[Sft, tyro.conf.subcommand("sft", default=sft)] | Annotated[Rl, tyro.conf.subcommand("rl", default=rl)]
+    plan = Plan(config=name or required, settings=settings, stage=required, topology=required)
+    return (
+        Command
+        | Annotated[Sft, tyro.conf.subcommand("sft", default=sft)]
+        | Annotated[Rl, tyro.conf.subcommand("rl", default=rl)]
+        | Annotated[Plan, tyro.conf.subcommand("plan", default=plan)]
+    )
 
 
 def _value_of(option: str, arguments: Sequence[str]) -> str | None:

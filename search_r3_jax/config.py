@@ -307,12 +307,14 @@ class MeshConfig:
     """Over how many devices each axis goes; one of them may be -1 and takes the devices that the others leave.
 
     Attributes:
+        slice: rows of a batch, over TPU slices that a slower network joins; parameters are repeated, so that gradients alone cross it.
         data: rows of a batch; parameters are repeated.
         fsdp: rows of a batch, and the parameters' hidden dimension.
         tensor: heads, the feed-forward dimension and the vocabulary.
         sequence: tokens of a row; 1 is the only size that is supported.
     """
 
+    slice: int = 1
     data: int = 1
     fsdp: int = -1
     tensor: int = 1

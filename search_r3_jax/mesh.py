@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from search_r3_jax.config import MeshConfig, ModelConfig
 from search_r3_jax.errors import UserError
 
-MESH_AXES = ("data", "fsdp", "tensor", "sequence")
-# The rows of a batch lie over both: fully sharded data parallelism is data parallelism with sharded parameters.
-BATCH_AXES = ("data", "fsdp")
+MESH_AXES = ("slice", "data", "fsdp", "tensor", "sequence")
+# The rows of a batch lie over all three: fully sharded data parallelism is data parallelism with sharded parameters.
+BATCH_AXES = ("slice", "data", "fsdp")
 
 # Logical axis → mesh axis; None is replicated.
 LOGICAL_AXES: dict[str, str | None] = {
@@ -67,13 +69,21 @@ class HasConfig(Protocol):
     config: ModelConfig
 
 
-def make_mesh(*, data: int = 1, fsdp: int = -1, tensor: int = 1, sequence: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(
+    *,
+    slice: int = 1,
+    data: int = 1,
+    fsdp: int = -1,
+    tensor: int = 1,
+    sequence: int = 1,
+    devices: Sequence[Any] | None = None,
+) -> Mesh:
     """A mesh over the devices (None: all there are); a size of -1 takes those that the others leave.
 
-    Raises UserError when the sizes do not multiply to the number of devices.
+    Raises UserError when the sizes do not multiply to the number of devices, or `slice` is not the number of TPU slices.
     """
     chosen = jax.devices() if devices is None else list(devices)
-    sizes: dict[str, int] = dict(zip(MESH_AXES, (data, fsdp, tensor, sequence), strict=True))
+    sizes: dict[str, int] = dict(zip(MESH_AXES, (slice, data, fsdp, tensor, sequence), strict=True))
     fixed = math.prod(size for size in sizes.values() if size != -1)
     open_axes = [axis for axis, size in sizes.items() if size == -1]
     if len(open_axes) > 1 or fixed < 1:
@@ -83,7 +93,27 @@ def make_mesh(*, data: int = 1, fsdp: int = -1, tensor: int = 1, sequence: int =
         raise UserError(f"mesh: {sizes}: the sizes must multiply to {len(chosen)} devices; sizes that work divide that: {divisors}")
     if open_axes:
         sizes[open_axes[0]] = len(chosen) // fixed
-    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=chosen)
+    slices = _by_slice(chosen)
+    if len(slices) > 1 and sizes["slice"] != len(slices):
+        raise UserError(f"mesh.slice: {sizes['slice']}: these devices are of {len(slices)} slices; give {len(slices)}")
+    if len(slices) == 1:
+        return _mesh(tuple(sizes.values()), chosen)
+    # Only the outermost axis leaves a slice: each slice is laid out for itself.
+    within = [_mesh((1, *tuple(sizes.values())[1:]), each).devices for each in slices]
+    return Mesh(np.concatenate(within), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _mesh(shape: tuple[int, ...], devices: Sequence[Any]) -> Mesh:
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+
+
+def _by_slice(devices: Sequence[Any]) -> list[list[Any]]:
+    """The devices of each TPU slice; others are all of one."""
+    if devices[0].platform != "tpu":
+        return [list(devices)]
+    # Chips that are only planned for have no number when there is but one slice.
+    numbers = [getattr(device, "slice_index", 0) for device in devices]
+    return [[device for device, number in zip(devices, numbers, strict=True) if number == each] for each in sorted(set(numbers))]
 
 
 def mesh_from_config(config: MeshConfig) -> Mesh | None:
@@ -115,12 +145,72 @@ def param_sharding(path: tuple[str, ...], mesh: Mesh) -> NamedSharding:
 def laid(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
     """`x` with each dimension over its mesh axes (None: whole) on the mesh in use, `jax.sharding.use_abstract_mesh`; without one, `x`.
 
-    An array whose first dimension cannot be shared out equally, such as a single prompt prefix, is left to XLA.
+    A dimension that cannot be shared out equally, such as the rows of a single prompt prefix, is whole on every device.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or x.shape[0] % axis_size(mesh, axes[0] if axes else None):
+    if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
+    fitting = (over if length % axis_size(mesh, over) == 0 else None for length, over in zip(x.shape, axes, strict=False))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*fitting))
+
+
+def layer_spec(linear: str, part: str) -> PartitionSpec:
+    """Where a part of one layer's linear lies."""
+    return PartitionSpec(*(LOGICAL_AXES[axis] for axis in PARAMETER_AXES[("layers", linear, part)][1:]))
+
+
+def summed_over_batch(product: Callable[..., jax.Array], pairs: Sequence[jax.Array], lies: PartitionSpec) -> jax.Array:
+    """`product(*pairs)` [I,O], a sum over the tokens of x [B,T,I] and y [B,T,O] in turn, on the mesh in use, where it lies as `lies` says.
+
+    Every device adds up its own tokens; the sums are exchanged once, each device getting no more than its part.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    token_axes = (*BATCH_AXES, "sequence")
+
+    def tokens_over(x: jax.Array) -> tuple[Any, Any]:
+        rows, tokens = (axes if x.shape[i] % axis_size(mesh, axes) == 0 else None for i, axes in enumerate((BATCH_AXES, "sequence")))
+        return rows, tokens
+
+    over = [tokens_over(x) for x in pairs]
+    features = [axis if axis != "fsdp" else None for axis in lies]
+    specs = tuple(PartitionSpec(*axes, features[i % 2]) for i, axes in enumerate(over))
+
+    def local(*pairs: jax.Array) -> jax.Array:
+        counted = list(pairs)
+        for i in range(0, len(pairs), 2):
+            # Tokens that several devices have, as of a shared prompt, are counted by the first of them.
+            shared = [axis for axis in token_axes if axis not in (*(over[i][0] or ()), over[i][1])]
+            first = jnp.asarray(True)
+            for axis in shared:
+                first &= jax.lax.axis_index(axis) == 0
+            counted[i] = jnp.where(first, pairs[i], 0)
+        # A compiler for tiles scatters rows, and would add up whole what is to be scattered by columns.
+        turned = tuple(lies).index("fsdp") == 1
+        total = product(*(y for pair in zip(counted[1::2], counted[::2], strict=True) for y in pair)) if turned else product(*counted)
+        for groups in _phases(mesh.shape["fsdp"]):
+            total = jax.lax.psum_scatter(total, "fsdp", scatter_dimension=0, axis_index_groups=groups, tiled=True)
+        return jax.lax.psum(total.T if turned else total, tuple(axis for axis in token_axes if axis != "fsdp"))
+
+    # Nothing is said of axes over which the result is the same: that is what the sums see to.
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=lies, check_vma=False)(*pairs)
+
+
+def _phases(size: int) -> list[list[list[int]]]:
+    """Groups of the devices of an axis, phase after phase, within which to scatter a sum: of no more than four where that divides.
+
+    The TPU compiler makes an all-reduce, which moves twice as much, of a reduce-scatter over all chips of a slice; it leaves lines of four.
+    """
+    factors = list[int]()
+    while size > 1:
+        factors.append(next((factor for factor in (4, 2) if size % factor == 0), size))
+        size //= factors[-1]
+    devices = np.arange(math.prod(factors)).reshape(factors)
+    return [np.moveaxis(devices, i, -1).reshape(-1, factor).tolist() for i, factor in enumerate(factors)]
+
+
+def relaid(x: jax.Array, lies: PartitionSpec, used: PartitionSpec) -> jax.Array:
+    """A parameter that lies one way, laid out another on the mesh in use, and its gradient the way back; without a mesh, `x`."""
+    return laid(laid(x, *lies), *used)
 
 
 def in_use(mesh: Mesh | None) -> AbstractContextManager[Any]:

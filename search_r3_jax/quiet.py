@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from pathlib import Path
 
 # XLA's default runs independent operations at once; on few cores they take turns at the caches: a decode step took 1.3 to 1.6 times
 # as long. Other back-ends ignore it.
@@ -21,6 +22,12 @@ def quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    # A TPU compiler without a TPU, as for plans, looks for the machine that it is on, and complains.
+    if not any(Path(device).exists() for device in ("/dev/accel0", "/dev/vfio")):
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+        os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
     # Weights come from where the user says; nothing reaches for a hub on its own.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     for name in ("absl", "jax", "orbax", "grain", "tensorflow_datasets"):

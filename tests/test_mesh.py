@@ -33,7 +33,7 @@ def test_every_parameter_has_axes_of_its_rank(tiny_folders: dict[str, Path], fam
 
 
 def test_sizes_that_do_not_divide_are_named_with_those_that_would(tiny_model) -> None:
-    mesh = AbstractMesh((1, 3, 4, 1), MESH_AXES)
+    mesh = AbstractMesh((1, 1, 3, 4, 1), MESH_AXES)
     with pytest.raises(UserError) as caught:
         check_divisible(tiny_model.decoder.config, mesh)
     assert "fsdp = 3 does not divide embed 64 (sizes that work: 1, 2, 4, 8, 16, 32, 64)" in str(caught.value)
@@ -47,7 +47,7 @@ def test_meshes_that_do_not_fit_the_devices_are_refused(sizes: dict[str, int]) -
 
 
 def test_one_axis_takes_what_is_left() -> None:
-    assert dict(make_mesh(devices=jax.devices()[:1]).shape) == {"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1}
+    assert dict(make_mesh(devices=jax.devices()[:1]).shape) == {"slice": 1, "data": 1, "fsdp": 1, "tensor": 1, "sequence": 1}
 
 
 PROGRAM = """

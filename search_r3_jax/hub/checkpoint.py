@@ -27,7 +27,7 @@ from search_r3_jax.models.families import config_from_hf
 from search_r3_jax.models.lora import add_lora, merge_lora, trainable_filter
 from search_r3_jax.text.tokenizer import add_embed_token, tokenizer_from_folder, tokenizer_from_gguf
 
-__all__ = ["LoadedModel", "build_decoder", "load_model", "pinned_step", "resolve", "torch_tensors", "with_lora"]
+__all__ = ["LoadedModel", "build_decoder", "load_model", "model_config", "pinned_step", "resolve", "torch_tensors", "with_lora"]
 
 PACKAGED = "smollm2"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -149,6 +149,15 @@ def resolve(name: str | Path) -> Path:
     if _HUB_ID.fullmatch(str(name)):
         return _from_hub(str(name))
     raise UserError(f"model: {name}: no such file or folder; give a GGUF file, a Hugging Face folder or id, a run, or 'smollm2'")
+
+
+def model_config(name: str | Path) -> ModelConfig:
+    """The architecture of the model that `name` means, a run's being what it started from; raises UserError when it cannot be read."""
+    path = resolve(name)
+    if (path / "checkpoints").is_dir():
+        _, record = read_run(path)
+        return model_config(start_of(path, record))
+    return _folder_config(path / "config.json") if path.is_dir() else GgufFile(path).config
 
 
 def _from_hub(repo: str) -> Path:

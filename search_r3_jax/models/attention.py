@@ -35,14 +35,17 @@ def plan_attention(
     backend: Backend,
     positions_bt: jax.Array,
     segments_bt: jax.Array | None,
-    contexts: Sequence[KVBlock],
+    contexts: Sequence[tuple[jax.Array, jax.Array | None]],
     context_segments_bt: jax.Array | None,
     *,
     window: int = 0,
 ) -> Attend:
-    """What every layer does with its own queries, keys and values, prepared once for all of them; `window` 0 sees everything before."""
+    """What every layer does with its own queries, keys and values, prepared once for all of them; `window` 0 sees everything before.
+
+    `contexts` are the `(positions [b,S], segments [b,S])` of the blocks that are seen beside the rows themselves.
+    """
     masks = [
-        *(visibility(positions_bt, block.positions, context_segments_bt, block.segments, window=window) for block in contexts),
+        *(visibility(positions_bt, positions, context_segments_bt, segments, window=window) for positions, segments in contexts),
         visibility(positions_bt, positions_bt, segments_bt, segments_bt, window=window),
     ]
     # The kernel works on tiles of 128; a single new token has nothing to fill one with.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,12 @@ from jax.ad_checkpoint import checkpoint_name
 from search_r3_jax.config import LoraConfig, ModelConfig
 from search_r3_jax.mesh import BATCH_AXES, laid
 from search_r3_jax.models.attention import NOTHING, Attend, Backend, KVBlock, plan_attention
+from search_r3_jax.models.layers import LINEARS, PRODUCT, Linear, LoraParam, RMSNorm
 from search_r3_jax.models.rotary import rotary_tables, rotate
 
-_LAYER_INPUT, _PRODUCT = "layer_input", "product"
+_LAYER_INPUT = "layer_input"
+# The axes over which parameters are repeated.
+_COPIES = ("slice", "data")
 REMAT_POLICIES = {
     # What the backward pass finds saved: nothing but each layer's input, that input in the host's memory, or also what was multiplied by
     # weights. Norms, activations and attention scores are recomputed under all three: they cost little and are most of the memory.
@@ -22,90 +26,28 @@ REMAT_POLICIES = {
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[], names_which_can_be_offloaded=[_LAYER_INPUT], offload_src="device", offload_dst="pinned_host"
     ),
-    "dots": jax.checkpoint_policies.save_only_these_names(_PRODUCT),
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
 }
 
 
-LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
-"""The linear layers of a block: what an adapter can be put on."""
+class _Attention(NamedTuple):
+    """How a layer's text attends: rotary tables, `attend`, the keys and values of its contexts, and the texts that it stands behind."""
 
-
-class LoraParam(nnx.Param):
-    """A parameter that learns while the base is frozen: an adapter's factor, or the embed token's row."""
-
-
-class Linear(nnx.Module):
-    """x [..., I] → [..., O], with an optional bias and an optional low-rank adapter."""
-
-    def __init__(self, inputs: int, outputs: int, *, bias: bool, lora: LoraConfig | None, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (inputs, outputs)) * inputs**-0.5)
-        self.bias = nnx.Param(jax.random.normal(rngs.params(), (outputs,)) * 0.02) if bias else None
-        if lora is None:
-            self.lora_a, self.lora_b, self.lora_scale, self.dropout = None, None, 0.0, 0.0
-        else:
-            self.lora_a = LoraParam(jax.random.normal(rngs.params(), (inputs, lora.rank)) * inputs**-0.5)
-            self.lora_b = LoraParam(jnp.zeros((lora.rank, outputs)))
-            self.lora_scale = lora.alpha / lora.rank
-            self.dropout = lora.dropout
-
-    def __call__(self, x: jax.Array, adapters: bool, dropout_key: jax.Array | None = None) -> jax.Array:
-        y = x @ self.kernel[...].astype(x.dtype)
-        if self.bias is not None:
-            y += self.bias[...].astype(x.dtype)
-        if adapters and self.lora_a is not None and self.lora_b is not None:
-            if dropout_key is not None and self.dropout > 0:
-                kept = jax.random.bernoulli(dropout_key, 1 - self.dropout, x.shape)
-                x = jnp.where(kept, x / (1 - self.dropout), 0)
-            y += low_rank(x, self.lora_a[...].astype(x.dtype), self.lora_b[...].astype(x.dtype)) * self.lora_scale
-        return checkpoint_name(y, _PRODUCT)
-
-
-@jax.custom_vjp
-def low_rank(x: jax.Array, a_ir: jax.Array, b_ro: jax.Array) -> jax.Array:
-    """x [..., I] · A · B; its own backward pass, because the derived one transposes [tokens, O] arrays in memory."""
-    return (x @ a_ir) @ b_ro
-
-
-def _low_rank_forward(x: jax.Array, a_ir: jax.Array, b_ro: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    narrow = x @ a_ir
-    return narrow @ b_ro, (x, narrow, a_ir, b_ro)
-
-
-def _low_rank_backward(saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    x, narrow, a_ir, b_ro = saved
-    d_narrow = dy @ b_ro.T
-    rows_mi, narrow_mr = x.reshape(-1, x.shape[-1]), narrow.reshape(-1, narrow.shape[-1])
-    # Only rank-sized factors are transposed.
-    d_b = narrow_mr.T @ dy.reshape(-1, dy.shape[-1])
-    d_a = (d_narrow.reshape(-1, d_narrow.shape[-1]).T @ rows_mi).T
-    return d_narrow @ a_ir.T, d_a, d_b
-
-
-low_rank.defvjp(_low_rank_forward, _low_rank_backward)
-
-
-class RMSNorm(nnx.Module):
-    """Root-mean-square normalisation in float32 (arXiv 1910.07467); returns the input's dtype."""
-
-    def __init__(self, size: int, eps: float):
-        self.scale = nnx.Param(jnp.ones((size,)))
-        self.eps = eps
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x32 = x.astype(jnp.float32)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return x32.astype(x.dtype) * self.scale[...].astype(x.dtype)
+    rope: tuple[jax.Array, jax.Array]
+    attend: Attend
+    contexts: Sequence[tuple[jax.Array, jax.Array]]
+    behind: tuple[int, ...]
 
 
 class Layer(nnx.Module):
-    """One block: attention and a gated feed-forward, each behind a norm and a residual."""
+    """One block over several texts at once: attention and a gated feed-forward, each behind a norm and a residual."""
 
     def __init__(self, config: ModelConfig, *, lora: LoraConfig | None, rngs: nnx.Rngs):
         D, N, K, H, F = config.hidden_size, config.heads, config.kv_heads, config.head_dim, config.feed_forward
 
         def linear(name: str, inputs: int, outputs: int, bias: bool = False) -> Linear:
             adapter = lora if lora is not None and name in lora.targets else None
-            return Linear(inputs, outputs, bias=bias, lora=adapter, rngs=rngs)
+            return Linear(name, inputs, outputs, bias=bias, lora=adapter, rngs=rngs)
 
         self.config = config
         self.attention_norm = RMSNorm(D, config.norm_eps)
@@ -122,32 +64,53 @@ class Layer(nnx.Module):
 
     def __call__(
         self,
-        x_btd: jax.Array,
+        xs: Sequence[jax.Array],
+        attentions: Sequence[_Attention],
         *,
-        rope: tuple[jax.Array, jax.Array],
-        attend: Attend,
-        contexts: Sequence[tuple[jax.Array, jax.Array]],
-        adapters: bool,
-        dropout_key: jax.Array | None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        B, T, _ = x_btd.shape
-        H = self.config.head_dim
-        keys = (
-            dict.fromkeys(LINEARS) if dropout_key is None else dict(zip(LINEARS, jax.random.split(dropout_key, len(LINEARS)), strict=True))
-        )
-        h = self.attention_norm(x_btd)
-        q = self.q(h, adapters, keys["q"]).reshape(B, T, -1, H)
-        k = self.k(h, adapters, keys["k"]).reshape(B, T, -1, H)
-        v = self.v(h, adapters, keys["v"]).reshape(B, T, -1, H)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, rope), rotate(k, rope)
-        mixed = checkpoint_name(attend(q, [*contexts, (k, v)]), _PRODUCT)
-        x_btd = x_btd + self.o(mixed.reshape(B, T, -1), adapters, keys["o"])
-        h = self.feed_forward_norm(x_btd)
-        gated = jax.nn.silu(self.gate(h, adapters, keys["gate"])) * self.up(h, adapters, keys["up"])
-        x_btd = x_btd + self.down(gated, adapters, keys["down"])
-        return x_btd, (k, v)
+        adapters: Sequence[bool],
+        dropout_keys: Sequence[jax.Array | None],
+    ) -> tuple[list[jax.Array], list[tuple[jax.Array, jax.Array]]]:
+        """What becomes of each text's states [B,T,D], and its own keys and values [B,T,K,H]."""
+        split = [key if key is None else jax.random.split(key, len(LINEARS)) for key in dropout_keys]
+        keys_of = [dict.fromkeys(LINEARS) if keys is None else dict(zip(LINEARS, keys, strict=True)) for keys in split]
+
+        def through(linear: Linear, inputs: Sequence[jax.Array]) -> list[jax.Array]:
+            return linear(inputs, adapters, [keys[linear.name] for keys in keys_of])
+
+        hs = [self.attention_norm(x) for x in xs]
+        mixed, own = list[jax.Array](), list[tuple[jax.Array, jax.Array]]()
+        for q, k, v, how in zip(through(self.q, hs), through(self.k, hs), through(self.v, hs), attentions, strict=True):
+            q, k, v = (x.reshape(*x.shape[:2], -1, self.config.head_dim) for x in (q, k, v))
+            if self.q_norm is not None and self.k_norm is not None:
+                q, k = self.q_norm(q), self.k_norm(k)
+            q, k = rotate(q, how.rope), rotate(k, how.rope)
+            own.append((k, v))
+            seen = [*how.contexts, *(own[i] for i in how.behind), (k, v)]
+            mixed.append(checkpoint_name(how.attend(q, seen), PRODUCT).reshape(*q.shape[:2], -1))
+        xs = [x + y for x, y in zip(xs, through(self.o, mixed), strict=True)]
+        hs = [self.feed_forward_norm(x) for x in xs]
+        gated = [jax.nn.silu(gate) * up for gate, up in zip(through(self.gate, hs), through(self.up, hs), strict=True)]
+        return [x + y for x, y in zip(xs, through(self.down, gated), strict=True)], own
+
+
+class Text(NamedTuple):
+    """Rows to be read [B,T], and what they see beside themselves.
+
+    `positions_bt` int32 is `NOTHING` at padding. Each block in `contexts` (leading L), and the rows of each text in `behind`, are visible
+    up to the query's position; a block of fewer rows is shared by consecutive rows. A KV cache is a block, a shared prompt is a block, a
+    chunk of a long prompt is one. Texts packed into one row are told apart by `segments_bt`; `context_segments_bt` chooses among the
+    segments of what they see. Without `adapters` the frozen base reads it, which no gradient passes; adapters drop inputs only where a
+    `dropout_key` is given.
+    """
+
+    ids_bt: jax.Array
+    positions_bt: jax.Array
+    segments_bt: jax.Array | None = None
+    contexts: Sequence[KVBlock] = ()
+    behind: tuple[int, ...] = ()
+    context_segments_bt: jax.Array | None = None
+    adapters: bool = True
+    dropout_key: jax.Array | None = None
 
 
 class Decoder(nnx.Module):
@@ -200,47 +163,64 @@ class Decoder(nnx.Module):
         adapters: bool = True,
         dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, KVBlock]:
-        """Hidden states [B,T,D] after the final norm, and these tokens' own keys and values as a block `[L,B,T,K,H]`.
+        """`read` of one text: its hidden states [B,T,D] and its own keys and values as a block `[L,B,T,K,H]`."""
+        return self.read([Text(ids_bt, positions_bt, segments_bt, contexts, (), context_segments_bt, adapters, dropout_key)])[0]
 
-        `positions_bt` int32 is `NOTHING` at padding. Each block in `contexts` (leading L) is visible up to the query's position; a block
-        of fewer rows is shared by consecutive rows. A KV cache is a block, a shared prompt is a block, a chunk of a long prompt is one.
-        Texts packed into one row are told apart by `segments_bt`; `context_segments_bt` chooses among a block's segments.
-        Adapters drop inputs only where a `dropout_key` is given.
+    def read(self, texts: Sequence[Text]) -> list[tuple[jax.Array, KVBlock]]:
+        """Hidden states [B,T,D] after the final norm, and own keys and values as a block `[L,B,T,K,H]`, of each text.
+
+        A text may stand behind those before it in the list. All are read in one pass through the layers: on a mesh each layer's weights are
+        gathered once for all of them, and their gradients exchanged once.
         """
-        x = self.embed(ids_bt, adapters)
-        rope = rotary_tables(jnp.maximum(positions_bt, 0), self.config)
-        attend_all = plan_attention(self.attention, positions_bt, segments_bt, contexts, context_segments_bt)
         windowed = self.config.windowed or (False,) * self.config.layers
-        attend_near = attend_all
-        if any(windowed):
-            window = self.config.sliding_window
-            attend_near = plan_attention(self.attention, positions_bt, segments_bt, contexts, context_segments_bt, window=window)
+        attends = [self._attends(text, [texts[i] for i in text.behind], any(windowed)) for text in texts]
+        ropes = [rotary_tables(jnp.maximum(text.positions_bt, 0), self.config) for text in texts]
+        adapters = [text.adapters for text in texts]
         graph, state = nnx.split(self.layers)
 
-        def body(x: jax.Array, scanned):
-            layer_state, keys_values, near, key = scanned
-            layer = nnx.merge(graph, layer_state)
-            x = checkpoint_name(x, _LAYER_INPUT)
+        def body(xs: list[jax.Array], scanned: Any) -> tuple[list[jax.Array], list[tuple[jax.Array, jax.Array]]]:
+            layer_state, contexts, near, keys = scanned
 
-            def attend(q: jax.Array, blocks: Sequence[tuple[jax.Array, jax.Array]]) -> jax.Array:
+            def attend_of(everything: Attend, window: Attend) -> Attend:
                 if any(windowed) and not all(windowed):
-                    return jax.lax.cond(near, attend_near, attend_all, q, list(blocks))
-                return attend_near(q, blocks)
+                    return lambda q, blocks: jax.lax.cond(near, window, everything, q, list(blocks))
+                return window
 
-            return layer(x, rope=rope, attend=attend, contexts=keys_values, adapters=adapters, dropout_key=key)
+            attentions = [
+                _Attention(rope, attend_of(*attend), context, text.behind)
+                for rope, attend, context, text in zip(ropes, attends, contexts, texts, strict=True)
+            ]
+            xs = [checkpoint_name(x, _LAYER_INPUT) for x in xs]
+            xs, own = nnx.merge(graph, layer_state)(xs, attentions, adapters=adapters, dropout_keys=keys)
+            return [x if text.adapters else jax.lax.stop_gradient(x) for x, text in zip(xs, texts, strict=True)], own
 
         if self.remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat])
-        keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.layers)
-        blocks = [(block.keys, block.values) for block in contexts]
-        x, (keys_out, values_out) = jax.lax.scan(body, x, (state, blocks, jnp.asarray(windowed), keys))
-        return self.final_norm(x), KVBlock(keys_out, values_out, positions_bt, segments_bt)
+        keys = [None if text.dropout_key is None else jax.random.split(text.dropout_key, self.config.layers) for text in texts]
+        blocks = [[(block.keys, block.values) for block in text.contexts] for text in texts]
+        start = [self.embed(text.ids_bt, text.adapters) for text in texts]
+        outputs, own = jax.lax.scan(body, start, (state, blocks, jnp.asarray(windowed), keys))
+        return [
+            (self.final_norm(x), KVBlock(*keys_values, text.positions_bt, text.segments_bt))
+            for x, keys_values, text in zip(outputs, own, texts, strict=True)
+        ]
+
+    def _attends(self, text: Text, before: Sequence[Text], windows: bool) -> tuple[Attend, Attend]:
+        """How a text attends in layers that see everything, and in those with a window."""
+        seen = [(block.positions, block.segments) for block in text.contexts] + [(each.positions_bt, each.segments_bt) for each in before]
+        everything = plan_attention(self.attention, text.positions_bt, text.segments_bt, seen, text.context_segments_bt)
+        if not windows:
+            return everything, everything
+        window = self.config.sliding_window
+        return everything, plan_attention(
+            self.attention, text.positions_bt, text.segments_bt, seen, text.context_segments_bt, window=window
+        )
 
     def embed(self, ids_bt: jax.Array, adapters: bool = True) -> jax.Array:
         """Input embeddings [B,T,D] in the compute dtype."""
         # The table's D lies over "fsdp", as rows do: every device looks up its part of D for its neighbours' rows, then they exchange.
         # Left to itself, XLA may gather the whole batch instead.
-        x = laid(self.embedding[...][laid(ids_bt, "data")], "data", None, "fsdp")
+        x = laid(self.embedding[...][laid(ids_bt, _COPIES)], _COPIES, None, "fsdp")
         x = laid(x, BATCH_AXES)
         if adapters and self.embed_row is not None:
             x = jnp.where((ids_bt == self.embed_id)[..., None], self.embed_row[...], x)

@@ -9,7 +9,8 @@ from flax import nnx
 
 from search_r3_jax.config import LoraConfig
 from search_r3_jax.errors import UserError
-from search_r3_jax.models.decoder import LINEARS, Decoder, Linear, LoraParam
+from search_r3_jax.models.decoder import Decoder
+from search_r3_jax.models.layers import LINEARS, Linear, LoraParam
 
 
 def trainable_filter(decoder: Decoder) -> type[nnx.Param]:

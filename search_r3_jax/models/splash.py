@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes, make_splash_mha
+from jax.sharding import PartitionSpec
 
+from search_r3_jax.mesh import BATCH_AXES, axis_size
 from search_r3_jax.models.attention import Attend
 
 TILE = 128
@@ -42,10 +45,23 @@ def plan_splash(masks: Sequence[jax.Array]) -> Attend:
         # The kernel wants heads first, whole tiles, and leaves the scale to its caller.
         q = _tiled(q_btnh * (H**-0.5))
         k, v = _tiled(k_bskh), _tiled(v_bskh)
-        mixed = jax.lax.platform_dependent(visible, q, k, v, tpu=kernel(False), default=kernel(True))
+        mixed = _on_each_device(partial(jax.lax.platform_dependent, tpu=kernel(False), default=kernel(True)), visible, q, k, v)
         return jnp.swapaxes(mixed[:, :, :T, :H], 1, 2).astype(q_btnh.dtype)
 
     return run
+
+
+def _on_each_device(kernel: Callable[..., jax.Array], visible: jax.Array, *heads_first: jax.Array) -> jax.Array:
+    """The kernel on every device's rows and heads: XLA cannot cut a kernel up by itself."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return kernel(visible, *heads_first)
+    # A single shared prompt is nobody's row: all devices read it.
+    rows = BATCH_AXES if visible.shape[0] % axis_size(mesh, BATCH_AXES) == 0 else None
+    heads = PartitionSpec(rows, "tensor")
+    specs = (PartitionSpec(rows), *(heads,) * len(heads_first))
+    # Kernels do not say over which axes their results are the same.
+    return jax.shard_map(kernel, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)(visible, *heads_first)
 
 
 def _per_row(x: jax.Array, B: int) -> jax.Array:

@@ -123,6 +123,10 @@ class Head:
     def vocab_size(self) -> int:
         return self.weight.shape[self.vocab_axis]
 
+    def logits(self, hidden_md: jax.Array) -> jax.Array:
+        """Logits [M,V] float32 of hidden states [M,D]."""
+        return _logits(hidden_md, _Slice(self.weight, self.row_d), self, jnp.zeros((), jnp.int32))
+
 
 class _Slice(NamedTuple):
     """A part of a head: `weight` [S,D] or [D,S] and the vector of the one token that has its own; both get gradients."""

@@ -89,11 +89,13 @@ def group_advantages(
         return jax.ops.segment_sum(values_b, group_id_b, groups)
 
     size_g = group_sums(jnp.ones_like(rewards_b))
-    centred_b = rewards_b - (group_sums(rewards_b) / jnp.maximum(size_g, 1))[group_id_b]
-    # Not by the deviation: rounding of the mean leaves one where there is none, and scaling blows it up.
     highest_g = jax.ops.segment_max(rewards_b, group_id_b, groups)
     lowest_g = jax.ops.segment_min(rewards_b, group_id_b, groups)
+    # Not by the deviation: rounding of the mean leaves one where there is none, and scaling blows it up.
     constant_g = highest_g == lowest_g
+    # Differences of near rewards are exact, and so is their mean to the digits that scaling by a small deviation brings up.
+    above_b = rewards_b - lowest_g[group_id_b]
+    centred_b = above_b - (group_sums(above_b) / jnp.maximum(size_g, 1))[group_id_b]
     if scale == "group":
         deviation_g = jnp.sqrt(group_sums(centred_b**2) / jnp.maximum(size_g - 1, 1))
         centred_b = centred_b / (deviation_g[group_id_b] + eps)

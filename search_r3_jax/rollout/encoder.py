@@ -12,9 +12,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from search_r3_jax.compiler import compiler_options
 from search_r3_jax.mesh import BATCH_AXES, axis_size, in_use
 from search_r3_jax.models.attention import KVBlock
-from search_r3_jax.models.decoder import Decoder, positions_from_lengths
+from search_r3_jax.models.decoder import Decoder, Text, positions_from_lengths
 from search_r3_jax.models.embedding import pool_embedding
 from search_r3_jax.text.packing import PaddedBatch, length_batches
 from search_r3_jax.text.prompts import Mode, Prompter
@@ -27,18 +28,21 @@ BATCHES_AHEAD = 2
 
 def prefix_block(decoder: Decoder, prefix: Sequence[int], *, adapters: bool = True) -> KVBlock:
     """Keys and values [L,1,S,K,H] of a prompt prefix, to be shared by every row behind it."""
-    ids = jnp.asarray([prefix], jnp.int32)
-    positions = jnp.arange(len(prefix), dtype=jnp.int32)[None]
-    return decoder(ids, positions, adapters=adapters)[1]
+    return decoder.read([prefix_text(prefix, adapters=adapters)])[0][1]
 
 
-def both_prefixes(decoder: Decoder, prompter: Prompter, *, adapters: bool = True) -> KVBlock:
-    """The direct and the reasoned prefix in one block [L,1,S,K,H]: segment 0 and segment 1."""
+def prefix_text(prefix: Sequence[int], *, adapters: bool = True) -> Text:
+    """A prompt prefix [1,S] as a text that others may stand behind."""
+    return Text(jnp.asarray([prefix], jnp.int32), jnp.arange(len(prefix), dtype=jnp.int32)[None], adapters=adapters)
+
+
+def both_prefixes(prompter: Prompter, *, adapters: bool = True) -> Text:
+    """The direct and the reasoned prefix in one text [1,S]: segment 0 and segment 1."""
     prefixes = (prompter.direct.prefix, prompter.reason.prefix)
     ids = jnp.asarray([[token for prefix in prefixes for token in prefix]], jnp.int32)
     positions = jnp.concatenate([jnp.arange(len(prefix), dtype=jnp.int32) for prefix in prefixes])[None]
     segments = jnp.concatenate([jnp.full(len(prefix), i, jnp.int32) for i, prefix in enumerate(prefixes)])[None]
-    return decoder(ids, positions, segments_bt=segments, adapters=adapters)[1]
+    return Text(ids, positions, segments, adapters=adapters)
 
 
 class RowEncoder:
@@ -53,7 +57,7 @@ class RowEncoder:
     ):
         prefix, embed_id = prompter.of(mode).prefix, prompter.embed_id
 
-        @jax.jit
+        @functools.partial(jax.jit, compiler_options=compiler_options(mesh))
         def prefix_of(state: nnx.State) -> KVBlock:
             with in_use(mesh):
                 return prefix_block(nnx.merge(graph, state), prefix)
@@ -61,7 +65,7 @@ class RowEncoder:
         # On all devices: each process reads the vectors from its own.
         everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
 
-        @functools.partial(jax.jit, out_shardings=everywhere)
+        @functools.partial(jax.jit, out_shardings=everywhere, compiler_options=compiler_options(mesh))
         def encode(state: nnx.State, shared: KVBlock, ids: jax.Array, lengths: jax.Array) -> jax.Array:
             decoder = nnx.merge(graph, state)
             positions = positions_from_lengths(lengths, ids.shape[1], len(prefix))
@@ -86,6 +90,16 @@ class RowEncoder:
                 compiled.add(batch.ids.shape)
                 # A call with these shapes finds the program.
                 self._encode.lower(state, shared, *self._put(batch)).compile()
+
+    def lower(self, state: nnx.State, *, length: int, batch_tokens: int) -> jax.stages.Lowered:
+        """What encodes a batch of so many padded tokens a device in rows of `length`, to be compiled; the state may be one of shapes."""
+        shares = 1 if self._mesh is None else axis_size(self._mesh, BATCH_AXES)
+        rows = max(1, batch_tokens // length) * shares
+        placed = None if self._mesh is None else NamedSharding(self._mesh, PartitionSpec(BATCH_AXES))
+        everywhere = None if self._mesh is None else NamedSharding(self._mesh, PartitionSpec())
+        ids = jax.ShapeDtypeStruct((rows, length), np.int32, sharding=placed)
+        shared = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), jax.eval_shape(self._prefix_of, state))
+        return self._encode.lower(state, shared, ids, jax.ShapeDtypeStruct((rows,), np.int32, sharding=placed))
 
     def encode_rows(
         self, state: nnx.State, rows: Sequence[Sequence[int]], on_progress: Callable[[int], object] | None = None

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from search_r3_jax.compiler import compiler_options
 from search_r3_jax.errors import UserError
 from search_r3_jax.models.attention import NOTHING, KVBlock
 from search_r3_jax.models.decoder import Decoder, positions_from_lengths
@@ -236,14 +237,19 @@ class Sampler:
 
             return jax.lax.while_loop(lambda loop: jnp.any(loop.slots.row < B), body, start).replies
 
-        self._sample = jax.jit(sample, out_shardings=None if mesh is None else NamedSharding(mesh, PartitionSpec()))
+        everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+        self._sample = jax.jit(sample, out_shardings=everywhere, compiler_options=compiler_options(mesh))
 
     def compile(self, state: nnx.State, queries: int, group: int, *, max_tokens: int) -> None:
         """Compile what `sample` of so many queries and samples runs, and run none of it: what follows can be timed."""
+        # A call with these shapes finds the program.
+        self.lower(state, queries, group, max_tokens=max_tokens).compile()
+
+    def lower(self, state: nnx.State, queries: int, group: int, *, max_tokens: int) -> jax.stages.Lowered:
+        """What `sample` of so many queries and samples runs, to be compiled; the state may be one of shapes."""
         ids = jax.ShapeDtypeStruct((queries, self._prompt_tokens(max_tokens)), np.int32)
         lengths, seeds = jax.ShapeDtypeStruct((queries,), np.int32), jax.ShapeDtypeStruct((queries, group), np.uint32)
-        # A call with these shapes finds the program.
-        self._sample.lower(state, ids, lengths, seeds).compile()
+        return self._sample.lower(state, ids, lengths, seeds)
 
     def _prompt_tokens(self, max_tokens: int) -> int:
         return bucket_length(max_tokens + len(self._prompter.reason.suffix))

@@ -13,18 +13,18 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from search_r3_jax.compiler import compiler_options
 from search_r3_jax.config import RlConfig
 from search_r3_jax.mesh import BATCH_AXES, axis_size, in_use, laid
-from search_r3_jax.models.attention import KVBlock
-from search_r3_jax.models.decoder import Decoder, positions_from_lengths
+from search_r3_jax.models.decoder import Decoder, Text, positions_from_lengths
 from search_r3_jax.models.embedding import unit
 from search_r3_jax.objectives.contrastive import info_nce
 from search_r3_jax.objectives.language import live_token_log_probs, token_log_probs
 from search_r3_jax.objectives.policy_gradient import PolicyStatistics, policy_count, policy_loss
-from search_r3_jax.rollout.encoder import prefix_block
+from search_r3_jax.rollout.encoder import prefix_text
 from search_r3_jax.rollout.sampler import Rollout
 from search_r3_jax.text.prompts import Prompter
-from search_r3_jax.training import sharding
+from search_r3_jax.training.head import head_chunks, head_of, states_for_head
 from search_r3_jax.training.state import TrainState, updated
 
 Update = Callable[..., tuple[TrainState, dict[str, jax.Array], jax.Array]]
@@ -96,20 +96,24 @@ def put_batch(batch: RlBatch, mesh: Mesh | None) -> RlBatch:
     """A batch on its mesh: each micro-batch's rows, and its queries, across `BATCH_AXES` where they divide, all else everywhere."""
     if mesh is None:
         return batch
+    return jax.tree.map(lambda x, lies: jax.make_array_from_callback(x.shape, lies, x.__getitem__), batch, batch_shardings(batch, mesh))
+
+
+def batch_shardings(batch: RlBatch, mesh: Mesh) -> RlBatch:
+    """Where a batch lies, in its own structure."""
     devices = axis_size(mesh, BATCH_AXES)
 
-    def put(x: np.ndarray, spec: PartitionSpec) -> jax.Array:
-        return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda index: x[index])
+    def of(x: Any) -> NamedSharding:
+        return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES) if x.shape[1] % devices == 0 else PartitionSpec())
 
-    rows = [put(x, PartitionSpec(None, BATCH_AXES) if x.shape[1] % devices == 0 else PartitionSpec()) for x in batch.replies]
-    return RlBatch(replies=Replies(*rows), documents=put(batch.documents, PartitionSpec()))
+    return RlBatch(replies=Replies(*map(of, batch.replies)), documents=NamedSharding(mesh, PartitionSpec()))
 
 
 def make_scorer(graph: nnx.GraphDef[Decoder], prompter: Prompter, config: RlConfig, shardings: TrainState | None = None) -> Scorer:
     """`(params, frozen, replies, adapters) → [K,b,T]`: log-probabilities of the sampled tokens; `adapters=False` is the frozen base."""
     mesh = _mesh_of(shardings)
 
-    @partial(jax.jit, static_argnames="adapters")
+    @partial(jax.jit, static_argnames="adapters", compiler_options=compiler_options(mesh))
     def score(params: nnx.State, frozen: nnx.State, replies: Replies, adapters: bool) -> jax.Array:
         def one(part: Replies) -> jax.Array:
             decoder = nnx.merge(graph, params, frozen)
@@ -193,7 +197,7 @@ def make_update(
     replicated = None if shardings is None else shardings.skipped
     out_shardings = None if shardings is None else (shardings, replicated, replicated)
 
-    @partial(jax.jit, donate_argnums=0 if donate else (), out_shardings=out_shardings)
+    @partial(jax.jit, donate_argnums=0 if donate else (), out_shardings=out_shardings, compiler_options=compiler_options(mesh))
     def update(
         state: TrainState, frozen: nnx.State, batch: RlBatch, old: jax.Array | None = None, reference: jax.Array | None = None
     ) -> tuple[TrainState, dict[str, jax.Array], jax.Array]:
@@ -215,27 +219,28 @@ def _read(
     """
     prompt, (B, T) = prompter.reason, part.ids.shape
     G = B // part.prompt_ids.shape[0]
-    shared: KVBlock = prefix_block(decoder, prompt.prefix, adapters=adapters)
     positions_qs = positions_from_lengths(part.prompt_lengths, part.prompt_ids.shape[1], len(prompt.prefix))
-    prompt_hidden, prompts = decoder(part.prompt_ids, positions_qs, contexts=[shared], adapters=adapters)
-    last_qd = jnp.take_along_axis(prompt_hidden, part.prompt_lengths[:, None, None] - 1, axis=1)[:, 0]
     positions_bt = positions_from_lengths(part.lengths, T, jnp.repeat(part.prompt_lengths + len(prompt.prefix), G))
-    hidden_btd, _ = decoder(part.ids, positions_bt, contexts=[shared, prompts], adapters=adapters)
+    texts = [
+        prefix_text(prompt.prefix, adapters=adapters),
+        Text(part.prompt_ids, positions_qs, behind=(0,), adapters=adapters),
+        Text(part.ids, positions_bt, behind=(0, 1), adapters=adapters),
+    ]
+    _, (prompt_hidden, _), (hidden_btd, _) = decoder.read(texts)
+    last_qd = jnp.take_along_axis(prompt_hidden, part.prompt_lengths[:, None, None] - 1, axis=1)[:, 0]
     hidden_btd = laid(hidden_btd, BATCH_AXES)
 
     # The state that predicts token t is the one before it; the first is predicted by the prompt's last state.
     predicting = jnp.concatenate([jnp.repeat(last_qd, G, axis=0)[:, None], hidden_btd[:, :-1]], axis=1)
-    hidden_md = laid(predicting.reshape(B * T, -1), BATCH_AXES)
+    hidden_md = states_for_head(predicting.reshape(B * T, -1))
     ids_m, live_m = part.ids.reshape(-1), part.sampled.reshape(-1)
-    states, _ = sharding.head_chunks(decoder.config.vocab_size, mesh)
-
-    def logits(hidden: jax.Array) -> jax.Array:
-        return decoder.logits(hidden, adapters)
+    states, _ = head_chunks(decoder.config.vocab_size, mesh)
+    head = head_of(decoder, adapters=adapters)
 
     if mesh is None:
-        found = live_token_log_probs(logits, hidden_md, ids_m, live_m, temperature=temperature, chunk=states)
+        found = live_token_log_probs(head.logits, hidden_md, ids_m, live_m, temperature=temperature, chunk=states)
     else:
-        found = token_log_probs(logits, hidden_md, ids_m, temperature=temperature, chunk=states)
+        found = token_log_probs(head.logits, hidden_md, ids_m, temperature=temperature, chunk=states)
     log_probs, entropies = (jnp.where(live_m, values_m, 0).reshape(B, T) for values_m in found)
     embeds = jnp.take_along_axis(hidden_btd, (part.lengths - 1)[:, None, None], axis=1)[:, 0]
     return log_probs, entropies, embeds

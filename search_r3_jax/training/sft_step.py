@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -10,18 +10,22 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from search_r3_jax.compiler import compiler_options
 from search_r3_jax.config import SftConfig
 from search_r3_jax.data.pipeline import PairBatch, TextChunks
 from search_r3_jax.mesh import BATCH_AXES, in_use, laid
-from search_r3_jax.models.decoder import Decoder
+from search_r3_jax.models.decoder import Decoder, Text
 from search_r3_jax.models.embedding import unit
 from search_r3_jax.objectives.contrastive import Loss, exclusions, info_nce, matryoshka, triplet_margin
 from search_r3_jax.objectives.grad_cache import cached_value_and_grad
-from search_r3_jax.objectives.language import Head, cross_entropy, kl_to_base, token_log_probs
+from search_r3_jax.objectives.language import cross_entropy, kl_to_base, token_log_probs
 from search_r3_jax.rollout.encoder import both_prefixes
 from search_r3_jax.text.prompts import Prompter
-from search_r3_jax.training import sharding
+from search_r3_jax.training.head import head_chunks, head_of, states_for_head
 from search_r3_jax.training.state import TrainState, updated
+
+Pairs = tuple[TextChunks, TextChunks]
+"""A chunk's queries and its documents."""
 
 
 def make_step(
@@ -46,33 +50,37 @@ def make_step(
     ) -> tuple[tuple[jax.Array, dict[str, jax.Array]], nnx.State]:
         base = nnx.merge(graph, params if reference is None else reference, frozen)
 
-        def encode(params: nnx.State, chunk: TextChunks) -> tuple[jax.Array, dict[str, jax.Array]]:
-            """Unit vectors [N,E] of one chunk's texts, and the sums of the losses on its replies."""
+        def encode(params: nnx.State, pairs: Pairs) -> tuple[tuple[jax.Array, jax.Array], dict[str, jax.Array]]:
+            """Unit vectors of one chunk's queries [N,E] and of its documents, and the sums of the losses on its replies."""
             decoder = nnx.merge(graph, params, frozen)
             # Every chunk drops other inputs, and the same ones when it is encoded again: the sum of its ids tells it apart.
-            chunk_key = None if key is None else jax.random.fold_in(key, jnp.sum(chunk.ids.astype(jnp.uint32)))
-            hidden_md = _hidden(decoder, prompter, chunk, key=chunk_key)
-            vectors = laid(unit(hidden_md[chunk.embed_at]), None)
-            if not chunk.reply_at.shape[0]:
-                return vectors, {name: jnp.zeros(()) for name in ("language", "reply_tokens", "kl", "kl_tokens")}
+            keys = [None if key is None else jax.random.fold_in(key, jnp.sum(chunk.ids.astype(jnp.uint32))) for chunk in pairs]
+            # Under adapters the base is beside them, and reads the queries in the same pass.
+            with_base = config.kl_weight > 0 and reference is None
+            hidden_md, of_documents_md, *base_md = _hidden(decoder, prompter, pairs, keys=keys, with_base=with_base)
+            chunk, documents = pairs
+            vectors = laid(unit(hidden_md[chunk.embed_at]), None), laid(unit(of_documents_md[documents.embed_at]), None)
             # The reply's tokens, each predicted by the state before it; the head runs nowhere else.
             mask_m, reply_at = jnp.asarray(chunk.reply_at) >= 0, jnp.maximum(chunk.reply_at, 1)
-            read_md = laid(hidden_md[reply_at - 1], BATCH_AXES)
-            states, columns = sharding.head_chunks(decoder.config.vocab_size, mesh)
+            read_md = states_for_head(hidden_md[reply_at - 1])
+            states, columns = head_chunks(decoder.config.vocab_size, mesh)
             targets_m = jnp.asarray(chunk.ids).reshape(-1)[reply_at]
-            log_probs, _ = token_log_probs(decoder.logits, read_md, targets_m, chunk=states)
+            head = head_of(decoder)
+            log_probs, _ = token_log_probs(head.logits, read_md, targets_m, chunk=states)
             language, count = cross_entropy(log_probs, mask_m)
             sums = {"language": language, "reply_tokens": count, "kl": jnp.zeros(()), "kl_tokens": jnp.zeros(())}
             if config.kl_weight > 0:
-                base_md = jax.lax.stop_gradient(_hidden(base, prompter, chunk, adapters=False))
-                base_md = laid(base_md[reply_at - 1], BATCH_AXES)
-                heads = _head(decoder), _head(base, adapters=False)
+                if not with_base:
+                    base_md = _hidden(base, prompter, [chunk], adapters=False)
+                base_md = states_for_head(jax.lax.stop_gradient(base_md[0])[reply_at - 1])
+                base_head = head_of(base, adapters=False)
                 # The base knows nothing of the embed token: where that is due, staying close to it would mean not to write it.
                 mask_m = mask_m & (targets_m != prompter.embed_id)
-                sums["kl"], sums["kl_tokens"] = kl_to_base(read_md, heads[0], base_md, heads[1], mask_m, chunk=states, vocab_chunk=columns)
+                sums["kl"], sums["kl_tokens"] = kl_to_base(read_md, head, base_md, base_head, mask_m, chunk=states, vocab_chunk=columns)
             return vectors, sums
 
-        def loss(sums: dict[str, jax.Array], queries_be: jax.Array, documents_pe: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        def loss(sums: dict[str, jax.Array], vectors: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+            queries_be, documents_pe = vectors
             contrast, triplet, scalars = contrastive_losses(queries_be, documents_pe, batch, config)
             scalars["language"] = sums["language"] / jnp.maximum(sums["reply_tokens"], 1)
             scalars["kl"] = sums["kl"] / jnp.maximum(sums["kl_tokens"], 1)
@@ -80,10 +88,15 @@ def make_step(
             total += config.language_weight * scalars["language"] + config.kl_weight * scalars["kl"]
             return total, {"loss": total} | scalars
 
-        return cached_value_and_grad(encode, loss)(params, batch.queries, batch.documents)
+        return cached_value_and_grad(encode, loss)(params, (batch.queries, batch.documents))
 
     # Left to XLA, a parameter may end up elsewhere than it began, and the next step would be compiled again and move it.
-    @partial(jax.jit, donate_argnums=0 if donate else (), out_shardings=None if shardings is None else (shardings, shardings.skipped))
+    @partial(
+        jax.jit,
+        donate_argnums=0 if donate else (),
+        out_shardings=None if shardings is None else (shardings, shardings.skipped),
+        compiler_options=compiler_options(mesh),
+    )
     def step(
         state: TrainState,
         frozen: nnx.State,
@@ -142,25 +155,29 @@ def contrastive_losses(
     return infonce, margin, scalars
 
 
-def _hidden(decoder: Decoder, prompter: Prompter, chunk: TextChunks, *, adapters: bool = True, key: jax.Array | None = None) -> jax.Array:
-    """Final hidden states [R·T,D] of a chunk's packed texts behind their shared prefixes."""
-    hidden, _ = decoder(
-        jnp.asarray(chunk.ids),
-        jnp.asarray(chunk.positions),
-        segments_bt=jnp.asarray(chunk.segments),
-        contexts=[both_prefixes(decoder, prompter, adapters=adapters)],
-        context_segments_bt=jnp.asarray(chunk.prefixes),
-        adapters=adapters,
-        dropout_key=key,
-    )
-    return laid(hidden, BATCH_AXES).reshape(-1, hidden.shape[-1])
+def _hidden(
+    decoder: Decoder,
+    prompter: Prompter,
+    chunks: Sequence[TextChunks],
+    *,
+    adapters: bool = True,
+    keys: Sequence[jax.Array | None] = (None,),
+    with_base: bool = False,
+) -> list[jax.Array]:
+    """Final hidden states [R·T,D] of each chunk's packed texts, read together behind the prefixes that they share.
 
+    `with_base` adds those of the first chunk without adapters.
+    """
 
-def _head(decoder: Decoder, *, adapters: bool = True) -> Head:
-    """What makes logits of a decoder's hidden states, as `Decoder.logits` does."""
-    weight, vocab_axis, row = (
-        (decoder.embedding[...], 0, decoder.embed_row) if decoder.head is None else (decoder.head[...], 1, decoder.head_row)
-    )
-    if not adapters or row is None or decoder.embed_id is None:
-        return Head(weight=weight, vocab_axis=vocab_axis)
-    return Head(weight=weight, vocab_axis=vocab_axis, row_d=row[...], row_id=decoder.embed_id)
+    def behind(prefix: int, chunk: TextChunks, adapters: bool, key: jax.Array | None) -> Text:
+        ids, positions, segments, prefixes = (jnp.asarray(x) for x in (chunk.ids, chunk.positions, chunk.segments, chunk.prefixes))
+        return Text(ids, positions, segments, (), (prefix,), prefixes, adapters, key)
+
+    texts = [both_prefixes(prompter, adapters=adapters)]
+    texts += [behind(0, chunk, adapters, key) for chunk, key in zip(chunks, keys, strict=True)]
+    asked = list(range(1, len(texts)))
+    if with_base:
+        texts += [both_prefixes(prompter, adapters=False), behind(len(texts), chunks[0], False, None)]
+        asked.append(len(texts) - 1)
+    read = decoder.read(texts)
+    return [laid(read[i][0], BATCH_AXES).reshape(-1, read[i][0].shape[-1]) for i in asked]

@@ -5,15 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from search_r3_jax.data.pipeline import ROW_FIELDS, PairBatch
 from search_r3_jax.mesh import BATCH_AXES, axis_size, param_sharding
 
-# What one device takes of the head's logits at a time.
-HEAD_STATES, HEAD_COLUMNS = 256, 16384
 # Of arrays [C,R,T].
 ROWS = PartitionSpec(None, BATCH_AXES)
 
@@ -25,12 +22,17 @@ def put_batch(batch: PairBatch, mesh: Mesh | None) -> PairBatch:
     """
     if mesh is None:
         return batch
+    padded = batch.padded(axis_size(mesh, BATCH_AXES))
+    return jax.tree.map(lambda x, lies: jax.make_array_from_callback(x.shape, lies, x.__getitem__), padded, batch_shardings(padded, mesh))
 
-    def put(path: tuple[Any, ...], x: np.ndarray) -> jax.Array:
-        spec = ROWS if path[-1].name in ROW_FIELDS else PartitionSpec()
-        return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda index: x[index])
 
-    return jax.tree_util.tree_map_with_path(put, batch.padded(axis_size(mesh, BATCH_AXES)))
+def batch_shardings(batch: PairBatch, mesh: Mesh) -> PairBatch:
+    """Where a padded batch lies, in its own structure."""
+
+    def of(path: tuple[Any, ...], _: Any) -> NamedSharding:
+        return NamedSharding(mesh, ROWS if path[-1].name in ROW_FIELDS else PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(of, batch)
 
 
 def params_shardings(params: nnx.State, mesh: Mesh) -> nnx.State:
@@ -40,11 +42,3 @@ def params_shardings(params: nnx.State, mesh: Mesh) -> nnx.State:
         return param_sharding(tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey)), mesh)
 
     return jax.tree_util.tree_map_with_path(of, params)
-
-
-def head_chunks(vocab_size: int, mesh: Mesh | None) -> tuple[int, int]:
-    """How many states, and how many columns of the vocabulary, the losses on the head take at a time; each device its part of them."""
-    if mesh is None:
-        return HEAD_STATES, HEAD_COLUMNS
-    # The head's weights are gathered once for each chunk of states, and a slice of a vocabulary that is cut already would be gathered too.
-    return HEAD_STATES * axis_size(mesh, BATCH_AXES), HEAD_COLUMNS if mesh.shape["tensor"] == 1 else vocab_size

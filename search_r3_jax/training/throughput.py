@@ -9,28 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from search_r3_jax.chips import chip_of
 from search_r3_jax.config import LoraConfig, ModelConfig
 from search_r3_jax.data.pipeline import TextChunks
 from search_r3_jax.models.flops import head_flops, layers_flops, training_flops
 
-# Dense bfloat16 peak of a device, FLOP/s, as Google Cloud's pages on each TPU version give it.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-}
 PROBE_SIZE = 1536
 
 
 def peak_flops() -> float:
     """What all devices together can do, FLOP/s: published for a TPU; elsewhere what a float32 matrix product reaches, measured now."""
-    kind = jax.devices()[0].device_kind
-    if kind in PEAK_FLOPS:
-        return PEAK_FLOPS[kind] * jax.device_count()
+    chip = chip_of(jax.devices()[0].device_kind)
+    if chip is not None:
+        return chip.flops * jax.device_count()
     matrix = jnp.ones((PROBE_SIZE, PROBE_SIZE), jnp.float32)
     product = jax.jit(jnp.dot)
     product(matrix, matrix).block_until_ready()

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from search_r3_jax.models.attention import NOTHING, Backend, KVBlock, attend, plan_attention
+from search_r3_jax.models.attention import NOTHING, Backend, attend, plan_attention
 
 B, T, N, K, H, PREFIX, CACHE = 4, 21, 6, 2, 16, 5, 9
 
@@ -36,10 +36,7 @@ class Case:
         self.context_positions = [prefix, cache]
 
     def run(self, backend: Backend, window: int) -> tuple[np.ndarray, Any]:
-        contexts = [
-            KVBlock(jnp.asarray(k), jnp.asarray(v), jnp.asarray(at))
-            for (k, v), at in zip(self.keys_values, self.context_positions, strict=False)
-        ]
+        contexts = [(jnp.asarray(at), None) for at in self.context_positions]
         weights = np.random.default_rng(1).standard_normal(self.q.shape) * (self.positions != NOTHING)[..., None, None]
 
         def output(q: jax.Array, keys_values: Any) -> jax.Array:

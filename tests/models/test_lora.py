@@ -9,7 +9,8 @@ from flax import nnx
 from search_r3_jax.config import LoraConfig
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub.checkpoint import LoadedModel
-from search_r3_jax.models.decoder import LINEARS, Decoder, Linear, LoraParam
+from search_r3_jax.models.decoder import Decoder
+from search_r3_jax.models.layers import LINEARS, Linear, LoraParam
 from search_r3_jax.models.lora import add_lora, merge_lora, trainable_filter, unmerge_lora
 
 LORA = LoraConfig(rank=4, alpha=8.0, targets=("q", "v", "down"))
@@ -93,13 +94,14 @@ def test_unmerged_is_the_base_with_its_adapters_again(tiny_model: LoadedModel) -
 
 def test_dropout_zeroes_inputs_of_adapters_only() -> None:
     """y = x·W + (mask ∘ x / (1 − p))·A·B·alpha/rank, with the share p of the mask zero, and the base untouched."""
-    layer = Linear(64, 32, bias=True, lora=LoraConfig(rank=4, alpha=8.0, dropout=0.25), rngs=nnx.Rngs(0))
+    layer = Linear("q", 64, 32, bias=True, lora=LoraConfig(rank=4, alpha=8.0, dropout=0.25), rngs=nnx.Rngs(0))
     assert layer.lora_b is not None
     assert layer.lora_a is not None
     layer.lora_b.set_value(jnp.asarray(np.random.default_rng(0).standard_normal((4, 32)), jnp.float32))
     x = jnp.asarray(np.random.default_rng(1).standard_normal((4096, 64)), jnp.float32)
-    base = layer(x, False)
-    whole, dropped = (layer(x, True, key) - base for key in (None, jax.random.key(0)))
+    key = jax.random.key(0)
+    base, whole, dropped = layer([x, x, x], [False, True, True], [key, None, key])
+    whole, dropped = whole - base, dropped - base
     factor = np.asarray(layer.lora_a[...], np.float64) @ np.asarray(layer.lora_b[...], np.float64) * 2.0
     np.testing.assert_allclose(whole, np.asarray(x, np.float64) @ factor, atol=1e-4)
     # Unbiased over the masks, and as spread as p/(1−p) · Σ x² · factor² says.
@@ -107,7 +109,7 @@ def test_dropout_zeroes_inputs_of_adapters_only() -> None:
     expected_spread = np.sqrt((0.25 / 0.75 * np.asarray(x, np.float64) ** 2 @ factor**2).mean())
     assert abs(difference.mean()) < 4 * expected_spread / np.sqrt(difference.size / 32)
     assert difference.std() == pytest.approx(expected_spread, rel=0.03)
-    np.testing.assert_array_equal(layer(x, True, jax.random.key(0)), layer(x, True, jax.random.key(0)))
+    np.testing.assert_array_equal(*layer([x, x], [True, True], [key, key]))
 
 
 def test_layers_drop_different_inputs(tiny_model: LoadedModel) -> None:

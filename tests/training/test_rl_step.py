@@ -14,7 +14,8 @@ from tiny import plain_hidden
 
 from search_r3_jax.config import LoraConfig, OptimizerConfig, RlConfig, SamplerConfig
 from search_r3_jax.hub.checkpoint import LoadedModel, load_model, with_lora
-from search_r3_jax.models.decoder import Decoder, LoraParam
+from search_r3_jax.models.decoder import Decoder
+from search_r3_jax.models.layers import LoraParam
 from search_r3_jax.objectives.policy_gradient import group_advantages
 from search_r3_jax.rollout.sampler import Rollout, Sampler, rollout_seeds
 from search_r3_jax.text.prompts import Prompter

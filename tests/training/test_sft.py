@@ -22,8 +22,8 @@ from search_r3_jax.evaluation.evaluate import Evaluator
 from search_r3_jax.hub.checkpoint import LoadedModel, load_model, with_lora
 from search_r3_jax.hub.snapshot_writer import SnapshotWriter
 from search_r3_jax.hub.snapshots import best_snapshot, read_snapshot
-from search_r3_jax.models.decoder import LoraParam
 from search_r3_jax.models.embedding import unit
+from search_r3_jax.models.layers import LoraParam
 from search_r3_jax.models.lora import merge_lora
 from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training.sft import OnStep, make_pipeline, train_sft

@@ -19,7 +19,7 @@ from search_r3_jax.config import MeshConfig
 from search_r3_jax.data.pipeline import ROW_FIELDS, PairBatch, TextChunks
 from search_r3_jax.hub.checkpoint import load_model, with_lora
 from search_r3_jax.mesh import make_mesh, mesh_from_config
-from search_r3_jax.models.decoder import LoraParam
+from search_r3_jax.models.layers import LoraParam
 from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training.sft import make_pipeline
 from search_r3_jax.training.sft_step import make_step

@@ -1,0 +1,130 @@
+"""What a decoder's layers are made of: matrices that several texts are multiplied by at once, low-rank adapters beside them, and norms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
+
+from search_r3_jax.config import LoraConfig
+from search_r3_jax.mesh import laid, layer_spec, summed_over_batch
+
+PRODUCT = "product"
+"""The name under which rematerialisation policies find what was multiplied by weights."""
+
+LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+"""The linear layers of a block: what an adapter can be put on."""
+
+
+class LoraParam(nnx.Param):
+    """A parameter that learns while the base is frozen: an adapter's factor, or the embed token's row."""
+
+
+class Linear(nnx.Module):
+    """x [..., I] → [..., O] of each of several texts, with an optional bias and an optional low-rank adapter."""
+
+    def __init__(self, name: str, inputs: int, outputs: int, *, bias: bool, lora: LoraConfig | None, rngs: nnx.Rngs):
+        self.name = name
+        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (inputs, outputs)) * inputs**-0.5)
+        self.bias = nnx.Param(jax.random.normal(rngs.params(), (outputs,)) * 0.02) if bias else None
+        if lora is None:
+            self.lora_a, self.lora_b, self.lora_scale, self.dropout = None, None, 0.0, 0.0
+        else:
+            self.lora_a = LoraParam(jax.random.normal(rngs.params(), (inputs, lora.rank)) * inputs**-0.5)
+            self.lora_b = LoraParam(jnp.zeros((lora.rank, outputs)))
+            self.lora_scale = lora.alpha / lora.rank
+            self.dropout = lora.dropout
+
+    def __call__(self, xs: Sequence[jax.Array], adapters: Sequence[bool], dropout_keys: Sequence[jax.Array | None]) -> list[jax.Array]:
+        """`adapters` and `dropout_keys` say of each text whether the adapter is on, and whether it drops inputs."""
+        ys = []
+        products = multiply(xs, self.kernel[...], layer_spec(self.name, "kernel"))
+        for x, y, adapter, key in zip(xs, products, adapters, dropout_keys, strict=True):
+            if self.bias is not None:
+                y += self.bias[...].astype(x.dtype)
+            if adapter and self.lora_a is not None and self.lora_b is not None:
+                if key is not None and self.dropout > 0:
+                    kept = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
+                    x = jnp.where(kept, x / (1 - self.dropout), 0)
+                y += low_rank(x, self.lora_a[...].astype(x.dtype), self.lora_b[...].astype(x.dtype)) * self.lora_scale
+            ys.append(checkpoint_name(y, PRODUCT))
+        return ys
+
+
+def multiply(xs: Sequence[jax.Array], w_io: jax.Array, lies: PartitionSpec) -> list[jax.Array]:
+    """Each x [B,T,I] · W [I,O] in x's dtype. On the mesh in use W, which lies over it as `lies` says, is gathered once for all of them, and
+    its gradient is added up over them before the devices exchange it."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return [x @ w_io.astype(x.dtype) for x in xs]
+    return _multiply_on_mesh(tuple(xs), w_io.astype(xs[0].dtype), lies)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _multiply_on_mesh(xs: tuple[jax.Array, ...], w_io: jax.Array, lies: PartitionSpec) -> list[jax.Array]:
+    return _multiply_forward(xs, w_io, lies)[0]
+
+
+def _multiply_forward(
+    xs: tuple[jax.Array, ...], w_io: jax.Array, lies: PartitionSpec
+) -> tuple[list[jax.Array], tuple[tuple[jax.Array, ...], jax.Array]]:
+    gathered_io = laid(laid(w_io, *lies), *(None if axis == "fsdp" else axis for axis in lies))
+    return [x @ gathered_io for x in xs], (xs, gathered_io)
+
+
+def _multiply_backward(
+    lies: PartitionSpec, saved: tuple[tuple[jax.Array, ...], jax.Array], gradients: list[jax.Array]
+) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    xs, gathered_io = saved
+
+    def product(*arrays: jax.Array) -> jax.Array:
+        rows_mi, rows_mo = (jnp.concatenate([x.reshape(-1, x.shape[-1]) for x in half]) for half in (arrays[::2], arrays[1::2]))
+        return rows_mi.T @ rows_mo
+
+    # Left to itself, XLA adds up the whole gradient on every device, twice the bytes of a scatter.
+    pairs = [array for pair in zip(xs, gradients, strict=True) for array in pair]
+    return tuple(dy @ gathered_io.T for dy in gradients), summed_over_batch(product, pairs, lies)
+
+
+_multiply_on_mesh.defvjp(_multiply_forward, _multiply_backward)
+
+
+@jax.custom_vjp
+def low_rank(x: jax.Array, a_ir: jax.Array, b_ro: jax.Array) -> jax.Array:
+    """x [..., I] · A · B; its own backward pass, because the derived one transposes [tokens, O] arrays in memory."""
+    return (x @ a_ir) @ b_ro
+
+
+def _low_rank_forward(x: jax.Array, a_ir: jax.Array, b_ro: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    narrow = x @ a_ir
+    return narrow @ b_ro, (x, narrow, a_ir, b_ro)
+
+
+def _low_rank_backward(saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x, narrow, a_ir, b_ro = saved
+    d_narrow = dy @ b_ro.T
+    rows_mi, narrow_mr = x.reshape(-1, x.shape[-1]), narrow.reshape(-1, narrow.shape[-1])
+    # Only rank-sized factors are transposed.
+    d_b = narrow_mr.T @ dy.reshape(-1, dy.shape[-1])
+    d_a = (d_narrow.reshape(-1, d_narrow.shape[-1]).T @ rows_mi).T
+    return d_narrow @ a_ir.T, d_a, d_b
+
+
+low_rank.defvjp(_low_rank_forward, _low_rank_backward)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation in float32 (arXiv 1910.07467); returns the input's dtype."""
+
+    def __init__(self, size: int, eps: float):
+        self.scale = nnx.Param(jnp.ones((size,)))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return x32.astype(x.dtype) * self.scale[...].astype(x.dtype)

@@ -1,0 +1,1 @@
+"""What a stage needs of a TPU, found out by its compiler without one."""

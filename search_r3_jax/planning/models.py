@@ -1,0 +1,108 @@
+"""A model of which only the sizes are known: its architecture, shapes for its parameters, and a tokenizer for prompts."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from search_r3_jax.config import EMBED_TOKEN, ModelConfig, RunConfig
+from search_r3_jax.hub.checkpoint import model_config
+from search_r3_jax.models.decoder import Decoder
+from search_r3_jax.text.prompts import CLOSING, DIRECT_SYSTEM, REASON_SYSTEM, Prompter
+
+_QWEN = ModelConfig(
+    family="qwen2",
+    vocab_size=151_936,
+    hidden_size=1536,
+    feed_forward=8960,
+    layers=28,
+    heads=12,
+    kv_heads=2,
+    head_dim=128,
+    rope_theta=1e6,
+    norm_eps=1e-6,
+    max_positions=32_768,
+    qkv_bias=True,
+)
+# From their published config.json, so that they can be planned for where nothing can be downloaded.
+PUBLISHED = {
+    "Qwen/Qwen2.5-1.5B-Instruct": _QWEN,
+    "Qwen/Qwen2.5-7B-Instruct": ModelConfig(
+        family="qwen2",
+        vocab_size=152_064,
+        hidden_size=3584,
+        feed_forward=18_944,
+        layers=28,
+        heads=28,
+        kv_heads=4,
+        head_dim=128,
+        rope_theta=1e6,
+        norm_eps=1e-6,
+        max_positions=32_768,
+        qkv_bias=True,
+        tied_embeddings=False,
+    ),
+    "Qwen/Qwen3-8B": ModelConfig(
+        family="qwen3",
+        vocab_size=151_936,
+        hidden_size=4096,
+        feed_forward=12_288,
+        layers=36,
+        heads=32,
+        kv_heads=8,
+        head_dim=128,
+        rope_theta=1e6,
+        norm_eps=1e-6,
+        max_positions=40_960,
+        qk_norm=True,
+        tied_embeddings=False,
+    ),
+}
+_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+class PlannedModel(NamedTuple):
+    """A decoder of shapes without arrays, and prompts of about as many tokens as the real ones."""
+
+    decoder: Decoder
+    prompter: Prompter
+
+
+def planned_model(config: RunConfig, *, adapters: bool = True) -> PlannedModel:
+    """The model that a config trains, with its adapters or without; raises UserError where its architecture cannot be found out."""
+    architecture = PUBLISHED.get(config.model) or model_config(config.model)
+    prompter = Prompter(stand_in_tokenizer())
+
+    def make() -> Decoder:
+        return Decoder(
+            architecture,
+            rngs=nnx.Rngs(0),
+            lora=config.lora if config.lora.rank and adapters else None,
+            embed_id=prompter.embed_id,
+            compute_dtype=jnp.dtype(config.compute_dtype),
+            remat=config.remat,
+            attention=config.attention,
+        )
+
+    return PlannedModel(nnx.eval_shape(make), prompter)
+
+
+def stand_in_tokenizer() -> PreTrainedTokenizerFast:
+    """A token a word: for plans, which need to know how long prompts are and not what they say."""
+    words = Tokenizer(models.WordLevel(vocab={}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?\w+|\n| ?[^\w\s]"), "isolated")
+    text = "\n".join((DIRECT_SYSTEM, REASON_SYSTEM, CLOSING, "system", "user", "assistant", " text", ".", "|"))
+    pieces = sorted({piece for piece, _ in words.pre_tokenizer.pre_tokenize_str(text)})
+    words.model = models.WordLevel(vocab={piece: i for i, piece in enumerate(["<unk>", *pieces])}, unk_token="<unk>")
+    special = ["<|im_start|>", "<|im_end|>", EMBED_TOKEN]
+    words.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|im_end|>")
+    tokenizer.chat_template = _TEMPLATE
+    return tokenizer

@@ -1,0 +1,258 @@
+"""A plan: memory, work, exchanges and the least time of a stage on a TPU slice, from the program that its compiler makes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from search_r3_jax.chips import CHIPS, Chip
+from search_r3_jax.config import MeshConfig, RunConfig
+from search_r3_jax.errors import UserError
+from search_r3_jax.mesh import make_mesh
+from search_r3_jax.planning.hlo import Collective, read_program
+from search_r3_jax.planning.stages import LoweredStage, Stage, lower_stage
+
+# What must be left of a chip's memory.
+SPARE = 0.05
+_TOPOLOGY = re.compile(r"(v4|v5e|v5p|v6e):(\d+x\d+(?:x\d+)?)")
+_SLICE = re.compile(r"(v4|v5e|v5p|v6e)-(\d+)")
+# Shapes of slices that are offered, by the number of chips.
+_FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+_DEEP = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"}
+
+
+class Slice(NamedTuple):
+    """Chips to plan for: `topology` as in `v5p:2x2x2`, `devices` without hardware behind them."""
+
+    chip: Chip
+    topology: str
+    slices: int
+    devices: list[Any]
+
+
+def open_slice(topology: str, slices: int = 1) -> Slice:
+    """A slice, or several, named by shape (`v5p:2x2x2`) or as Google Cloud does (`v5p-16`, which are 16 cores and 8 chips).
+
+    Raises UserError for a name that means none, and where the TPU compiler is not installed.
+    """
+    shaped = _shaped(topology)
+    generation = shaped.split(":")[0]
+    # Plans are for other machines than this one: the compiler shall not ask which it is on.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    # Several plans may be made at a time: nobody holds a chip.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    from jax.experimental import topologies
+
+    # Both cores of a v4 chip as one device, as JAX has it on the machine itself.
+    settings = {"chip_config_name": "megacore"} if generation == "v4" else {}
+    try:
+        found = topologies.get_topology_desc(shaped, platform="tpu", num_slices=slices, **settings)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        if "libtpu" in reason or "Unable to initialize" in reason or "not found" in reason.lower():
+            raise UserError(f"plan: the TPU compiler is not installed ({reason}); pip install 'search_r3_jax[plan]', on Linux") from None
+        raise UserError(f"--topology: {topology}: the TPU compiler knows no such slice ({reason})") from None
+    return Slice(CHIPS[generation], shaped, slices, list(found.devices))
+
+
+def _shaped(topology: str) -> str:
+    if _TOPOLOGY.fullmatch(topology):
+        return topology
+    named = _SLICE.fullmatch(topology)
+    if named is None:
+        raise UserError(f"--topology: {topology}: give a shape, such as v5e:4x4, or a slice's name, such as v5p-16; of {', '.join(CHIPS)}")
+    generation, count = named.group(1), int(named.group(2)) // CHIPS[named.group(1)].cores
+    shapes = _FLAT if generation in ("v5e", "v6e") else _DEEP
+    if count not in shapes:
+        sizes = ", ".join(f"{generation}-{chips * CHIPS[generation].cores}" for chips in shapes)
+        raise UserError(f"--topology: {topology}: no such slice; there are {sizes}; or give a shape, such as {generation}:{shapes[16]}")
+    return f"{generation}:{shapes[count]}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a stage needs and what it can reach; bytes, FLOPs and seconds of one run of it, on one chip where not said otherwise.
+
+    Attributes:
+        mesh: the size of each axis.
+        chips: how many.
+        fits: the memory is enough with 5 % to spare.
+        hbm: bytes by kind: what lies there between runs by kind, the rest of what is handed over, what is needed meanwhile, the program.
+        hbm_used, hbm_limit, hbm_spare: their sum, what the chip has, and the share that is left.
+        counted_bytes: parameters and optimiser as their shapes count.
+        arguments_bytes: what the program is handed, the batch apart, as the compiler lays it out.
+        tokens: all chips together.
+        model_flops: what the mathematics asks for.
+        executed_flops: what is computed; `recomputed` is their ratio.
+        attention_flops: the attention kernels' part of it, if no tile were left out.
+        collective_bytes: sent, by mesh axes.
+        collectives: the largest exchanges.
+        fsdp_bound_bytes: what fully sharded parameters cost at least: gathered in bfloat16 for the forward and for the backward pass, once
+            more for a reference model, and gradients scattered; `collective_ratio` is how many times that is sent.
+        seconds: the least time by compute, hbm and ici (dcn with several slices) at the published peaks; the longest binds.
+        tokens_per_second: bound, all chips together.
+        mfu_bound: bound, the share of the chips' peak.
+        compile_seconds: on the machine that made the plan.
+    """
+
+    stage: str
+    model: str
+    topology: str
+    slices: int
+    chips: int
+    mesh: dict[str, int]
+    fits: bool
+    hbm: dict[str, float]
+    hbm_used: float
+    hbm_limit: float
+    hbm_spare: float
+    counted_bytes: float
+    arguments_bytes: float
+    tokens: int
+    model_flops: float
+    executed_flops: float
+    attention_flops: float
+    recomputed: float
+    collective_bytes: dict[str, float]
+    collectives: list[dict[str, Any]]
+    fsdp_bound_bytes: float
+    collective_ratio: float
+    seconds: dict[str, float]
+    binds: str
+    tokens_per_second: float
+    mfu_bound: float
+    peaks: dict[str, Any]
+    compile_seconds: float
+
+
+def make_plan(config: RunConfig, stage: Stage, slices: Slice, *, mesh_config: MeshConfig | None = None) -> Plan:
+    """The plan of a stage on a slice; raises UserError where the mesh does not fit, or the memory is too little for the compiler."""
+    mesh = make_mesh(**dataclasses.asdict(mesh_config or config.mesh), devices=slices.devices)
+    lowered = lower_stage(config, stage, mesh)
+    started = time.perf_counter()
+    try:
+        compiled = lowered.lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = re.search(r"\(([\d.]+)([MG])\) exceeds available HBM|Used ([\d.]+)([MG]) of", str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        amount = f"{needed.group(1) or needed.group(3)} {needed.group(2) or needed.group(4)}iB" if needed else "more"
+        raise UserError(f"{stage} on {slices.topology}: needs {amount} of {slices.chip.hbm / 2**30:.2f} GiB a chip") from None
+    seconds = time.perf_counter() - started
+    return _plan(config, stage, slices, mesh, lowered, compiled, seconds)
+
+
+def _plan(
+    config: RunConfig, stage: Stage, slices: Slice, mesh: Mesh, lowered: LoweredStage, compiled: jax.stages.Compiled, seconds: float
+) -> Plan:
+    chip, chips = slices.chip, mesh.size
+    program = read_program(compiled.as_text(), dict(mesh.shape), open_rounds=lowered.open_rounds)
+    hbm = _memory(lowered, compiled)
+    executed = program.flops + program.attention_flops
+    model_flops = lowered.model_flops / chips
+    sent = defaultdict[str, float](float)
+    for each in program.collectives:
+        sent[" ".join(each.axes)] += each.bytes
+    over_dcn = sum(amount for axes, amount in sent.items() if "slice" in axes.split())
+    bound = _fsdp_bound(lowered, mesh)
+    times = {
+        "compute": executed / chip.flops,
+        "hbm": (program.product_bytes + _optimizer_traffic(lowered)) / chip.hbm_bandwidth,
+        "ici": (sum(sent.values()) - over_dcn) / chip.ici_bandwidth,
+    } | ({"dcn": over_dcn / chip.dcn_bandwidth} if slices.slices > 1 else {})
+    least = max(times.values())
+    used = sum(hbm.values())
+    return Plan(
+        stage=stage,
+        model=config.model,
+        topology=slices.topology,
+        slices=slices.slices,
+        chips=chips,
+        mesh=dict(mesh.shape),
+        fits=used <= (1 - SPARE) * chip.hbm,
+        hbm=hbm,
+        hbm_used=used,
+        hbm_limit=chip.hbm,
+        hbm_spare=1 - used / chip.hbm,
+        counted_bytes=sum(_bytes_on_chip(lowered.kept[kind]) for kind in ("parameters", "optimizer") if kind in lowered.kept),
+        arguments_bytes=_argument_bytes(lowered, compiled),
+        tokens=lowered.tokens,
+        model_flops=model_flops,
+        executed_flops=executed,
+        attention_flops=program.attention_flops,
+        recomputed=executed / model_flops,
+        collective_bytes=dict(sent),
+        collectives=_largest(program.collectives),
+        fsdp_bound_bytes=bound,
+        collective_ratio=sum(sent.values()) / bound if bound else math.nan,
+        seconds=times,
+        binds=max(times, key=lambda name: times[name]),
+        tokens_per_second=lowered.tokens / least,
+        mfu_bound=model_flops / chip.flops / least,
+        peaks={
+            "flops": chip.flops,
+            "hbm_bandwidth": chip.hbm_bandwidth,
+            "ici_bandwidth": chip.ici_bandwidth,
+            "dcn_bandwidth": chip.dcn_bandwidth,
+            "source": chip.source,
+        },
+        compile_seconds=seconds,
+    )
+
+
+def _memory(lowered: LoweredStage, compiled: jax.stages.Compiled) -> dict[str, float]:
+    """Bytes on a chip by kind, as the compiler lays them out; results that take the place of arguments are counted once."""
+    found = compiled.memory_analysis()
+    assert found is not None
+    kept = {kind: _bytes_on_chip(tree) for kind, tree in lowered.kept.items()}
+    return kept | {
+        "batch": max(found.argument_size_in_bytes - sum(kept.values()), 0.0),
+        "results": found.output_size_in_bytes - found.alias_size_in_bytes,
+        "temporary": found.temp_size_in_bytes,
+        "program": found.generated_code_size_in_bytes,
+    }
+
+
+def _argument_bytes(lowered: LoweredStage, compiled: jax.stages.Compiled) -> float:
+    found = compiled.memory_analysis()
+    assert found is not None
+    return found.argument_size_in_bytes - _bytes_on_chip(lowered.batch)
+
+
+def _bytes_on_chip(tree: Any) -> float:
+    return float(sum(np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)))
+
+
+def _optimizer_traffic(lowered: LoweredStage) -> float:
+    """Trained parameters and moments are read and written once a step."""
+    return 2 * _bytes_on_chip(lowered.kept["optimizer"]) * 1.5 if "optimizer" in lowered.kept else 0.0
+
+
+def _fsdp_bound(lowered: LoweredStage, mesh: Mesh) -> float:
+    """Bytes that a chip sends at least: parts of a tensor-parallel group's weights are gathered within, gradients summed across copies."""
+    whole, reference, trained = lowered.gathered
+    shards, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+    copies = mesh.size // (shards * tensor * mesh.shape["sequence"])
+    gathered, scattered = (2 * whole + reference) if trained else whole, trained
+    within = 2.0 * (gathered + scattered) / tensor * (shards - 1) / shards
+    return within + 2.0 * scattered / (tensor * shards) * 2 * (copies - 1) / copies
+
+
+def _largest(collectives: Sequence[Collective], count: int = 8) -> list[dict[str, Any]]:
+    merged = defaultdict[tuple[str, str, str], list[float]](lambda: [0, 0.0])
+    for each in collectives:
+        entry = merged[each.kind, " ".join(each.axes), each.shape[:80]]
+        entry[0] += each.runs
+        entry[1] += each.bytes
+    ordered = sorted(merged.items(), key=lambda item: -item[1][1])[:count]
+    return [{"kind": kind, "axes": axes, "shape": shape, "runs": runs, "bytes": size} for (kind, axes, shape), (runs, size) in ordered]

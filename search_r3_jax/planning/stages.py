@@ -1,0 +1,211 @@
+"""Each stage as its own code lowers it for a mesh, with shapes in place of arrays, and what the mathematics of it asks for."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from search_r3_jax.config import ModelConfig, RunConfig
+from search_r3_jax.data.collection import Collection, Document, Query
+from search_r3_jax.mesh import BATCH_AXES, axis_size, check_divisible
+from search_r3_jax.models.flops import head_flops, layers_flops, training_flops
+from search_r3_jax.models.lora import trainable_filter
+from search_r3_jax.planning.models import planned_model
+from search_r3_jax.rollout.encoder import BATCH_TOKENS, Encoder
+from search_r3_jax.rollout.sampler import Rollout, Sampler
+from search_r3_jax.text.packing import bucket_length
+from search_r3_jax.text.prompts import Prompter
+from search_r3_jax.training import rl_step, sharding
+from search_r3_jax.training.optimizer import make_optimizer
+from search_r3_jax.training.sft import make_pipeline
+from search_r3_jax.training.sft_step import make_step
+from search_r3_jax.training.state import TrainState, state_shardings
+from search_r3_jax.training.throughput import Throughput
+
+Stage = Literal["sft", "rl", "decode", "encode"]
+
+
+class LoweredStage(NamedTuple):
+    """A stage ready to be compiled.
+
+    Attributes:
+        tokens: texts' tokens that one run reads or writes, on all chips together; every text as long as the config allows.
+        model_flops: what the mathematics asks for, on all chips together; nothing twice, no padding.
+        kept: what lies on the chips between runs, by kind: shapes with their shardings.
+        batch: what is handed over for one run.
+        gathered: parameters that a pass through the layers has to gather, those that another model's pass has to, and those that get a
+            gradient.
+        open_rounds: of a loop that ends when its work is done: the most that it can take.
+    """
+
+    lowered: jax.stages.Lowered
+    tokens: int
+    model_flops: float
+    kept: dict[str, Any]
+    batch: Any
+    gathered: tuple[float, float, float]
+    open_rounds: int | None = None
+
+
+def lower_stage(config: RunConfig, stage: Stage, mesh: Mesh) -> LoweredStage:
+    """A stage of a config on a mesh; raises UserError where the mesh does not divide the model."""
+    return {"sft": _sft, "rl": _rl, "decode": _decode, "encode": _encode}[stage](config, mesh)
+
+
+class _Trained(NamedTuple):
+    graph: nnx.GraphDef
+    state: TrainState
+    frozen: nnx.State
+    shardings: TrainState
+    optimizer: Any
+    prompter: Prompter
+    model: ModelConfig
+    kept: dict[str, Any]
+
+
+def _trained(config: RunConfig, mesh: Mesh, optimizer: Any) -> _Trained:
+    model = planned_model(config)
+    check_divisible(model.decoder.config, mesh)
+    graph, params, frozen = nnx.split(model.decoder, trainable_filter(model.decoder), ...)
+    shardings = state_shardings(params, optimizer, mesh)
+    moments = jax.eval_shape(optimizer.init, params)
+    state = _placed(TrainState(params, moments, jax.ShapeDtypeStruct((), jnp.int32)), shardings)
+    frozen = _placed(frozen, sharding.params_shardings(frozen, mesh))
+    kept = {"parameters": (state.params, frozen), "optimizer": state.optimizer}
+    return _Trained(graph, state, frozen, shardings, optimizer, model.prompter, model.decoder.config, kept)
+
+
+def _sft(config: RunConfig, mesh: Mesh) -> LoweredStage:
+    sft = config.sft
+    trained = _trained(config, mesh, make_optimizer(sft.optimizer, sft.steps))
+    full = dataclasses.replace(sft, reasoning="off" if sft.reasoned_share == 0 else "column")
+    pipeline = make_pipeline(dataclasses.replace(config, sft=full), [_longest_texts(config)], trained.prompter)
+    batch = pipeline.batch(0).padded(axis_size(mesh, BATCH_AXES))
+    reference = trained.state.params if sft.kl_weight > 0 and config.lora.rank == 0 else None
+    key = _placed(jax.eval_shape(lambda: jax.random.key(0)), _whole(mesh)) if config.lora.dropout > 0 else None
+    step = make_step(trained.graph, trained.prompter, trained.optimizer, sft, trained.shardings, donate=True)
+    placed = _placed(batch, sharding.batch_shardings(batch, mesh))
+    lowered = step.lower(trained.state, trained.frozen, placed, reference, key)
+    counted = Throughput(model=trained.model, lora=config.lora, peak=1.0, with_base=sft.kl_weight > 0)
+    of_step = counted.of(batch.queries, batch.documents, 1.0)
+    kept = trained.kept | ({"reference": reference} if reference is not None else {})
+    return LoweredStage(
+        lowered, round(of_step["tokens_per_second"]), of_step["mfu"], kept, placed, _to_gather(trained, reference is not None)
+    )
+
+
+def _rl(config: RunConfig, mesh: Mesh) -> LoweredStage:
+    rl, text = config.rl, config.text
+    trained = _trained(config, mesh, make_optimizer(rl.optimizer, rl.steps))
+    prompt, Q, G = trained.prompter.reason, rl.global_queries, rl.group_size
+    S, T = bucket_length(text.max_query_tokens + len(prompt.suffix)), rl.sampler.max_think_tokens + len(prompt.closing)
+    rollout = Rollout(
+        prompt_ids=np.zeros((Q, S), np.int32),
+        prompt_lengths=np.zeros(Q, np.int32),
+        ids=np.zeros((Q * G, T), np.int32),
+        lengths=np.zeros(Q * G, np.int32),
+        sampled=np.zeros((Q * G, T), bool),
+        log_probs=np.zeros((Q * G, T), np.float32),
+        entropies=np.zeros((Q * G, T), np.float32),
+        vectors=np.zeros((Q * G, trained.model.hidden_size), np.float32),
+        valid=np.zeros(Q * G, bool),
+    )
+    # One document a query to tell it from the others by.
+    documents = np.zeros((Q, trained.model.hidden_size), np.float32)
+    batch = rl_step.make_batch(rollout, np.zeros(Q * G), documents, np.zeros((Q, Q)), micro_queries=rl.micro_queries)
+    placed = _placed(batch, rl_step.batch_shardings(batch, mesh))
+    log_probs = jax.ShapeDtypeStruct(batch.replies.ids.shape, np.float32, sharding=placed.replies.ids.sharding)
+    update = rl_step.make_update(trained.graph, trained.prompter, trained.optimizer, rl, trained.shardings, donate=True)
+    old, reference = (log_probs if rl.inner_epochs > 1 else None), (log_probs if rl.beta > 0 else None)
+    lowered = update.lower(trained.state, trained.frozen, placed, old, reference)
+    prefix, own = len(prompt.prefix), text.max_query_tokens + len(prompt.suffix)
+    tokens = Q * own + Q * G * T
+    attended = Q * _seen(prefix, own) + Q * G * _seen(prefix + own, T)
+    flops = training_flops(trained.model, config.lora, tokens, attended, Q * G * T)
+    return LoweredStage(lowered, tokens, flops, trained.kept, placed, _to_gather(trained, False))
+
+
+def _decode(config: RunConfig, mesh: Mesh) -> LoweredStage:
+    rl, text = config.rl, config.text
+    model = planned_model(config, adapters=False)
+    check_divisible(model.decoder.config, mesh)
+    graph, state = nnx.split(model.decoder)
+    state = _placed(state, sharding.params_shardings(state, mesh))
+    sampler = Sampler(
+        graph,
+        model.prompter,
+        max_think_tokens=rl.sampler.max_think_tokens,
+        temperature=rl.sampler.temperature,
+        top_k=rl.sampler.top_k,
+        top_p=rl.sampler.top_p,
+        prefill_chunk=rl.sampler.prefill_chunk,
+        mesh=mesh,
+    )
+    Q, G = rl.global_queries, rl.group_size
+    lowered = sampler.lower(state, Q, G, max_tokens=text.max_query_tokens)
+    prompt = model.prompter.reason
+    prefix, own, T = len(prompt.prefix), text.max_query_tokens + len(prompt.suffix), rl.sampler.max_think_tokens + len(prompt.closing)
+    attended = Q * _seen(prefix, own) + Q * G * _seen(prefix + own, T)
+    flops = layers_flops(model.decoder.config, Q * own + Q * G * T, attended) + head_flops(model.decoder.config, Q + Q * G * T)
+    return LoweredStage(lowered, Q * G * T, flops, {"parameters": state}, (), (_size(state), 0.0, 0.0), open_rounds=T)
+
+
+def _encode(config: RunConfig, mesh: Mesh) -> LoweredStage:
+    model = planned_model(config, adapters=False)
+    check_divisible(model.decoder.config, mesh)
+    graph, state = nnx.split(model.decoder)
+    state = _placed(state, sharding.params_shardings(state, mesh))
+    prompt = model.prompter.direct
+    own = config.text.max_document_tokens + len(prompt.suffix) + len(prompt.closing)
+    lowered = Encoder(graph, model.prompter, mesh=mesh).lower(state, length=bucket_length(own), batch_tokens=BATCH_TOKENS)
+    rows = lowered.in_avals[0][2].shape[0]
+    flops = layers_flops(model.decoder.config, rows * own, rows * _seen(len(prompt.prefix), own))
+    layers = _size(nnx.to_pure_dict(state)["layers"])
+    return LoweredStage(lowered, rows * own, flops, {"parameters": state}, (), (layers, 0.0, 0.0))
+
+
+def _longest_texts(config: RunConfig) -> Collection:
+    """A collection in which every text is as long as the config allows, and every query has its positive and its negatives."""
+    text, count = config.text, config.sft.global_batch
+    words = {kind: " text" * tokens for kind, tokens in (("query", text.max_query_tokens), ("document", text.max_document_tokens))}
+    ids = [str(i) for i in range(count * (1 + config.sft.negatives))]
+    queries = tuple(
+        Query(
+            query_id=str(i),
+            text=words["query"],
+            positives={ids[i]: 1},
+            negatives=tuple(ids[count + i * config.sft.negatives + k] for k in range(config.sft.negatives)),
+            reasoning=" text" * text.max_thought_tokens,
+        )
+        for i in range(count)
+    )
+    documents = tuple(Document(doc_id=each, title="", text=words["document"]) for each in ids)
+    return Collection(name="longest", split="train", documents=documents, queries=queries)
+
+
+def _to_gather(trained: _Trained, reference: bool) -> tuple[float, float, float]:
+    whole = _size(trained.kept["parameters"])
+    return whole, whole if reference else 0.0, float(_size(trained.state.params))
+
+
+def _size(tree: Any) -> float:
+    return float(sum(np.prod(x.shape) for x in jax.tree.leaves(tree)))
+
+
+def _seen(before: int, own: int) -> int:
+    """Pairs of a token and one that it attends to, of `own` tokens that stand behind `before` others."""
+    return own * before + own * (own + 1) // 2
+
+
+def _placed(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, lies: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies), tree, shardings)
+
+
+def _whole(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())

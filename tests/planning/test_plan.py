@@ -1,0 +1,122 @@
+"""Plans of a small decoder on a small slice: memory against a count by hand, exchanges against the least that sharding costs."""
+
+import dataclasses
+import json
+
+import pytest
+
+from search_r3_jax.chips import CHIPS
+from search_r3_jax.config import LoraConfig, MeshConfig, ModelConfig, RlConfig, RunConfig, SamplerConfig, SftConfig, TextConfig
+from search_r3_jax.errors import UserError
+from search_r3_jax.planning import models
+from search_r3_jax.planning.plan import make_plan, open_slice
+from search_r3_jax.planning.report import print_plan
+from search_r3_jax.planning.search import sensible_meshes
+
+pytest.importorskip("libtpu", reason="the TPU compiler has no wheel for this system")
+
+D, F, L, V = 1024, 2816, 4, 32_000
+SMALL = ModelConfig(
+    family="qwen2",
+    vocab_size=V,
+    hidden_size=D,
+    feed_forward=F,
+    layers=L,
+    heads=8,
+    kv_heads=4,
+    head_dim=128,
+    rope_theta=1e6,
+    norm_eps=1e-6,
+    max_positions=4096,
+    qkv_bias=True,
+    tied_embeddings=False,
+)
+# Matrices, then biases of q, k and v, two norms a layer, the last norm, embedding and head.
+PARAMETERS = L * (2 * D * D + 2 * D * 512 + 3 * D * F + 2 * D + 2 * 512 + D) + D + 2 * V * D
+CONFIG = RunConfig(
+    model="small",
+    attention="splash",
+    text=TextConfig(max_query_tokens=32, max_document_tokens=96, max_thought_tokens=24),
+    lora=LoraConfig(rank=0),
+    sft=SftConfig(global_batch=64, kl_weight=0.0, reasoned_share=0.125, reasoning="key_terms", negatives=1),
+    rl=RlConfig(global_queries=16, group_size=8, micro_queries=8, beta=0.0, sampler=SamplerConfig(max_think_tokens=24)),
+)
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(models.PUBLISHED, "small", SMALL)
+
+
+@pytest.mark.slow
+def test_an_update_of_stage_1() -> None:
+    plan = make_plan(CONFIG, "sft", open_slice("v5e:4x4"))
+    assert plan.fits
+    assert plan.chips == 16
+    # Float32 parameters and two moments, shared out over all chips; the compiler may pad, by little.
+    assert plan.counted_bytes == pytest.approx(12 * PARAMETERS / 16, rel=0.001)
+    assert plan.arguments_bytes == pytest.approx(12 * PARAMETERS / 16, rel=0.02)
+    assert plan.fsdp_bound_bytes == pytest.approx(3 * 2 * PARAMETERS * 15 / 16, rel=0.01)
+    assert 0.5 < plan.collective_ratio <= 1.1
+    assert 1.0 <= plan.recomputed <= 1.35 + 0.15
+    assert set(plan.collective_bytes) == {"fsdp"}
+
+
+@pytest.mark.slow
+def test_adapters_and_a_chunked_batch() -> None:
+    config = dataclasses.replace(CONFIG, lora=LoraConfig(rank=8), sft=dataclasses.replace(CONFIG.sft, encode_chunk=32, kl_weight=0.1))
+    plan = make_plan(config, "sft", open_slice("v5e:2x2"))
+    assert plan.fits
+    adapters = L * 8 * (4 * D + 2 * 1024 + 2 * D + 2 * 512 + 3 * (D + F)) + 2 * D
+    assert plan.hbm["optimizer"] == pytest.approx(8 * adapters / 4, rel=0.3)
+    assert plan.hbm["optimizer"] < plan.hbm["parameters"] / 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["rl", "decode"])
+def test_stage_2(stage: str) -> None:
+    plan = make_plan(CONFIG, "rl" if stage == "rl" else "decode", open_slice("v6e:2x2"))
+    assert plan.fits
+    assert plan.tokens >= 16 * 8 * 24
+    assert plan.executed_flops >= plan.model_flops
+
+
+def test_a_batch_of_the_corpus_and_what_is_said_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = make_plan(CONFIG, "encode", open_slice("v5p-8"))
+    assert (plan.topology, plan.chips) == ("v5p:2x2x1", 4)
+    assert plan.binds in plan.seconds
+    assert plan.tokens_per_second == pytest.approx(plan.tokens / max(plan.seconds.values()))
+    # Gathered once a batch; the rest is looking up embeddings, a larger part of so small a model.
+    assert 1.0 <= plan.collective_ratio <= 1.25
+    print_plan(plan, as_json=False)
+    said = capsys.readouterr().out
+    assert "encode of small on v5p:2x2x1: 4 chips, fsdp 4" in said
+    assert CHIPS["v5p"].source in said
+    print_plan(plan, as_json=True)
+    assert json.loads(capsys.readouterr().out) == dataclasses.asdict(plan)
+
+
+def test_too_much_is_said_in_a_line() -> None:
+    config = dataclasses.replace(CONFIG, model="Qwen/Qwen3-8B", mesh=MeshConfig(data=4, fsdp=1))
+    with pytest.raises(UserError, match=r"encode on v5e:2x2: needs [\d.]+ GiB of 15\.75 GiB a chip"):
+        make_plan(config, "encode", open_slice("v5e:2x2"))
+
+
+@pytest.mark.parametrize(
+    ("topology", "message"),
+    [
+        ("v5p-12", r"--topology: v5p-12: no such slice; there are v5p-8, v5p-16, .*v5p:2x2x4"),
+        ("v7x:2x2", r"--topology: v7x:2x2: give a shape, such as v5e:4x4"),
+        ("v5e:3x5", r"--topology: v5e:3x5: the TPU compiler knows no such slice"),
+    ],
+)
+def test_a_slice_that_is_none_is_named(topology: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        open_slice(topology)
+
+
+def test_meshes_that_make_sense_divide_the_model() -> None:
+    meshes = sensible_meshes(CONFIG, open_slice("v5e:4x4"))
+    assert MeshConfig(fsdp=16) in meshes
+    assert {mesh.tensor for mesh in meshes} == {1, 2, 4}
+    assert all(mesh.data * mesh.fsdp * mesh.tensor == 16 for mesh in meshes)
