@@ -1,4 +1,4 @@
-"""Stage 1 of Qwen2.5-1.5B-Instruct, all parameters, batches of 4,096 pairs through GradCache; a TPU slice of 16 chips.
+"""Stage 1 of Qwen2.5-1.5B-Instruct, all parameters, batches of 4,096 pairs through GradCache; a v5e-16.
 
 search-r3 sft --config qwen25_1p5b --run SHARED/runs/qwen25_1p5b --data.sets DATA/…
 """

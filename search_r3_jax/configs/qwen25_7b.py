@@ -1,4 +1,4 @@
-"""Stage 1 of Qwen2.5-7B-Instruct, all parameters, batches of 1,024 pairs through GradCache; a TPU slice of 16 v5p chips.
+"""Stage 1 of Qwen2.5-7B-Instruct, all parameters, batches of 1,024 pairs through GradCache; a v5p-16 (8 chips).
 
 search-r3 sft --config qwen25_7b --run SHARED/runs/qwen25_7b --data.sets DATA/…
 """

@@ -1,4 +1,4 @@
-"""Stage 1 of Qwen3-8B with adapters, batches of 1,024 pairs through GradCache; a TPU slice of 16 chips.
+"""Stage 1 of Qwen3-8B with adapters, batches of 1,024 pairs through GradCache; a v5p-16 (8 chips).
 
 search-r3 sft --config qwen3_8b --run SHARED/runs/qwen3_8b --data.sets DATA/…
 """

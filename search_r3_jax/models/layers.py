@@ -17,7 +17,7 @@ from search_r3_jax.mesh import laid, layer_spec, summed_over_batch
 PRODUCT = "product"
 """The name under which rematerialisation policies find what was multiplied by weights."""
 
-LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+LINEARS: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
 """The linear layers of a block: what an adapter can be put on."""
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -39,13 +38,16 @@ def plan_splash(masks: Sequence[jax.Array]) -> Attend:
 
         return jax.vmap(one_row)
 
+    def anywhere(*arrays: jax.Array) -> jax.Array:
+        return jnp.asarray(jax.lax.platform_dependent(*arrays, tpu=kernel(False), default=kernel(True)))
+
     def run(q_btnh: jax.Array, keys_values: Sequence[tuple[jax.Array, jax.Array]]) -> jax.Array:
         H = q_btnh.shape[-1]
         k_bskh, v_bskh = (jnp.concatenate([_per_row(part, B) for part in parts], axis=1) for parts in zip(*keys_values, strict=True))
         # The kernel wants heads first, whole tiles, and leaves the scale to its caller.
         q = _tiled(q_btnh * (H**-0.5))
         k, v = _tiled(k_bskh), _tiled(v_bskh)
-        mixed = _on_each_device(partial(jax.lax.platform_dependent, tpu=kernel(False), default=kernel(True)), visible, q, k, v)
+        mixed = _on_each_device(anywhere, visible, q, k, v)
         return jnp.swapaxes(mixed[:, :, :T, :H], 1, 2).astype(q_btnh.dtype)
 
     return run

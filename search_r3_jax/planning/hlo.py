@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
@@ -54,13 +55,13 @@ class LoopError(ValueError):
     """A loop whose number of rounds cannot be read."""
 
 
-def read_program(text: str, mesh_shape: Mapping[str, int], *, open_rounds: int | None = None) -> Program:
-    """What the compiled module in HLO's text form does on each chip of a mesh; device ids count through the mesh in its order.
+def read_program(compiled: jax.stages.Compiled, mesh_shape: Mapping[str, int], *, open_rounds: int | None = None) -> Program:
+    """What a compiled program does on each chip of a mesh; device ids count through the mesh in its order.
 
     An exchange may be spread over the products that it overlaps with, and counts once. A loop that ends when its work is done is taken to
     have `open_rounds`; raises LoopError where there is one and None is given.
     """
-    computations, entry = _computations(text)
+    computations, entry = _computations(compiled.as_text() or "")
     flops, product_bytes, attention_flops = 0.0, 0.0, 0.0
     found = list[Collective]()
     for name, runs, inside in _visits(computations, entry, open_rounds):
@@ -206,7 +207,7 @@ def _product(line: str, lines: Sequence[str]) -> _Product:
         return _Product()
     shapes = [match.group(1), _operand(match.group(2), lines), _operand(match.group(3), lines)]
     output, lhs, rhs = (_dims(shape) for shape in shapes)
-    moved = float(sum(_size(found.groups()) for found in map(_SHAPE.match, shapes) if found))
+    moved = float(sum(_size(each) for shape in shapes for each in _SHAPE.findall(shape)[:1]))
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", match.group(4))
     if labels is None:
         contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", match.group(4))

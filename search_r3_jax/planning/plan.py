@@ -156,7 +156,7 @@ def _plan(
     config: RunConfig, stage: Stage, slices: Slice, mesh: Mesh, lowered: LoweredStage, compiled: jax.stages.Compiled, seconds: float
 ) -> Plan:
     chip, chips = slices.chip, mesh.size
-    program = read_program(compiled.as_text(), dict(mesh.shape), open_rounds=lowered.open_rounds)
+    program = read_program(compiled, dict(mesh.shape), open_rounds=lowered.open_rounds)
     hbm = _memory(lowered, compiled)
     executed = program.flops + program.attention_flops
     model_flops = lowered.model_flops / chips

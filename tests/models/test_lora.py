@@ -109,7 +109,8 @@ def test_dropout_zeroes_inputs_of_adapters_only() -> None:
     expected_spread = np.sqrt((0.25 / 0.75 * np.asarray(x, np.float64) ** 2 @ factor**2).mean())
     assert abs(difference.mean()) < 4 * expected_spread / np.sqrt(difference.size / 32)
     assert difference.std() == pytest.approx(expected_spread, rel=0.03)
-    np.testing.assert_array_equal(*layer([x, x], [True, True], [key, key]))
+    first, second = layer([x, x], [True, True], [key, key])
+    np.testing.assert_array_equal(first, second)
 
 
 def test_layers_drop_different_inputs(tiny_model: LoadedModel) -> None:

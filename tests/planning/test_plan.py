@@ -31,8 +31,10 @@ SMALL = ModelConfig(
     qkv_bias=True,
     tied_embeddings=False,
 )
-# Matrices, then biases of q, k and v, two norms a layer, the last norm, embedding and head.
-PARAMETERS = L * (2 * D * D + 2 * D * 512 + 3 * D * F + 2 * D + 2 * 512 + D) + D + 2 * V * D
+# Matrices are shared out: q, k, v, o, gate, up, down of each layer, embedding and head. Vectors are everywhere: biases of q, k and v, two
+# norms a layer, the last norm.
+MATRICES = L * (2 * D * D + 2 * D * 512 + 3 * D * F) + 2 * V * D
+VECTORS = L * (D + 2 * 512 + 2 * D) + D
 CONFIG = RunConfig(
     model="small",
     attention="splash",
@@ -53,12 +55,13 @@ def test_an_update_of_stage_1() -> None:
     plan = make_plan(CONFIG, "sft", open_slice("v5e:4x4"))
     assert plan.fits
     assert plan.chips == 16
-    # Float32 parameters and two moments, shared out over all chips; the compiler may pad, by little.
-    assert plan.counted_bytes == pytest.approx(12 * PARAMETERS / 16, rel=0.001)
-    assert plan.arguments_bytes == pytest.approx(12 * PARAMETERS / 16, rel=0.02)
-    assert plan.fsdp_bound_bytes == pytest.approx(3 * 2 * PARAMETERS * 15 / 16, rel=0.01)
+    # Float32 parameters and two moments; the optimiser has two counters. The compiler may pad, by little.
+    by_hand = 12 * (MATRICES / 16 + VECTORS)
+    assert plan.counted_bytes - by_hand == pytest.approx(8, abs=4)
+    assert plan.arguments_bytes == pytest.approx(by_hand, rel=0.02)
+    assert plan.fsdp_bound_bytes == pytest.approx(3 * 2 * (MATRICES + VECTORS) * 15 / 16)
     assert 0.5 < plan.collective_ratio <= 1.1
-    assert 1.0 <= plan.recomputed <= 1.35 + 0.15
+    assert 1.0 <= plan.recomputed <= 1.35
     assert set(plan.collective_bytes) == {"fsdp"}
 
 
