@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from search_r3_jax.compiler import compiler_options
 from search_r3_jax.errors import UserError
+from search_r3_jax.mesh import in_use
 from search_r3_jax.models.attention import NOTHING, KVBlock
 from search_r3_jax.models.decoder import Decoder, positions_from_lengths
 from search_r3_jax.models.embedding import unit
@@ -237,8 +238,12 @@ class Sampler:
 
             return jax.lax.while_loop(lambda loop: jnp.any(loop.slots.row < B), body, start).replies
 
+        def sample_on_mesh(*arguments: Any) -> _Replies:
+            with in_use(mesh):
+                return sample(*arguments)
+
         everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-        self._sample = jax.jit(sample, out_shardings=everywhere, compiler_options=compiler_options(mesh))
+        self._sample = jax.jit(sample_on_mesh, out_shardings=everywhere, compiler_options=compiler_options(mesh))
 
     def compile(self, state: nnx.State, queries: int, group: int, *, max_tokens: int) -> None:
         """Compile what `sample` of so many queries and samples runs, and run none of it: what follows can be timed."""

@@ -60,8 +60,11 @@ def test_an_update_of_stage_1() -> None:
     assert plan.counted_bytes - by_hand == pytest.approx(8, abs=4)
     assert plan.arguments_bytes == pytest.approx(by_hand, rel=0.02)
     assert plan.fsdp_bound_bytes == pytest.approx(3 * 2 * (MATRICES + VECTORS) * 15 / 16)
-    assert 0.5 < plan.collective_ratio <= 1.1
-    assert 1.0 <= plan.recomputed <= 1.35
+    assert plan.collective_ratio <= 1.1
+    # The layers' matrices, at least, are gathered twice and their gradients scattered.
+    assert plan.collective_bytes["fsdp"] > 3 * 2 * (MATRICES - 2 * V * D) * 15 / 16
+    # Layers are computed once more in the backward pass.
+    assert plan.executed_flops - plan.attention_flops > plan.model_flops
     assert set(plan.collective_bytes) == {"fsdp"}
 
 
@@ -70,9 +73,9 @@ def test_adapters_and_a_chunked_batch() -> None:
     config = dataclasses.replace(CONFIG, lora=LoraConfig(rank=8), sft=dataclasses.replace(CONFIG.sft, encode_chunk=32, kl_weight=0.1))
     plan = make_plan(config, "sft", open_slice("v5e:2x2"))
     assert plan.fits
-    adapters = L * 8 * (4 * D + 2 * 1024 + 2 * D + 2 * 512 + 3 * (D + F)) + 2 * D
-    assert plan.hbm["optimizer"] == pytest.approx(8 * adapters / 4, rel=0.3)
-    assert plan.hbm["optimizer"] < plan.hbm["parameters"] / 20
+    # Of rank 8: what has D is shared out by four, the other factors and the embed token's two rows are everywhere.
+    adapters = L * 8 * (7 * D / 4 + (D + 2 * 512 + 2 * F) + (D + F)) + 2 * D
+    assert plan.hbm["optimizer"] - 8 * adapters == pytest.approx(8, abs=4)
 
 
 @pytest.mark.slow

@@ -44,7 +44,7 @@ def update(folder: str, *, lora: bool, mesh: Mesh | None, micro_queries: int) ->
     state = init_state(params, keep_gradient(), shardings)
 
     texts = [query.text for query in word_collection(documents=Q, queries=Q).queries]
-    sampler = Sampler(nnx.split(model.decoder)[0], prompter, max_think_tokens=8, temperature=1.0)
+    sampler = Sampler(nnx.split(model.decoder)[0], prompter, max_think_tokens=8, temperature=1.0, mesh=mesh)
     rollout = sampler.sample(nnx.merge_state(state.params, frozen), texts, rollout_seeds(0, 0, range(Q), G), max_tokens=16)
     rewards = jnp.asarray(generator.random(Q * G).astype(np.float32))
     advantages, _ = group_advantages(rewards, jnp.repeat(jnp.arange(Q), G), groups=Q)
