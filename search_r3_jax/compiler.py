@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import jax
 from jax.sharding import Mesh
 
@@ -26,3 +28,12 @@ def compiler_options(mesh: Mesh | None) -> dict[str, int | bool | str]:
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     chip = chip_of(device.device_kind)
     return {} if chip is None else _ALL | _OF_CHIP[chip.name]
+
+
+def keep_programs(folder: Path) -> None:
+    """From here on compiled programs are kept in a folder, where the next start of a run, after a preemption, finds them.
+
+    JAX_COMPILATION_CACHE_DIR, where it is set, names another. Of several processes the first writes.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(folder))

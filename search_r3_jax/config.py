@@ -311,7 +311,7 @@ class MeshConfig:
         data: rows of a batch; parameters are repeated.
         fsdp: rows of a batch, and the parameters' hidden dimension.
         tensor: heads, the feed-forward dimension and the vocabulary.
-        sequence: tokens of a row; 1 is the only size that is supported.
+        sequence: tokens of a row, where they divide; keys and values are gathered. For rows too long for one device.
     """
 
     slice: int = 1

@@ -20,6 +20,10 @@ from search_r3_jax.errors import UserError
 MESH_AXES = ("slice", "data", "fsdp", "tensor", "sequence")
 # The rows of a batch lie over all three: fully sharded data parallelism is data parallelism with sharded parameters.
 BATCH_AXES = ("slice", "data", "fsdp")
+# XLA propagates shardings from where `laid` states them.
+_AUTO = (AxisType.Auto,) * len(MESH_AXES)
+TOKENS = (BATCH_AXES, "sequence")
+"""How the rows and the tokens of states [B,T,…] lie between layers."""
 
 # Logical axis → mesh axis; None is replicated.
 LOGICAL_AXES: dict[str, str | None] = {
@@ -100,11 +104,11 @@ def make_mesh(
         return _mesh(tuple(sizes.values()), chosen)
     # Only the outermost axis leaves a slice: each slice is laid out for itself.
     within = [_mesh((1, *tuple(sizes.values())[1:]), each).devices for each in slices]
-    return Mesh(np.concatenate(within), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return Mesh(np.concatenate(within), MESH_AXES, axis_types=_AUTO)
 
 
 def _mesh(shape: tuple[int, ...], devices: Sequence[Any]) -> Mesh:
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    return jax.make_mesh(shape, MESH_AXES, axis_types=_AUTO, devices=devices)
 
 
 def _by_slice(devices: Sequence[Any]) -> list[list[Any]]:
@@ -119,10 +123,8 @@ def _by_slice(devices: Sequence[Any]) -> list[list[Any]]:
 def mesh_from_config(config: MeshConfig) -> Mesh | None:
     """The mesh of a run over all devices, or None where there is one device and nothing to lay out.
 
-    Raises UserError when the sizes do not fit the devices, or a row's tokens are to be spread.
+    Raises UserError when the sizes do not fit the devices.
     """
-    if config.sequence != 1:
-        raise UserError(f"mesh.sequence: {config.sequence}: a row's tokens stay on one device; give 1")
     mesh = make_mesh(**dataclasses.asdict(config))
     return mesh if mesh.size > 1 else None
 
@@ -133,13 +135,32 @@ def param_shardings(decoder: HasConfig, mesh: Mesh) -> dict[str, Any]:
     Raises UserError when a size of the model is not a multiple of the mesh axis it lies on.
     """
     check_divisible(decoder.config, mesh)
-    params = nnx.to_pure_dict(nnx.state(decoder, nnx.Param))
-    return jax.tree_util.tree_map_with_path(lambda path, _: param_sharding(tuple(key.key for key in path), mesh), params)
+    return map_params(lambda _, spec: NamedSharding(mesh, spec), nnx.to_pure_dict(nnx.state(decoder, nnx.Param)))
+
+
+def map_params(function: Callable[[Any, PartitionSpec], Any], params: Any) -> Any:
+    """`function` of every parameter and of the axes that it lies over, in the parameters' own structure."""
+
+    def of(path: tuple[Any, ...], x: Any) -> Any:
+        return function(x, param_spec(tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))))
+
+    return jax.tree_util.tree_map_with_path(of, params)
 
 
 def param_sharding(path: tuple[str, ...], mesh: Mesh) -> NamedSharding:
     """The sharding of the parameter at a path of `PARAMETER_AXES`."""
-    return NamedSharding(mesh, PartitionSpec(*(LOGICAL_AXES[axis] for axis in PARAMETER_AXES[path])))
+    return NamedSharding(mesh, param_spec(path))
+
+
+def param_spec(path: tuple[str, ...]) -> PartitionSpec:
+    """Over which axes the parameter at a path of `PARAMETER_AXES` lies."""
+    return PartitionSpec(*(LOGICAL_AXES[axis] for axis in PARAMETER_AXES[path]))
+
+
+def reshaped(mesh: Mesh, *, fsdp: int, tensor: int) -> Mesh:
+    """The same devices in the same order under other sizes of `fsdp` and `tensor`; `data` makes up for them."""
+    devices = mesh.devices.reshape(mesh.shape["slice"], -1, fsdp, tensor, mesh.shape["sequence"])
+    return Mesh(devices, MESH_AXES, axis_types=_AUTO)
 
 
 def laid(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
@@ -156,7 +177,7 @@ def laid(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
 
 def layer_spec(linear: str, part: str) -> PartitionSpec:
     """Where a part of one layer's linear lies."""
-    return PartitionSpec(*(LOGICAL_AXES[axis] for axis in PARAMETER_AXES[("layers", linear, part)][1:]))
+    return PartitionSpec(*param_spec(("layers", linear, part))[1:])
 
 
 def summed_over_batch(product: Callable[..., jax.Array], pairs: Sequence[jax.Array], lies: PartitionSpec) -> jax.Array:
@@ -168,7 +189,7 @@ def summed_over_batch(product: Callable[..., jax.Array], pairs: Sequence[jax.Arr
     token_axes = (*BATCH_AXES, "sequence")
 
     def tokens_over(x: jax.Array) -> tuple[Any, Any]:
-        rows, tokens = (axes if x.shape[i] % axis_size(mesh, axes) == 0 else None for i, axes in enumerate((BATCH_AXES, "sequence")))
+        rows, tokens = (axes if x.shape[i] % axis_size(mesh, axes) == 0 else None for i, axes in enumerate(TOKENS))
         return rows, tokens
 
     over = [tokens_over(x) for x in pairs]

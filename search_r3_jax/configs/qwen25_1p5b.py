@@ -3,12 +3,21 @@
 search-r3 sft --config qwen25_1p5b --run SHARED/runs/qwen25_1p5b --data.sets DATA/…
 """
 
-from search_r3_jax.config import DataConfig, LoraConfig, OptimizerConfig, RunConfig, SftConfig, TextConfig
+from search_r3_jax.config import (
+    DataConfig,
+    LoraConfig,
+    OptimizerConfig,
+    RlConfig,
+    RunConfig,
+    SamplerConfig,
+    SftConfig,
+    TextConfig,
+)
 
 config = RunConfig(
     model="Qwen/Qwen2.5-1.5B-Instruct",
     compute_dtype="bfloat16",
-    remat="full",
+    remat="dots",
     attention="splash",
     data=DataConfig(dev_queries=512, dev_documents=10_000),
     text=TextConfig(max_query_tokens=128, max_document_tokens=384, max_thought_tokens=96),
@@ -16,7 +25,7 @@ config = RunConfig(
     sft=SftConfig(
         steps=2000,
         global_batch=4096,
-        encode_chunk=256,
+        encode_chunk=64,
         negatives=1,
         reasoned_share=0.125,
         reasoning="key_terms",
@@ -24,5 +33,16 @@ config = RunConfig(
         eval_every=200,
         save_every=100,
         optimizer=OptimizerConfig(learning_rate=2e-5, row_scale=10.0, warmup_steps=100, weight_decay=0.01),
+    ),
+    rl=RlConfig(
+        steps=1000,
+        global_queries=128,
+        group_size=16,
+        # Without a penalty no reference is read.
+        beta=0.0,
+        eval_every=100,
+        snapshot_every=50,
+        sampler=SamplerConfig(max_think_tokens=96),
+        optimizer=OptimizerConfig(learning_rate=1e-6, warmup_steps=20),
     ),
 )

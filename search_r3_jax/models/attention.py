@@ -28,7 +28,8 @@ class KVBlock(NamedTuple):
 
 
 Attend = Callable[[jax.Array, Sequence[tuple[jax.Array, jax.Array]]], jax.Array]
-"""Output [B,T,N,H] of queries [B,T,N,H] over one layer's `(keys, values)` [b,S,K,H]: the context blocks, then the queries' own."""
+"""Output [B,T,N,H] of queries [B,T,N,H], already divided by √H, over one layer's `(keys, values)` [b,S,K,H]: the context blocks, then the
+queries' own."""
 
 
 def plan_attention(
@@ -78,7 +79,7 @@ def visibility(
 
 
 def attend(q_btnh: jax.Array, blocks: Sequence[tuple[jax.Array, jax.Array, jax.Array]]) -> jax.Array:
-    """Attention output [B,T,N,H] of queries over all blocks `(keys [b,S,K,H], values, mask [b,T·share,S])`; softmax in float32.
+    """Attention output [B,T,N,H] of queries, already divided by √H, over all blocks `(keys [b,S,K,H], values, mask [b,T·share,S])`.
 
     Rows that share a block are folded into its query axis, so a shared prompt is read once and not copied, unless the copies are small
     beside the scores.
@@ -94,17 +95,18 @@ def attend(q_btnh: jax.Array, blocks: Sequence[tuple[jax.Array, jax.Array, jax.A
         # Laid out by hand for a plain product of batches of matrices: a CPU is two to three times as fast at it as at the same einsum.
         block_scores = jnp.matmul(_folded(q_bkrth, rows), jnp.transpose(keys, (0, 2, 3, 1)), preferred_element_type=jnp.float32)
         visible = mask.reshape(B, T, S)[:, None, None]
-        block_scores = _unfolded(block_scores, q_bkrth.shape[:4]) * (H**-0.5)
+        block_scores = _unfolded(block_scores, q_bkrth.shape[:4])
         scores.append(jnp.where(visible, block_scores, jnp.finfo(jnp.float32).min))
-    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(q_btnh.dtype)
-    output_bkrth = jnp.zeros_like(q_bkrth)
+    # Weights and what they add up stay in float32, as in the kernel: only the result is rounded.
+    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
+    output_bkrth = jnp.zeros(q_bkrth.shape, jnp.float32)
     start = 0
     for keys, values, _ in blocks:
         rows, S = keys.shape[:2]
         mixed = jnp.matmul(_folded(weights[..., start : start + S], rows), jnp.transpose(values, (0, 2, 1, 3)))
         output_bkrth += _unfolded(mixed, q_bkrth.shape[:4])
         start += S
-    return jnp.moveaxis(output_bkrth, 3, 1).reshape(B, T, N, H)
+    return jnp.moveaxis(output_bkrth, 3, 1).reshape(B, T, N, H).astype(q_btnh.dtype)
 
 
 def _side_by_side(blocks: Sequence[tuple[jax.Array, jax.Array, jax.Array]], B: int, T: int) -> tuple[jax.Array, jax.Array, jax.Array]:

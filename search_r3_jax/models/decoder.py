@@ -11,7 +11,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from search_r3_jax.config import LoraConfig, ModelConfig
-from search_r3_jax.mesh import BATCH_AXES, laid
+from search_r3_jax.mesh import BATCH_AXES, TOKENS, laid
 from search_r3_jax.models.attention import NOTHING, Attend, Backend, KVBlock, plan_attention
 from search_r3_jax.models.layers import LINEARS, PRODUCT, Linear, LoraParam, RMSNorm
 from search_r3_jax.models.rotary import rotary_tables, rotate
@@ -83,7 +83,10 @@ class Layer(nnx.Module):
             q, k, v = (x.reshape(*x.shape[:2], -1, self.config.head_dim) for x in (q, k, v))
             if self.q_norm is not None and self.k_norm is not None:
                 q, k = self.q_norm(q), self.k_norm(k)
-            q, k = rotate(q, how.rope), rotate(k, how.rope)
+            # The scale of the scores, here where it is not rounded by itself.
+            q, k = rotate(q, how.rope, scale=self.config.head_dim**-0.5), rotate(k, how.rope)
+            # Tokens on one device look back at those on others.
+            k, v = (laid(x, BATCH_AXES, None, "tensor") for x in (k, v))
             own.append((k, v))
             seen = [*how.contexts, *(own[i] for i in how.behind), (k, v)]
             mixed.append(checkpoint_name(how.attend(q, seen), PRODUCT).reshape(*q.shape[:2], -1))
@@ -220,8 +223,8 @@ class Decoder(nnx.Module):
         """Input embeddings [B,T,D] in the compute dtype."""
         # The table's D lies over "fsdp", as rows do: every device looks up its part of D for its neighbours' rows, then they exchange.
         # Left to itself, XLA may gather the whole batch instead.
-        x = laid(self.embedding[...][laid(ids_bt, _COPIES)], _COPIES, None, "fsdp")
-        x = laid(x, BATCH_AXES)
+        x = laid(self.embedding[...][laid(ids_bt, _COPIES, "sequence")], _COPIES, "sequence", "fsdp")
+        x = laid(x, *TOKENS)
         if adapters and self.embed_row is not None:
             x = jnp.where((ids_bt == self.embed_id)[..., None], self.embed_row[...], x)
         return x.astype(self.compute_dtype)

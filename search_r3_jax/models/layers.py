@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from search_r3_jax.config import LoraConfig
-from search_r3_jax.mesh import laid, layer_spec, summed_over_batch
+from search_r3_jax.mesh import TOKENS, laid, layer_spec, summed_over_batch
 
 PRODUCT = "product"
 """The name under which rematerialisation policies find what was multiplied by weights."""
@@ -72,14 +72,18 @@ def _multiply_on_mesh(xs: tuple[jax.Array, ...], w_io: jax.Array, lies: Partitio
 def _multiply_forward(
     xs: tuple[jax.Array, ...], w_io: jax.Array, lies: PartitionSpec
 ) -> tuple[list[jax.Array], tuple[tuple[jax.Array, ...], jax.Array]]:
-    gathered_io = laid(laid(w_io, *lies), *(None if axis == "fsdp" else axis for axis in lies))
-    return [x @ gathered_io for x in xs], (xs, gathered_io)
+    inputs, outputs = _features(lies)
+    gathered_io = laid(laid(w_io, *lies), inputs, outputs)
+    xs = tuple(laid(x, *TOKENS, inputs) for x in xs)
+    return [laid(x @ gathered_io, *TOKENS, outputs) for x in xs], (xs, gathered_io)
 
 
 def _multiply_backward(
     lies: PartitionSpec, saved: tuple[tuple[jax.Array, ...], jax.Array], gradients: list[jax.Array]
 ) -> tuple[tuple[jax.Array, ...], jax.Array]:
     xs, gathered_io = saved
+    inputs, outputs = _features(lies)
+    gradients = [laid(dy, *TOKENS, outputs) for dy in gradients]
 
     def product(*arrays: jax.Array) -> jax.Array:
         rows_mi, rows_mo = (jnp.concatenate([x.reshape(-1, x.shape[-1]) for x in half]) for half in (arrays[::2], arrays[1::2]))
@@ -87,7 +91,13 @@ def _multiply_backward(
 
     # Left to itself, XLA adds up the whole gradient on every device, twice the bytes of a scatter.
     pairs = [array for pair in zip(xs, gradients, strict=True) for array in pair]
-    return tuple(dy @ gathered_io.T for dy in gradients), summed_over_batch(product, pairs, lies)
+    return tuple(laid(dy @ gathered_io.T, *TOKENS, inputs) for dy in gradients), summed_over_batch(product, pairs, lies)
+
+
+def _features(lies: PartitionSpec) -> tuple[str | None, str | None]:
+    """Over which axis inputs and outputs lie beside a gathered matrix."""
+    inputs, outputs = (None if axis == "fsdp" else axis for axis in lies)
+    return inputs, outputs
 
 
 _multiply_on_mesh.defvjp(_multiply_forward, _multiply_backward)

@@ -53,8 +53,8 @@ def rotary_tables(positions_bt: jax.Array, config: ModelConfig) -> tuple[jax.Arr
     return jnp.cos(angles_bth) * factor, jnp.sin(angles_bth) * factor
 
 
-def rotate(x_btnh: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotate the two halves of H (the layout of `transformers`), in float32; returns the input's dtype."""
+def rotate(x_btnh: jax.Array, tables: tuple[jax.Array, jax.Array], *, scale: float = 1.0) -> jax.Array:
+    """`scale` times x with the two halves of H (the layout of `transformers`) rotated, in float32; returns the input's dtype."""
     cos, sin = (table[:, :, None, :] for table in tables)
     first, second = jnp.split(x_btnh.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_btnh.dtype)
+    return (jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1) * scale).astype(x_btnh.dtype)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes, make_splash_mha
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, PartitionSpec
 
 from search_r3_jax.mesh import BATCH_AXES, axis_size
 from search_r3_jax.models.attention import Attend
@@ -26,7 +26,9 @@ def plan_splash(masks: Sequence[jax.Array]) -> Attend:
     visible = jnp.pad(visible, ((0, 0), (0, -T % TILE), (0, -visible.shape[2] % TILE)))
     # A query that sees nothing would divide by zero, and its result, which nobody reads, would still reach the gradients.
     visible = visible.at[:, :, 0].set(visible[:, :, 0] | ~jnp.any(visible, axis=2))
-    sizes = _block_sizes(*visible.shape[1:])
+    mesh = jax.sharding.get_abstract_mesh()
+    shares = 1 if mesh.empty or not _tiles_divide(visible.shape[1], mesh) else mesh.shape["sequence"]
+    sizes = _block_sizes(visible.shape[1] // shares, visible.shape[2])
 
     def kernel(interpret: bool) -> Callable[..., jax.Array]:
         def one_row(mask: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -44,9 +46,8 @@ def plan_splash(masks: Sequence[jax.Array]) -> Attend:
     def run(q_btnh: jax.Array, keys_values: Sequence[tuple[jax.Array, jax.Array]]) -> jax.Array:
         H = q_btnh.shape[-1]
         k_bskh, v_bskh = (jnp.concatenate([_per_row(part, B) for part in parts], axis=1) for parts in zip(*keys_values, strict=True))
-        # The kernel wants heads first, whole tiles, and leaves the scale to its caller.
-        q = _tiled(q_btnh * (H**-0.5))
-        k, v = _tiled(k_bskh), _tiled(v_bskh)
+        # The kernel wants heads first and whole tiles.
+        q, k, v = _tiled(q_btnh), _tiled(k_bskh), _tiled(v_bskh)
         mixed = _on_each_device(anywhere, visible, q, k, v)
         return jnp.swapaxes(mixed[:, :, :T, :H], 1, 2).astype(q_btnh.dtype)
 
@@ -54,16 +55,21 @@ def plan_splash(masks: Sequence[jax.Array]) -> Attend:
 
 
 def _on_each_device(kernel: Callable[..., jax.Array], visible: jax.Array, *heads_first: jax.Array) -> jax.Array:
-    """The kernel on every device's rows and heads: XLA cannot cut a kernel up by itself."""
+    """The kernel on every device's rows, heads and queries, which see all keys: XLA cannot cut a kernel up by itself."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return kernel(visible, *heads_first)
     # A single shared prompt is nobody's row: all devices read it.
     rows = BATCH_AXES if visible.shape[0] % axis_size(mesh, BATCH_AXES) == 0 else None
-    heads = PartitionSpec(rows, "tensor")
-    specs = (PartitionSpec(rows), *(heads,) * len(heads_first))
+    queries = "sequence" if _tiles_divide(visible.shape[1], mesh) else None
+    asked, seen = PartitionSpec(rows, "tensor", queries), PartitionSpec(rows, "tensor")
+    specs = (PartitionSpec(rows, queries), asked, seen, seen)
     # Kernels do not say over which axes their results are the same.
-    return jax.shard_map(kernel, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)(visible, *heads_first)
+    return jax.shard_map(kernel, mesh=mesh, in_specs=specs, out_specs=asked, check_vma=False)(visible, *heads_first)
+
+
+def _tiles_divide(T: int, mesh: AbstractMesh) -> bool:
+    return T // TILE % mesh.shape["sequence"] == 0
 
 
 def _per_row(x: jax.Array, B: int) -> jax.Array:

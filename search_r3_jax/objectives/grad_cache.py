@@ -31,11 +31,14 @@ def cached_value_and_grad(
     again = jax.checkpoint(encode, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
 
     def encode_all(params: Pytree, sums: Pytree, chunked: Pytree) -> tuple[Pytree, Pytree]:
-        # A single chunk is the whole batch: nothing is gained by computing it twice.
-        encode_chunk = encode if jax.tree.leaves(chunked)[0].shape[0] == 1 else again
+        if jax.tree.leaves(chunked)[0].shape[0] == 1:
+            # A single chunk is the whole batch: nothing is gained by computing it twice. Nor by a loop: JAX would move in front of it what
+            # does not change from round to round, such as all of a frozen model's gathered weights, and keep it.
+            vectors, more = encode(params, jax.tree.map(lambda x: x[0], chunked))
+            return jax.tree.map(jnp.add, sums, more), vectors
 
         def body(sums: Pytree, chunk: Pytree) -> tuple[Pytree, Pytree]:
-            vectors, more = encode_chunk(params, chunk)
+            vectors, more = again(params, chunk)
             return jax.tree.map(jnp.add, sums, more), vectors
 
         sums, vectors = jax.lax.scan(body, sums, chunked)

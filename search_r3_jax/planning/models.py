@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from search_r3_jax.hub.checkpoint import model_config
 from search_r3_jax.models.decoder import Decoder
 from search_r3_jax.text.prompts import CLOSING, DIRECT_SYSTEM, REASON_SYSTEM, Prompter
 
-_QWEN = ModelConfig(
+_QWEN25 = ModelConfig(
     family="qwen2",
     vocab_size=151_936,
     hidden_size=1536,
@@ -30,21 +31,9 @@ _QWEN = ModelConfig(
 )
 # From their published config.json, so that they can be planned for where nothing can be downloaded.
 PUBLISHED = {
-    "Qwen/Qwen2.5-1.5B-Instruct": _QWEN,
-    "Qwen/Qwen2.5-7B-Instruct": ModelConfig(
-        family="qwen2",
-        vocab_size=152_064,
-        hidden_size=3584,
-        feed_forward=18_944,
-        layers=28,
-        heads=28,
-        kv_heads=4,
-        head_dim=128,
-        rope_theta=1e6,
-        norm_eps=1e-6,
-        max_positions=32_768,
-        qkv_bias=True,
-        tied_embeddings=False,
+    "Qwen/Qwen2.5-1.5B-Instruct": _QWEN25,
+    "Qwen/Qwen2.5-7B-Instruct": dataclasses.replace(
+        _QWEN25, vocab_size=152_064, hidden_size=3584, feed_forward=18_944, heads=28, kv_heads=4, tied_embeddings=False
     ),
     "Qwen/Qwen3-8B": ModelConfig(
         family="qwen3",

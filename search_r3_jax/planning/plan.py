@@ -84,12 +84,14 @@ class Plan:
     """What a stage needs and what it can reach; bytes, FLOPs and seconds of one run of it, on one chip where not said otherwise.
 
     Attributes:
+        settings: those of the experiment that the stage's size depends on.
         mesh: the size of each axis.
         chips: how many.
         fits: the memory is enough with 5 % to spare.
         hbm: bytes by kind: what lies there between runs by kind, the rest of what is handed over, what is needed meanwhile, the program.
         hbm_used, hbm_limit, hbm_spare: their sum, what the chip has, and the share that is left.
         counted_bytes: parameters and optimiser as their shapes count.
+        shardings: of each parameter its shape, and over which mesh axes each dimension lies.
         arguments_bytes: what the program is handed, the batch apart, as the compiler lays it out.
         tokens: all chips together.
         model_flops: what the mathematics asks for.
@@ -109,6 +111,7 @@ class Plan:
     model: str
     topology: str
     slices: int
+    settings: dict[str, Any]
     chips: int
     mesh: dict[str, int]
     fits: bool
@@ -117,6 +120,7 @@ class Plan:
     hbm_limit: float
     hbm_spare: float
     counted_bytes: float
+    shardings: dict[str, Any]
     arguments_bytes: float
     tokens: int
     model_flops: float
@@ -177,6 +181,7 @@ def _plan(
         model=config.model,
         topology=slices.topology,
         slices=slices.slices,
+        settings=_settings(config, stage),
         chips=chips,
         mesh=dict(mesh.shape),
         fits=used <= (1 - SPARE) * chip.hbm,
@@ -185,6 +190,7 @@ def _plan(
         hbm_limit=chip.hbm,
         hbm_spare=1 - used / chip.hbm,
         counted_bytes=sum(_bytes_on_chip(lowered.kept[kind]) for kind in ("parameters", "optimizer") if kind in lowered.kept),
+        shardings=_shardings(lowered.kept["parameters"]),
         arguments_bytes=_argument_bytes(lowered, compiled),
         tokens=lowered.tokens,
         model_flops=model_flops,
@@ -210,23 +216,49 @@ def _plan(
     )
 
 
+def _settings(config: RunConfig, stage: Stage) -> dict[str, Any]:
+    found: dict[str, Any] = {"text": dataclasses.asdict(config.text), "lora_rank": config.lora.rank, "remat": config.remat}
+    found |= {"attention": config.attention, "compute_dtype": config.compute_dtype}
+    if stage == "sft":
+        names = ("global_batch", "encode_chunk", "negatives", "reasoned_share", "kl_weight")
+        found |= {name: getattr(config.sft, name) for name in names}
+    if stage in ("rl", "decode"):
+        found |= {name: getattr(config.rl, name) for name in ("global_queries", "group_size", "micro_queries", "beta", "inner_epochs")}
+        found["max_think_tokens"] = config.rl.sampler.max_think_tokens
+    return found
+
+
 def _memory(lowered: LoweredStage, compiled: jax.stages.Compiled) -> dict[str, float]:
     """Bytes on a chip by kind, as the compiler lays them out; results that take the place of arguments are counted once."""
     found = compiled.memory_analysis()
     assert found is not None
     kept = {kind: _bytes_on_chip(tree) for kind, tree in lowered.kept.items()}
-    return kept | {
-        "batch": max(found.argument_size_in_bytes - sum(kept.values()), 0.0),
-        "results": found.output_size_in_bytes - found.alias_size_in_bytes,
-        "temporary": found.temp_size_in_bytes,
-        "program": found.generated_code_size_in_bytes,
-    }
+    return (
+        kept
+        | {kind: _bytes_on_chip(tree) for kind, tree in lowered.beside.items()}
+        | {
+            "batch": max(found.argument_size_in_bytes - sum(kept.values()), 0.0),
+            "results": found.output_size_in_bytes - found.alias_size_in_bytes,
+            "temporary": found.temp_size_in_bytes,
+            "program": found.generated_code_size_in_bytes,
+        }
+    )
 
 
 def _argument_bytes(lowered: LoweredStage, compiled: jax.stages.Compiled) -> float:
     found = compiled.memory_analysis()
     assert found is not None
     return found.argument_size_in_bytes - _bytes_on_chip(lowered.batch)
+
+
+def _shardings(params: Any) -> dict[str, Any]:
+    """Each parameter by its path."""
+    found = {}
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        name = ".".join(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+        over = [*x.sharding.spec, *[None] * (x.ndim - len(x.sharding.spec))]
+        found[name] = {"shape": list(x.shape), "over": over}
+    return dict(sorted(found.items()))
 
 
 def _bytes_on_chip(tree: Any) -> float:
@@ -242,7 +274,7 @@ def _fsdp_bound(lowered: LoweredStage, mesh: Mesh) -> float:
     """Bytes that a chip sends at least: parts of a tensor-parallel group's weights are gathered within, gradients summed across copies."""
     whole, reference, trained = lowered.gathered
     shards, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
-    copies = mesh.size // (shards * tensor * mesh.shape["sequence"])
+    copies = mesh.size // (shards * tensor)
     gathered, scattered = (2 * whole + reference) if trained else whole, trained
     within = 2.0 * (gathered + scattered) / tensor * (shards - 1) / shards
     return within + 2.0 * scattered / (tensor * shards) * 2 * (copies - 1) / copies

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -18,11 +20,12 @@ from search_r3_jax.models.flops import head_flops, layers_flops, training_flops
 from search_r3_jax.models.lora import trainable_filter
 from search_r3_jax.planning.models import planned_model
 from search_r3_jax.rollout.encoder import BATCH_TOKENS, Encoder
-from search_r3_jax.rollout.sampler import Rollout, Sampler
+from search_r3_jax.rollout.sampler import Rollout
 from search_r3_jax.text.packing import bucket_length
 from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training import rl_step, sharding
 from search_r3_jax.training.optimizer import make_optimizer
+from search_r3_jax.training.rl_setup import make_sampler
 from search_r3_jax.training.sft import make_pipeline
 from search_r3_jax.training.sft_step import make_step
 from search_r3_jax.training.state import TrainState, state_shardings
@@ -41,6 +44,7 @@ class LoweredStage(NamedTuple):
         batch: what is handed over for one run.
         gathered: parameters that a pass through the layers has to gather, those that another model's pass has to, and those that get a
             gradient.
+        beside: what else lies there, by kind, and is not handed over.
         open_rounds: of a loop that ends when its work is done: the most that it can take.
     """
 
@@ -50,6 +54,7 @@ class LoweredStage(NamedTuple):
     kept: dict[str, Any]
     batch: Any
     gathered: tuple[float, float, float]
+    beside: Mapping[str, Any] = MappingProxyType({})
     open_rounds: int | None = None
 
 
@@ -133,27 +138,26 @@ def _rl(config: RunConfig, mesh: Mesh) -> LoweredStage:
 
 def _decode(config: RunConfig, mesh: Mesh) -> LoweredStage:
     rl, text = config.rl, config.text
-    model = planned_model(config, adapters=False)
-    check_divisible(model.decoder.config, mesh)
-    graph, state = nnx.split(model.decoder)
+    trained = _trained(config, mesh, make_optimizer(rl.optimizer, rl.steps))
+    # The policy writes as it is trained, with its adapters.
+    graph, state = nnx.split(nnx.merge(trained.graph, trained.state.params, trained.frozen))
     state = _placed(state, sharding.params_shardings(state, mesh))
-    sampler = Sampler(
-        graph,
-        model.prompter,
-        max_think_tokens=rl.sampler.max_think_tokens,
-        temperature=rl.sampler.temperature,
-        top_k=rl.sampler.top_k,
-        top_p=rl.sampler.top_p,
-        prefill_chunk=rl.sampler.prefill_chunk,
-        mesh=mesh,
-    )
     Q, G = rl.global_queries, rl.group_size
-    lowered = sampler.lower(state, Q, G, max_tokens=text.max_query_tokens)
-    prompt = model.prompter.reason
+    lowered = make_sampler(graph, trained.prompter, rl, mesh).lower(state, Q, G, max_tokens=text.max_query_tokens)
+    prompt = trained.prompter.reason
     prefix, own, T = len(prompt.prefix), text.max_query_tokens + len(prompt.suffix), rl.sampler.max_think_tokens + len(prompt.closing)
     attended = Q * _seen(prefix, own) + Q * G * _seen(prefix + own, T)
-    flops = layers_flops(model.decoder.config, Q * own + Q * G * T, attended) + head_flops(model.decoder.config, Q + Q * G * T)
-    return LoweredStage(lowered, Q * G * T, flops, {"parameters": state}, (), (_size(state), 0.0, 0.0), open_rounds=T)
+    flops = layers_flops(trained.model, Q * own + Q * G * T, attended) + head_flops(trained.model, Q + Q * G * T)
+    return LoweredStage(
+        lowered,
+        Q * G * T,
+        flops,
+        {"parameters": state},
+        (),
+        (_size(state), 0.0, 0.0),
+        beside={"optimizer": trained.state.optimizer},
+        open_rounds=T,
+    )
 
 
 def _encode(config: RunConfig, mesh: Mesh) -> LoweredStage:

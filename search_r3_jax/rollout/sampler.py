@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from search_r3_jax.chips import chip_of
 from search_r3_jax.compiler import compiler_options
+from search_r3_jax.config import ModelConfig
 from search_r3_jax.errors import UserError
-from search_r3_jax.mesh import in_use
+from search_r3_jax.mesh import BATCH_AXES, in_use, laid, map_params, reshaped
 from search_r3_jax.models.attention import NOTHING, KVBlock
 from search_r3_jax.models.decoder import Decoder, positions_from_lengths
 from search_r3_jax.models.embedding import unit
@@ -23,6 +26,9 @@ from search_r3_jax.rollout.encoder import prefix_block
 from search_r3_jax.rollout.prefill import prefill
 from search_r3_jax.text.packing import bucket_length, pad_rows
 from search_r3_jax.text.prompts import Prompter
+
+# The share of a chip's memory that the weights may have while replies are written; a trainer's state and the caches have the rest.
+MOST_OF_MEMORY = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +157,7 @@ class Sampler:
                 return KVBlock(prompts.keys[:, q], prompts.values[:, q], prompts.positions[q])
 
             L, _, _, K, H = prompts.keys.shape
-            empty = jnp.zeros((L, S, T, K, H), prompts.keys.dtype)
+            empty = laid(jnp.zeros((L, S, T, K, H), prompts.keys.dtype), None, BATCH_AXES, None, "tensor")
             row_s = jnp.arange(S, dtype=jnp.int32)
             start = _Loop(
                 slots=_Slots(
@@ -238,12 +244,25 @@ class Sampler:
 
             return jax.lax.while_loop(lambda loop: jnp.any(loop.slots.row < B), body, start).replies
 
-        def sample_on_mesh(*arguments: Any) -> _Replies:
-            with in_use(mesh):
-                return sample(*arguments)
+        def sample_on_mesh(state: nnx.State, *arguments: jax.Array) -> _Replies:
+            decoder = nnx.merge(graph, state)
+            # Every token reads all weights: they are cast once, and once brought to where they are read.
+            state = jax.tree.map(lambda x: x.astype(decoder.compute_dtype), state)
+            views = writing_meshes(mesh, decoder.config, _bytes(state))
+            for view in views:
+                with in_use(view):
+                    state = map_params(lambda x, spec: laid(x, *spec), state)
+            with in_use(views[-1]):
+                return sample(state, *arguments)
 
         everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-        self._sample = jax.jit(sample_on_mesh, out_shardings=everywhere, compiler_options=compiler_options(mesh))
+        self._sample = jax.jit(
+            sample_on_mesh,
+            # Parameters lie where they do. Of the rest JAX would ask the compiler, whose answer need not fit `mesh`: another view is in use.
+            in_shardings=(None, everywhere, everywhere, everywhere),
+            out_shardings=everywhere,
+            compiler_options=compiler_options(mesh),
+        )
 
     def compile(self, state: nnx.State, queries: int, group: int, *, max_tokens: int) -> None:
         """Compile what `sample` of so many queries and samples runs, and run none of it: what follows can be timed."""
@@ -269,6 +288,28 @@ class Sampler:
         found = self._sample(state, prompt_ids, prompt_lengths, seeds_qg.astype(np.uint32))
         arrays = {name: np.asarray(array) for name, array in found._asdict().items()}
         return Rollout(prompt_ids=prompt_ids, prompt_lengths=prompt_lengths, **arrays)
+
+
+def writing_meshes(mesh: Mesh | None, config: ModelConfig, size: float) -> list[Mesh | None]:
+    """The mesh that replies are written on, as the last, and one that weights of so many bytes pass on their way there.
+
+    Each device has the whole of the weights, or, where that is too much of its memory, the heads of its part of a group as small as can be.
+    Where no such group can hold them they stay, and are gathered for every token, layer by layer.
+    """
+    if mesh is None:
+        return [None]
+    chip = chip_of(mesh.devices.flat[0].device_kind)
+    memory = math.inf if chip is None else MOST_OF_MEMORY * chip.hbm
+    shards, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+    for group in (n for n in range(1, shards + 1) if shards % n == 0):
+        heads = tensor * group
+        if size / heads <= memory and not any(n % heads for n in (config.heads, config.kv_heads, config.feed_forward, config.vocab_size)):
+            return [reshaped(mesh, fsdp=shards // group, tensor=heads), reshaped(mesh, fsdp=1, tensor=heads)]
+    return [mesh]
+
+
+def _bytes(tree: nnx.State) -> float:
+    return float(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)))
 
 
 def _grown(cache: KVBlock, own: KVBlock, step_s: jax.Array, *, together: bool) -> KVBlock:

@@ -14,7 +14,7 @@ STATES, COLUMNS = 256, 16384
 # On a mesh every device has a part of the vocabulary and all of D, and reads the states of its neighbours: they are far smaller than the
 # matrix, which moves from how it is stored by an exchange of parts and never stands whole anywhere.
 _VOCAB_AXES = ("tensor", "fsdp")
-STATE_AXES = tuple(axis for axis in BATCH_AXES if axis not in _VOCAB_AXES)
+STATE_AXES = tuple(axis for axis in (*BATCH_AXES, "sequence") if axis not in _VOCAB_AXES)
 
 
 def head_of(decoder: Decoder, *, adapters: bool = True) -> Head:

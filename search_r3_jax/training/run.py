@@ -13,6 +13,7 @@ import jax
 from tensorboardX import SummaryWriter
 from transformers import PreTrainedTokenizerBase
 
+from search_r3_jax.compiler import keep_programs
 from search_r3_jax.config import RunConfig
 from search_r3_jax.data.collection import Collection
 from search_r3_jax.data.dataset import queries_hash
@@ -64,6 +65,9 @@ class Run:
             except BaseException:
                 self.close()
                 raise
+        # A CPU's programs are for machines of its very kind, and soon made.
+        if jax.default_backend() != "cpu":
+            keep_programs(path / "compiled")
 
     def _claim(self, record: dict[str, Any], allow_change: bool, on_change: Callable[[], object], say: Say) -> None:
         """Write down what this run is, where another call has not, or say what has changed since; raises UserError where it may not."""

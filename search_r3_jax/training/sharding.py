@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from search_r3_jax.data.pipeline import ROW_FIELDS, PairBatch
-from search_r3_jax.mesh import BATCH_AXES, axis_size, param_sharding
+from search_r3_jax.mesh import BATCH_AXES, axis_size, map_params
 
 # Of arrays [C,R,T].
 ROWS = PartitionSpec(None, BATCH_AXES)
@@ -37,8 +37,4 @@ def batch_shardings(batch: PairBatch, mesh: Mesh) -> PairBatch:
 
 def params_shardings(params: nnx.State, mesh: Mesh) -> nnx.State:
     """Where parameters lie, in their own structure."""
-
-    def of(path: tuple[Any, ...], _: Any) -> NamedSharding:
-        return param_sharding(tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey)), mesh)
-
-    return jax.tree_util.tree_map_with_path(of, params)
+    return map_params(lambda _, spec: NamedSharding(mesh, spec), params)

@@ -10,6 +10,7 @@ from typing import Any
 from real_vectors import row_flops
 
 from search_r3_jax.config import IndexConfig, ModelConfig
+from search_r3_jax.planning.models import PUBLISHED
 
 SECONDS_AN_HOUR, HOURS_A_YEAR = 3600.0, 8766.0
 MODELS = {
@@ -26,20 +27,7 @@ MODELS = {
         norm_eps=1e-5,
         max_positions=8192,
     ),
-    "Qwen2.5-1.5B": ModelConfig(
-        family="qwen2",
-        vocab_size=151_936,
-        hidden_size=1536,
-        feed_forward=8960,
-        layers=28,
-        heads=12,
-        kv_heads=2,
-        head_dim=128,
-        rope_theta=1_000_000.0,
-        norm_eps=1e-6,
-        max_positions=32_768,
-        qkv_bias=True,
-    ),
+    "Qwen2.5-1.5B": PUBLISHED["Qwen/Qwen2.5-1.5B-Instruct"],
 }
 
 

@@ -41,7 +41,7 @@ class Case:
 
         def output(q: jax.Array, keys_values: Any) -> jax.Array:
             attend = plan_attention(backend, jnp.asarray(self.positions), jnp.asarray(self.segments), contexts, None, window=window)
-            return attend(q, keys_values)
+            return attend(q / np.sqrt(H).astype(np.float32), keys_values)
 
         def loss(q: jax.Array, keys_values: Any) -> jax.Array:
             return jnp.sum(output(q, keys_values) * weights)
@@ -125,3 +125,46 @@ def test_a_row_of_padding_alone_stays_finite(backend: Backend) -> None:
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
     there = case.positions != NOTHING
     np.testing.assert_allclose(found[there], case.by_hand(0)[there], atol=2e-6)
+
+
+@pytest.mark.parametrize("head_size", [64, 128])
+def test_backends_agree_in_bfloat16_on_packed_texts_behind_a_prefix(head_size: int) -> None:
+    generator = np.random.default_rng(5)
+    rows, queries, prefix, heads, kv_heads = 2, 200, 20, 4, 2
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(2 * generator.standard_normal((*shape, head_size)), jnp.bfloat16)
+
+    positions = (
+        np.concatenate([np.arange(prefix, prefix + 120), np.arange(prefix, prefix + 80)])[None].repeat(rows, axis=0).astype(np.int32)
+    )
+    segments = (np.arange(queries) >= 120).astype(np.int32)[None].repeat(rows, axis=0)
+    positions[1, 180:], segments[1, 180:] = NOTHING, -1
+    weights = np.random.default_rng(6).standard_normal((rows, queries, heads, head_size)) * (positions != NOTHING)[..., None, None]
+    q = (normal(rows, queries, heads).astype(jnp.float32) / head_size**0.5).astype(jnp.bfloat16)
+    keys_values = [tuple(normal(b, length, kv_heads) for _ in range(2)) for b, length in ((1, prefix), (rows, queries))]
+
+    def found(backend: Backend, dtype: Any) -> list[np.ndarray]:
+        def loss(q: jax.Array, keys_values: Any) -> tuple[jax.Array, jax.Array]:
+            context = [(jnp.arange(prefix, dtype=jnp.int32)[None], None)]
+            output = plan_attention(backend, jnp.asarray(positions), jnp.asarray(segments), context, None)(q, keys_values)
+            return jnp.sum(output.astype(jnp.float32) * weights), jnp.where((positions != NOTHING)[..., None, None], output, 0)
+
+        arrays = jax.tree.map(lambda x: x.astype(dtype), (q, keys_values))
+        gradients, output = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(*arrays)
+        return [np.asarray(x, np.float64) for x in (output, *jax.tree.leaves(gradients))]
+
+    def difference(mine: np.ndarray, other: np.ndarray) -> float:
+        return float(np.linalg.norm(mine - other) / np.linalg.norm(other))
+
+    exact, (plain, *plain_gradients), (tiled, *tiled_gradients) = (
+        found("xla", jnp.float32),
+        found("xla", jnp.bfloat16),
+        found("splash", jnp.bfloat16),
+    )
+    assert difference(tiled, plain) <= 1e-3
+    # Both round once, at the end; the kernel's gradients also between its products.
+    assert difference(tiled, exact[0]) <= 2**-9
+    for mine, other, true in zip(tiled_gradients, plain_gradients, exact[1:], strict=True):
+        assert difference(mine, other) <= 1e-2
+        assert difference(other, true) <= 2**-8

@@ -1,8 +1,9 @@
 """A program for tests: an update of stage 2 on meshes of all devices, beside that of one device; prints JSON.
 
-Arguments: folder of a model, "lora" or "full", a JSON list of mesh sizes.
+Arguments: folder of a model, "lora" or "full", a JSON list of pairs: queries of a micro-batch, sizes of a mesh.
 """
 
+import functools
 import json
 import sys
 from typing import Any
@@ -25,8 +26,7 @@ from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training.rl_step import make_batch, make_scorer, make_update, put_batch
 from search_r3_jax.training.state import init_state, state_shardings
 
-# Two micro-batches of 16 queries: their rows and their prompts are shared out; of 4 queries, only the rows.
-Q, G, MICRO = 32, 2, (16, 4)
+Q, G = 32, 2
 
 
 def update(folder: str, *, lora: bool, mesh: Mesh | None, micro_queries: int) -> dict[str, Any]:
@@ -67,22 +67,21 @@ def update(folder: str, *, lora: bool, mesh: Mesh | None, micro_queries: int) ->
     }
 
 
-def main(folder: str, kind: str, meshes: str) -> None:
+def main(folder: str, kind: str, cases: str) -> None:
     lora = kind == "lora"
     report: dict[str, Any] = {"devices": jax.device_count()}
-    for micro_queries in MICRO:
-        expected = update(folder, lora=lora, mesh=None, micro_queries=micro_queries)
-        for sizes in json.loads(meshes):
-            found = update(folder, lora=lora, mesh=make_mesh(**sizes), micro_queries=micro_queries)
-            scalars = zip(found["scalars"].items(), expected["scalars"].items(), strict=True)
-            report[f"{micro_queries} {json.dumps(sizes)}"] = {
-                "same_tokens": bool((found["ids"] == expected["ids"]).all()),
-                "vectors": float(np.abs(found["vectors"] - expected["vectors"]).max()),
-                "scalars": max(abs(ours - theirs) / max(1.0, abs(theirs)) for (_, ours), (_, theirs) in scalars),
-                "kl": expected["scalars"]["kl"],
-                "gradient": difference(found["gradient"], expected["gradient"]),
-                "rows_share": found["rows_share"],
-            }
+    alone = functools.cache(lambda micro_queries: update(folder, lora=lora, mesh=None, micro_queries=micro_queries))
+    for micro_queries, sizes in json.loads(cases):
+        expected, found = alone(micro_queries), update(folder, lora=lora, mesh=make_mesh(**sizes), micro_queries=micro_queries)
+        scalars = zip(found["scalars"].items(), expected["scalars"].items(), strict=True)
+        report[f"{micro_queries} {json.dumps(sizes)}"] = {
+            "same_tokens": bool((found["ids"] == expected["ids"]).all()),
+            "vectors": float(np.abs(found["vectors"] - expected["vectors"]).max()),
+            "scalars": max(abs(ours - theirs) / max(1.0, abs(theirs)) for (_, ours), (_, theirs) in scalars),
+            "kl": expected["scalars"]["kl"],
+            "gradient": difference(found["gradient"], expected["gradient"]),
+            "rows_share": found["rows_share"],
+        }
     print(json.dumps(report))
 
 

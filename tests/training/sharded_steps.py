@@ -1,6 +1,7 @@
-"""A program for tests: three steps of stage 1 on meshes of all devices, beside those of one device; prints JSON.
+"""A program for tests: steps of stage 1 on meshes of all devices, beside those of one device; prints JSON.
 
-Arguments: folder of a model, "lora" or "full", a JSON list of mesh sizes, process index, number of processes, port of the coordinator.
+Arguments: folder of a model, "lora" or "full", number of steps, a JSON list of mesh sizes, process index, number of processes, port of the
+coordinator.
 """
 
 import dataclasses
@@ -25,8 +26,6 @@ from search_r3_jax.training.sft import make_pipeline
 from search_r3_jax.training.sft_step import make_step
 from search_r3_jax.training.sharding import put_batch
 from search_r3_jax.training.state import init_state, state_shardings
-
-STEPS = 3
 
 
 def config_of(folder: str, *, lora: bool) -> RunConfig:
@@ -61,7 +60,7 @@ def keep_gradient() -> optax.GradientTransformation:
     return optax.chain(optax.trace(decay=0.0), optax.scale(-1e-3))
 
 
-def steps(folder: str, *, lora: bool, mesh: Mesh | None) -> dict[str, Any]:
+def steps(folder: str, *, lora: bool, count: int, mesh: Mesh | None) -> dict[str, Any]:
     """Scalars and gradients of every step, the parameters after the last, and how the state lay on its way."""
     config = config_of(folder, lora=lora)
     model = with_lora(load_model(folder, remat=config.remat, mesh=mesh), config.lora, seed=0)
@@ -80,7 +79,7 @@ def steps(folder: str, *, lora: bool, mesh: Mesh | None) -> dict[str, Any]:
     step_function = make_step(graph, prompter, optimizer, config.sft, shardings)
     found: dict[str, Any] = {"scalars": [], "gradients": []}
     shapes = []
-    for step in range(STEPS):
+    for step in range(count):
         key = jax.random.fold_in(jax.random.key(0), step) if lora else None
         batch = put_batch(pipeline.batch(step), mesh)
         shapes.append([batch.queries.ids.shape, batch.documents.ids.shape, batch.queries.reply_at.shape])
@@ -113,15 +112,15 @@ def difference(ours: Any, expected: Any) -> float:
     return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs)
 
 
-def main(folder: str, kind: str, meshes: str, process: int, processes: int, port: int) -> None:
+def main(folder: str, kind: str, count: int, meshes: str, process: int, processes: int, port: int) -> None:
     if processes > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(f"localhost:{port}", processes, process)
     lora = kind == "lora"
-    expected = steps(folder, lora=lora, mesh=None)
+    expected = steps(folder, lora=lora, count=count, mesh=None)
     report: dict[str, Any] = {"devices": jax.device_count(), "processes": jax.process_count(), "scalars": expected["scalars"]}
     for sizes in json.loads(meshes):
-        found = steps(folder, lora=lora, mesh=make_mesh(**sizes))
+        found = steps(folder, lora=lora, count=count, mesh=make_mesh(**sizes))
         report[json.dumps(sizes)] = {
             "scalars": max(
                 abs(ours[name] - theirs[name]) / max(1.0, abs(theirs[name]))
@@ -136,4 +135,4 @@ def main(folder: str, kind: str, meshes: str, process: int, processes: int, port
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3], *(int(argument) for argument in sys.argv[4:]))
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4], *(int(argument) for argument in sys.argv[5:]))

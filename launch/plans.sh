@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# Makes the plans of launch/plans/ anew: what each stage of the published models takes of a slice, and what each experiment does.
+set -euo pipefail
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+# shellcheck source=launch/common.sh
+. "$here/common.sh"
+
+usage() {
+    cat <<'HELP'
+launch/plans.sh [FLAGS] [NAME…]
+
+  --out FOLDER   where the plans go (launch/plans)
+  --dry-run      print the commands, run nothing
+
+NAME chooses plans, as in 'Qwen2.5-1.5B/v5e-16/*' or experiments/qwen25_7b; without one all are made, in about an hour on two cores.
+Needs search-r3 with the extra `plan`, and no TPU.
+HELP
+}
+
+out="$here/plans" dry_run=
+names=()
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --out) out="$(value_of "$@")"; shift 2 ;;
+        --dry-run) dry_run=yes; shift ;;
+        --help) usage; exit 0 ;;
+        -*) fail "$1: no such flag; --help lists them" ;;
+        *) names+=("$1"); shift ;;
+    esac
+done
+
+made=0
+# plan NAME SLICE STAGE ARGUMENT…: one plan, where it was asked for.
+plan() {
+    local name="$1" slice="$2" stage="$3" pattern chosen=
+    shift 3
+    for pattern in "${names[@]:-*}"; do
+        # shellcheck disable=SC2053
+        if [[ $name == $pattern ]]; then chosen=yes; fi
+    done
+    if [ -z "$chosen" ]; then return; fi
+    made=$((made + 1))
+    act mkdir -p "$(dirname "$out/$name")"
+    act search-r3 plan --stage "$stage" --topology "$slice" "$@" --out "$out/$name.json"
+}
+
+# stages MODEL SLICE CONFIG PAIRS QUERIES ARGUMENT…: all four; updates of as many pairs, and of as many queries, as one pass takes.
+stages() {
+    local name="$1/$2" slice="$2" config="$3" pairs="$4" queries="$5"
+    shift 5
+    plan "$name/sft" "$slice" sft --config "$config" --sft.global-batch "$pairs" --sft.encode-chunk "$pairs" "$@"
+    plan "$name/rl" "$slice" rl --config "$config" --rl.global-queries "$queries" "$@"
+    plan "$name/decode" "$slice" decode --config "$config" "$@"
+    plan "$name/encode" "$slice" encode --config "$config" "$@"
+}
+
+need search-r3 "pip install the checkout with its extra plan"
+
+stages Qwen2.5-1.5B v5e-16 qwen25_1p5b 64 32
+stages Qwen2.5-1.5B v5p-16 qwen25_1p5b 256 64
+stages Qwen2.5-1.5B v6e-16 qwen25_1p5b 128 64
+stages Qwen2.5-7B v5e-16 qwen25_7b_lora 32 16
+stages Qwen2.5-7B v5p-16 qwen25_7b 128 32
+stages Qwen2.5-7B v6e-16 qwen25_7b 64 32
+stages Qwen3-8B v5e-16 qwen3_8b 32 16
+stages Qwen3-8B v5p-16 qwen3_8b 128 32
+stages Qwen3-8B v6e-16 qwen3_8b 64 32
+
+# The experiments as they are, through GradCache where they say so.
+plan experiments/qwen25_1p5b v5e-16 sft --config qwen25_1p5b
+plan experiments/qwen25_7b v5p-16 sft --config qwen25_7b
+plan experiments/qwen25_7b_lora v5e-16 sft --config qwen25_7b_lora
+plan experiments/qwen3_8b v5p-16 sft --config qwen3_8b
+
+if [ "$made" -eq 0 ]; then
+    fail "${names[*]}: no such plan; --dry-run lists them"
+fi

@@ -1,0 +1,20 @@
+"""Stage 1 of Qwen2.5-7B-Instruct with adapters, batches of 1,024 pairs through GradCache; a v5e-16.
+
+search-r3 sft --config qwen25_7b_lora --run SHARED/runs/qwen25_7b_lora --data.sets DATA/…
+"""
+
+import dataclasses
+
+from search_r3_jax.config import LoraConfig
+from search_r3_jax.configs.qwen25_7b import config as qwen25_7b
+
+config = dataclasses.replace(
+    qwen25_7b,
+    lora=LoraConfig(rank=32, alpha=64.0),
+    sft=dataclasses.replace(
+        qwen25_7b.sft,
+        encode_chunk=32,
+        optimizer=dataclasses.replace(qwen25_7b.sft.optimizer, learning_rate=1e-4, weight_decay=0.0),
+    ),
+    rl=dataclasses.replace(qwen25_7b.rl, optimizer=dataclasses.replace(qwen25_7b.rl.optimizer, learning_rate=1e-5)),
+)

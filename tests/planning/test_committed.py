@@ -1,0 +1,130 @@
+"""The plans that are kept in launch/plans: none is missing, each keeps within what it may take, and the compiler still says the same."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from search_r3_jax.chips import CHIPS
+from search_r3_jax.configs import config_names
+from search_r3_jax.planning.models import PUBLISHED
+
+LAUNCH = Path(__file__).parents[2] / "launch"
+PLANS = {str(file.relative_to(LAUNCH / "plans").with_suffix("")): json.loads(file.read_text()) for file in LAUNCH.glob("plans/**/*.json")}
+MODELS, SLICES = ("Qwen2.5-1.5B", "Qwen2.5-7B", "Qwen3-8B"), ("v5e-16", "v5p-16", "v6e-16")
+STAGES = ("sft", "rl", "decode", "encode")
+# As their publishers count them.
+PARAMETERS = {
+    "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304,
+    "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+}
+UPDATES = [name for name, plan in PLANS.items() if plan["stage"] in ("sft", "rl")]
+ONE_PASS = [name for name in UPDATES if not name.startswith("experiments/")]
+
+
+def test_every_model_stage_and_slice_has_a_plan_and_so_has_every_experiment_for_a_tpu() -> None:
+    named = {f"{model}/{chips}/{stage}" for model in MODELS for chips in SLICES for stage in STAGES}
+    # The others are for a laptop.
+    experiments = {f"experiments/{name}" for name in config_names() if name not in ("quickstart", "smollm2")}
+    assert set(PLANS) == named | experiments
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_what_is_planned_fits_with_room_to_spare(name: str) -> None:
+    plan = PLANS[name]
+    chip = CHIPS[plan["topology"].split(":")[0]]
+    assert plan["fits"]
+    assert plan["hbm_limit"] == chip.hbm
+    assert sum(plan["hbm"].values()) <= 0.95 * chip.hbm
+    assert plan["chips"] == (8 if "v5p" in plan["topology"] else 16)
+
+
+@pytest.mark.parametrize("name", ONE_PASS)
+def test_an_update_in_one_pass_sends_and_computes_little_more_than_it_must(name: str) -> None:
+    plan = PLANS[name]
+    if plan["settings"]["lora_rank"] == 0:
+        # Gathered forward and backward, and once more the reference; gradients scattered; in bfloat16.
+        passes = 4 if "reference" in plan["hbm"] else 3
+        bound = 2 * passes * PARAMETERS[plan["model"]] * (plan["chips"] - 1) / plan["chips"]
+        assert plan["fsdp_bound_bytes"] == pytest.approx(bound)
+    assert sum(plan["collective_bytes"].values()) <= 1.1 * plan["fsdp_bound_bytes"]
+    assert plan["executed_flops"] <= 1.35 * plan["model_flops"]
+    assert plan["mfu_bound"] <= 1
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_parameters_and_optimiser_take_what_a_count_by_hand_says(name: str) -> None:
+    plan = PLANS[name]
+    base = 4 * PARAMETERS[plan["model"]] / plan["chips"]
+    if plan["settings"]["lora_rank"] == 0:
+        by_hand = {"parameters": base, "optimizer": 2 * base} | ({"reference": base} if "reference" in plan["hbm"] else {})
+    else:
+        # Adapters, their moments, and no copy of the base.
+        by_hand = {"parameters": base + 4 * adapters_on_chip(plan), "optimizer": 8 * adapters_on_chip(plan)}
+    for kind, size in by_hand.items():
+        assert plan["hbm"][kind] == pytest.approx(size, rel=0.02), kind
+    assert plan["arguments_bytes"] == pytest.approx(sum(by_hand.values()), rel=0.02)
+
+
+def adapters_on_chip(plan: dict[str, Any]) -> float:
+    """Parameters of the adapters that a chip holds: D is shared out, other sides of their factors are not."""
+    model, rank = PUBLISHED[plan["model"]], plan["settings"]["lora_rank"]
+    D, F, heads, kv_heads = model.hidden_size, model.feed_forward, model.heads * model.head_dim, model.kv_heads * model.head_dim
+    whole = (heads + 2 * kv_heads + 2 * F) + (heads + F)
+    return model.layers * rank * (7 * D / plan["chips"] + whole) + 2 * D
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_the_table_of_shardings_shares_out_every_matrix(name: str) -> None:
+    plan = PLANS[name]
+    table = plan["shardings"]
+    model = PUBLISHED[plan["model"]]
+    assert table["layers.gate.kernel"] == {"shape": [model.layers, model.hidden_size, model.feed_forward], "over": [None, "fsdp", "tensor"]}
+    assert {path for path, entry in table.items() if "fsdp" not in entry["over"]} == {
+        path for path in table if path.endswith((".bias", ".scale", "_row")) or path in replicated_factors(table)
+    }
+    size = sum(4 * count(entry["shape"]) for path, entry in table.items() if ".lora_" not in path and not path.endswith("_row"))
+    assert size == 4 * PARAMETERS[plan["model"]]
+
+
+def replicated_factors(table: dict[str, Any]) -> set[str]:
+    """The sides of adapters that have no D."""
+    return {path for path in table if path.endswith(".lora_b" if not path.startswith(("layers.o.", "layers.down.")) else ".lora_a")}
+
+
+def count(shape: list[int]) -> int:
+    product = 1
+    for length in shape:
+        product *= length
+    return product
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Qwen2.5-1.5B/v5e-16/encode", "Qwen2.5-1.5B/v6e-16/decode", "Qwen2.5-1.5B/v5e-16/rl"])
+def test_the_compiler_says_the_same_again(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("libtpu", reason="the TPU compiler has no wheel for this system")
+    done = subprocess.run([LAUNCH / "plans.sh", "--out", tmp_path, name], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (made,) = tmp_path.rglob("*.json")
+    assert made == tmp_path / f"{name}.json"
+    assert_alike(json.loads(made.read_text()), PLANS[name])
+
+
+# What a machine takes to compile is its own affair; the exchanges one by one are told in words that may change.
+TOLD_APART = {"compile_seconds", "collectives"}
+
+
+def assert_alike(found: Any, expected: Any, where: str = "plan") -> None:
+    """Numbers within 2 %, everything else as it was."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for name in expected.keys() - TOLD_APART:
+            assert_alike(found[name], expected[name], f"{where}.{name}")
+    elif isinstance(expected, float):
+        # A megabyte more or less of a chip's memory is none of anybody's business.
+        assert found == pytest.approx(expected, rel=0.02, abs=2**20 if ".hbm" in where else 0), where
+    else:
+        assert found == expected, where
