@@ -8,6 +8,8 @@ import pytest
 from search_r3_jax.quiet import quiet
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most programs of tests run for a moment, and are compiled for seconds: what makes code fast is left out, here and in what tests start.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 quiet()
 

@@ -8,9 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# Programs that run once for a second are compiled for longer than that: what makes code fast is left out.
-COMPILED_QUICKLY = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-
 
 def run_processes(program: Path, arguments: list[str], *, processes: int, devices: int, timeout: float) -> list[dict[str, Any]]:
     """The last line of each process, as JSON; each has so many devices, and is told its number, how many there are, and a port."""
@@ -19,7 +16,7 @@ def run_processes(program: Path, arguments: list[str], *, processes: int, device
         port = free.getsockname()[1]
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {COMPILED_QUICKLY}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
     }
     started = [

@@ -1,8 +1,10 @@
 """A program for tests: an update of stage 2 on meshes of all devices, beside that of one device; prints JSON.
 
-Arguments: folder of a model, "lora" or "full", a JSON list of pairs: queries of a micro-batch, sizes of a mesh.
+Arguments: folder of a model, "lora" or "full", a JSON list of triples: queries of a micro-batch, sizes of a mesh, the share of the
+weights that a device may have while replies are written (0: all).
 """
 
+import dataclasses
 import functools
 import json
 import sys
@@ -16,11 +18,13 @@ from jax.sharding import Mesh
 from sharded_steps import difference, keep_gradient, whole
 from tiny import word_collection
 
+from search_r3_jax.chips import CHIPS
 from search_r3_jax.config import LoraConfig, RlConfig, SamplerConfig
 from search_r3_jax.hub.checkpoint import load_model, with_lora
 from search_r3_jax.mesh import make_mesh
 from search_r3_jax.models.lora import trainable_filter
 from search_r3_jax.objectives.policy_gradient import group_advantages
+from search_r3_jax.rollout import sampler as sampler_module
 from search_r3_jax.rollout.sampler import Sampler, rollout_seeds
 from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training.rl_step import make_batch, make_scorer, make_update, put_batch
@@ -29,7 +33,7 @@ from search_r3_jax.training.state import init_state, state_shardings
 Q, G = 32, 2
 
 
-def update(folder: str, *, lora: bool, mesh: Mesh | None, micro_queries: int) -> dict[str, Any]:
+def update(folder: str, *, lora: bool, mesh: Mesh | None, micro_queries: int, share: float = 0.0) -> dict[str, Any]:
     """What is sampled, the scalars and the gradient of one update on it."""
     config = RlConfig(global_queries=Q, group_size=G, sampler=SamplerConfig(max_think_tokens=8), importance_cap=2.0)
     model = with_lora(load_model(folder, remat="dots", mesh=mesh), LoraConfig(rank=4 if lora else 0), seed=0)
@@ -44,6 +48,10 @@ def update(folder: str, *, lora: bool, mesh: Mesh | None, micro_queries: int) ->
     state = init_state(params, keep_gradient(), shardings)
 
     texts = [query.text for query in word_collection(documents=Q, queries=Q).queries]
+    if share > 0:
+        size = sum(4 * x.size for x in jax.tree.leaves(nnx.state(model.decoder)))
+        # A chip so small that it has to share the weights with neighbours.
+        sampler_module.chip_of = lambda kind: dataclasses.replace(CHIPS["v5e"], hbm=share * size / sampler_module.MOST_OF_MEMORY)
     sampler = Sampler(nnx.split(model.decoder)[0], prompter, max_think_tokens=8, temperature=1.0, mesh=mesh)
     rollout = sampler.sample(nnx.merge_state(state.params, frozen), texts, rollout_seeds(0, 0, range(Q), G), max_tokens=16)
     rewards = jnp.asarray(generator.random(Q * G).astype(np.float32))
@@ -71,10 +79,11 @@ def main(folder: str, kind: str, cases: str) -> None:
     lora = kind == "lora"
     report: dict[str, Any] = {"devices": jax.device_count()}
     alone = functools.cache(lambda micro_queries: update(folder, lora=lora, mesh=None, micro_queries=micro_queries))
-    for micro_queries, sizes in json.loads(cases):
-        expected, found = alone(micro_queries), update(folder, lora=lora, mesh=make_mesh(**sizes), micro_queries=micro_queries)
+    for micro_queries, sizes, share in json.loads(cases):
+        expected = alone(micro_queries)
+        found = update(folder, lora=lora, mesh=make_mesh(**sizes), micro_queries=micro_queries, share=share)
         scalars = zip(found["scalars"].items(), expected["scalars"].items(), strict=True)
-        report[f"{micro_queries} {json.dumps(sizes)}"] = {
+        report[f"{micro_queries} {json.dumps(sizes)} {share}"] = {
             "same_tokens": bool((found["ids"] == expected["ids"]).all()),
             "vectors": float(np.abs(found["vectors"] - expected["vectors"]).max()),
             "scalars": max(abs(ours - theirs) / max(1.0, abs(theirs)) for (_, ours), (_, theirs) in scalars),

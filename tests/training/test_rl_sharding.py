@@ -14,12 +14,15 @@ PROGRAM = Path(__file__).with_name("sharded_rl.py")
 @pytest.mark.parametrize(("family", "kind", "part"), [("qwen2", "lora", 0), ("llama", "full", 1)])
 def test_every_mesh_computes_what_one_device_computes(tiny_folders: dict[str, Path], family: str, kind: str, part: int) -> None:
     # Two micro-batches of 16 queries: their rows and their prompts are shared out; of 4 queries, only the rows.
-    cases = [(16, sizes) for sizes in every_mesh(8, most_tensor=2)[part::2]] + [(4, {"fsdp": 8}), (4, {"data": 2, "fsdp": 2, "tensor": 2})]
+    cases = [(16, sizes, 0.0) for sizes in every_mesh(8, most_tensor=2)[part::2]]
+    cases += [(4, {"fsdp": 8}, 0.0), (4, {"data": 2, "fsdp": 2, "tensor": 2}, 0.0)]
+    # A device holds half of the weights while replies are written, and a tenth: then they are gathered for every token.
+    cases += [(16, {"fsdp": 8}, 0.6), (16, {"fsdp": 8}, 0.1)]
     arguments = [str(tiny_folders[family]), kind, json.dumps(cases)]
     report = run_processes(PROGRAM, arguments, processes=1, devices=8, timeout=1500)[0]
     assert report["devices"] == 8
-    for micro_queries, sizes in cases:
-        found = report[f"{micro_queries} {json.dumps(sizes)}"]
+    for micro_queries, sizes, share in cases:
+        found = report[f"{micro_queries} {json.dumps(sizes)} {share}"]
         assert found["same_tokens"]
         assert found["vectors"] <= 1e-5
         # A policy that has left its reference: every term of the loss is at work.
