@@ -258,7 +258,7 @@ class Sampler:
         everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
         self._sample = jax.jit(
             sample_on_mesh,
-            # Parameters lie where they do. Of the rest JAX asks the compiler, whose answer need not fit `mesh` while another view is in use.
+            # Parameters lie where they do. JAX asks the compiler of the rest, and would look for its answer, of another view, in `mesh`.
             in_shardings=(None, everywhere, everywhere, everywhere),
             out_shardings=everywhere,
             compiler_options=compiler_options(mesh),
