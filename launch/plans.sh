@@ -71,6 +71,9 @@ plan experiments/qwen25_1p5b v5e-16 sft --config qwen25_1p5b
 plan experiments/qwen25_7b v5p-16 sft --config qwen25_7b
 plan experiments/qwen25_7b_lora v5e-16 sft --config qwen25_7b_lora
 plan experiments/qwen3_8b v5p-16 sft --config qwen3_8b
+# Made for a laptop; on the smallest slice that there is.
+plan experiments/smollm2 v5e-1 sft --config smollm2
+plan experiments/quickstart v5e-1 sft --config quickstart
 
 if [ "$made" -eq 0 ]; then
     fail "${names[*]}: no such plan; --dry-run lists them"

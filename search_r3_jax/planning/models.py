@@ -31,6 +31,19 @@ _QWEN25 = ModelConfig(
 )
 # From their published config.json, so that they can be planned for where nothing can be downloaded.
 PUBLISHED = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": ModelConfig(
+        family="llama",
+        vocab_size=49_152,
+        hidden_size=576,
+        feed_forward=1536,
+        layers=30,
+        heads=9,
+        kv_heads=3,
+        head_dim=64,
+        rope_theta=100_000.0,
+        norm_eps=1e-5,
+        max_positions=8192,
+    ),
     "Qwen/Qwen2.5-1.5B-Instruct": _QWEN25,
     "Qwen/Qwen2.5-7B-Instruct": dataclasses.replace(
         _QWEN25, vocab_size=152_064, hidden_size=3584, feed_forward=18_944, heads=28, kv_heads=4, tied_embeddings=False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import re
 import time
@@ -54,7 +53,10 @@ def open_slice(topology: str, slices: int = 1) -> Slice:
     from jax.experimental import topologies
 
     # Both cores of a v4 chip as one device, as JAX has it on the machine itself.
-    settings = {"chip_config_name": "megacore"} if generation == "v4" else {}
+    settings: dict[str, Any] = {"chip_config_name": "megacore"} if generation == "v4" else {}
+    if shaped.endswith(":1x1"):
+        # Hosts have four chips, but for those that have one.
+        settings["chips_per_host_bounds"] = (1, 1, 1)
     try:
         found = topologies.get_topology_desc(shaped, platform="tpu", num_slices=slices, **settings)
     except Exception as error:
@@ -100,7 +102,7 @@ class Plan:
         collective_bytes: sent, by mesh axes.
         collectives: the largest exchanges.
         fsdp_bound_bytes: what fully sharded parameters cost at least: gathered in bfloat16 for the forward and for the backward pass, once
-            more for a reference model, and gradients scattered; `collective_ratio` is how many times that is sent.
+            more for a reference model, and gradients scattered; `collective_ratio` is how many times that is sent, None on one chip.
         seconds: the least time by compute, hbm and ici (dcn with several slices) at the published peaks; the longest binds.
         tokens_per_second: bound, all chips together.
         mfu_bound: bound, the share of the chips' peak.
@@ -130,7 +132,7 @@ class Plan:
     collective_bytes: dict[str, float]
     collectives: list[dict[str, Any]]
     fsdp_bound_bytes: float
-    collective_ratio: float
+    collective_ratio: float | None
     seconds: dict[str, float]
     binds: str
     tokens_per_second: float
@@ -200,7 +202,7 @@ def _plan(
         collective_bytes=dict(sent),
         collectives=_largest(program.collectives),
         fsdp_bound_bytes=bound,
-        collective_ratio=sum(sent.values()) / bound if bound else math.nan,
+        collective_ratio=sum(sent.values()) / bound if bound else None,
         seconds=times,
         binds=max(times, key=lambda name: times[name]),
         tokens_per_second=lowered.tokens / least,

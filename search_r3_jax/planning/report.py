@@ -22,17 +22,18 @@ def print_plan(plan: Plan, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(dataclasses.asdict(plan), indent=1))
         return
-    mesh = " × ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1)
+    mesh = ", " + " × ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) if plan.chips > 1 else ""
+    ratio = "" if plan.collective_ratio is None else f", {plan.collective_ratio:.2f} × the least that sharding costs"
     slices = f"{plan.slices} × " if plan.slices > 1 else ""
     lines = [
-        f"{plan.stage} of {plan.model} on {slices}{plan.topology}: {plan.chips} chips, {mesh}",
+        f"{plan.stage} of {plan.model} on {slices}{plan.topology}: {plan.chips} chip{'s' if plan.chips > 1 else ''}{mesh}",
         "",
         f"memory a chip      {_gib(plan.hbm_used)} of {_gib(plan.hbm_limit)}, {plan.hbm_spare:.1%} left"
         + ("" if plan.fits else "  ← less than 5 %: it does not fit"),
         *(f"  {kind:<16} {_gib(size)}" for kind, size in plan.hbm.items() if size > 0),
         "",
         f"work a chip        {plan.executed_flops / 1e12:,.1f} TFLOP, {plan.recomputed:.2f} × the model's {plan.model_flops / 1e12:,.1f}",
-        f"sent by a chip     {_gib(sum(plan.collective_bytes.values()))}, {plan.collective_ratio:.2f} × the least that sharding costs",
+        f"sent by a chip     {_gib(sum(plan.collective_bytes.values()))}{ratio}",
         *(f"  over {axes:<11} {_gib(size)}" for axes, size in plan.collective_bytes.items()),
         *(f"    {_gib(each['bytes'])}  {each['runs']:>4} × {each['kind']} of {each['shape']}" for each in plan.collectives[:4]),
         "",

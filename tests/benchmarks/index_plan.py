@@ -14,19 +14,7 @@ from search_r3_jax.planning.models import PUBLISHED
 
 SECONDS_AN_HOUR, HOURS_A_YEAR = 3600.0, 8766.0
 MODELS = {
-    "SmolLM2-135M": ModelConfig(
-        family="llama",
-        vocab_size=49_152,
-        hidden_size=576,
-        feed_forward=1536,
-        layers=30,
-        heads=9,
-        kv_heads=3,
-        head_dim=64,
-        rope_theta=100_000.0,
-        norm_eps=1e-5,
-        max_positions=8192,
-    ),
+    "SmolLM2-135M": PUBLISHED["HuggingFaceTB/SmolLM2-135M-Instruct"],
     "Qwen2.5-1.5B": PUBLISHED["Qwen/Qwen2.5-1.5B-Instruct"],
 }
 

@@ -1,6 +1,8 @@
 """The decoder on the TPU kernel, interpreted, against the decoder on the other backend."""
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,11 +11,13 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
+from processes import run_processes
 
 from search_r3_jax.config import ModelConfig
 from search_r3_jax.models.attention import NOTHING, Backend
 from search_r3_jax.models.decoder import Decoder, positions_from_lengths
 
+PROGRAM = Path(__file__).with_name("splash_on_mesh.py")
 CONFIG = dataclasses.replace(tiny.CONFIG, family="qwen3", vocab_size=128, qk_norm=True)
 
 
@@ -68,3 +72,13 @@ def test_one_new_token_goes_the_plain_way() -> None:
         _, plain = Decoder(CONFIG, rngs=nnx.Rngs(0))(jnp.ones((2, 8), jnp.int32), positions_from_lengths(jnp.array([8, 5]), 8))
         results.append(decoder(jnp.ones((2, 1), jnp.int32), jnp.array([[8], [5]]), contexts=[plain])[0])
     np.testing.assert_array_equal(*results)
+
+
+@pytest.mark.slow
+def test_on_a_mesh_every_device_has_its_rows_heads_and_queries() -> None:
+    meshes = [{"fsdp": 8}, {"fsdp": 2, "tensor": 2, "sequence": 2}]
+    report = run_processes(PROGRAM, [json.dumps(meshes)], processes=1, devices=8, timeout=500)[0]
+    assert report["devices"] == 8
+    assert report["size"] > 1
+    for sizes in meshes:
+        assert report[json.dumps(sizes)] <= 1e-5

@@ -2,16 +2,17 @@
 
 import dataclasses
 import json
+from typing import Any, NamedTuple
 
 import pytest
 
 from search_r3_jax.chips import CHIPS
 from search_r3_jax.config import LoraConfig, MeshConfig, ModelConfig, RlConfig, RunConfig, SamplerConfig, SftConfig, TextConfig
 from search_r3_jax.errors import UserError
-from search_r3_jax.planning import models
+from search_r3_jax.planning import models, search
 from search_r3_jax.planning.plan import make_plan, open_slice
-from search_r3_jax.planning.report import print_plan
-from search_r3_jax.planning.search import sensible_meshes
+from search_r3_jax.planning.report import print_meshes, print_plan
+from search_r3_jax.planning.search import largest_chunk, sensible_meshes, try_meshes
 
 pytest.importorskip("libtpu", reason="the TPU compiler has no wheel for this system")
 
@@ -126,3 +127,60 @@ def test_meshes_that_make_sense_divide_the_model() -> None:
     assert MeshConfig(fsdp=16) in meshes
     assert {mesh.tensor for mesh in meshes} == {1, 2, 4}
     assert all(mesh.data * mesh.fsdp * mesh.tensor == 16 for mesh in meshes)
+
+
+@pytest.mark.slow
+def test_meshes_are_tried_and_the_fastest_comes_first(capsys: pytest.CaptureFixture[str]) -> None:
+    heard = list[str]()
+    tried = try_meshes(CONFIG, "encode", open_slice("v5e:2x2"), say=heard.append)
+    assert len(heard) == len(tried) == len(sensible_meshes(CONFIG, open_slice("v5e:2x2"))) > 3
+    rates = [plan.tokens_per_second for _, plan in tried if plan is not None]
+    assert rates == sorted(rates, reverse=True)
+    for mesh, plan in tried:
+        assert plan is not None
+        assert {axis: plan.mesh[axis] for axis in ("data", "fsdp", "tensor")} == {
+            "data": mesh.data,
+            "fsdp": mesh.fsdp,
+            "tensor": mesh.tensor,
+        }
+    print_meshes(tried, as_json=False)
+    best = next(line.split() for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["1"])
+    assert best[:4] == [str(size) for size in (tried[0][0].slice, tried[0][0].data, tried[0][0].fsdp, tried[0][0].tensor)]
+
+
+class _Memory(NamedTuple):
+    """Of a plan what the search asks for."""
+
+    chunk: int
+    fits: bool
+    hbm_used: float
+    hbm_limit: float
+
+
+@pytest.mark.parametrize("most", [1, 3, 4, 16, 47, 48])
+def test_the_largest_chunk_is_the_largest_divisor_that_fits(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    asked = list[int]()
+
+    def plan_of(config: RunConfig, stage: str, slices: object) -> _Memory:
+        asked.append(config.sft.encode_chunk)
+        if config.sft.encode_chunk > 2 * most:
+            raise UserError("sft on v5e:2x2: needs 99 GiB of 15.75 GiB a chip")
+        return _Memory(config.sft.encode_chunk, config.sft.encode_chunk <= most, 1.0 * config.sft.encode_chunk, 1.0 * most)
+
+    monkeypatch.setattr(search, "make_plan", plan_of)
+    config = dataclasses.replace(CONFIG, sft=dataclasses.replace(CONFIG.sft, global_batch=48))
+    found: Any = largest_chunk(config, "sft", open_slice("v5e:2x2"), say=lambda line: None)
+    assert found.chunk == max(size for size in range(1, most + 1) if 48 % size == 0)
+    # Every one is some minutes of a compiler.
+    assert len(asked) <= 4
+
+
+def test_where_nothing_fits_the_remedy_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(*_: object) -> None:
+        raise UserError("sft on v5e:2x2: needs 99 GiB of 15.75 GiB a chip")
+
+    monkeypatch.setattr(search, "make_plan", too_large)
+    with pytest.raises(UserError, match=r"not even a chunk of 1 fits; take more chips, or adapters"):
+        largest_chunk(CONFIG, "sft", open_slice("v5e:2x2"), say=lambda line: None)
+    with pytest.raises(UserError, match=r"--largest: encode has no chunk to find"):
+        largest_chunk(CONFIG, "encode", open_slice("v5e:2x2"), say=lambda line: None)

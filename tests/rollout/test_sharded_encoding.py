@@ -7,7 +7,12 @@ import pytest
 from processes import run_processes
 
 PROGRAM = Path(__file__).with_name("sharded_encoding.py")
-MESHES = {"data": ({"data": 8, "fsdp": 1}, 1 / 8), "fsdp": ({"fsdp": 8}, 1 / 8), "mixed": ({"data": 2, "fsdp": 2, "tensor": 2}, 1 / 4)}
+MESHES = {
+    "data": ({"data": 8, "fsdp": 1}, 1 / 8),
+    "fsdp": ({"fsdp": 8}, 1 / 8),
+    "mixed": ({"data": 2, "fsdp": 2, "tensor": 2}, 1 / 4),
+    "tokens": ({"slice": 2, "fsdp": 2, "sequence": 2}, 1 / 4),
+}
 
 
 @pytest.mark.slow

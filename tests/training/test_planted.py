@@ -140,7 +140,7 @@ def shuffle_rewards(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
+def start(optimised: None, tmp_path_factory: pytest.TempPathFactory) -> Start:
     return start_of_stage_2(tmp_path_factory.mktemp("planted"), SEED)
 
 
