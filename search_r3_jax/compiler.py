@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import jax
@@ -35,5 +36,5 @@ def keep_programs(folder: Path) -> None:
 
     JAX_COMPILATION_CACHE_DIR, where it is set, names another. Of several processes the first writes.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(folder))
