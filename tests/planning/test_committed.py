@@ -13,7 +13,8 @@ from search_r3_jax.planning.models import PUBLISHED
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 PLANS = {str(file.relative_to(LAUNCH / "plans").with_suffix("")): json.loads(file.read_text()) for file in LAUNCH.glob("plans/**/*.json")}
-MODELS, SLICES = ("Qwen2.5-1.5B", "Qwen2.5-7B", "Qwen3-8B"), ("v5e-16", "v5p-16", "v6e-16")
+# Of the models and slices that plans.sh knows, those whose four plans are kept.
+KEPT = ("Qwen2.5-1.5B/v5e-16", "Qwen2.5-1.5B/v6e-16", "Qwen2.5-7B/v5e-16", "Qwen2.5-7B/v5p-16", "Qwen3-8B/v5p-16")
 STAGES = ("sft", "rl", "decode", "encode")
 # As their publishers count them.
 PARAMETERS = {
@@ -27,8 +28,8 @@ UPDATES = [name for name, plan in PLANS.items() if plan["stage"] in ("sft", "rl"
 ONE_PASS = [name for name in UPDATES if not name.startswith("experiments/")]
 
 
-def test_every_model_stage_and_slice_has_a_plan_and_so_has_every_experiment() -> None:
-    named = {f"{model}/{chips}/{stage}" for model in MODELS for chips in SLICES for stage in STAGES}
+def test_every_stage_has_a_plan_and_so_has_every_experiment() -> None:
+    named = {f"{kept}/{stage}" for kept in KEPT for stage in STAGES}
     assert set(PLANS) == named | {f"experiments/{name}" for name in config_names()}
 
 
