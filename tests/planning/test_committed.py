@@ -14,7 +14,7 @@ from search_r3_jax.planning.models import PUBLISHED
 LAUNCH = Path(__file__).parents[2] / "launch"
 PLANS = {str(file.relative_to(LAUNCH / "plans").with_suffix("")): json.loads(file.read_text()) for file in LAUNCH.glob("plans/**/*.json")}
 # Of the models and slices that plans.sh knows, those whose four plans are kept.
-KEPT = ("Qwen2.5-1.5B/v5e-16", "Qwen2.5-1.5B/v6e-16", "Qwen2.5-7B/v5e-16", "Qwen2.5-7B/v5p-16", "Qwen3-8B/v5p-16")
+KEPT = ("Qwen2.5-1.5B/v5e-16", "Qwen2.5-1.5B/v5p-16", "Qwen2.5-1.5B/v6e-16", "Qwen2.5-7B/v5e-16", "Qwen2.5-7B/v5p-16", "Qwen3-8B/v5p-16")
 STAGES = ("sft", "rl", "decode", "encode")
 # As their publishers count them.
 PARAMETERS = {
@@ -67,7 +67,9 @@ def test_parameters_and_optimiser_take_what_a_count_by_hand_says(name: str) -> N
         by_hand = {"parameters": base + 4 * adapters_on_chip(plan), "optimizer": 8 * adapters_on_chip(plan)}
     for kind, size in by_hand.items():
         assert plan["hbm"][kind] == pytest.approx(size, rel=0.02), kind
-    assert plan["arguments_bytes"] == pytest.approx(sum(by_hand.values()), rel=0.02)
+    # The compiler's tiles are 128 wide; a decoder of 576 fills four and a half.
+    padding = 0.02 if SIZES[plan["model"]].hidden_size % 128 == 0 else 0.03
+    assert plan["arguments_bytes"] == pytest.approx(sum(by_hand.values()), rel=padding)
 
 
 def adapters_on_chip(plan: dict[str, Any]) -> float:
@@ -104,7 +106,7 @@ def count(shape: list[int]) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["Qwen2.5-1.5B/v5e-16/encode", "Qwen2.5-1.5B/v6e-16/decode"])
+@pytest.mark.parametrize("name", ["Qwen2.5-1.5B/v5e-16/encode", "Qwen2.5-1.5B/v5e-16/decode"])
 def test_the_compiler_says_the_same_again(tmp_path: Path, name: str) -> None:
     pytest.importorskip("libtpu", reason="the TPU compiler has no wheel for this system")
     done = subprocess.run([LAUNCH / "plans.sh", "--out", tmp_path, name], capture_output=True, text=True)
