@@ -12,7 +12,7 @@ launch/plans.sh [FLAGS] [NAME…]
   --out FOLDER   where the plans go (launch/plans)
   --dry-run      print the commands, run nothing
 
-NAME chooses plans, as in 'Qwen2.5-1.5B/v5e-16/*' or experiments/qwen25_7b; without one all are made, in about an hour on two cores.
+NAME chooses plans, as in 'Qwen2.5-1.5B/v5e-16/*' or experiments/qwen25_7b; without one all are made, each in one to some twenty minutes on two cores.
 Needs search-r3 with the extra `plan`, and no TPU.
 HELP
 }

@@ -147,11 +147,6 @@ def map_params(function: Callable[[Any, PartitionSpec], Any], params: Any) -> An
     return jax.tree_util.tree_map_with_path(of, params)
 
 
-def param_sharding(path: tuple[str, ...], mesh: Mesh) -> NamedSharding:
-    """The sharding of the parameter at a path of `PARAMETER_AXES`."""
-    return NamedSharding(mesh, param_spec(path))
-
-
 def param_spec(path: tuple[str, ...]) -> PartitionSpec:
     """Over which axes the parameter at a path of `PARAMETER_AXES` lies."""
     return PartitionSpec(*(LOGICAL_AXES[axis] for axis in PARAMETER_AXES[path]))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes, make_splash_mha
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from search_r3_jax.mesh import BATCH_AXES, axis_size
 from search_r3_jax.models.attention import Attend
@@ -26,9 +26,7 @@ def plan_splash(masks: Sequence[jax.Array]) -> Attend:
     visible = jnp.pad(visible, ((0, 0), (0, -T % TILE), (0, -visible.shape[2] % TILE)))
     # A query that sees nothing would divide by zero, and its result, which nobody reads, would still reach the gradients.
     visible = visible.at[:, :, 0].set(visible[:, :, 0] | ~jnp.any(visible, axis=2))
-    mesh = jax.sharding.get_abstract_mesh()
-    shares = 1 if mesh.empty or not _tiles_divide(visible.shape[1], mesh) else mesh.shape["sequence"]
-    sizes = _block_sizes(visible.shape[1] // shares, visible.shape[2])
+    sizes = _block_sizes(visible.shape[1] // _query_shares(visible.shape[1]), visible.shape[2])
 
     def kernel(interpret: bool) -> Callable[..., jax.Array]:
         def one_row(mask: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -61,15 +59,18 @@ def _on_each_device(kernel: Callable[..., jax.Array], visible: jax.Array, *heads
         return kernel(visible, *heads_first)
     # A single shared prompt is nobody's row: all devices read it.
     rows = BATCH_AXES if visible.shape[0] % axis_size(mesh, BATCH_AXES) == 0 else None
-    queries = "sequence" if _tiles_divide(visible.shape[1], mesh) else None
+    queries = "sequence" if _query_shares(visible.shape[1]) > 1 else None
     asked, seen = PartitionSpec(rows, "tensor", queries), PartitionSpec(rows, "tensor")
     specs = (PartitionSpec(rows, queries), asked, seen, seen)
     # Kernels do not say over which axes their results are the same.
     return jax.shard_map(kernel, mesh=mesh, in_specs=specs, out_specs=asked, check_vma=False)(visible, *heads_first)
 
 
-def _tiles_divide(T: int, mesh: AbstractMesh) -> bool:
-    return T // TILE % mesh.shape["sequence"] == 0
+def _query_shares(T: int) -> int:
+    """Over how many devices of the mesh in use the tiles of T queries can be shared out."""
+    mesh = jax.sharding.get_abstract_mesh()
+    shares = 1 if mesh.empty else mesh.shape["sequence"]
+    return shares if T // TILE % shares == 0 else 1
 
 
 def _per_row(x: jax.Array, B: int) -> jax.Array:

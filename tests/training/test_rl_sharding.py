@@ -8,6 +8,7 @@ from mesh_shapes import every_mesh
 from processes import run_processes
 
 PROGRAM = Path(__file__).with_name("sharded_rl.py")
+MESHES = [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
 
 
 @pytest.mark.slow
@@ -15,7 +16,7 @@ PROGRAM = Path(__file__).with_name("sharded_rl.py")
 def test_every_mesh_computes_what_one_device_computes(tiny_folders: dict[str, Path], family: str, kind: str, part: int) -> None:
     # Two micro-batches of 16 queries: their rows and their prompts are shared out; of 4 queries, only the rows.
     cases = [(16, sizes, 0.0) for sizes in every_mesh(8, most_tensor=2)[part::2]]
-    cases += [(4, {"fsdp": 8}, 0.0), (4, {"data": 2, "fsdp": 2, "tensor": 2}, 0.0)]
+    cases += [(micro_queries, sizes, 0.0) for sizes in MESHES for micro_queries in (16, 4)]
     # A device holds half of the weights while replies are written, and a tenth: then they are gathered for every token.
     cases += [(16, {"fsdp": 8}, 0.6), (16, {"fsdp": 8}, 0.1)]
     arguments = [str(tiny_folders[family]), kind, json.dumps(cases)]

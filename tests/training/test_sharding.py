@@ -28,7 +28,7 @@ from search_r3_jax.training.sharding import put_batch
 from search_r3_jax.training.state import init_state, state_shardings
 
 PROGRAM = Path(__file__).with_name("sharded_steps.py")
-FSDP, MIXED = {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}
+FSDP, DATA, MIXED = {"fsdp": 8}, {"data": 8, "fsdp": 1}, {"data": 2, "fsdp": 2, "tensor": 2}
 
 
 def batch_of() -> PairBatch:
@@ -133,7 +133,8 @@ def check(report: dict[str, Any], meshes: list[dict[str, int]]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "kind"), [("qwen2", "lora"), ("llama", "full")])
 def test_eight_devices_compute_what_one_computes(tiny_folders: dict[str, Path], family: str, kind: str) -> None:
-    check(run(tiny_folders[family], kind, [MIXED], processes=1, devices=8)[0], [MIXED])
+    meshes = [FSDP, DATA, MIXED]
+    check(run(tiny_folders[family], kind, meshes, processes=1, devices=8)[0], meshes)
 
 
 @pytest.mark.slow
