@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import tyro
 
 from search_r3_jax.commands.data import DataBuild, DataMine
-from search_r3_jax.commands.evaluation import Budget, Compare, Curves, Eval, Perplexity
+from search_r3_jax.commands.evaluation import Budget, Compare, Curves, Eval, Perplexity, Report
 from search_r3_jax.commands.models import Embed, Export
 from search_r3_jax.commands.planning import Plan
 from search_r3_jax.commands.training import Indexer, Quickstart, Rl, Sft
@@ -36,6 +36,7 @@ Command = (
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Perplexity, tyro.conf.subcommand("perplexity")]
     | Annotated[Curves, tyro.conf.subcommand("curves")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[DataCommand, tyro.conf.subcommand("data", description="Build data sets, and mine hard negatives.")]
 )
 

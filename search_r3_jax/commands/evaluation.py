@@ -134,3 +134,28 @@ class Curves:
 
         draw_curves(self.runs, self.out)
         print(self.out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Show runs, and results of `eval` and `budget`, on one HTML page that needs nothing else.
+
+    Attributes:
+        runs: folders that sft or rl wrote to; those of one stage are drawn together.
+        eval: files of `eval --out` and `budget --out`.
+        out: HTML file.
+        pictures: folder for the page's pictures as PNG files; it is made where there is none.
+        debug: show the traceback of an error.
+    """
+
+    runs: tyro.conf.Positional[tuple[Path, ...]] = ()
+    eval: tuple[Path, ...] = ()
+    out: Path = Path("report.html")
+    pictures: Path | None = None
+    debug: bool = False
+
+    def run(self) -> None:
+        from search_r3_jax.evaluation.page import write_report
+
+        write_report(self.runs, self.eval, self.out, self.pictures)
+        print(self.out)

@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,17 @@ def run_budget(settings: BudgetSettings) -> dict[str, Any]:
 def draw_budget(record: Mapping[str, Any], out: Path) -> None:
     """nDCG@10 with its intervals over the tokens of a query, direct search as a level line, as PNG; `record` is that of `run_budget`."""
     pyplot = open_pyplot("budget")
-    figure, axis = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    figure = budget_figure(pyplot, record, size=(6, 4))
+    figure.axes[0].set_title(title_of(record), fontsize=9)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    figure.savefig(temporary, dpi=110, format="png")
+    temporary.replace(out)
+    pyplot.close(figure)
+
+
+def budget_figure(pyplot: ModuleType, record: Mapping[str, Any], *, size: tuple[float, float]) -> Any:
+    """What `draw_budget` writes, as a figure of `size` inches without a title."""
+    figure, axis = pyplot.subplots(figsize=size, layout="constrained")
     points = sorted(record["budgets"], key=lambda point: point["reply_tokens"])
     tokens = np.array([point["reply_tokens"] for point in points])
     means = np.array([point["ndcg@10"] for point in points])
@@ -71,15 +82,11 @@ def draw_budget(record: Mapping[str, Any], out: Path) -> None:
     axis.axhline(direct["ndcg@10"], color="C1", linestyle="--", label=f"direct, {direct['milliseconds_per_query']:.0f} ms a query")
     axis.axhspan(interval["low"], interval["high"], color="C1", alpha=0.15, linewidth=0)
     axis.set(xlabel="tokens written for a query", ylabel="nDCG@10, 95 % interval")
-    axis.set_title(title_of(record), fontsize=9)
     axis.margins(x=0.08, y=0.2)
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    figure.savefig(temporary, dpi=110, format="png")
-    temporary.replace(out)
-    pyplot.close(figure)
+    return figure
 
 
 def _check(settings: BudgetSettings) -> None:

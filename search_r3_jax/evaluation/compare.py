@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from rich.text import Text
 
 from search_r3_jax.errors import UserError
 from search_r3_jax.evaluation.metrics import METRICS
-from search_r3_jax.evaluation.report import FORMAT_VERSION
+from search_r3_jax.evaluation.result_files import read_record
 from search_r3_jax.evaluation.significance import Interval, bootstrap_interval, sign_flip_p_value
 
 SHOWN = 5
@@ -58,14 +57,9 @@ def read_result(name: str) -> Result:
     head, _, tail = name.rpartition(":")
     if tail in MODES and not path.is_file():
         path, mode = Path(head), tail
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give a file that `search-r3 eval --out` wrote") from None
-    except ValueError as error:
-        raise UserError(f"{path}: is not JSON ({error}); give a file that `search-r3 eval --out` wrote") from None
-    if not isinstance(record, dict) or record.get("format_version") != FORMAT_VERSION or not {"modes", "data"} <= record.keys():
-        raise UserError(f"{path}: format_version: is no result of `search-r3 eval` of this version; evaluate again")
+    record = read_record(path, wrote="`search-r3 eval --out`")
+    if "modes" not in record:
+        raise UserError(f"{path}: modes: missing, so it is no result of `search-r3 eval`; evaluate again")
     modes = record["modes"]
     if mode is None and len(modes) > 1:
         raise UserError(f"{path}: has the modes {' and '.join(modes)}; append one, as in {path}:{next(iter(modes))}")

@@ -42,7 +42,7 @@ def draw_curves(runs: Sequence[Path], out: Path) -> None:
             # A term that is left out is logged as zero throughout.
             if any(value for _, value in values):
                 steps, heights = zip(*values, strict=True)
-                below.plot(steps, _smoothed(np.array(heights)), color=f"C{i + 1}", label=name.replace("_", " "))
+                below.plot(steps, smoothed(np.array(heights)), color=f"C{i + 1}", label=name.replace("_", " "))
         # KL begins at nothing.
         below.set(xlabel="step", **({"ylim": (0, 1.02)} if of_stage_2 else {"yscale": "log", "ylim": (1e-3, None)}))
         for axis in (above, below):
@@ -78,7 +78,7 @@ def _read(run: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[dict[str, A
     return [(record["step"], record["results"]) for record in records], metrics
 
 
-def _smoothed(values: np.ndarray) -> np.ndarray:
+def smoothed(values: np.ndarray) -> np.ndarray:
     """The mean of each value and those just before it, `SMOOTHED_STEPS` in all."""
     sums = np.cumsum(np.concatenate([np.zeros(1), values]))
     ends = np.arange(1, len(values) + 1)

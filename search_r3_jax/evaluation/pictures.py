@@ -1,0 +1,233 @@
+"""Pictures of a report: a small one for each thing that a run logs, all runs of a stage in it, and the think-budget curve."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from search_r3_jax.evaluation.budget import budget_figure
+from search_r3_jax.evaluation.curves import SMOOTHED_STEPS, open_pyplot, smoothed
+from search_r3_jax.evaluation.report import title_of
+from search_r3_jax.evaluation.run_files import RunFiles
+
+# As wide as a phone shows without shrinking the text.
+WIDTH, HEIGHT = 4.2, 2.6
+STYLES = ("-", "--", ":")
+# More steps are drawn as so many means: a picture of this size cannot show more, and the page stays small.
+MOST_POINTS = 400
+RC = {
+    # Names of folders and models come from outside: a dollar sign in them begins no formula.
+    "text.parse_math": False,
+    # The same numbers give the same page.
+    "svg.hashsalt": "search-r3",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "axes.formatter.useoffset": False,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+}
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """What one picture shows.
+
+    Attributes:
+        terms: scalar of `metrics.jsonl` → what the legend calls it where there are several.
+        measured: now and then, not at every step: points, not a smoothed line.
+        weighted: a term of the loss; where its weight is 0 it was logged as zero throughout, and is left out here.
+        limits: of the vertical axis, or a None in them, where the values decide.
+    """
+
+    name: str
+    title: str
+    terms: Mapping[str, str] = field(default_factory=dict)
+    measured: bool = False
+    weighted: bool = False
+    limits: tuple[float, float | None] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A picture in both formats; `name` is that of its file, `told` says in words what it shows."""
+
+    name: str
+    told: str
+    svg: bytes
+    png: bytes
+
+
+def _panel(scalar: str, title: str, limits: tuple[float, float | None] | None = None) -> Panel:
+    return Panel(name=scalar, title=title, terms={scalar: ""}, limits=limits)
+
+
+def _loss_term(scalar: str, title: str) -> Panel:
+    return Panel(name=scalar, title=title, terms={scalar: ""}, weighted=True)
+
+
+SHARE = (-0.02, 1.02)
+FROM_ZERO = (0.0, None)
+DEVELOPMENT = (
+    Panel(
+        name="dev-ndcg",
+        title="nDCG@10, development queries",
+        terms={"dev_direct_ndcg@10": "direct", "dev_reason_ndcg@10": "reasoned"},
+        measured=True,
+    ),
+    Panel(
+        name="dev-valid",
+        title="valid rate, development queries",
+        terms={"dev_reason_valid_rate": ""},
+        measured=True,
+        limits=SHARE,
+    ),
+)
+PANELS = {
+    "sft": (
+        _panel("loss", "loss"),
+        _loss_term("infonce", "InfoNCE"),
+        _loss_term("triplet", "triplet margin loss"),
+        _loss_term("language", "cross-entropy of the reply"),
+        _loss_term("kl", "KL to the base, nats a token"),
+        _panel("in_batch_accuracy", "in-batch accuracy", SHARE),
+        _panel("gradient_norm", "gradient norm"),
+        *DEVELOPMENT,
+    ),
+    "rl": (
+        Panel(name="reward", title="reward", terms={"reward": "mean", "reward_best": "best of a group"}),
+        _panel("reward_within_group_std", "spread of the reward within groups"),
+        _panel("zero_group_share", "share of groups without any spread", SHARE),
+        _panel("valid_rate", "valid rate", SHARE),
+        _panel("reply_tokens", "reply length, tokens"),
+        _panel("entropy", "entropy, nats a token"),
+        _panel("repetition", "repetition"),
+        _panel("effective_rank", "effective rank of the embeddings"),
+        _loss_term("kl", "KL to the reference, nats a token"),
+        _panel("policy", "policy loss"),
+        _loss_term("infonce", "InfoNCE"),
+        _panel("gradient_norm", "gradient norm"),
+        *DEVELOPMENT,
+        Panel(name="dev-swap-gain", title="nDCG@10 lost with another's reasoning", terms={"dev_swap_gain": ""}, measured=True),
+    ),
+}
+INDEX_PANELS = (
+    _panel("index_age", "index age, steps", FROM_ZERO),
+    _panel("reencoded_share", "share of the corpus re-encoded in a step", FROM_ZERO),
+    _panel("candidate_agreement", "index's top 10 in the exact top 10", SHARE),
+    Panel(
+        name="drift",
+        title="drift since the last snapshot",
+        terms={"drift_cosine": "cosine", "drift_overlap": "same neighbours"},
+        measured=True,
+    ),
+    _panel("index_stall_share", "share of the time spent on the index", FROM_ZERO),
+)
+
+
+def draw_panels(stage: str, runs: Sequence[RunFiles], panels: Sequence[Panel]) -> list[Picture]:
+    """A picture of each panel that any of the runs has values for."""
+    pyplot = open_pyplot("report")
+    pictures = []
+    for panel in panels:
+        lines = [(at, term, *run.series(scalar)) for at, run in enumerate(runs) for term, scalar in enumerate(panel.terms)]
+        lines = [(at, term, steps, values) for at, term, steps, values in lines if (values.any() if panel.weighted else len(values))]
+        if lines:
+            with pyplot.rc_context(RC):
+                figure = _figure(pyplot, panel, [run.name for run in runs], lines)
+                told = f"{panel.title}: " + "; ".join(_told(runs[at].name, panel, term, values) for at, term, _, values in lines)
+                pictures.append(_picture(pyplot, f"{stage}-{panel.name.replace('_', '-')}", told, figure))
+    return pictures
+
+
+def draw_budget_curve(name: str, record: Mapping[str, Any]) -> Picture:
+    """The think-budget curve of a record of `budget`."""
+    pyplot = open_pyplot("report")
+    with pyplot.rc_context(RC):
+        figure = budget_figure(pyplot, record, size=(WIDTH * 1.1, HEIGHT * 1.3))
+        return _picture(pyplot, name, f"nDCG@10 over the tokens written for a query. {title_of(record)}", figure)
+
+
+def _figure(pyplot: ModuleType, panel: Panel, names: Sequence[str], lines: Sequence[tuple[int, int, np.ndarray, np.ndarray]]) -> Any:
+    """A run has a colour, a term a style."""
+    figure, axis = pyplot.subplots(figsize=(WIDTH, HEIGHT), layout="constrained")
+    for at, term, steps, values in lines:
+        look = {"color": f"C{at % 10}", "linestyle": STYLES[term], "linewidth": 1.5}
+        if panel.measured:
+            axis.plot(steps, values, **look, marker="o", markersize=3.5)
+        else:
+            steps, values = _fewer(steps), _fewer(values)
+            axis.plot(steps, values, **look | {"linewidth": 0.8, "alpha": 0.3})
+            # A single step makes no line.
+            axis.plot(steps, smoothed(values), **look, marker="o" if len(values) == 1 else None, markersize=3.5)
+    axis.set(title=panel.title, xlabel="steps")
+    if panel.limits is not None:
+        bottom, top = panel.limits
+        # Over the largest value, which may be 0 throughout.
+        axis.set_ylim(bottom, 1.08 * max(values.max() for *_, values in lines) or 1.0 if top is None else top)
+    axis.xaxis.get_major_locator().set_params(integer=True, nbins=6)
+    handles, labels = _legend(pyplot, panel, names, lines)
+    if labels:
+        # What fits beside each other without shrinking the axes.
+        columns = max(1, min(4, 48 // (max(map(len, labels)) + 6)))
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
+    return figure
+
+
+def _legend(
+    pyplot: ModuleType, panel: Panel, names: Sequence[str], lines: Sequence[tuple[int, int, np.ndarray, np.ndarray]]
+) -> tuple[list[Any], list[str]]:
+    """Runs by colour where there are several, then terms by style where there are several."""
+    runs = sorted({at for at, *_ in lines})
+    terms = sorted({term for _, term, *_ in lines})
+    told = list(panel.terms.values())
+    handles, labels = [], []
+    if len(names) > 1:
+        handles += [pyplot.Line2D([], [], color=f"C{at % 10}") for at in runs]
+        labels += [_short(names[at]) for at in runs]
+    if len(terms) > 1 or told[terms[0]]:
+        color = "C0" if len(names) == 1 else "0.4"
+        handles += [pyplot.Line2D([], [], color=color, linestyle=STYLES[term]) for term in terms]
+        labels += [told[term] for term in terms]
+    return handles, labels
+
+
+def printable(text: str) -> str:
+    """A text whose control characters and halves of characters, which neither HTML nor UTF-8 can hold, are replaced by U+FFFD."""
+    return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def _short(name: str, most: int = 28) -> str:
+    """A name that fits; its end tells runs apart."""
+    name = printable(name)
+    return name if len(name) <= most else "…" + name[1 - most :]
+
+
+def _fewer(values: np.ndarray) -> np.ndarray:
+    """Means of at most `MOST_POINTS` stretches of equal length."""
+    return np.array([part.mean() for part in np.array_split(values, min(len(values), MOST_POINTS))])
+
+
+def _told(run: str, panel: Panel, term: int, values: np.ndarray) -> str:
+    """First and last value of a line; of what was logged at every step, the means of a few."""
+    name = list(panel.terms.values())[term]
+    few = 1 if panel.measured else SMOOTHED_STEPS
+    of = f"{run}, {name}" if name else run
+    return f"{of}: from {values[:few].mean():.4g} to {values[-few:].mean():.4g}"
+
+
+def _picture(pyplot: ModuleType, name: str, told: str, figure: Any) -> Picture:
+    svg, png = io.BytesIO(), io.BytesIO()
+    figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    figure.savefig(png, format="png", dpi=200, facecolor="white")
+    pyplot.close(figure)
+    return Picture(name=name, told=told, svg=svg.getvalue(), png=png.getvalue())

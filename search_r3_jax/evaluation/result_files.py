@@ -1,0 +1,188 @@
+"""Files that `eval` and `budget` wrote, read again and checked, so that whoever shows them need not."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from search_r3_jax.errors import UserError
+from search_r3_jax.evaluation.metrics import METRICS
+from search_r3_jax.evaluation.report import FORMAT_VERSION
+
+COSTS = ("valid_rate", "reply_tokens", "queries_per_second", "milliseconds_per_query")
+ENDS = ("low", "high")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetKey:
+    """What was searched for what: results with an equal key can be held against each other, query by query."""
+
+    name: str
+    split: str
+    documents: int
+    documents_sha256: str
+    queries_sha256: str
+    query_ids: frozenset[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalResult:
+    """One mode of one file of `eval`.
+
+    Attributes:
+        system: the model, and of a decoder the mode, checkpoint and limit of thinking.
+        of_query: query id → metrics, in the order of the file.
+        costs: those of `COSTS`.
+        controls: of reasoning, as in the file; empty where they were not asked for.
+    """
+
+    file: Path
+    system: str
+    searched: SetKey
+    of_query: Mapping[str, Mapping[str, float]]
+    costs: Mapping[str, float]
+    controls: Mapping[str, Mapping[str, Any]]
+
+    def values(self, metric: str, query_ids: Iterable[str] | None = None) -> np.ndarray:
+        """A metric of each query [Q], in the order of the file or of `query_ids`."""
+        return np.array([self.of_query[query_id][metric] for query_id in query_ids or self.of_query], np.float64)
+
+
+def read_record(path: Path, *, wrote: str) -> dict[str, Any]:
+    """The record in a file that the commands `wrote` write; raises UserError naming file and field."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a file that {wrote} wrote") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not JSON ({error}); give a file that {wrote} wrote") from None
+    if not isinstance(record, dict) or record.get("format_version") != FORMAT_VERSION or not isinstance(record.get("data"), dict):
+        raise UserError(f"{path}: format_version: is no result of {wrote} of this version; evaluate again")
+    return record
+
+
+def read_results(files: Sequence[Path]) -> tuple[list[EvalResult], list[dict[str, Any]]]:
+    """The results of `eval`, a mode each, and the records of `budget`; raises UserError for a file that is neither or is there twice."""
+    results: list[EvalResult] = []
+    budgets: list[dict[str, Any]] = []
+    for at, file in enumerate(files):
+        if file.resolve() in [earlier.resolve() for earlier in files[:at]]:
+            raise UserError(f"--eval: {file}: is there twice; name each file once")
+        record = read_record(file, wrote="`search-r3 eval --out` or `search-r3 budget --out`")
+        _check_data(file, record)
+        if "modes" in record:
+            results += _eval_results(file, record)
+        elif "budgets" in record:
+            _check_budget(file, record)
+            budgets.append(record)
+        else:
+            raise UserError(f"{file}: modes: missing, and so is budgets; give a file of `search-r3 eval --out` or `search-r3 budget --out`")
+    return results, budgets
+
+
+def _check_data(file: Path, record: Mapping[str, Any]) -> None:
+    """What a title needs."""
+    _at(file, record, "model", kind=str)
+    for name in ("name", "split"):
+        _at(file, record, "data", name, kind=str)
+    for name in ("documents", "queries"):
+        _at(file, record, "data", name, kind=int)
+    cut = record["data"].setdefault("cut", None)
+    if cut is not None:
+        _at(file, record, "data", "cut", "whole", kind=int)
+
+
+def _eval_results(file: Path, record: Mapping[str, Any]) -> list[EvalResult]:
+    data, system = record["data"], record.get("system")
+    system = system if isinstance(system, dict) else {}
+    results = []
+    for mode in _at(file, record, "modes", kind=dict):
+        per_query = _at(file, record, "modes", mode, "per_query", kind=dict)
+        if not per_query:
+            raise UserError(f"{file}: modes.{mode}.per_query: has no query; evaluate again")
+        of_query = {
+            query_id: {metric: _number(file, record, "modes", mode, "per_query", query_id, metric) for metric in METRICS}
+            for query_id in per_query
+        }
+        controls = record["modes"][mode].get("controls", {})
+        if controls:
+            _check_controls(file, record, mode)
+        key = SetKey(
+            name=data["name"],
+            split=data["split"],
+            documents=data["documents"],
+            documents_sha256=str(data.get("documents_sha256")),
+            queries_sha256=str(data.get("queries_sha256")),
+            query_ids=frozenset(of_query),
+        )
+        costs = {name: _number(file, record, "modes", mode, name) for name in COSTS}
+        name = _system_name(record["model"], system, mode)
+        results.append(EvalResult(file=file, system=name, searched=key, of_query=of_query, costs=costs, controls=controls))
+    return results
+
+
+def _system_name(model: str, system: Mapping[str, Any], mode: str) -> str:
+    if system.get("kind") != "decoder":
+        return model
+    told = [model, {"reason": "reasoned"}.get(mode, mode)]
+    if system.get("step") is not None:
+        told.append(f"step {system['step']}")
+    if mode == "reason" and "max_think_tokens" in system:
+        told.append(f"at most {system['max_think_tokens']} tokens")
+    return ", ".join(told)
+
+
+def _check_controls(file: Path, record: Mapping[str, Any], mode: str) -> None:
+    for name in _at(file, record, "modes", mode, "controls", kind=dict):
+        where = ("modes", mode, "controls", name)
+        for field in ("ndcg@10", "reply_tokens"):
+            _number(file, record, *where, field)
+        for end in ENDS:
+            _number(file, record, *where, "ndcg@10_interval", end)
+        for part in ("mean", *ENDS):
+            _number(file, record, *where, "own_minus_this", part)
+
+
+def _check_budget(file: Path, record: Mapping[str, Any]) -> None:
+    points = _at(file, record, "budgets", kind=list)
+    if not points:
+        raise UserError(f"{file}: budgets: is empty; measure again with some --budgets")
+    for where in (("direct",), *(("budgets", at) for at in range(len(points)))):
+        for field in (*METRICS, *COSTS):
+            _number(file, record, *where, field)
+        for end in ENDS:
+            _number(file, record, *where, "ndcg@10_interval", end)
+    for at in range(len(points)):
+        _at(file, record, "budgets", at, "max_think_tokens", kind=int)
+        for part in ("mean", *ENDS):
+            _number(file, record, "budgets", at, "over_direct", part)
+
+
+def _number(file: Path, record: Any, *keys: str | int) -> float:
+    value = _at(file, record, *keys, kind=(int, float))
+    if not math.isfinite(value):
+        raise UserError(f"{file}: {_dotted(keys)}: {value} is not finite; evaluate again")
+    return float(value)
+
+
+def _at(file: Path, record: Any, *keys: str | int, kind: type | tuple[type, ...]) -> Any:
+    """The value under `keys`, one in the other; raises UserError naming them where it is missing or of another kind."""
+    value = record
+    for key in keys:
+        try:
+            value = value[key]
+        except (KeyError, IndexError, TypeError):
+            raise UserError(f"{file}: {_dotted(keys)}: missing; evaluate again") from None
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise UserError(f"{file}: {_dotted(keys)}: of the wrong kind; evaluate again")
+    return value
+
+
+def _dotted(keys: Sequence[str | int]) -> str:
+    return ".".join(map(str, keys))

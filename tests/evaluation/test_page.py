@@ -1,0 +1,468 @@
+"""`search-r3 report`: its numbers are those of the files, hostile texts stay texts, and a mistake is one line with nothing written."""
+
+import base64
+import errno
+import html
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib import pyplot
+from pages import HOSTILE, budget_record, eval_record, rollout_sample, search_sample, with_controls, write_lines, write_run
+from tiny import word_collection
+
+from search_r3_jax.data.dataset import build_dataset
+from search_r3_jax.errors import UserError
+from search_r3_jax.evaluation.compare import compare_results, read_result
+from search_r3_jax.evaluation.page import SHOWN_ROLLOUTS, write_report
+from search_r3_jax.evaluation.report import SAMPLES, run_evaluation
+from search_r3_jax.evaluation.settings import EvalSettings
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+class Page(HTMLParser):
+    """The tables of a page by their titles, the texts of its searches, and all tags with their attributes."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.tables: dict[str, list[list[str]]] = {}
+        self.sections: list[str] = []
+        self.texts: dict[str, list[str]] = {"query": [], "reply": []}
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self._title, self._open, self._cell = "", "", ""
+        self.text = file.read_text(encoding="utf-8")
+        self.feed(self.text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        attributes = dict(attrs)
+        self.tags.append((tag, attributes))
+        self._open = attributes.get("class") or tag
+        if tag == "section":
+            self.sections.append(str(attributes["id"]))
+        if tag == "table":
+            self.tables[self._title] = []
+        if tag == "tr":
+            self.tables[self._title].append([])
+        if tag in ("td", "th"):
+            self._cell = ""
+        # The interval below a value.
+        if self._open == "small":
+            self._cell += "|"
+        if self._open in self.texts:
+            self.texts[self._open].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("td", "th"):
+            self.tables[self._title][-1].append(self._cell)
+        self._open = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._open == "h3":
+            self._title = data
+        self._cell += data
+        if self._open in self.texts:
+            self.texts[self._open][-1] += data
+
+    def row(self, table: str, name: str) -> list[str]:
+        return next(row[1:] for row in self.tables[table] if row[0] == name)
+
+
+def write_json(file: Path, record: Any) -> Path:
+    file.write_text(json.dumps(record))
+    return file
+
+
+def percentile_interval(values: np.ndarray) -> tuple[float, float]:
+    """Of the bootstrap with the same draws, one sample at a time."""
+    draws = np.random.default_rng(0).integers(len(values), size=(SAMPLES, len(values)))
+    low, high = np.percentile([values[draw].sum() / len(values) for draw in draws], [2.5, 97.5])
+    return float(low), float(high)
+
+
+def test_result_tables_are_the_numbers_of_the_files(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    values = {name: generator.random((3, 30)) for name in ("cosqa", "scifact")}
+    files = []
+    for name, (words, direct, reason) in values.items():
+        record = eval_record({"direct": words}, model="bm25", kind="bm25", name=name)
+        files.append(write_json(tmp_path / f"{name}-bm25.json", record))
+        record = eval_record({"direct": direct, "reason": reason}, model="runs/rl", name=name, step=80, max_think_tokens=16)
+        files.append(write_json(tmp_path / f"{name}-rl.json", with_controls(record)))
+    write_report([], files, tmp_path / "report.html")
+    page = Page(tmp_path / "report.html")
+    assert page.sections == ["results"]
+    reasoned = "runs/rl, reasoned, step 80, at most 16 tokens"
+    systems = {"bm25": 0, "runs/rl, direct, step 80": 1, reasoned: 2}
+
+    title = "nDCG@10 of every system on every set"
+    assert page.tables[title][0] == ["nDCG@10", "cosqa (test), 500 documents", "scifact (test), 500 documents"]
+    assert [row[0] for row in page.tables[title][1:]] == list(systems)
+    for system, at in systems.items():
+        for of_set, cell in zip(values.values(), page.row(title, system), strict=True):
+            low, high = percentile_interval(of_set[at])
+            assert cell == f"{of_set[at].mean():.4f}|{low:.3f} … {high:.3f}"
+
+    title = "30 queries of scifact (test) over 500 documents"
+    costs = ["valid", "tokens/query", "ms/query"]
+    assert page.tables[title][0][1:] == ["nDCG@10", "over the first", "recall@10", "recall@100", "MRR", "MAP", *costs]
+    words, _, reason = values["scifact"]
+    row = page.row(title, reasoned)
+    low, high = percentile_interval(reason - words)
+    assert row[1] == f"{(reason - words).mean():+.4f}|{low:+.3f} … {high:+.3f}"
+    # Each metric of a made-up record is a known part of the first.
+    assert [float(cell.split("|")[0]) for cell in row[2:6]] == pytest.approx([reason.mean() / part for part in (2, 3, 4, 5)], abs=5e-5)
+    assert row[6:] == ["87.5%", "21.5", "47.2"]
+    controls = next(rows for title, rows in page.tables.items() if title.startswith("What its own reasoning is worth") and "cosqa" in title)
+    assert [row[0] for row in controls[1:]] == ["its own", "another query's", "none"]
+    own = values["cosqa"][2]
+    assert controls[2][1].startswith(f"{0.9 * own.mean():.4f}|")
+    assert controls[2][2].startswith(f"{0.1 * own.mean():+.4f}|")
+
+
+def test_queries_are_paired_by_their_ids_as_compare_pairs_them(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    first, second = (eval_record({"direct": generator.random(30)}, model=name) for name in ("a", "b"))
+    queries = second["modes"]["direct"]["per_query"]
+    second["modes"]["direct"]["per_query"] = dict(reversed(queries.items()))
+    files = [write_json(tmp_path / f"{record['model']}.json", record) for record in (first, second)]
+    write_report([], files, tmp_path / "report.html")
+    row = Page(tmp_path / "report.html").row("30 queries of words (test) over 500 documents", "b, direct")
+    a, b = (read_result(str(file)) for file in files)
+    gain = compare_results(a, b, "ndcg@10", samples=SAMPLES, seed=0).difference
+    assert row[1] == f"{gain.mean:+.4f}|{gain.low:+.3f} … {gain.high:+.3f}"
+
+
+def test_what_eval_writes_can_be_shown(tmp_path: Path) -> None:
+    build_dataset({"test": word_collection(documents=40, queries=12, split="test")}, tmp_path / "data", name="words", source={"kind": "w"})
+    record = run_evaluation(EvalSettings(model="bm25", data=tmp_path / "data", out=tmp_path / "bm25.json", max_documents=30))
+    write_report([], [tmp_path / "bm25.json"], tmp_path / "report.html")
+    row = Page(tmp_path / "report.html").row("12 queries of words (test) over 30 documents", "bm25")
+    found = record["modes"]["direct"]
+    shown = [float(cell.split("|")[0]) for cell in row[:5]]
+    assert shown == pytest.approx([found[metric] for metric in ("ndcg@10", "recall@10", "recall@100", "mrr", "map")], abs=5e-5)
+
+
+def test_two_results_of_one_name_are_told_apart_by_their_files(tmp_path: Path) -> None:
+    values = np.array([0.5, 0.25])
+    files = [write_json(tmp_path / f"{seed}.json", eval_record({"direct": values + seed / 10}, model="rl")) for seed in range(2)]
+    write_report([], files, tmp_path / "report.html")
+    table = Page(tmp_path / "report.html").tables["2 queries of words (test) over 500 documents"]
+    shown = [(row[0], row[1].split("|")[0]) for row in table[1:]]
+    assert shown == [("rl, direct", "0.3750"), (f"rl, direct ({files[1]})", "0.4750")]
+
+
+def test_the_budget_is_drawn_and_its_numbers_stand_below(tmp_path: Path) -> None:
+    record = budget_record(np.random.default_rng(0))
+    write_report([], [write_json(tmp_path / "b.json", record)], tmp_path / "report.html", tmp_path / "pictures")
+    page = Page(tmp_path / "report.html")
+    assert page.sections == ["budget"]
+    assert [file.name for file in (tmp_path / "pictures").iterdir()] == ["budget-1.png"]
+    table = page.tables["runs/rl: 60 queries of words (test) over 500 documents"]
+    assert [row[0] for row in table[1:]] == ["direct", "0", "8", "16", "32", "64"]
+    for row, point in zip(table[1:], [record["direct"], *record["budgets"]], strict=True):
+        interval = point["ndcg@10_interval"]
+        assert row[1] == f"{point['ndcg@10']:.4f}|{interval['low']:.3f} … {interval['high']:.3f}"
+        assert row[2].split("|")[0] == (f"{point['over_direct']['mean']:+.4f}" if "over_direct" in point else "")
+        assert row[3:] == ["50.0%", f"{point['reply_tokens']:.1f}", f"{point['milliseconds_per_query']:.1f}"]
+
+
+def test_runs_of_a_stage_are_drawn_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = [write_run(tmp_path / str(seed) / "rl", "rl", seed=seed, steps=30) for seed in range(2)]
+    before = json.loads((tmp_path / "0/rl/eval/dev_000000.json").read_text())["results"]["words"]["direct"]["ndcg@10"]
+    # Kept open, so that what was drawn can be read.
+    monkeypatch.setattr(pyplot, "close", lambda *_: None)
+    monkeypatch.setitem(pyplot.rcParams, "figure.max_open_warning", 0)
+    others = set(pyplot.get_fignums())
+    write_report([tmp_path / "0/rl", tmp_path / "1/rl"], [], tmp_path / "report.html", tmp_path / "pictures")
+    drawn = {figure.axes[0].get_title(loc="left"): figure for figure in map(pyplot.figure, set(pyplot.get_fignums()) - others)}
+    monkeypatch.undo()
+    pyplot.close("all")
+
+    rewards = np.array([line["reward"] for line in metrics[0]])
+    pale, strong, *_ = drawn["reward"].axes[0].get_lines()
+    np.testing.assert_allclose(np.asarray(pale.get_xydata()), np.stack([np.arange(1, 31), rewards], axis=1))
+    np.testing.assert_allclose(np.asarray(strong.get_ydata()), [rewards[max(0, i - 4) : i + 1].mean() for i in range(30)])
+    assert [text.get_text() for text in drawn["reward"].legends[0].get_texts()] == ["0/rl", "1/rl", "mean", "best of a group"]
+    # The evaluation before the first step stands in no line of the metrics.
+    direct = np.asarray(drawn["nDCG@10, development queries"].axes[0].get_lines()[0].get_xydata())
+    np.testing.assert_allclose(direct, [[0, before], *([at, metrics[0][at - 1]["dev_direct_ndcg@10"]] for at in (15, 30))])
+
+    pictures = {file.name for file in (tmp_path / "pictures").iterdir()}
+    assert {"rl-reward.png", "rl-dev-ndcg.png", "index-index-age.png", "index-drift.png"} <= pictures
+    assert all((tmp_path / "pictures" / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+    images = [attributes for tag, attributes in Page(tmp_path / "report.html").tags if tag == "img"]
+    assert len(images) == len(pictures) == len(drawn)
+    assert all(base64.b64decode(str(image["src"]).split(",")[1]).startswith(b"<?xml") for image in images)
+    told = next(str(image["alt"]) for image in images if str(image["alt"]).startswith("reward:"))
+    assert f"0/rl, mean: from {rewards[:5].mean():.4g} to {rewards[-5:].mean():.4g}" in told
+
+
+def test_facts_of_stage_2_stand_side_by_side(tmp_path: Path) -> None:
+    metrics = [write_run(tmp_path / str(seed) / "rl", "rl", seed=seed, steps=30) for seed in range(2)]
+    write_report([tmp_path / "0/rl", tmp_path / "1/rl"], [], tmp_path / "report.html")
+    page = Page(tmp_path / "report.html")
+    assert page.sections == ["rl", "index", "samples"]
+
+    def column(scalar: str) -> list[np.ndarray]:
+        return [np.array([line[scalar] for line in lines if scalar in line]) for lines in metrics]
+
+    title = "Settings and outcome"
+    assert page.tables[title][0] == ["", "0/rl", "1/rl"]
+    assert page.row(title, "seed") == ["0", "1"]
+    assert page.row(title, "data") == ["words (train)"] * 2
+    assert page.row(title, "steps") == ["30 of 1000"] * 2
+    assert page.row(title, "time in steps") == ["1 h 0 min"] * 2
+    assert page.row(title, "reward, last quarter") == [f"{values[-7:].mean():.4f}" for values in column("reward")]
+    title = "How stale the index was"
+    assert page.row(title, "age in steps, mean") == [f"{values.mean():.1f}" for values in column("index_age")]
+    swaps = [sum(before != now for before, now in itertools.pairwise(values)) for values in column("index_step")]
+    assert page.row(title, "new versions taken in") == [str(count) for count in swaps]
+    least = [f"{values.min():.3f}" for values in column("drift_cosine")]
+    assert page.row(title, "drift since the last snapshot, least cosine") == least
+
+
+def test_facts_and_losses_of_stage_1(tmp_path: Path) -> None:
+    metrics = write_run(tmp_path / "sft", "sft", steps=40)
+    for name in ("a.html", "b.html"):
+        write_report([tmp_path / "sft"], [], tmp_path / name)
+    # The same files give the same page.
+    assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
+    page, title = Page(tmp_path / "a.html"), "Settings and outcome"
+    assert page.sections == ["sft", "samples"]
+    assert page.row(title, "skipped updates") == ["2"]
+    assert page.row(title, "time in steps") == ["1.7 min"]
+    assert page.row(title, "loss, last quarter") == [f"{np.mean([line['loss'] for line in metrics[-10:]]):.4f}"]
+    scores = {at: metrics[at - 1]["dev_reason_ndcg@10"] for at in (20, 40)}
+    best = max(scores, key=lambda at: scores[at])
+    assert page.row(title, "dev nDCG@10, reasoned") == [f"{scores[best]:.4f} at step {best}; last {scores[40]:.4f}"]
+    drawn = [str(attributes["alt"]).split(":")[0] for tag, attributes in page.tags if tag == "img"]
+    assert {"loss", "InfoNCE", "gradient norm"} <= set(drawn)
+    assert "triplet margin loss" not in drawn
+
+
+def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
+    run = tmp_path / "_<b>$x^{$ rl"
+    write_run(run, "rl", steps=3)
+    write_run(tmp_path / "other", "rl", steps=3)
+    generator = np.random.default_rng(0)
+    rollout = rollout_sample(0, generator) | {"query": HOSTILE, "reply": HOSTILE, "top": [{"document": HOSTILE, "relevant": True}]}
+    search = search_sample(1, "reason", generator) | {"query": HOSTILE, "reasoning": HOSTILE + "x" * 9_000, "set": HOSTILE}
+    write_lines(run / "samples.jsonl", [rollout, search])
+    write_lines(tmp_path / "other" / "samples.jsonl", [])
+    config = json.loads((run / "config.json").read_text())
+    config["config"]["model"] = config["data_version"]["name"] = HOSTILE
+    config["changes"] = [{"field": HOSTILE, "before": HOSTILE, "now": 1, "step": 2}]
+    write_json(run / "config.json", config)
+    record = eval_record({"direct": np.array([0.5]), "reason": np.array([0.5])}, model=HOSTILE, name=HOSTILE, step=HOSTILE)
+    files = [write_json(tmp_path / "e.json", with_controls(record))]
+    files.append(write_json(tmp_path / "b.json", budget_record(generator, model=HOSTILE)))
+    write_report([run, tmp_path / "other"], files, tmp_path / "report.html")
+    page = Page(tmp_path / "report.html")
+    kept = re.sub("[\x00\x1b\ud800]", "\N{REPLACEMENT CHARACTER}", HOSTILE)
+    assert page.texts["query"] == [kept, kept]
+    assert page.texts["reply"][0] == kept
+    assert page.texts["reply"][1].startswith(kept + "xxx")
+    assert page.texts["reply"][1].endswith(f"x… ({len(HOSTILE) + 9_000} characters)")
+    assert page.row("Settings and outcome", "starts from") == [kept, "smollm2"]
+    # Nothing that a browser would run or fetch: no tag, no handler, no address but the pictures' own bytes.
+    assert not {tag for tag, _ in page.tags} & {"script", "iframe", "object", "embed", "link", "base", "form", "svg"}
+    for tag, attributes in page.tags:
+        assert not [name for name in attributes if name.startswith("on")]
+        for name in {"src", "href"} & attributes.keys():
+            assert str(attributes[name]).startswith("data:image/svg+xml;base64," if tag == "img" else "#")
+    policy = next(attributes["content"] for _, attributes in page.tags if attributes.get("http-equiv") == "Content-Security-Policy")
+    assert str(policy).startswith("default-src 'none'")
+
+
+def test_missing_pieces_are_left_out(tmp_path: Path) -> None:
+    write_run(tmp_path / "sft", "sft", steps=4)
+    for name in ("metrics.jsonl", "samples.jsonl", "eval/dev_000000.json"):
+        (tmp_path / "sft" / name).unlink()
+    write_report([tmp_path / "sft"], [], tmp_path / "report.html")
+    page = Page(tmp_path / "report.html")
+    assert page.sections == ["sft"]
+    assert page.row("Settings and outcome", "steps") == ["0 of 1000"]
+    assert "No step has been taken yet." in page.text
+    # Values that are not finite, and a last line that is being written.
+    lines = [{"step": step, "loss": value, "kl": 0.0} for step, value in enumerate([1.0, float("nan"), float("inf"), 0.5])]
+    lines[2]["in_batch_accuracy"] = 0.0
+    write_lines(tmp_path / "sft" / "metrics.jsonl", lines)
+    with (tmp_path / "sft" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    write_report([tmp_path / "sft"], [], tmp_path / "report.html")
+    page = Page(tmp_path / "report.html")
+    assert page.row("Settings and outcome", "steps") == ["4 of 1000"]
+    drawn = [attributes["alt"] for tag, attributes in page.tags if tag == "img"]
+    # A term of the loss that is zero throughout was left out; a share may well be zero.
+    assert drawn == ["loss: sft: from 0.75 to 0.75", "in-batch accuracy: sft: from 0 to 0"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_index_that_is_always_new_is_drawn_without_a_word(tmp_path: Path) -> None:
+    metrics = write_run(tmp_path / "rl", "rl", steps=3)
+    write_lines(tmp_path / "rl" / "metrics.jsonl", [line | {"index_age": 0.0, "reencoded_share": 0.0} for line in metrics])
+    write_report([tmp_path / "rl"], [], tmp_path / "report.html")
+    assert Page(tmp_path / "report.html").row("How stale the index was", "age in steps, largest") == ["0"]
+
+
+def test_only_some_of_many_rollouts_are_shown(tmp_path: Path) -> None:
+    write_run(tmp_path / "rl", "rl", steps=50)
+    write_report([tmp_path / "rl"], [], tmp_path / "report.html")
+    shown = [text for text in Page(tmp_path / "report.html").texts["query"] if text.startswith("how to")]
+    assert len(shown) == SHOWN_ROLLOUTS
+    assert shown[0].endswith("(0)")
+    assert shown[-1].endswith("(49)")
+
+
+METRICS_FILE, SAMPLES_FILE = "run/metrics.jsonl", "run/samples.jsonl"
+SAMPLE = json.dumps(rollout_sample(0, np.random.default_rng(0))) + "\n"
+# A file, what it holds instead, and what is said.
+MISTAKES = {
+    "no run": ("run/config.json", "{}", r"run/config\.json: not the config of a run \('config'\); give the folder"),
+    "no stage": ("run/config.json", '{"config": {}, "stage": "x"}', r"config\.json: stage: is none of sft, rl; give a folder"),
+    "metrics": (METRICS_FILE, '{"step": 0}\n{"st\n{"step": 2}\n', r"metrics\.jsonl: line 2: is not JSON .*; the file was damaged"),
+    "deep": (METRICS_FILE, "[" * 100_000 + "\n", r"metrics\.jsonl: line 1: is not JSON .*; the file was damaged"),
+    "list": (METRICS_FILE, "[]\n", r"metrics\.jsonl: line 1: is no JSON object; the file was damaged"),
+    "no step": (METRICS_FILE, '{"loss": 1}\n', r"metrics\.jsonl: line 1: step: missing or no number of a step; the file"),
+    "scalar": (METRICS_FILE, '{"step": 0, "loss": "x"}\n', r"metrics\.jsonl: line 1: loss: missing or no number; the file"),
+    "sample": (SAMPLES_FILE, SAMPLE.replace('"query"', '"qu"'), r"samples\.jsonl: line 1: query: missing or no string;"),
+    "top": (SAMPLES_FILE, SAMPLE.replace('"document"', '"d"'), r"samples\.jsonl: line 1: top: missing or no list of documents; the"),
+    "development": ("run/eval/dev_000000.json", "[]", r"dev_000000\.json: is no evaluation of a run .*; remove the file, or"),
+    "no result": ("eval.json", '{"step": 1}', r"eval\.json: format_version: is no result of `search-r3 eval --out` or `search-r3 "),
+    "half a result": ("eval.json", "{", r"eval\.json: is not JSON .*; give a file that `search-r3 eval --out`"),
+    "bytes": ("eval.json", "\udcff\udcfe\0", r"eval\.json: is not JSON .*; give a file that `search-r3 eval --out`"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_nothing_is_written(tmp_path: Path, mistake: str) -> None:
+    damaged, content, message = MISTAKES[mistake]
+    write_run(tmp_path / "run", "rl", steps=3)
+    write_json(tmp_path / "eval.json", eval_record({"direct": np.array([0.5])}, model="m"))
+    (tmp_path / damaged).write_text(content, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(UserError, match=message) as raised:
+        write_report([tmp_path / "run"], [tmp_path / "eval.json"], tmp_path / "report.html", tmp_path / "pictures")
+    assert "\n" not in str(raised.value)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["eval.json", "run"]
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "message"),
+    [
+        (("modes", "direct", "per_query", "q0", "map"), "x", r"modes\.direct\.per_query\.q0\.map: of the wrong kind; evaluate again"),
+        (("modes", "direct", "per_query", "q0", "map"), float("nan"), r"modes\.direct\.per_query\.q0\.map: nan is not finite; evaluate"),
+        (("modes", "direct", "per_query"), {}, r"modes\.direct\.per_query: has no query; evaluate again"),
+        (("modes", "direct", "per_query", "q0"), {}, r"modes\.direct\.per_query\.q0\.ndcg@10: missing; evaluate again"),
+        (("data", "queries"), None, r"data\.queries: of the wrong kind; evaluate again"),
+        (("modes",), [], r"modes: of the wrong kind; evaluate again"),
+    ],
+)
+def test_a_result_with_a_wrong_field_is_refused_by_its_name(tmp_path: Path, where: tuple[str, ...], value: Any, message: str) -> None:
+    record = part = eval_record({"direct": np.array([0.5])}, model="m")
+    for key in where[:-1]:
+        part = part[key]
+    part[where[-1]] = value
+    with pytest.raises(UserError, match=rf"e\.json: {message}"):
+        write_report([], [write_json(tmp_path / "e.json", record)], tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_budget_with_a_wrong_field_is_refused_by_its_name(tmp_path: Path) -> None:
+    record = budget_record(np.random.default_rng(0))
+    del record["budgets"][2]["over_direct"]["low"]
+    with pytest.raises(UserError, match=r"b\.json: budgets\.2\.over_direct\.low: missing; evaluate again"):
+        write_report([], [write_json(tmp_path / "b.json", record)], tmp_path / "report.html")
+
+
+def test_what_is_asked_for_must_make_sense(tmp_path: Path) -> None:
+    write_run(tmp_path / "sft", "sft", steps=2)
+    out = tmp_path / "report.html"
+    with pytest.raises(UserError, match="nothing to report; name run directories"):
+        write_report([], [], out)
+    with pytest.raises(UserError, match=r"sft: is there twice; name each run once"):
+        write_report([tmp_path / "sft", tmp_path / "sft" / ".." / "sft"], [], out)
+    file = write_json(tmp_path / "e.json", eval_record({"direct": np.array([0.5])}, model="m"))
+    with pytest.raises(UserError, match=r"--eval: .*e\.json: is there twice"):
+        write_report([], [file, file], out)
+    with pytest.raises(UserError, match=r"nowhere\.json: cannot be read \(No such file or directory\); give a file"):
+        write_report([], [tmp_path / "nowhere.json"], out)
+    with pytest.raises(UserError, match=r"--out: .*no such folder; make it first"):
+        write_report([], [file], tmp_path / "nowhere" / "report.html")
+    with pytest.raises(UserError, match=r"--pictures: .*e\.json: is a file; name a folder"):
+        write_report([tmp_path / "sft"], [], out, file)
+    assert not out.exists()
+
+
+def test_a_full_disk_leaves_the_page_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run(tmp_path / "sft", "sft", steps=2)
+    (tmp_path / "report.html").write_text("before")
+
+    def full(file: Path, content: bytes) -> int:
+        with file.open("wb") as opened:
+            opened.write(content[:10])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match=r"report\.html: cannot be written \(No space left on device\); make room, or choose another place"):
+        write_report([tmp_path / "sft"], [], tmp_path / "report.html")
+    assert (tmp_path / "report.html").read_text() == "before"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["report.html", "sft"]
+
+
+def test_the_command(tmp_path: Path) -> None:
+    write_run(tmp_path / "sft", "sft", steps=3)
+    write_json(tmp_path / "e.json", eval_record({"direct": np.array([0.5])}, model="m"))
+
+    def report(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "search_r3_jax", "report", *arguments]
+        # From the run's own folder: a run may be named "." as well.
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path / "sft")
+
+    shown = report(".", "--eval", "../e.json", "--out", "../report.html")
+    assert (shown.returncode, shown.stdout, shown.stderr) == (0, "../report.html\n", "")
+    assert Page(tmp_path / "report.html").sections == ["results", "sft", "samples"]
+    shown = report("nowhere", "--out", "../other.html")
+    assert shown.returncode == 2
+    assert re.fullmatch(r"search-r3: nowhere/config\.json: not the config of a run .*\n", shown.stderr)
+    assert not (tmp_path / "other.html").exists()
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_browser_shows_it_without_scrolling_sideways(tmp_path: Path, width: int) -> None:
+    browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    if browser is None:
+        pytest.skip(f"none of {', '.join(BROWSERS)} is installed")
+    long = "a_very_long_name_of_a_function_without_any_place_to_break_" * 6
+    for seed in range(3):
+        write_run(tmp_path / str(seed) / "rl", "rl", seed=seed, steps=20)
+    rollout = rollout_sample(0, np.random.default_rng(0)) | {"query": long, "reply": long, "top": [{"document": long, "relevant": True}]}
+    write_lines(tmp_path / "0" / "rl" / "samples.jsonl", [rollout])
+    values = np.random.default_rng(0).random(8)
+    files = [write_json(tmp_path / "e.json", eval_record({"direct": values, "reason": values}, model=long, name=long))]
+    files.append(write_json(tmp_path / "b.json", budget_record(np.random.default_rng(0), model=long)))
+    write_report([tmp_path / str(seed) / "rl" for seed in range(3)], files, tmp_path / "report.html")
+
+    # In a frame, because a browser's window cannot be made as narrow as a phone; only the frame around the page has a script.
+    page = html.escape((tmp_path / "report.html").read_text(encoding="utf-8"))
+    script = """onload = () => { const page = document.querySelector("iframe").contentDocument, root = page.documentElement;
+        const shown = [...page.images].filter((image) => image.complete && image.naturalWidth > 0).length;
+        document.title = [root.scrollWidth, root.clientWidth, page.images.length, shown].join(" "); }"""
+    frame = f'<iframe style="border: 0; width: {width}px; height: 800px" srcdoc="{page}"></iframe><script>{script}</script>'
+    (tmp_path / "frame.html").write_text(f"<!DOCTYPE html><title>not loaded</title>{frame}", encoding="utf-8")
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+    command += ["--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'browser'}"]
+    command += ["--window-size=1400,900", "--dump-dom", (tmp_path / "frame.html").as_uri()]
+    dumped = subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ | {"HOME": str(tmp_path)}, check=True)
+    scroll_width, client_width, images, shown = map(int, re.findall("<title>(.*?)</title>", dumped.stdout)[0].split())
+    assert scroll_width <= client_width <= width
+    assert shown == images > 10
