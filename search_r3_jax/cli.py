@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import tyro
 
 from search_r3_jax.commands.data import DataBuild, DataMine
-from search_r3_jax.commands.evaluation import Budget, Compare, Curves, Eval, Perplexity, Report
+from search_r3_jax.commands.evaluation import Budget, Compare, Curves, Eval, Mteb, Perplexity, Report
 from search_r3_jax.commands.models import Embed, Export
 from search_r3_jax.commands.planning import Plan
 from search_r3_jax.commands.training import Indexer, Quickstart, Rl, Sft
@@ -33,6 +33,7 @@ Command = (
     | Annotated[Embed, tyro.conf.subcommand("embed")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Budget, tyro.conf.subcommand("budget")]
+    | Annotated[Mteb, tyro.conf.subcommand("mteb")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Perplexity, tyro.conf.subcommand("perplexity")]
     | Annotated[Curves, tyro.conf.subcommand("curves")]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, overload
 
+import jax
 import numpy as np
 from flax import nnx
 from rich.console import Console
@@ -18,6 +19,7 @@ from search_r3_jax.console import Bar, progress_bar
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub.checkpoint import LoadedModel, load_model, resolve
 from search_r3_jax.hub.export import MAX_TOKENS, read_record, text_room
+from search_r3_jax.hub.weights import parameter_hash
 from search_r3_jax.rollout.encoder import Encoder
 from search_r3_jax.rollout.sampler import Sampler
 from search_r3_jax.text.prompts import CLOSING, Mode, Prompter
@@ -50,6 +52,7 @@ class Embedder:
     Attributes:
         tokenizer: with `<|embed_token|>` in it.
         dimension: E, before any truncation.
+        parameters: how many numbers the model has.
         max_tokens: tokens of a text that are read; the prompt around it is never cut.
     """
 
@@ -69,6 +72,7 @@ class Embedder:
         self._prompter = prompter
         self.tokenizer: PreTrainedTokenizerBase = model.tokenizer
         self.dimension = model.decoder.config.hidden_size
+        self.parameters = sum(x.size for x in jax.tree.leaves(self._state))
         self.max_tokens = min(max_tokens, text_room(prompter, model.decoder.config.max_positions))
 
     @classmethod
@@ -159,6 +163,10 @@ class Embedder:
     def similarity(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
         """Cosines [Q,N] float32 of unit vectors [Q,E] and [N,E]; a single vector [E] counts as one row."""
         return np.atleast_2d(queries) @ np.atleast_2d(documents).T
+
+    def parameter_hash(self) -> str:
+        """sha256 over all parameters: equal hashes, equal vectors."""
+        return parameter_hash(self._state)
 
     def _thought_text(self, reply: list[int]) -> str:
         written = str(self.tokenizer.decode(reply)).strip()

@@ -8,7 +8,8 @@ from pathlib import Path
 import tyro
 
 from search_r3_jax.config import Step
-from search_r3_jax.evaluation.settings import BudgetSettings, EvalSettings
+from search_r3_jax.errors import UserError
+from search_r3_jax.evaluation.settings import BudgetSettings, EvalSettings, MtebSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,25 @@ class Budget(BudgetSettings):
         from search_r3_jax.evaluation.budget import run_budget
 
         run_budget(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mteb(MtebSettings):
+    """Measure a model with MTEB: its tasks, or collections of this machine as tasks of it.
+
+    Attributes:
+        debug: show the traceback of an error.
+    """
+
+    debug: bool = False
+
+    def run(self) -> None:
+        try:
+            from search_r3_jax.evaluation.mteb_run import run_mteb
+        except ImportError as error:
+            raise UserError(f"mteb: {error.name or error} is not installed; run: pip install 'search_r3_jax[mteb]'") from None
+
+        run_mteb(self)
 
 
 @dataclass(frozen=True, kw_only=True)

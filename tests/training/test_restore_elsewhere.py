@@ -67,8 +67,8 @@ def test_saved_by_one_process_resumed_by_two_and_back(place: Place, tmp_path: Pa
         assert process.wait(timeout=300) == 0, (tmp_path / "out-0.txt").read_text()[-3000:]
     assert "going on from step 4" in (tmp_path / "out-0.txt").read_text()
     assert [line["dev_reason_ndcg@10"] for line in place.lines("run") if "dev_reason_ndcg@10" in line] == watched
-    # One of them speaks; Gloo, which carries their collectives, says of each that it is connected.
-    assert [line for line in (tmp_path / "out-1.txt").read_text().splitlines() if not line.startswith("[Gloo]")] == []
+    # One of them speaks; Gloo, which carries their collectives, says of each that it is connected, now and then with its line ends apart.
+    assert [line for line in (tmp_path / "out-1.txt").read_text().splitlines() if line and not line.startswith("[Gloo]")] == []
     check(place.lines("run"), whole)
     back_to(run, 8)
     assert "going on from step 8" in place.finish(place.command("sft", "run", **settings))

@@ -1,0 +1,122 @@
+"""MTEB's encoder protocol over an `Embedder`: queries may be thought about, documents and everything else are embedded directly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mteb.abstasks.task_metadata import TaskMetadata
+from mteb.models.abs_encoder import AbsEncoder
+from mteb.models.model_meta import ModelMeta, ScoringFunction
+from mteb.types import PromptType
+
+from search_r3_jax.config import Step
+from search_r3_jax.embedder import MAX_THINK_TOKENS, Embedder
+from search_r3_jax.text.prompts import Mode
+
+
+class MtebEncoder(AbsEncoder):
+    """A model of ours as `mteb.evaluate` takes it.
+
+    Attributes:
+        model: the `Embedder`.
+        mteb_model_meta: name, revision (a hash of the parameters) and, where they are not the usual ones, the settings of this encoder.
+        model_prompts: what stands before a text, by MTEB's names: a task, a type of tasks, or one of them with -query or -document.
+    """
+
+    model: Embedder
+
+    def __init__(
+        self,
+        model_name: str,
+        revision: str | None = None,
+        *,
+        device: str | None = None,
+        step: Step = None,
+        mode: Mode = "direct",
+        max_tokens: int | None = None,
+        max_think_tokens: int = MAX_THINK_TOKENS,
+        prompts: Mapping[str, str] | None = None,
+        instruction_template: str | None = None,
+    ):
+        """Open whatever `Embedder.load` opens; raises UserError when it cannot be read.
+
+        `mode` is that of queries. `instruction_template` puts a task's own instruction before its queries, as in "Instruct:
+        {instruction}\\nQuery: ". `revision` and `device` are the protocol's: the parameters say what they are, and JAX chooses devices.
+        """
+        self.model = Embedder.load(model_name, step=step, max_tokens=max_tokens, max_think_tokens=max_think_tokens)
+        self._mode: Mode = mode
+        self.model_prompts = self.validate_task_to_prompt_name(dict(prompts)) if prompts else None
+        self.instruction_template = instruction_template
+        settings: dict[str, Any] = {"mode": mode, "max_think_tokens": max_think_tokens} if mode == "reason" else {}
+        given = {"max_tokens": max_tokens, "prompts": self.model_prompts, "instruction_template": instruction_template}
+        settings |= {name: value for name, value in given.items() if value is not None}
+        self.mteb_model_meta = ModelMeta(
+            loader=MtebEncoder,
+            name=mteb_name(model_name),
+            revision=self.model.parameter_hash(),
+            release_date=None,
+            languages=None,
+            n_parameters=self.model.parameters,
+            memory_usage_mb=None,
+            max_tokens=self.model.max_tokens,
+            embed_dim=self.model.dimension,
+            license=None,
+            open_weights=None,
+            public_training_code=None,
+            public_training_data=None,
+            framework=["JAX"],
+            similarity_fn_name=ScoringFunction.COSINE,
+            use_instructions=bool(prompts or instruction_template),
+            training_datasets=None,
+            experiment_kwargs=settings or None,
+        )
+
+    def encode(
+        self,
+        inputs: Iterable[Mapping[str, Any]],
+        *,
+        task_metadata: TaskMetadata,
+        hf_split: str,
+        hf_subset: str,
+        prompt_type: PromptType | None = None,
+        **kwargs: Any,
+    ) -> np.ndarray:
+        """Unit vectors [N,E] float32 of the batches' texts, in their order."""
+        document = prompt_type is PromptType.document
+        texts = [text for batch in inputs for text in (_documents(batch) if document else batch["text"])]
+        before = self._before(task_metadata, prompt_type)
+        return self.model.encode(
+            [before + text for text in texts],
+            kind="document" if document else "query",
+            # Only what is searched for is thought about: neither documents nor the texts of symmetric tasks are.
+            mode=self._mode if prompt_type is PromptType.query else "direct",
+            progress=None if kwargs.get("show_progress_bar", True) else False,
+        )
+
+    def _before(self, task: TaskMetadata, prompt_type: PromptType | None) -> str:
+        """What stands before every text of a task: a prompt, else for queries the task's instruction."""
+        prompt = self.get_prompt_name(task, prompt_type)
+        if prompt is not None and self.model_prompts is not None:
+            return self.model_prompts[prompt]
+        if self.instruction_template is None or prompt_type is PromptType.document:
+            return ""
+        return self.get_task_instruction(task, prompt_type)
+
+
+def mteb_name(model: str) -> str:
+    """A name with an organisation before it, as MTEB demands: a hub id itself, of a folder the last two parts of its path."""
+    path = Path(model)
+    if not path.exists():
+        return model if "/" in model else f"search_r3_jax/{model}"
+    parts = path.resolve().parts[1:]
+    return "/".join(parts[-2:]) if len(parts) > 1 else f"search_r3_jax/{parts[0]}"
+
+
+def _documents(batch: Mapping[str, Any]) -> Sequence[str]:
+    """Titles stand on lines of their own, as in training."""
+    if "title" not in batch:
+        return batch["text"]
+    return [f"{title}\n{body}" if title else body for title, body in zip(batch["title"], batch["body"], strict=True)]

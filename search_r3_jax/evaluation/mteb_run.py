@@ -1,0 +1,128 @@
+"""`mteb`: tasks of MTEB, and collections on this machine as tasks of it; results in MTEB's own files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mteb
+from datasets import Dataset
+from mteb.abstasks import AbsTaskRetrieval
+from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
+from mteb.abstasks.task_metadata import TaskMetadata
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from search_r3_jax.data.collection import Collection
+from search_r3_jax.data.cut import cut_corpus, documents_hash
+from search_r3_jax.data.dataset import load_collection
+from search_r3_jax.errors import UserError
+from search_r3_jax.evaluation.mteb_encoder import MtebEncoder
+from search_r3_jax.evaluation.settings import MtebSettings
+
+# As elsewhere in a table of results.
+SCORES = {"nDCG@10": "ndcg_at_10", "recall@10": "recall_at_10", "MRR@10": "mrr_at_10", "main score": "main_score"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskScores:
+    """The scores of one task on one split of one of its subsets, by MTEB's names."""
+
+    task: str
+    split: str
+    subset: str
+    scores: dict[str, Any]
+
+
+def collection_task(collection: Collection, *, prompt: str | None = None) -> AbsTaskRetrieval:
+    """A collection as a retrieval task; `prompt` is the task's instruction for queries. Its revision is a hash of the documents."""
+    metadata = TaskMetadata(
+        name=collection.name,
+        description=f"{collection.name}, from this machine",
+        type="Retrieval",
+        category="t2t",
+        dataset={"path": collection.name, "revision": documents_hash(collection)},
+        eval_splits=[collection.split],
+        eval_langs=["eng-Latn"],
+        main_score="ndcg_at_10",
+        prompt=None if prompt is None else {"query": prompt},
+        is_public=False,
+    )
+    split = RetrievalSplitData(
+        # A title stands in the text, as it is trained on and embedded; MTEB's own joining of titles would need one everywhere.
+        corpus=Dataset.from_list([{"id": document.doc_id, "text": document.body} for document in collection.documents]),
+        queries=Dataset.from_list([{"id": query.query_id, "text": query.text} for query in collection.queries]),
+        relevant_docs={query_id: dict(judged) for query_id, judged in collection.qrels().items()},
+        top_ranked=None,
+    )
+
+    class CollectionTask(AbsTaskRetrieval):
+        """MTEB keeps what belongs to the class, and drops everything else once a task is done."""
+
+        def load_data(self, num_proc: int | None = None, **kwargs: Any) -> None:
+            self.dataset = {"default": {collection.split: split}}
+            self.data_loaded = True
+
+    CollectionTask.metadata = metadata
+    return CollectionTask()
+
+
+def run_mteb(settings: MtebSettings) -> list[TaskScores]:
+    """Evaluates, prints the table, and leaves MTEB's files under `settings.out`; tasks whose results are there are not run again.
+
+    Raises UserError before any long work where it can.
+    """
+    if not settings.tasks and not settings.data:
+        raise UserError("mteb: nothing to evaluate; name tasks with --tasks, or data sets of this machine with --data")
+    if settings.out.exists() and not settings.out.is_dir():
+        raise UserError(f"--out: {settings.out}: is a file; name a folder")
+    tasks = [*_named_tasks(settings.tasks), *_local_tasks(settings)]
+    encoder = MtebEncoder(
+        settings.model,
+        step=settings.step,
+        mode=settings.mode,
+        max_tokens=settings.max_tokens,
+        max_think_tokens=settings.max_think_tokens,
+        instruction_template=settings.instruction_template,
+    )
+    found: list[TaskScores] = []
+    for task in tasks:
+        result = mteb.evaluate(encoder, task, cache=mteb.ResultCache(settings.out), co2_tracker=False)
+        for each in result.task_results:
+            for split, subsets in each.scores.items():
+                found += [
+                    TaskScores(task=each.task_name, split=split, subset=scores["hf_subset"], scores=dict(scores)) for scores in subsets
+                ]
+    _show(settings, found)
+    return found
+
+
+def _named_tasks(names: Sequence[str]) -> list[Any]:
+    try:
+        return [mteb.get_task(name) for name in names]
+    except KeyError as error:
+        raise UserError(f"--tasks: {' '.join(str(error.args[0]).split())}") from None
+
+
+def _local_tasks(settings: MtebSettings) -> list[AbsTaskRetrieval]:
+    tasks = []
+    for folder in settings.data:
+        collection = load_collection(folder, settings.split)
+        if settings.max_documents is not None:
+            collection, _ = cut_corpus(collection, settings.max_documents, seed=settings.seed)
+        tasks.append(collection_task(collection))
+    return tasks
+
+
+def _show(settings: MtebSettings, found: Sequence[TaskScores]) -> None:
+    table = Table(title=f"{settings.model}, {settings.mode}", title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("", no_wrap=True)
+    for name in SCORES:
+        table.add_column(name, justify="right", no_wrap=True)
+    for each in found:
+        values = [f"{each.scores[key]:.4f}" if key in each.scores else "" for key in SCORES.values()]
+        where = each.split if each.subset == "default" else f"{each.subset}, {each.split}"
+        table.add_row(f"{each.task} ({where})", *values)
+    Console(highlight=False, soft_wrap=True).print(table)

@@ -1,0 +1,195 @@
+"""MTEB on our encoder and on an export: the scores of `eval`, prompts where MTEB's order puts them, results in its own files."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mteb
+import numpy as np
+import pytest
+from mteb.models.models_protocols import EncoderProtocol
+from mteb.types import PromptType
+from sentence_transformers import SentenceTransformer
+from tiny import word_collection
+
+from search_r3_jax import Embedder
+from search_r3_jax.data.collection import Collection
+from search_r3_jax.data.dataset import build_dataset, load_collection
+from search_r3_jax.errors import UserError
+from search_r3_jax.evaluation.mteb_encoder import MtebEncoder, mteb_name
+from search_r3_jax.evaluation.mteb_run import collection_task, run_mteb
+from search_r3_jax.evaluation.report import run_evaluation
+from search_r3_jax.evaluation.settings import EvalSettings, MtebSettings
+from search_r3_jax.hub.checkpoint import load_model
+from search_r3_jax.hub.export import export_model
+
+REAL_DATA = Path(os.environ.get("SEARCH_R3_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
+# A text's tokens in all that is held against each other here.
+TOKENS = 48
+THINK_TOKENS = 5
+METRICS = {"ndcg@10": "ndcg_at_10", "recall@10": "recall_at_10", "recall@100": "recall_at_100"}
+TASK = collection_task(word_collection(documents=12, queries=4, split="test"), prompt="Find the words").metadata
+
+
+@pytest.fixture(scope="module")
+def export(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_model(load_model(tiny_folders["llama"]), tmp_path_factory.mktemp("export") / "llama", max_tokens=TOKENS)
+
+
+@pytest.fixture(scope="module")
+def mbpp() -> Path:
+    if not (REAL_DATA / "mbpp").is_dir():
+        pytest.skip(f"{REAL_DATA}: no real collections there")
+    return REAL_DATA / "mbpp"
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "words"
+    build_dataset({"test": word_collection(documents=40, queries=12, split="test")}, folder, name="words", source={"kind": "test"})
+    return folder
+
+
+def results_file(out: Path, task: str) -> dict[str, Any]:
+    (file,) = out.rglob(f"{task}.json")
+    return json.loads(file.read_text())
+
+
+@pytest.mark.parametrize("mode", ["direct", "reason"])
+def test_a_real_collection_scores_as_eval_scores_it(export: Path, mbpp: Path, tmp_path: Path, mode: Any) -> None:
+    limits: dict[str, Any] = {"max_documents": 600, "max_think_tokens": THINK_TOKENS, "mode": mode}
+    run_mteb(MtebSettings(model=str(export), data=(mbpp,), out=tmp_path / "mteb", **limits))
+    texts = {"max_query_tokens": TOKENS, "max_document_tokens": TOKENS}
+    expected = run_evaluation(EvalSettings(model=str(export), data=mbpp, **limits, **texts))["modes"][mode]
+    (found,) = results_file(tmp_path / "mteb", "mbpp")["scores"]["test"]
+    # MTEB rounds to five digits.
+    assert {ours: found[theirs] for ours, theirs in METRICS.items()} == {ours: pytest.approx(expected[ours], abs=6e-6) for ours in METRICS}
+    assert 0 < found["main_score"] == found["ndcg_at_10"] < 1
+
+
+def test_an_export_scores_the_same_in_sentence_transformers(export: Path, words: Path, tmp_path: Path) -> None:
+    (ours,) = run_mteb(MtebSettings(model=str(export), data=(words,), out=tmp_path))
+    result = mteb.evaluate(SentenceTransformer(str(export)), collection_task(load_collection(words, "test")), cache=None, co2_tracker=False)
+    (theirs,) = result.task_results[0].scores["test"]
+    assert 0 < ours.scores["ndcg_at_10"] < 1
+    for metric in METRICS.values():
+        assert ours.scores[metric] == theirs[metric]
+
+
+def test_what_has_been_evaluated_is_not_evaluated_again(
+    export: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = MtebSettings(model=str(export), data=(words,), out=tmp_path)
+    (first,) = run_mteb(settings)
+    shown = capsys.readouterr().out
+    assert "words (test)" in shown
+    assert f"{first.scores['ndcg_at_10']:.4f}" in shown
+    monkeypatch.setattr(MtebEncoder, "encode", lambda *_, **__: pytest.fail("encoded again"))
+    (again,) = run_mteb(settings)
+    assert again.scores["ndcg_at_10"] == first.scores["ndcg_at_10"]
+    (meta,) = [json.loads(file.read_text()) for file in tmp_path.rglob("model_meta.json")]
+    assert meta["name"] == f"{export.parent.name}/llama"
+    assert meta["revision"] == Embedder.load(export).parameter_hash()
+    # Another mode is another experiment of the same model.
+    monkeypatch.undo()
+    run_mteb(MtebSettings(model=str(export), data=(words,), out=tmp_path, mode="reason", max_think_tokens=THINK_TOKENS))
+    metas = [json.loads(file.read_text()) for file in tmp_path.rglob("model_meta.json")]
+    assert {json.dumps(meta["experiment_kwargs"], sort_keys=True) for meta in metas} == {
+        "null",
+        f'{{"max_think_tokens": {THINK_TOKENS}, "mode": "reason"}}',
+    }
+
+
+class Batches:
+    """What MTEB hands to an encoder, two rows at a time."""
+
+    def __init__(self, **columns: list[str]):
+        self._columns = columns
+
+    def __iter__(self) -> Iterator[dict[str, list[str]]]:
+        for start in range(0, len(next(iter(self._columns.values()))), 2):
+            yield {name: values[start : start + 2] for name, values in self._columns.items()}
+
+
+def encoded(encoder: MtebEncoder, prompt_type: PromptType | None, **columns: list[str]) -> np.ndarray:
+    return encoder.encode(
+        Batches(**columns), task_metadata=TASK, hf_split="test", hf_subset="default", prompt_type=prompt_type, show_progress_bar=False
+    )
+
+
+TEXTS = ["copper kettle", "an old map", "why is the sea salt"]
+
+
+def test_only_what_is_searched_for_is_thought_about(export: Path) -> None:
+    encoder = MtebEncoder(str(export), mode="reason", max_think_tokens=THINK_TOKENS)
+    assert isinstance(encoder, EncoderProtocol)
+    embedder = Embedder.load(export, max_think_tokens=THINK_TOKENS)
+    direct, reasoned = embedder.encode(TEXTS), embedder.encode(TEXTS, mode="reason")
+    assert np.abs(direct - reasoned).max() > 1e-2
+    np.testing.assert_array_equal(encoded(encoder, PromptType.query, text=TEXTS), reasoned)
+    np.testing.assert_array_equal(encoded(encoder, PromptType.document, text=TEXTS), direct)
+    # A symmetric task, as of similar sentences.
+    np.testing.assert_array_equal(encoded(encoder, None, text=TEXTS), direct)
+
+
+def test_titles_stand_where_training_put_them(export: Path) -> None:
+    titles = ["Kitchen", "", "Oceans"]
+    joined = [f"Kitchen\n{TEXTS[0]}", TEXTS[1], f"Oceans\n{TEXTS[2]}"]
+    columns = {"title": titles, "body": TEXTS, "text": [f"{title} {text}" for title, text in zip(titles, TEXTS, strict=True)]}
+    found = encoded(MtebEncoder(str(export)), PromptType.document, **columns)
+    np.testing.assert_array_equal(found, Embedder.load(export).encode(joined, kind="document"))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "query", "document"),
+    [
+        (None, "Instruct: Find the words; ", ""),
+        ({"query": "q: "}, "q: ", ""),
+        ({"query": "q: ", "Retrieval": "all: "}, "all: ", "all: "),
+        ({"Retrieval-query": "rq: ", "Retrieval": "all: ", "document": "d: "}, "rq: ", "all: "),
+    ],
+)
+def test_prompts_and_instructions_stand_before_texts(export: Path, prompts: dict[str, str] | None, query: str, document: str) -> None:
+    encoder = MtebEncoder(str(export), prompts=prompts, instruction_template="Instruct: {instruction}; ")
+    embedder = Embedder.load(export)
+    found = encoded(encoder, PromptType.query, text=TEXTS)
+    np.testing.assert_array_equal(found, embedder.encode([query + text for text in TEXTS]))
+    found = encoded(encoder, PromptType.document, text=TEXTS)
+    np.testing.assert_array_equal(found, embedder.encode([document + text for text in TEXTS], kind="document"))
+    # Without any of them texts stand alone.
+    np.testing.assert_array_equal(encoded(MtebEncoder(str(export)), PromptType.query, text=TEXTS), embedder.encode(TEXTS))
+
+
+def test_a_task_is_the_collection(words: Path) -> None:
+    collection: Collection = load_collection(words, "test")
+    task = collection_task(collection, prompt="Find the words")
+    task.load_data()
+    data = task.dataset["default"]["test"]
+    assert data["corpus"]["text"] == [document.body for document in collection.documents]
+    assert dict(zip(data["queries"]["id"], data["queries"]["text"], strict=True)) == {
+        each.query_id: each.text for each in collection.queries
+    }
+    assert data["relevant_docs"] == collection.qrels()
+    assert task.metadata.prompt == {"query": "Find the words"}
+
+
+def test_names_have_an_organisation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "runs")
+    assert mteb_name("mine") == "runs/mine"
+    assert mteb_name("mine/../mine/") == "runs/mine"
+    assert mteb_name("Qwen/Qwen3-8B") == "Qwen/Qwen3-8B"
+    assert mteb_name("smollm2") == "search_r3_jax/smollm2"
+
+
+def test_mistakes_are_one_line(export: Path, words: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="mteb: nothing to evaluate; name tasks with --tasks, or data sets of this machine with --data"):
+        run_mteb(MtebSettings(model=str(export), out=tmp_path / "out"))
+    with pytest.raises(UserError, match=r"--tasks: .*SciFakt"):
+        run_mteb(MtebSettings(model=str(export), tasks=("SciFakt",), out=tmp_path / "out"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--out: .*file: is a file; name a folder"):
+        run_mteb(MtebSettings(model=str(export), data=(words,), out=tmp_path / "file"))
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["file"]
