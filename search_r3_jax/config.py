@@ -110,6 +110,8 @@ class DataConfig:
     Attributes:
         sets: folders of data sets, built ones or in BEIR's layout.
         weights: each set's share of the training pairs; empty is by their numbers.
+        batches: of stage 1: `mixed` draws each pair from any set, `one_set` all pairs of a step from one, whose documents are harder
+            negatives of each other than those of other sets.
         split: the split to train on.
         dev_split: the split that training is watched on; a set that has none gives up some of its training queries.
         dev_queries: of each set, so many at most; 0 watches nothing.
@@ -121,6 +123,7 @@ class DataConfig:
 
     sets: tuple[str, ...] = ()
     weights: tuple[float, ...] = ()
+    batches: Literal["mixed", "one_set"] = "mixed"
     split: str = "train"
     dev_split: str = "dev"
     dev_queries: int = 128

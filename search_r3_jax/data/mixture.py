@@ -12,6 +12,9 @@ import grain.python as grain
 from search_r3_jax.data.collection import Collection
 from search_r3_jax.errors import UserError
 
+# More groups of pairs than any run takes, and few enough for their sum over all sets.
+ENDLESS = 1 << 48
+
 
 class Pair(NamedTuple):
     """One training pair: the data set's number, the query's row, the positive document's row, and the place in the sequence."""
@@ -33,11 +36,12 @@ def shuffled(size: int, seed: int, start: int, count: int) -> list[int]:
 class Mixture:
     """An endless, globally shuffled sequence of pairs from several collections; `weights` are shares of the pairs, not of the sets' sizes.
 
-    Raises UserError when a set has no pairs, or the weights do not fit the sets.
+    Every `together` pairs of it are of one collection. Raises UserError when a set has no pairs, or the weights do not fit the sets.
     """
 
     collections: tuple[Collection, ...]
     weights: tuple[float, ...] = ()
+    together: int = 1
     seed: int
 
     def __post_init__(self) -> None:
@@ -55,15 +59,22 @@ class Mixture:
         ]
 
     @cached_property
-    def _order(self) -> grain.MapDataset[tuple[int, int]]:
-        def numbered(number: int, size: int) -> grain.MapDataset[tuple[int, int]]:
-            # Each set in its own order, shuffled anew every epoch.
-            return grain.MapDataset.range(size).shuffle(seed=self.seed + number).repeat().map(lambda item: (number, item))
+    def _items(self) -> list[grain.MapDataset[int]]:
+        """Each set's pairs in its own order, shuffled anew every epoch."""
+        sizes = map(len, self._pairs)
+        return [grain.MapDataset.range(size).shuffle(seed=self.seed + number).repeat() for number, size in enumerate(sizes)]
 
-        sets = [numbered(number, len(pairs)) for number, pairs in enumerate(self._pairs)]
-        if len(sets) == 1:
-            return sets[0]
-        return grain.MapDataset.mix(sets, weights=list(self.weights) or [len(pairs) for pairs in self._pairs])
+    @cached_property
+    def _order(self) -> grain.MapDataset[tuple[int, int]]:
+        """Of every `together` pairs the number of their set, and how many such groups of it came before."""
+
+        def numbered(number: int) -> grain.MapDataset[tuple[int, int]]:
+            return grain.MapDataset.range(ENDLESS).map(lambda group: (number, group))
+
+        groups = [numbered(number) for number in range(len(self._pairs))]
+        if len(groups) == 1:
+            return groups[0]
+        return grain.MapDataset.mix(groups, weights=list(self.weights) or [len(pairs) for pairs in self._pairs])
 
     def size(self) -> int:
         """How many pairs there are in all."""
@@ -73,10 +84,11 @@ class Mixture:
         """The pairs at these places of the sequence."""
         found = []
         for item in items:
-            chosen = self._order[item]
+            group, place = divmod(item, self.together)
+            chosen = self._order[group]
             if chosen is None:
                 raise ValueError(f"item {item} of an endless sequence is missing")
-            number, at = chosen
-            query, document = self._pairs[number][at]
+            number, group_of_set = chosen
+            query, document = self._pairs[number][self._items[number][group_of_set * self.together + place]]
             found.append(Pair(number, query, document, item))
         return found

@@ -162,7 +162,12 @@ def make_pipeline(config: RunConfig, collections: Sequence[Collection], prompter
     sft = config.sft
     chunk = sft.encode_chunk or sft.global_batch
     return PairPipeline(
-        mixture=Mixture(collections=tuple(collections), weights=config.data.weights, seed=config.seed),
+        mixture=Mixture(
+            collections=tuple(collections),
+            weights=config.data.weights,
+            together=config.sft.global_batch if config.data.batches == "one_set" else 1,
+            seed=config.seed,
+        ),
         prompter=prompter,
         global_batch=sft.global_batch,
         encode_chunk=chunk,

@@ -89,6 +89,20 @@ def test_a_mixture_keeps_its_weights_whatever_the_sizes() -> None:
     assert even == {0: 50, 1: 900}
 
 
+def test_pairs_that_stand_together_are_of_one_set() -> None:
+    small, large = word_collection(documents=5, queries=5), word_collection(documents=90, queries=90, seed=1)
+    mixture = Mixture(collections=(small, large), weights=(3.0, 1.0), together=8, seed=0)
+    batches = [mixture.pairs(range(start, start + 8)) for start in range(0, 320, 8)]
+    assert {len({pair.set for pair in batch}) for batch in batches} == {1}
+    assert Counter(batch[0].set for batch in batches) == {0: 30, 1: 10}
+    # Each set's own order is what it is alone.
+    for number, alone in enumerate((small, large)):
+        found = [(pair.query, pair.document) for batch in batches for pair in batch if pair.set == number]
+        seed = mixture.seed + number
+        assert found == [(pair.query, pair.document) for pair in Mixture(collections=(alone,), seed=seed).pairs(range(len(found)))]
+    assert [pair.place for batch in batches for pair in batch] == list(range(320))
+
+
 @pytest.mark.parametrize("weights", [(1.0,), (1.0, 0.0), (1.0, -2.0)])
 def test_weights_that_do_not_fit_are_refused(weights: tuple[float, ...]) -> None:
     collection = word_collection(documents=5, queries=5)

@@ -1,7 +1,7 @@
 """A program for tests: steps of stage 1 on meshes of all devices, beside those of one device; prints JSON.
 
-Arguments: folder of a model, "lora" or "full", number of steps, a JSON list of mesh sizes, process index, number of processes, port of the
-coordinator.
+Arguments: folder of a model, "lora" or "full", number of steps, pairs of a batch, pairs of a chunk, a JSON list of mesh sizes, process
+index, number of processes, port of the coordinator.
 """
 
 import dataclasses
@@ -28,15 +28,15 @@ from search_r3_jax.training.sharding import put_batch
 from search_r3_jax.training.state import init_state, state_shardings
 
 
-def config_of(folder: str, *, lora: bool) -> RunConfig:
-    """All four losses, GradCache over two chunks, both formats, mined negatives; adapters with dropout."""
+def config_of(folder: str, *, lora: bool, pairs: int = 32, chunk: int = 16) -> RunConfig:
+    """All four losses, GradCache over several chunks or one, both formats, mined negatives; adapters with dropout."""
     return RunConfig(
         model=folder,
         compute_dtype="float32",
         remat="dots",
         text=TextConfig(max_query_tokens=16, max_document_tokens=32),
         lora=LoraConfig(rank=4, dropout=0.1) if lora else LoraConfig(rank=0),
-        sft=SftConfig(global_batch=64, encode_chunk=32, negatives=2, reasoned_share=0.25, reasoning="key_terms", key_terms=3),
+        sft=SftConfig(global_batch=pairs, encode_chunk=chunk, negatives=2, reasoned_share=0.25, reasoning="key_terms", key_terms=3),
     )
 
 
@@ -60,9 +60,9 @@ def keep_gradient() -> optax.GradientTransformation:
     return optax.chain(optax.trace(decay=0.0), optax.scale(-1e-3))
 
 
-def steps(folder: str, *, lora: bool, count: int, mesh: Mesh | None) -> dict[str, Any]:
+def steps(config: RunConfig, *, count: int, mesh: Mesh | None) -> dict[str, Any]:
     """Scalars and gradients of every step, the parameters after the last, and how the state lay on its way."""
-    config = config_of(folder, lora=lora)
+    folder, lora = config.model, config.lora.rank > 0
     model = with_lora(load_model(folder, remat=config.remat, mesh=mesh), config.lora, seed=0)
     prompter = Prompter(model.tokenizer)
     pipeline = make_pipeline(config, [collection_of()], prompter)
@@ -112,15 +112,15 @@ def difference(ours: Any, expected: Any) -> float:
     return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs)
 
 
-def main(folder: str, kind: str, count: int, meshes: str, process: int, processes: int, port: int) -> None:
+def main(folder: str, kind: str, count: int, pairs: int, chunk: int, meshes: str, process: int, processes: int, port: int) -> None:
     if processes > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(f"localhost:{port}", processes, process)
-    lora = kind == "lora"
-    expected = steps(folder, lora=lora, count=count, mesh=None)
+    config = config_of(folder, lora=kind == "lora", pairs=pairs, chunk=chunk)
+    expected = steps(config, count=count, mesh=None)
     report: dict[str, Any] = {"devices": jax.device_count(), "processes": jax.process_count(), "scalars": expected["scalars"]}
     for sizes in json.loads(meshes):
-        found = steps(folder, lora=lora, count=count, mesh=make_mesh(**sizes))
+        found = steps(config, count=count, mesh=make_mesh(**sizes))
         report[json.dumps(sizes)] = {
             "scalars": max(
                 abs(ours[name] - theirs[name]) / max(1.0, abs(theirs[name]))
@@ -135,4 +135,5 @@ def main(folder: str, kind: str, count: int, meshes: str, process: int, processe
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4], *(int(argument) for argument in sys.argv[5:]))
+    counts = [int(argument) for argument in sys.argv[3:6]]
+    main(sys.argv[1], sys.argv[2], *counts, sys.argv[6], *(int(argument) for argument in sys.argv[7:]))

@@ -84,7 +84,8 @@ def config_of(model: Path, seed: int) -> RunConfig:
             # Nothing goes stale: the overlay holds every document, of this very step.
             snapshot_every=10**6,
             sampler=SamplerConfig(max_think_tokens=6, temperature=1),
-            optimizer=OptimizerConfig(learning_rate=3e-3, b2=0.99),
+            # At half as much again a seed may forget, late, an alias that it had learnt.
+            optimizer=OptimizerConfig(learning_rate=2e-3, b2=0.99),
         ),
         index=IndexConfig(kind="exact", candidates=64, refresh_budget=64, overlay_max_age=0),
     )

@@ -85,6 +85,20 @@ def one_step(
     return model, pipeline, {name: float(value) for name, value in scalars.items()}, nnx.to_pure_dict(after.params)
 
 
+def test_a_batch_may_be_of_one_set(tiny_folders: dict[str, Path]) -> None:
+    config = config_of(tiny_folders["llama"], 1)
+    sets = [word_collection(documents=40, queries=40, seed=seed) for seed in range(3)]
+    prompter = Prompter(load_model(tiny_folders["llama"]).tokenizer)
+    of_steps = {}
+    for batches in ("mixed", "one_set"):
+        data = dataclasses.replace(config.data, batches=batches)
+        pipeline = make_pipeline(dataclasses.replace(config, data=data), sets, prompter)
+        of_steps[batches] = [{pair.set for pair in pipeline.pairs(step)} for step in range(12)]
+    assert {len(found) for found in of_steps["one_set"]} == {1}
+    assert set.union(*of_steps["one_set"]) == {0, 1, 2}
+    assert {len(found) for found in of_steps["mixed"]} == {3}
+
+
 def test_all_four_losses_equal_one_text_at_a_time(tiny_folders: dict[str, Path]) -> None:
     """Packed behind shared prefixes in chunks, against whole rows through merged and untouched weights, in NumPy."""
     config = config_of(tiny_folders["qwen2"], 10)
