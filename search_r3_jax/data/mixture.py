@@ -86,9 +86,10 @@ class Mixture:
         for item in items:
             group, place = divmod(item, self.together)
             chosen = self._order[group]
-            if chosen is None:
+            at = None if chosen is None else self._items[chosen[0]][chosen[1] * self.together + place]
+            if chosen is None or at is None:
                 raise ValueError(f"item {item} of an endless sequence is missing")
-            number, group_of_set = chosen
-            query, document = self._pairs[number][self._items[number][group_of_set * self.together + place]]
+            number = chosen[0]
+            query, document = self._pairs[number][at]
             found.append(Pair(number, query, document, item))
         return found

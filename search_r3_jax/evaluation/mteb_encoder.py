@@ -54,7 +54,8 @@ class MtebEncoder(AbsEncoder):
         given = {"max_tokens": max_tokens, "prompts": self.model_prompts, "instruction_template": instruction_template}
         settings |= {name: value for name, value in given.items() if value is not None}
         self.mteb_model_meta = ModelMeta(
-            loader=MtebEncoder,
+            # How MTEB would open it by its name alone, which it cannot.
+            loader=None,
             name=mteb_name(model_name),
             revision=self.model.parameter_hash(),
             release_date=None,
@@ -111,8 +112,8 @@ def mteb_name(model: str) -> str:
     path = Path(model)
     if not path.exists():
         return model if "/" in model else f"search_r3_jax/{model}"
-    parts = path.resolve().parts[1:]
-    return "/".join(parts[-2:]) if len(parts) > 1 else f"search_r3_jax/{parts[0]}"
+    path = path.resolve()
+    return f"{path.parent.name or 'search_r3_jax'}/{path.name}"
 
 
 def _documents(batch: Mapping[str, Any]) -> Sequence[str]:

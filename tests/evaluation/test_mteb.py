@@ -61,7 +61,7 @@ def results_file(out: Path, task: str) -> dict[str, Any]:
 def test_a_real_collection_scores_as_eval_scores_it(export: Path, mbpp: Path, tmp_path: Path, mode: Any) -> None:
     limits: dict[str, Any] = {"max_documents": 600, "max_think_tokens": THINK_TOKENS, "mode": mode}
     run_mteb(MtebSettings(model=str(export), data=(mbpp,), out=tmp_path / "mteb", **limits))
-    texts = {"max_query_tokens": TOKENS, "max_document_tokens": TOKENS}
+    texts: dict[str, Any] = {"max_query_tokens": TOKENS, "max_document_tokens": TOKENS}
     expected = run_evaluation(EvalSettings(model=str(export), data=mbpp, **limits, **texts))["modes"][mode]
     (found,) = results_file(tmp_path / "mteb", "mbpp")["scores"]["test"]
     # MTEB rounds to five digits.

@@ -13,8 +13,7 @@ from search_r3_jax.planning.models import PUBLISHED
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 PLANS = {str(file.relative_to(LAUNCH / "plans").with_suffix("")): json.loads(file.read_text()) for file in LAUNCH.glob("plans/**/*.json")}
-# Of the models and slices that plans.sh knows, those whose four plans are kept.
-KEPT = ("Qwen2.5-1.5B/v5e-16", "Qwen2.5-1.5B/v5p-16", "Qwen2.5-1.5B/v6e-16", "Qwen2.5-7B/v5e-16", "Qwen2.5-7B/v5p-16", "Qwen3-8B/v5p-16")
+MODELS, SLICES = ("Qwen2.5-1.5B", "Qwen2.5-7B", "Qwen3-8B"), ("v5e-16", "v5p-16", "v6e-16")
 STAGES = ("sft", "rl", "decode", "encode")
 # As their publishers count them.
 PARAMETERS = {
@@ -29,7 +28,7 @@ ONE_PASS = [name for name in UPDATES if not name.startswith("experiments/")]
 
 
 def test_every_stage_has_a_plan_and_so_has_every_experiment() -> None:
-    named = {f"{kept}/{stage}" for kept in KEPT for stage in STAGES}
+    named = {f"{model}/{slice_name}/{stage}" for model in MODELS for slice_name in SLICES for stage in STAGES}
     assert set(PLANS) == named | {f"experiments/{name}" for name in config_names()}
 
 

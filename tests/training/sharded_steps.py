@@ -1,6 +1,6 @@
 """A program for tests: steps of stage 1 on meshes of all devices, beside those of one device; prints JSON.
 
-Arguments: folder of a model, "lora" or "full", number of steps, pairs of a batch, pairs of a chunk, a JSON list of mesh sizes, process
+Arguments: folder of a model, "lora" or "full", a JSON list of mesh sizes, number of steps, pairs of a batch, pairs of a chunk, process
 index, number of processes, port of the coordinator.
 """
 
@@ -112,7 +112,7 @@ def difference(ours: Any, expected: Any) -> float:
     return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs)
 
 
-def main(folder: str, kind: str, count: int, pairs: int, chunk: int, meshes: str, process: int, processes: int, port: int) -> None:
+def main(folder: str, kind: str, meshes: str, count: int, pairs: int, chunk: int, process: int, processes: int, port: int) -> None:
     if processes > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(f"localhost:{port}", processes, process)
@@ -135,5 +135,4 @@ def main(folder: str, kind: str, count: int, pairs: int, chunk: int, meshes: str
 
 
 if __name__ == "__main__":
-    counts = [int(argument) for argument in sys.argv[3:6]]
-    main(sys.argv[1], sys.argv[2], *counts, sys.argv[6], *(int(argument) for argument in sys.argv[7:]))
+    main(sys.argv[1], sys.argv[2], sys.argv[3], *(int(argument) for argument in sys.argv[4:]))

@@ -121,7 +121,7 @@ def run(
     chunk: int = 16,
 ) -> list[dict[str, Any]]:
     """The reports of all processes, each with so many devices."""
-    arguments = [str(folder), kind, str(steps), str(pairs), str(chunk), json.dumps(meshes)]
+    arguments = [str(folder), kind, json.dumps(meshes), str(steps), str(pairs), str(chunk)]
     return run_processes(PROGRAM, arguments, processes=processes, devices=devices, timeout=1500)
 
 
