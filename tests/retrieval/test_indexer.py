@@ -134,7 +134,8 @@ def test_threads_and_cores_are_what_the_config_says(run: IndexedRun) -> None:
 
 
 def test_cores_that_there_are_not_are_refused(run: IndexedRun) -> None:
-    config = dataclasses.replace(run.config, index=IndexConfig(cores=(4096,)))
+    # In this very process, whose priority is not to change.
+    config = dataclasses.replace(run.config, index=IndexConfig(cores=(4096,), nice=0))
     record = {**run.record, "config": dataclasses.asdict(config)}
     (run.path / "config.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match=r"index\.cores"):
