@@ -114,8 +114,16 @@ def _gather(array: jax.Array, *, layer: int | None = None, transposed: bool = Fa
             if layer is None:
                 ours[shard.index] = np.asarray(shard.data)
             else:
-                ours[shard.index[1:]] = np.asarray(jax.lax.dynamic_index_in_dim(shard.data, layer, keepdims=False))
+                ours[shard.index[1:]] = _layer(shard.data, layer)
     return gathered
+
+
+def _layer(stacked: jax.Array, layer: int) -> np.ndarray:
+    if {device.platform for device in stacked.devices()} == {"cpu"}:
+        # Read where it lies: slices that are freed stay with the allocator for a while, of eight devices as much as another tensor.
+        return np.asarray(stacked)[layer]
+    # Not all layers are fetched from a device for one of them.
+    return np.asarray(jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False))
 
 
 def _check_sizes(config: ModelConfig, source: TensorSource, where: str) -> None:
