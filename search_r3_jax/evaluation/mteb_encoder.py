@@ -13,6 +13,7 @@ from mteb.models.model_meta import ModelMeta, ScoringFunction
 from mteb.types import PromptType
 
 from search_r3_jax.config import Step
+from search_r3_jax.data.collection import Document
 from search_r3_jax.embedder import MAX_THINK_TOKENS, Embedder
 from search_r3_jax.text.prompts import Mode
 
@@ -120,4 +121,4 @@ def _documents(batch: Mapping[str, Any]) -> Sequence[str]:
     """Titles stand on lines of their own, as in training."""
     if "title" not in batch:
         return batch["text"]
-    return [f"{title}\n{body}" if title else body for title, body in zip(batch["title"], batch["body"], strict=True)]
+    return [Document(doc_id="", title=title, text=text).body for title, text in zip(batch["title"], batch["body"], strict=True)]

@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from search_r3_jax.data.collection import Collection
-from search_r3_jax.data.cut import cut_corpus, documents_hash
-from search_r3_jax.data.dataset import load_collection
+from search_r3_jax.data.cut import documents_hash
 from search_r3_jax.errors import UserError
 from search_r3_jax.evaluation.mteb_encoder import MtebEncoder
+from search_r3_jax.evaluation.report import check_evaluation, open_collection
 from search_r3_jax.evaluation.settings import MtebSettings
 
 # As elsewhere in a table of results.
@@ -80,7 +80,13 @@ def run_mteb(settings: MtebSettings) -> list[TaskScores]:
         raise UserError("mteb: nothing to evaluate; name tasks with --tasks, or data sets of this machine with --data")
     if settings.out.exists() and not settings.out.is_dir():
         raise UserError(f"--out: {settings.out}: is a file; name a folder")
-    tasks = [*_named_tasks(settings.tasks), *_local_tasks(settings)]
+    if settings.max_tokens is not None and settings.max_tokens < 1:
+        raise UserError(f"--max-tokens: {settings.max_tokens} is less than 1; give a positive number")
+    evaluations = [settings.evaluation(folder) for folder in settings.data]
+    # The limits are the same on all of them, and on tasks of MTEB.
+    check_evaluation(settings.evaluation(settings.out))
+    notes = Console(stderr=True, highlight=False, soft_wrap=True)
+    tasks = [*_named_tasks(settings.tasks), *(collection_task(open_collection(each, notes)[0]) for each in evaluations)]
     # MTEB's protocol wants a constructor that takes anything; ours names what it takes.
     encoder: Any = MtebEncoder(
         settings.model,
@@ -107,16 +113,6 @@ def _named_tasks(names: Sequence[str]) -> list[Any]:
         return [mteb.get_task(name) for name in names]
     except KeyError as error:
         raise UserError(f"--tasks: {' '.join(str(error.args[0]).split())}") from None
-
-
-def _local_tasks(settings: MtebSettings) -> list[AbsTaskRetrieval]:
-    tasks = []
-    for folder in settings.data:
-        collection = load_collection(folder, settings.split)
-        if settings.max_documents is not None:
-            collection, _ = cut_corpus(collection, settings.max_documents, seed=settings.seed)
-        tasks.append(collection_task(collection))
-    return tasks
 
 
 def _show(settings: MtebSettings, found: Sequence[TaskScores]) -> None:

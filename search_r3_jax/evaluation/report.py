@@ -48,7 +48,7 @@ SAMPLES = 10_000
 
 def run_evaluation(settings: EvalSettings) -> dict[str, Any]:
     """Evaluates, prints the table and writes what was asked for; returns the record. Raises UserError before any long work where it can."""
-    _check(settings)
+    check_evaluation(settings)
     # Bars and notes go to standard error: standard output is the table.
     notes = Console(stderr=True, highlight=False, soft_wrap=True)
     collection, cut = open_collection(settings, notes)
@@ -67,7 +67,8 @@ def run_evaluation(settings: EvalSettings) -> dict[str, Any]:
     return record
 
 
-def _check(settings: EvalSettings) -> None:
+def check_evaluation(settings: EvalSettings) -> None:
+    """Raise UserError for settings that make no sense, or files that could not be written."""
     check_output("--out", settings.out)
     check_output("--run-file", settings.run_file)
     check_limits(settings)

@@ -137,3 +137,16 @@ class MtebSettings:
     max_tokens: int | None = None
     max_think_tokens: int = 32
     step: Step = None
+
+    def evaluation(self, folder: Path) -> EvalSettings:
+        """What `eval` is asked for on one of the data sets."""
+        return EvalSettings(
+            model=self.model,
+            data=folder,
+            split=self.split,
+            mode=self.mode,
+            max_documents=self.max_documents,
+            seed=self.seed,
+            max_think_tokens=self.max_think_tokens,
+            step=self.step,
+        )

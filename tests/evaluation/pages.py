@@ -15,6 +15,11 @@ from search_r3_jax.evaluation.significance import bootstrap_interval
 HOSTILE = "<script>alert('x')</script><img src=x onerror=alert(1)> & \"quoted\" {{ 7 * 7 }} \x00\x1b[31m\ud800\u202e"
 
 
+def write_json(file: Path, record: Any) -> Path:
+    file.write_text(json.dumps(record))
+    return file
+
+
 def write_lines(file: Path, lines: list[dict[str, Any]]) -> None:
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
 

@@ -189,6 +189,14 @@ def test_mistakes_are_one_line(export: Path, words: Path, tmp_path: Path) -> Non
         run_mteb(MtebSettings(model=str(export), out=tmp_path / "out"))
     with pytest.raises(UserError, match=r"--tasks: .*SciFakt"):
         run_mteb(MtebSettings(model=str(export), tasks=("SciFakt",), out=tmp_path / "out"))
+    limits: dict[str, dict[str, Any]] = {
+        "--max-tokens: 0 is less than 1": {"max_tokens": 0},
+        "--max-documents: 0 is less than 1": {"max_documents": 0},
+        "--max-think-tokens: -1 is below 0": {"max_think_tokens": -1, "mode": "reason"},
+    }
+    for message, limit in limits.items():
+        with pytest.raises(UserError, match=message):
+            run_mteb(MtebSettings(model=str(export), tasks=("NFCorpus",), out=tmp_path / "out", **limit))
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--out: .*file: is a file; name a folder"):
         run_mteb(MtebSettings(model=str(export), data=(words,), out=tmp_path / "file"))

@@ -29,7 +29,7 @@ from search_r3_jax.training.state import init_state, state_shardings
 
 
 def config_of(folder: str, *, lora: bool, pairs: int = 32, chunk: int = 16) -> RunConfig:
-    """All four losses, GradCache over several chunks or one, both formats, mined negatives; adapters with dropout."""
+    """All four losses, GradCache over two chunks, both formats, mined negatives; adapters with dropout."""
     return RunConfig(
         model=folder,
         compute_dtype="float32",

@@ -161,5 +161,5 @@ def test_two_processes_of_four_devices_compute_what_one_computes(
 @pytest.mark.parametrize(("family", "kind", "part"), [("qwen2", "full", 0), ("llama", "lora", 1)])
 def test_every_mesh_computes_what_one_device_computes(tiny_folders: dict[str, Path], family: str, kind: str, part: int) -> None:
     meshes = every_mesh(8, most_tensor=2)[part::2]
-    # One small chunk: of a step, compiling is most of the time; chunks have the tests above.
-    check(run(tiny_folders[family], kind, meshes, processes=1, devices=8, steps=1, pairs=16, chunk=16)[0], meshes)
+    # A small batch: of a step, compiling is most of the time.
+    check(run(tiny_folders[family], kind, meshes, processes=1, devices=8, steps=1, pairs=16, chunk=8)[0], meshes)
