@@ -254,9 +254,13 @@ class RlConfig:
         margin_width: the margin, in cosine, from which on a larger one earns no more (`rank_margin`).
         hard_negatives: how many of the highest negatives the margin is taken to (`rank_margin`).
         floor_gap: the worst valid reply is so far above an invalid one, of a reward in [0, 1].
+        min_tokens: a reply of fewer tokens, its closing words included, is invalid: a policy whose reasoning does not help yet learns
+            first of all to write none, and then cannot learn to reason.
         length_weight: weight of brevity beside retrieval's 1; 0 leaves it out.
         free_tokens: so many tokens of a reply cost nothing; from there to `sampler.max_think_tokens` the cost rises along a line.
         infonce_weight: auxiliary InfoNCE on the group's query embeddings.
+        infonce_negatives: so many of the step's candidates, the best of each query first, are what they are told apart from, beside the
+            other queries' documents; 0 leaves these alone.
         eval_every: steps from one evaluation on the development queries, direct and reasoned, to the next; 0 never looks.
         snapshot_every: steps from one checkpoint, which the indexer makes an index of, to the next; evaluations make one too.
         keep: so many of the newest checkpoints stay, and the best.
@@ -286,9 +290,11 @@ class RlConfig:
     margin_width: float = 0.5
     hard_negatives: int = 4
     floor_gap: float = 0.1
+    min_tokens: int = 0
     length_weight: float = 0.0
     free_tokens: int = 0
     infonce_weight: float = 0.1
+    infonce_negatives: int = 0
     infonce_temperature: float = 0.05
     eval_every: int = 0
     snapshot_every: int = 50

@@ -121,9 +121,10 @@ def _rl(config: RunConfig, mesh: Mesh) -> LoweredStage:
         vectors=np.zeros((Q * G, trained.model.hidden_size), np.float32),
         valid=np.zeros(Q * G, bool),
     )
-    # One document a query to tell it from the others by.
-    documents = np.zeros((Q, trained.model.hidden_size), np.float32)
-    batch = rl_step.make_batch(rollout, np.zeros(Q * G), documents, np.zeros((Q, Q)), micro_queries=rl.micro_queries)
+    # One document a query to tell it from the others by, and the candidates.
+    P = Q + rl.infonce_negatives
+    documents = np.zeros((P, trained.model.hidden_size), np.float32)
+    batch = rl_step.make_batch(rollout, np.zeros(Q * G), documents, np.zeros((Q, P)), micro_queries=rl.micro_queries)
     placed = _placed(batch, rl_step.batch_shardings(batch, mesh))
     log_probs = jax.ShapeDtypeStruct(batch.replies.ids.shape, np.float32, sharding=placed.replies.ids.sharding)
     update = rl_step.make_update(trained.graph, trained.prompter, trained.optimizer, rl, trained.shardings, donate=True)

@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain, islice, zip_longest
 
 import numpy as np
 
@@ -23,12 +24,14 @@ class StepResult:
       rewards: [Q,G] float32 in [0,1].
       terms: what each reward is the sum of, [Q,G] each (see `reward_terms`).
       top_rows: each completion's best documents, [Q,G,3] int32; −1 where invalid or where there are fewer.
+      candidates: the rows that each query's completions were ranked among, int32: its relevant ones, then those proposed, best first.
       stats: named floats to log.
     """
 
     rewards: np.ndarray
     terms: dict[str, np.ndarray]
     top_rows: np.ndarray
+    candidates: list[np.ndarray]
     stats: dict[str, float]
 
 
@@ -111,7 +114,7 @@ class Environment:
             "reward_seconds": rewarded - refreshed,
             **agreement,
         }
-        return StepResult(rewards=rewards, terms=terms, top_rows=top_rows, stats=stats)
+        return StepResult(rewards=rewards, terms=terms, top_rows=top_rows, candidates=candidates, stats=stats)
 
     def swap(self, index: Index) -> None:
         """Take a newer index, between steps, and forget overlay vectors older than it; raises ValueError on another corpus."""
@@ -237,6 +240,23 @@ class Environment:
         for query, grades in enumerate(positives):
             if not grades or any(not 0 <= row < rows or grade <= 0 for row, grade in grades.items()):
                 raise ValueError(f"query {query}: positives {dict(grades)} must be rows below {rows} with grades above 0, at least one")
+
+
+def rows_to_tell_apart(
+    positives: Sequence[Mapping[int, float]], candidates: Sequence[np.ndarray], negatives: int, *, rows: int
+) -> np.ndarray:
+    """Rows [Q+negatives] int32: each query's best relevant document, then candidates, a rank of all queries before the next.
+
+    Where the queries propose too few, others fill up from the first of the corpus' `rows` on. Raises ValueError where it has too few.
+    """
+    best = [max(grades, key=lambda row: (grades[row], -row)) for grades in positives]
+    ranked = (row for rank in zip_longest(*(each.tolist() for each in candidates)) for row in rank if row is not None)
+    distinct = len(set(best))
+    others = islice(dict.fromkeys(chain(best, ranked, range(rows))), distinct, distinct + negatives)
+    found = np.array([*best, *others], np.int32)
+    if len(found) < len(best) + negatives:
+        raise ValueError(f"a corpus of {rows} documents has no {negatives} beside those of {len(best)} queries")
+    return found
 
 
 def _unit_means(vectors: np.ndarray, valid: np.ndarray) -> np.ndarray:

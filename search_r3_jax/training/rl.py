@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,7 @@ from search_r3_jax.hub.snapshot_writer import SnapshotWriter, newest_sound_snaps
 from search_r3_jax.hub.snapshots import read_run
 from search_r3_jax.models.lora import trainable_filter
 from search_r3_jax.objectives.policy_gradient import group_advantages
+from search_r3_jax.retrieval.environment import rows_to_tell_apart
 from search_r3_jax.retrieval.follower import IndexFollower
 from search_r3_jax.retrieval.indexer import index_folder
 from search_r3_jax.rollout.encoder import Encoder, ReasonedEncoder
@@ -215,6 +217,7 @@ def train_rl(
             texts = [query.text for query in queries]
             seeds = rollout_seeds(config.seed, step, chosen, rl.group_size)
             rollout = sampler.sample(current, texts, seeds, max_tokens=config.text.max_query_tokens)
+            rollout = dataclasses.replace(rollout, valid=rollout.valid & (rollout.lengths >= rl.min_tokens))
             sampled = time.perf_counter()
 
             # Reward: candidates from the index, the region they touch under current parameters.
@@ -238,7 +241,7 @@ def train_rl(
             # Update: advantages of the whole batch, then as many passes over it as asked for.
             group_id = jnp.repeat(jnp.arange(Q), G)
             advantages, _ = group_advantages(jnp.asarray(result.rewards).reshape(-1), group_id, groups=Q, scale=rl.scale_rewards)
-            told_apart = np.array([max(grades, key=lambda row: (grades[row], -row)) for grades in positives])
+            told_apart = rows_to_tell_apart(positives, result.candidates, rl.infonce_negatives, rows=len(collection.documents))
             relevance = np.array([[grades.get(row, 0) for row in told_apart.tolist()] for grades in positives], np.float32)
             documents = environment.vectors_of(told_apart)
             batch = put_batch(make_batch(rollout, np.asarray(advantages), documents, relevance, micro_queries=rl.micro_queries), model.mesh)

@@ -81,8 +81,18 @@ def check_settings(config: RunConfig, collection: Collection) -> None:
         raise UserError(
             f"rl.global_queries: {rl.global_queries}: there are {len(collection.queries)} queries to train on; give 1 to that many"
         )
+    most = len(collection.documents) - rl.global_queries
+    if rl.infonce_negatives < 0 or rl.infonce_negatives > most:
+        raise UserError(
+            f"rl.infonce_negatives: {rl.infonce_negatives}: the corpus has {len(collection.documents)} documents, {rl.global_queries} of"
+            f" them the queries' own; give 0 to {most}"
+        )
     if rl.inner_epochs < 1:
         raise UserError(f"rl.inner_epochs: {rl.inner_epochs}: a rollout is trained on at least once; give 1 or more")
+    if not 0 <= rl.min_tokens <= rl.sampler.max_think_tokens:
+        raise UserError(
+            f"rl.min_tokens: {rl.min_tokens}: at most rl.sampler.max_think_tokens {rl.sampler.max_think_tokens} are written; give fewer"
+        )
     if rl.sample_every < 1:
         raise UserError(f"rl.sample_every: {rl.sample_every}: counts rollouts; give 1 or more")
     if rl.variant == "dr_grpo" and rl.sampler.max_think_tokens < 1:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import pytest
 
-from search_r3_jax.retrieval.environment import Environment
+from search_r3_jax.retrieval.environment import Environment, rows_to_tell_apart
 from search_r3_jax.retrieval.exact import ExactIndex
 
 ROWS, DIM, QUERIES, GROUP = 120, 16, 4, 5
@@ -291,3 +291,29 @@ def test_what_a_period_of_the_index_costs_is_counted() -> None:
     result = subject.score(3, *batch(seed=3))
     assert result.stats["reencoded_period_share"] == pytest.approx(12 / ROWS)
     assert result.stats["reencoded_total_share"] == pytest.approx(36 / ROWS)
+
+
+def test_queries_are_told_apart_from_their_hardest_candidates() -> None:
+    positives, vectors, valid = batch()
+    result = environment(Encoder(10), candidates=6).score(10, positives, vectors, valid)
+    rows = rows_to_tell_apart(positives, result.candidates, 12, rows=ROWS)
+    # Of equal grades the first.
+    assert rows[:QUERIES].tolist() == [3, 40, 99, 5]
+    assert len(set(rows.tolist())) == len(rows) == QUERIES + 12
+    # The other relevant ones, then what each query finds first: by brute force, of the mean of its valid completions or of one of them.
+    assert {17, 6} < set(rows[QUERIES:].tolist())
+    for query in range(QUERIES):
+        live = vectors[query][valid[query]]
+        means = [*live, live.mean(axis=0)]
+        nearest = {int(np.argmax(np.where(np.isin(range(ROWS), list(positives[query])), -2, corpus(0) @ each))) for each in means}
+        assert nearest & set(rows[QUERIES:].tolist())
+
+
+def test_where_candidates_are_few_the_corpus_fills_up() -> None:
+    positives = [{2: 1.0}, {2: 1.0, 7: 1.0}, {0: 3.0}]
+    candidates = [np.array(rows, np.int32) for rows in ([2, 9], [2, 7, 4], [0])]
+    assert rows_to_tell_apart(positives, candidates, 0, rows=10).tolist() == [2, 2, 0]
+    assert rows_to_tell_apart(positives, candidates, 5, rows=10).tolist() == [2, 2, 0, 9, 7, 4, 1, 3]
+    assert rows_to_tell_apart(positives, candidates, 7, rows=10).tolist()[3:] == [9, 7, 4, 1, 3, 5, 6]
+    with pytest.raises(ValueError, match="a corpus of 6 documents has no 5"):
+        rows_to_tell_apart(positives, candidates[2:], 5, rows=6)
