@@ -68,7 +68,7 @@ class Compare:
     """Whether the second of two results of `eval` is better than the first by more than chance, and on which queries.
 
     Attributes:
-        first: a file of `eval --out`; where it holds both modes, append :direct or :reason.
+        first: a file of `eval --out`; where it holds several modes, append :direct, :reason or :average.
         second: another of the same data, split and cut, or another mode of the same file.
         metric: ndcg@10, recall@10, recall@100, mrr or map.
         samples: of the bootstrap and of the permutation test.

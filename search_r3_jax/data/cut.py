@@ -1,4 +1,4 @@
-"""A smaller corpus that is the same for every system, and what tells two sets of texts apart."""
+"""Fewer queries, and a smaller corpus, that are the same for every system, and what tells two sets of texts apart."""
 
 from __future__ import annotations
 
@@ -28,6 +28,23 @@ class Cut:
     judged: int
     seed: int
     ids_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueryCut:
+    """Which of a split's queries were searched: `queries` of `whole`, drawn with `seed`."""
+
+    queries: int
+    whole: int
+    seed: int
+
+
+def cut_queries(collection: Collection, max_queries: int, *, seed: int = 0) -> tuple[Collection, QueryCut]:
+    """At most so many queries, in their order; chosen by a hash of their ids, and a larger number holds the smaller one's."""
+    drawn = sorted((query.query_id for query in collection.queries), key=lambda query_id: _digest((str(seed), query_id)))
+    kept = set(drawn[:max_queries])
+    queries = tuple(query for query in collection.queries if query.query_id in kept)
+    return dataclasses.replace(collection, queries=queries), QueryCut(queries=len(queries), whole=len(collection.queries), seed=seed)
 
 
 def cut_corpus(collection: Collection, max_documents: int, *, seed: int = 0) -> tuple[Collection, Cut]:

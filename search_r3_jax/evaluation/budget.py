@@ -41,11 +41,11 @@ def run_budget(settings: BudgetSettings) -> dict[str, Any]:
     """Evaluates each budget, prints the table, writes JSON and picture; returns the record. Raises UserError before any model is loaded."""
     _check(settings)
     notes = Console(stderr=True, highlight=False, soft_wrap=True)
-    collection, cut = open_collection(settings, notes)
+    collection, cuts = open_collection(settings, notes)
     system = DecoderSystem(settings.evaluation())
     result = system.evaluate_budgets(collection, settings.budgets, notes)
     identity = dict(system.identity()) | {"max_think_tokens": list(settings.budgets)}
-    record = common_record(settings, identity, collection, cut, result.document_seconds) | _curve(settings, collection, result)
+    record = common_record(settings, identity, collection, cuts, result.document_seconds) | _curve(settings, collection, result)
     _show(record)
     write_json(settings.out, record)
     if settings.picture is not None:

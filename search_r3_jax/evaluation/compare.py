@@ -18,7 +18,7 @@ from search_r3_jax.evaluation.result_files import read_record
 from search_r3_jax.evaluation.significance import Interval, bootstrap_interval, sign_flip_p_value
 
 SHOWN = 5
-MODES = ("direct", "reason")
+MODES = ("direct", "reason", "average")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class Comparison:
 
 
 def read_result(name: str) -> Result:
-    """A result file, or one mode of it where `:direct` or `:reason` is appended; raises UserError naming file and field."""
+    """A result file, or one mode of it where `:direct`, `:reason` or `:average` is appended; raises UserError naming file and field."""
     path, mode = Path(name), None
     head, _, tail = name.rpartition(":")
     if tail in MODES and not path.is_file():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from flax import nnx
@@ -26,6 +27,8 @@ QUERIES_A_PASS = 128
 PASS_MULTIPLE = 8
 DEPTH = 100
 OnProgress = Callable[[int], object]
+Searched = Literal["direct", "reason", "average"]
+"""What a query is embedded by: a prompt's mode, or the mean of both."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +194,20 @@ class Evaluator:
             tokens = [len(reply) for reply in replies]
             found[name] = EmbeddedQueries(vectors=vectors, seconds=ended - started, warm_seconds=ended - compiled, tokens=tokens)
         return found
+
+
+def averaged(direct: EmbeddedQueries, reasoned: EmbeddedQueries) -> EmbeddedQueries:
+    """Both of a query's vectors in one, their unit mean; it costs what the two cost."""
+    sums = direct.vectors + reasoned.vectors
+    return EmbeddedQueries(
+        vectors=sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12),
+        seconds=direct.seconds + reasoned.seconds,
+        warm_seconds=direct.warm_seconds + reasoned.warm_seconds,
+        valid=reasoned.valid,
+        tokens=[both[0] + both[1] for both in zip(direct.tokens, reasoned.tokens, strict=True)],
+        thoughts=reasoned.thoughts,
+        replies=reasoned.replies,
+    )
 
 
 def pass_width(queries: int) -> int:

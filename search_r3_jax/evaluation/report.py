@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
@@ -15,21 +15,25 @@ from rich.text import Text
 
 from search_r3_jax import __version__
 from search_r3_jax.data.collection import Collection
-from search_r3_jax.data.cut import Cut, cut_corpus, documents_hash, queries_hash
+from search_r3_jax.data.cut import Cut, QueryCut, cut_corpus, cut_queries, documents_hash, queries_hash
 from search_r3_jax.data.dataset import load_collection
 from search_r3_jax.errors import UserError
 from search_r3_jax.evaluation.controls import CONTROLS
-from search_r3_jax.evaluation.evaluate import DEPTH, ModeResult
+from search_r3_jax.evaluation.evaluate import DEPTH, ModeResult, Searched
 from search_r3_jax.evaluation.metrics import write_trec_qrels, write_trec_run
 from search_r3_jax.evaluation.settings import BudgetSettings, EvalSettings
 from search_r3_jax.evaluation.significance import bootstrap_interval
 from search_r3_jax.evaluation.systems import SystemResult, open_system
 from search_r3_jax.files import check_output, write_json
-from search_r3_jax.text.prompts import Mode
 
 FORMAT_VERSION = 1
 TOP = 10
-MODES: dict[str, tuple[Mode, ...]] = {"direct": ("direct",), "reason": ("reason",), "both": ("direct", "reason")}
+MODES: dict[str, tuple[Searched, ...]] = {
+    "direct": ("direct",),
+    "reason": ("reason",),
+    "both": ("direct", "reason"),
+    "all": ("direct", "reason", "average"),
+}
 
 ROWS = (
     ("nDCG@10", "ndcg@10", "{:.4f}"),
@@ -46,19 +50,26 @@ ROWS = (
 SAMPLES = 10_000
 
 
+class Cuts(NamedTuple):
+    """What was left out of a collection; None where nothing was asked for."""
+
+    queries: QueryCut | None
+    corpus: Cut | None
+
+
 def run_evaluation(settings: EvalSettings) -> dict[str, Any]:
     """Evaluates, prints the table and writes what was asked for; returns the record. Raises UserError before any long work where it can."""
     check_evaluation(settings)
     # Bars and notes go to standard error: standard output is the table.
     notes = Console(stderr=True, highlight=False, soft_wrap=True)
-    collection, cut = open_collection(settings, notes)
+    collection, cuts = open_collection(settings, notes)
     if settings.controls and len(collection.queries) < 2:
         raise UserError(
             f"--controls: {settings.data} has a single query in {settings.split}: nobody to exchange reasoning with; leave it out"
         )
     system = open_system(settings)
     result = system.evaluate(collection, MODES[settings.mode], notes)
-    record = _record(settings, system.identity(), collection, cut, result)
+    record = _record(settings, system.identity(), collection, cuts, result)
     _show(record)
     if settings.out is not None:
         write_json(settings.out, record)
@@ -81,6 +92,7 @@ def check_evaluation(settings: EvalSettings) -> None:
 def check_limits(settings: EvalSettings | BudgetSettings) -> None:
     """Raise UserError for a limit of the corpus or of its texts that leaves nothing."""
     counts = {
+        "--max-queries": settings.max_queries,
         "--max-documents": settings.max_documents,
         "--max-query-tokens": settings.max_query_tokens,
         "--max-document-tokens": settings.max_document_tokens,
@@ -90,30 +102,32 @@ def check_limits(settings: EvalSettings | BudgetSettings) -> None:
             raise UserError(f"{flag}: {count} is less than 1; give a positive number")
 
 
-def open_collection(settings: EvalSettings | BudgetSettings, notes: Console) -> tuple[Collection, Cut | None]:
-    """The split, its corpus cut where `max_documents` asks for it; says on `notes` where more is judged than asked for."""
-    collection = load_collection(settings.data, settings.split)
+def open_collection(settings: EvalSettings | BudgetSettings, notes: Console) -> tuple[Collection, Cuts]:
+    """The split, cut where `max_queries` and `max_documents` ask for it; says on `notes` where more is judged than asked for."""
+    collection, of_queries = load_collection(settings.data, settings.split), None
+    if settings.max_queries is not None:
+        collection, of_queries = cut_queries(collection, settings.max_queries, seed=settings.seed)
     if settings.max_documents is None:
-        return collection, None
+        return collection, Cuts(of_queries, None)
     collection, cut = cut_corpus(collection, settings.max_documents, seed=settings.seed)
     if cut.documents > cut.asked:
         notes.print(f"{cut.judged} documents are judged: all of them stay, more than the {cut.asked} asked for", markup=False)
-    return collection, cut
+    return collection, Cuts(of_queries, cut)
 
 
 def _record(
-    settings: EvalSettings, identity: Mapping[str, Any], collection: Collection, cut: Cut | None, result: SystemResult
+    settings: EvalSettings, identity: Mapping[str, Any], collection: Collection, cuts: Cuts, result: SystemResult
 ) -> dict[str, Any]:
     modes: dict[str, dict[str, Any]] = {
         mode: each.as_dict() | {"per_query": per_query(collection, each)} for mode, each in result.modes.items()
     }
     if result.controls:
         modes["reason"]["controls"] = _controls(collection, result.controls, settings.seed)
-    return common_record(settings, identity, collection, cut, result.document_seconds) | {"modes": modes}
+    return common_record(settings, identity, collection, cuts, result.document_seconds) | {"modes": modes}
 
 
 def common_record(
-    settings: EvalSettings | BudgetSettings, identity: Mapping[str, Any], collection: Collection, cut: Cut | None, document_seconds: float
+    settings: EvalSettings | BudgetSettings, identity: Mapping[str, Any], collection: Collection, cuts: Cuts, document_seconds: float
 ) -> dict[str, Any]:
     """What was measured, on what, and what its corpus cost."""
     return {
@@ -129,7 +143,8 @@ def common_record(
             "queries": len(collection.queries),
             "documents_sha256": documents_hash(collection),
             "queries_sha256": queries_hash(collection),
-            "cut": None if cut is None else dataclasses.asdict(cut),
+            "cut": None if cuts.corpus is None else dataclasses.asdict(cuts.corpus),
+            "query_cut": None if cuts.queries is None else dataclasses.asdict(cuts.queries),
         },
         "depth": DEPTH,
         "document_seconds": document_seconds,
@@ -189,8 +204,11 @@ def _show(record: Mapping[str, Any]) -> None:
 def title_of(record: Mapping[str, Any]) -> str:
     """What was searched for what."""
     data, cut = record["data"], record["data"]["cut"]
+    query_cut = data.get("query_cut")
     of_all = f" of {cut['whole']}" if cut is not None else ""
-    return f"{record['model']}: {data['queries']} queries of {data['name']} ({data['split']}) over {data['documents']}{of_all} documents"
+    of_queries = f" of {query_cut['whole']}" if query_cut is not None else ""
+    searched = f"{data['queries']}{of_queries} queries of {data['name']} ({data['split']})"
+    return f"{record['model']}: {searched} over {data['documents']}{of_all} documents"
 
 
 def interval_text(interval: Mapping[str, float], shape: str = "{:.3f}") -> str:
@@ -212,7 +230,7 @@ def _controls_table(controls: Mapping[str, Mapping[str, Any]]) -> Table:
     return table
 
 
-def _write_trec(path: Path, collection: Collection, results: Mapping[Mode, ModeResult]) -> None:
+def _write_trec(path: Path, collection: Collection, results: Mapping[Searched, ModeResult]) -> None:
     for mode, result in results.items():
         file = path if len(results) == 1 else path.with_name(f"{path.name}.{mode}")
         write_trec_run(file, result.run, f"search_r3_jax-{mode}")

@@ -96,6 +96,8 @@ def _check_data(file: Path, record: Mapping[str, Any]) -> None:
     cut = record["data"].setdefault("cut", None)
     if cut is not None:
         _at(file, record, "data", "cut", "whole", kind=int)
+    if record["data"].get("query_cut") is not None:
+        _at(file, record, "data", "query_cut", "whole", kind=int)
 
 
 def _eval_results(file: Path, record: Mapping[str, Any]) -> list[EvalResult]:

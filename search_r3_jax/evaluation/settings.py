@@ -18,12 +18,14 @@ class EvalSettings:
             (identifiers split, for code), `minilm` (all-MiniLM-L6-v2), `st:FOLDER` (any sentence-transformers model).
         data: a built data set or a BEIR folder.
         split: whose queries are searched.
-        mode: `reason` lets the model think before it embeds a query; baselines have `direct` only.
+        mode: `reason` lets the model think before it embeds a query; `both` is that beside direct; `all` adds `average`, the mean of a
+            query's two vectors; baselines have `direct` only.
         index: `exact` search, or `scann`.
         out: JSON file with everything, each query's results too; `search-r3 compare` reads it.
-        run_file: TREC run file; the judgements go beside it, with .qrels added. With both modes one file each: .direct and .reason added.
+        run_file: TREC run file; the judgements go beside it, with .qrels added. With several modes one file each: .direct, .reason added.
+        max_queries: search for so many random queries of the split at most.
         max_documents: search only the judged documents and random others, so many in all.
-        seed: draws those others.
+        seed: draws those queries and those others.
         max_query_tokens: tokens of a query that a model of ours reads; 64 by default.
         max_document_tokens: tokens of a document that a model of ours reads; 256 by default.
         max_think_tokens: budget of the reasoning before the embed token is forced; 0 forces it at once.
@@ -34,10 +36,11 @@ class EvalSettings:
     model: str
     data: Path
     split: str = "test"
-    mode: Literal["direct", "reason", "both"] = "direct"
+    mode: Literal["direct", "reason", "both", "all"] = "direct"
     index: Literal["exact", "scann"] = "exact"
     out: Path | None = None
     run_file: Path | None = None
+    max_queries: int | None = None
     max_documents: int | None = None
     seed: int = 0
     max_query_tokens: int | None = None
@@ -67,8 +70,9 @@ class BudgetSettings:
         budgets: tokens that the model may think before the embed token is forced; 0 forces it at once.
         split: whose queries are searched.
         index: `exact` search, or `scann`.
+        max_queries: search for so many random queries of the split at most.
         max_documents: search only the judged documents and random others, so many in all.
-        seed: draws those others, and the bootstrap's queries.
+        seed: draws those queries and those others, and the bootstrap's queries.
         samples: of the bootstrap.
         max_query_tokens: tokens of a query that the model reads; 64 by default.
         max_document_tokens: tokens of a document that the model reads; 256 by default.
@@ -82,6 +86,7 @@ class BudgetSettings:
     budgets: tuple[int, ...] = (0, 8, 16, 32, 64)
     split: str = "test"
     index: Literal["exact", "scann"] = "exact"
+    max_queries: int | None = None
     max_documents: int | None = None
     seed: int = 0
     samples: int = 10_000
@@ -97,6 +102,7 @@ class BudgetSettings:
             split=self.split,
             mode="both",
             index=self.index,
+            max_queries=self.max_queries,
             max_documents=self.max_documents,
             seed=self.seed,
             max_query_tokens=self.max_query_tokens,

