@@ -1,0 +1,224 @@
+"""The whole method on eight real collections: `python tests/benchmarks/experiment.py train|evaluate|record --data FOLDER --out FOLDER`.
+
+`train --seed S` takes SmolLM2 through stage 1 on the training queries of all collections (BEIR folders in --data) and through stage 2 on
+those of the four that the method is aimed at; only training and development queries are read. `evaluate --seed S` searches for the test
+queries, the only act that does, with the last checkpoint of each stage; without a seed, with the baselines. Both go on where they were
+interrupted. `record` gathers what is there into the folder experiment beside this file, a file a seed; `experiment_table.py` reads it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from search_r3_jax.data.collection import Collection
+from search_r3_jax.data.cut import cut_queries
+from search_r3_jax.data.dataset import load_collection, splits_of
+
+RECORDS = Path(__file__).parent / "experiment"
+AIMED_AT = ("cosqa", "mbpp", "entailmentbank", "strategyqa")
+# Collection → its share of stage 1's batches.
+SHARES = {"cosqa": 3, "medquad": 3, "squad_sent": 1, "strategyqa": 2, "conala": 2, "entailmentbank": 2, "scifact": 1, "mbpp": 1}
+MERGED = "merged"
+# Of each collection that stage 2 trains on.
+RL_QUERIES, RL_DEV_QUERIES = 200, 48
+
+TEXT = ["--text.max-document-tokens", "40"]
+SFT = [
+    *["--data.batches", "one_set", "--sft.steps", "90", "--sft.global-batch", "24", "--sft.reasoned-share", "0.25"],
+    # Stage 2 begins with the development queries of its collections.
+    *["--sft.key-terms", "4", "--sft.eval-every", "0", "--sft.save-every", "10", "--data.dev-queries", "32"],
+]
+RL = [
+    *["--data.dev-queries", str(RL_DEV_QUERIES * len(AIMED_AT)), "--data.dev-documents", "250"],
+    *["--rl.steps", "45", "--rl.global-queries", "8", "--rl.group-size", "4", "--rl.beta", "0", "--rl.infonce-weight", "1"],
+    *["--rl.infonce-negatives", "128", "--rl.optimizer.learning-rate", "3e-4"],
+    *["--rl.sampler.max-think-tokens", "28", "--rl.eval-every", "45", "--rl.snapshot-every", "20", "--rl.sample-every", "4"],
+    *["--index.refresh-budget", "32", "--index.candidates", "32"],
+]
+# The only limits of an evaluation, the same for every system; the last two are for models of ours.
+CUT = ["--max-queries", "1400", "--max-documents", "3000"]
+LIMITS = ["--max-query-tokens", "32", "--max-document-tokens", "40"]
+THINK = ["--max-think-tokens", "28"]
+BASELINES = ("bm25", "bm25-split", "minilm")
+METRICS = ("ndcg@10", "recall@10", "recall@100", "mrr", "map")
+COSTS = ("valid_rate", "reply_tokens", "milliseconds_per_query")
+
+
+def search_r3(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "search_r3_jax", *arguments], check=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("act", choices=("train", "evaluate", "record"))
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--sets", nargs="+", choices=tuple(SHARES), default=tuple(SHARES), help="evaluate these alone")
+    parser.add_argument("--stages", nargs="+", choices=("sft", "rl"), default=("sft", "rl"), help="train or evaluate these alone")
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    if given.act == "train":
+        if given.seed is None:
+            parser.error("train: --seed: which?")
+        train(given.data, given.out, given.seed, given.stages)
+    elif given.act == "evaluate" and given.seed is None:
+        evaluate_baselines(given.data, given.out, given.sets)
+    elif given.act == "evaluate":
+        evaluate_seed(given.data, given.out, given.seed, given.sets, given.stages)
+    else:
+        write_records(given.out)
+
+
+def train(data: Path, out: Path, seed: int, stages: list[str]) -> None:
+    """Both stages of a seed; finished steps are not repeated."""
+    sft, rl = (str(run_of(out, seed, stage)) for stage in ("sft", "rl"))
+    if "sft" in stages:
+        sets = ["--data.sets", *(str(data / name) for name in SHARES), "--data.weights", *map(str, SHARES.values())]
+        search_r3("sft", "--config", "smollm2", "--run", sft, "--seed", str(seed), *sets, *TEXT, *SFT)
+    if "rl" in stages:
+        merge(data, out / MERGED)
+        start = ["--model", sft, "--data.sets", str(out / MERGED)]
+        search_r3("rl", "--config", "smollm2", "--run", rl, "--seed", str(seed), *start, *TEXT, *RL)
+
+
+def run_of(out: Path, seed: int, stage: str) -> Path:
+    return out / f"seed{seed}" / stage
+
+
+def merge(data: Path, folder: Path) -> None:
+    """One BEIR folder of `RL_QUERIES` training and `RL_DEV_QUERIES` development queries of each collection, and the documents they judge.
+
+    Where a collection has no development queries, more training queries are drawn and the last of them watched.
+    """
+    texts: dict[str, str] = {}
+    documents: dict[str, str] = {}
+    judged: dict[str, list[str]] = {"train": [], "dev": []}
+
+    def add(split: str, collection: Collection) -> None:
+        bodies = {document.doc_id: document.body for document in collection.documents}
+        for query in collection.queries:
+            asked = f"{collection.name}-{query.query_id}"
+            texts[asked] = query.text
+            for doc_id, score in query.positives.items():
+                found = f"{collection.name}-{doc_id}"
+                documents[found] = bodies[doc_id]
+                judged[split].append(f"{asked}\t{found}\t{score}")
+
+    for name in AIMED_AT:
+        if "dev" in splits_of(data / name):
+            add("train", cut_queries(load_collection(data / name, "train"), RL_QUERIES)[0])
+            add("dev", cut_queries(load_collection(data / name, "dev"), RL_DEV_QUERIES)[0])
+        else:
+            drawn, _ = cut_queries(load_collection(data / name, "train"), RL_QUERIES + RL_DEV_QUERIES)
+            add("train", part(drawn, 0, RL_QUERIES))
+            add("dev", part(drawn, RL_QUERIES, None))
+    (folder / "qrels").mkdir(parents=True, exist_ok=True)
+    write_lines(folder / "corpus.jsonl", [json.dumps({"_id": each, "title": "", "text": text}) for each, text in documents.items()])
+    write_lines(folder / "queries.jsonl", [json.dumps({"_id": each, "text": text}) for each, text in texts.items()])
+    for split, rows in judged.items():
+        write_lines(folder / "qrels" / f"{split}.tsv", ["query-id\tcorpus-id\tscore", *rows])
+
+
+def part(collection: Collection, first: int, last: int | None) -> Collection:
+    """The collection with some of its queries."""
+    return Collection(name=collection.name, split=collection.split, documents=collection.documents, queries=collection.queries[first:last])
+
+
+def write_lines(file: Path, lines: list[str]) -> None:
+    file.write_text("".join(f"{line}\n" for line in lines))
+
+
+def evaluate_baselines(data: Path, out: Path, sets: list[str]) -> None:
+    """The baselines, and the untrained model; the test queries are searched for."""
+    for name in sets:
+        for system in BASELINES:
+            evaluate(data / name, out / "results" / f"{name}_{system}.json", "--model", system)
+        evaluate(data / name, out / "results" / f"{name}_untrained.json", "--model", "smollm2", *LIMITS)
+
+
+def evaluate_seed(data: Path, out: Path, seed: int, sets: list[str], stages: list[str]) -> None:
+    """The last checkpoint of each stage in all modes, and controls of stage 2's reasoning; the test queries are searched for."""
+    for name in sets:
+        for stage in stages:
+            run = run_of(out, seed, stage)
+            controls = ["--controls"] if stage == "rl" and name in AIMED_AT else []
+            file = out / "results" / f"seed{seed}" / f"{name}_{stage}.json"
+            evaluate(data / name, file, "--model", str(run), "--mode", "all", *LIMITS, *THINK, *controls)
+
+
+def evaluate(data: Path, file: Path, *options: str) -> None:
+    """`eval` of the test split, unless its file is there."""
+    if file.is_file():
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    search_r3("eval", "--data", str(data), "--split", "test", *CUT, "--out", str(file), *options)
+
+
+def write_records(out: Path) -> None:
+    """What was measured, as small files: no path, no text but the settings."""
+    RECORDS.mkdir(exist_ok=True)
+    results = out / "results"
+    for folder in [results, *sorted(results.glob("seed*"))]:
+        found = {file.stem: small(json.loads(file.read_text())) for file in sorted(folder.glob("*.json"))}
+        record: dict[str, Any] = {"results": found}
+        if folder != results:
+            record["runs"] = {run.name: course(run) for run in sorted((out / folder.name).iterdir()) if (run / "metrics.jsonl").is_file()}
+        name = "baselines" if folder == results else folder.name
+        (RECORDS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def small(result: dict[str, Any]) -> dict[str, Any]:
+    """What a table, an interval and a paired test need of a result; nDCG@10 of the queries in the order of their ids."""
+    modes: dict[str, Any] = {}
+    for mode, values in result["modes"].items():
+        modes[mode] = {name: values[name] for name in (*METRICS, *COSTS)}
+        modes[mode]["of_query"] = compact([values["per_query"][query_id]["ndcg@10"] for query_id in sorted(values["per_query"])])
+        if "controls" in values:
+            modes[mode]["controls"] = {
+                name: {key: each[key] for key in ("ndcg@10", "reply_tokens", "own_minus_this")}
+                | {"of_query": compact([each["per_query"][query_id] for query_id in sorted(each["per_query"])])}
+                for name, each in values["controls"].items()
+            }
+    data = {name: value for name, value in result["data"].items() if name != "path"}
+    system = {name: value for name, value in result["system"].items() if name != "run_config"}
+    return {"data": data, "system": system, "modes": modes}
+
+
+def compact(values: list[float]) -> str:
+    """Numbers to six digits, in one string: a file of lists has a line a number."""
+    return " ".join(f"{value:.6g}" for value in values)
+
+
+def course(run: Path) -> dict[str, Any]:
+    """A run's settings, its hours, what its development queries gave, and means of its first and last steps."""
+    config = json.loads((run / "config.json").read_text())["config"]
+    config |= {"model": Path(config["model"]).name, "data": config["data"] | {"sets": [Path(each).name for each in config["data"]["sets"]]}}
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    scores = {}
+    for file in sorted((run / "eval").glob("dev_*.json")):
+        results = json.loads(file.read_text())["results"]
+        scores[file.stem] = {name: {mode: values["ndcg@10"] for mode, values in modes.items()} for name, modes in results.items()}
+    names = [name for name, value in lines[0].items() if isinstance(value, int | float) and name in lines[-1]]
+    tenth = max(1, len(lines) // 10)
+
+    def mean(some: list[dict[str, Any]]) -> dict[str, float]:
+        return {name: float(f"{sum(line[name] for line in some) / len(some):.6g}") for name in names}
+
+    return {
+        "config": config,
+        "steps": len(lines),
+        "hours": round(sum(line["seconds"] for line in lines) / 3600, 3),
+        "dev": scores,
+        "first_tenth": mean(lines[:tenth]),
+        "last_tenth": mean(lines[-tenth:]),
+    }
+
+
+if __name__ == "__main__":
+    main()
