@@ -1,7 +1,8 @@
-"""The whole method on eight real collections: `python tests/benchmarks/experiment.py train|evaluate|record --data FOLDER --out FOLDER`.
+"""The whole method on eight real collections: `python tests/benchmarks/experiment.py ACT --data FOLDER --out FOLDER`.
 
 `train --seed S` takes SmolLM2 through stage 1 on the training queries of all collections (BEIR folders in --data) and through stage 2 on
-those of the four that the method is aimed at; only training and development queries are read. `evaluate --seed S` searches for the test
+those of the four that the method is aimed at; `watch --seed S` searches for development queries of these. Settings are chosen by that: only
+training and development queries are read. `evaluate --seed S` searches for the test
 queries, the only act that does, with the last checkpoint of each stage; without a seed, with the baselines. Both go on where they were
 interrupted. `record` gathers what is there into the folder experiment beside this file, a file a seed; `experiment_table.py` reads it.
 """
@@ -44,6 +45,8 @@ RL = [
 CUT = ["--max-queries", "1400", "--max-documents", "3000"]
 LIMITS = ["--max-query-tokens", "32", "--max-document-tokens", "40"]
 THINK = ["--max-think-tokens", "28"]
+# Stage 2 as it is evaluated, and what was tried beside it.
+STAGE_2 = {"rl": ["--rl.min-tokens", "12"], "rl-free": []}
 BASELINES = ("bm25", "bm25-split", "minilm")
 METRICS = ("ndcg@10", "recall@10", "recall@100", "mrr", "map")
 COSTS = ("valid_rate", "reply_tokens", "milliseconds_per_query")
@@ -55,18 +58,20 @@ def search_r3(*arguments: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("act", choices=("train", "evaluate", "record"))
+    parser.add_argument("act", choices=("train", "watch", "evaluate", "record"))
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int)
     parser.add_argument("--sets", nargs="+", choices=tuple(SHARES), default=tuple(SHARES), help="evaluate these alone")
-    parser.add_argument("--stages", nargs="+", choices=("sft", "rl"), default=("sft", "rl"), help="train or evaluate these alone")
+    parser.add_argument("--stages", nargs="+", choices=("sft", *STAGE_2), default=("sft", "rl"), help="these alone")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
+    if given.act in ("train", "watch") and given.seed is None:
+        parser.error(f"{given.act}: --seed: which?")
     if given.act == "train":
-        if given.seed is None:
-            parser.error("train: --seed: which?")
         train(given.data, given.out, given.seed, given.stages)
+    elif given.act == "watch":
+        watch(given.data, given.out, given.seed, given.stages)
     elif given.act == "evaluate" and given.seed is None:
         evaluate_baselines(given.data, given.out, given.sets)
     elif given.act == "evaluate":
@@ -77,14 +82,23 @@ def main() -> None:
 
 def train(data: Path, out: Path, seed: int, stages: list[str]) -> None:
     """Both stages of a seed; finished steps are not repeated."""
-    sft, rl = (str(run_of(out, seed, stage)) for stage in ("sft", "rl"))
+    sft = str(run_of(out, seed, "sft"))
     if "sft" in stages:
         sets = ["--data.sets", *(str(data / name) for name in SHARES), "--data.weights", *map(str, SHARES.values())]
         search_r3("sft", "--config", "smollm2", "--run", sft, "--seed", str(seed), *sets, *TEXT, *SFT)
-    if "rl" in stages:
+    for stage in [stage for stage in stages if stage != "sft"]:
         merge(data, out / MERGED)
-        start = ["--model", sft, "--data.sets", str(out / MERGED)]
-        search_r3("rl", "--config", "smollm2", "--run", rl, "--seed", str(seed), *start, *TEXT, *RL)
+        run = ["--run", str(run_of(out, seed, stage)), "--model", sft, "--data.sets", str(out / MERGED)]
+        search_r3("rl", "--config", "smollm2", "--seed", str(seed), *run, *TEXT, *RL, *STAGE_2[stage])
+
+
+def watch(data: Path, out: Path, seed: int, stages: list[str]) -> None:
+    """The development queries of what stage 2 trains on, in all modes and with the controls."""
+    merge(data, out / MERGED)
+    for stage in stages:
+        model = ["--model", str(run_of(out, seed, stage)), "--mode", "all", "--controls"]
+        file = out / "results" / f"seed{seed}_dev" / f"{stage}.json"
+        evaluate(out / MERGED, file, *model, "--max-documents", "1000", *LIMITS, *THINK, split="dev")
 
 
 def run_of(out: Path, seed: int, stage: str) -> Path:
@@ -138,8 +152,8 @@ def evaluate_baselines(data: Path, out: Path, sets: list[str]) -> None:
     """The baselines, and the untrained model; the test queries are searched for."""
     for name in sets:
         for system in BASELINES:
-            evaluate(data / name, out / "results" / f"{name}_{system}.json", "--model", system)
-        evaluate(data / name, out / "results" / f"{name}_untrained.json", "--model", "smollm2", *LIMITS)
+            evaluate(data / name, out / "results" / f"{name}_{system}.json", *CUT, "--model", system)
+        evaluate(data / name, out / "results" / f"{name}_untrained.json", *CUT, "--model", "smollm2", *LIMITS)
 
 
 def evaluate_seed(data: Path, out: Path, seed: int, sets: list[str], stages: list[str]) -> None:
@@ -149,15 +163,15 @@ def evaluate_seed(data: Path, out: Path, seed: int, sets: list[str], stages: lis
             run = run_of(out, seed, stage)
             controls = ["--controls"] if stage == "rl" and name in AIMED_AT else []
             file = out / "results" / f"seed{seed}" / f"{name}_{stage}.json"
-            evaluate(data / name, file, "--model", str(run), "--mode", "all", *LIMITS, *THINK, *controls)
+            evaluate(data / name, file, *CUT, "--model", str(run), "--mode", "all", *LIMITS, *THINK, *controls)
 
 
-def evaluate(data: Path, file: Path, *options: str) -> None:
-    """`eval` of the test split, unless its file is there."""
+def evaluate(data: Path, file: Path, *options: str, split: str = "test") -> None:
+    """`eval` of a split, unless its file is there."""
     if file.is_file():
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    search_r3("eval", "--data", str(data), "--split", "test", *CUT, "--out", str(file), *options)
+    search_r3("eval", "--data", str(data), "--split", split, "--out", str(file), *options)
 
 
 def write_records(out: Path) -> None:
@@ -168,7 +182,8 @@ def write_records(out: Path) -> None:
         found = {file.stem: small(json.loads(file.read_text())) for file in sorted(folder.glob("*.json"))}
         record: dict[str, Any] = {"results": found}
         if folder != results:
-            record["runs"] = {run.name: course(run) for run in sorted((out / folder.name).iterdir()) if (run / "metrics.jsonl").is_file()}
+            runs = sorted((out / folder.name.removesuffix("_dev")).iterdir())
+            record["runs"] = {run.name: course(run) for run in runs if (run / "metrics.jsonl").is_file()}
         name = "baselines" if folder == results else folder.name
         (RECORDS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
 
