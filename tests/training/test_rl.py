@@ -28,6 +28,7 @@ from search_r3_jax.hub.snapshots import best_snapshot, latest_snapshot
 from search_r3_jax.retrieval.indexer import index_folder
 from search_r3_jax.retrieval.versions import list_versions, open_version
 from search_r3_jax.rollout.encoder import Encoder
+from search_r3_jax.rollout.sampler import Rollout, Sampler
 from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training.rl import RlResult, train_rl
 
@@ -209,6 +210,23 @@ def test_a_collapse_stops_the_run_and_keeps_its_checkpoint(tiny_folders: dict[st
     with pytest.raises(UserError, match=r"step 2: valid_rate: below 0\.9 for 3 steps in a row"):
         run_it(config, run, data, model, said)
     assert [line["step"] for line in lines_of(run / "metrics.jsonl")] == [0, 1, 2]
+
+
+@pytest.mark.slow
+def test_replies_that_are_too_short_earn_nothing(tiny_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = Sampler.sample
+
+    def every_other_is_short(sampler: Sampler, *asked: Any, **options: Any) -> Rollout:
+        rollout = sample(sampler, *asked, **options)
+        lengths = np.where(np.arange(len(rollout.lengths)) % 2, 6, 7).astype(np.int32)
+        return dataclasses.replace(rollout, lengths=lengths, valid=np.ones(len(lengths), bool))
+
+    monkeypatch.setattr(Sampler, "sample", every_other_is_short)
+    config, data, model = start_of_run(tmp_path, tiny_folders["llama"], steps=1, min_tokens=7, sample_every=1)
+    run_it(config, tmp_path / "run", data, model, [])
+    assert [line["valid_rate"] for line in lines_of(tmp_path / "run" / "metrics.jsonl")] == [0.5]
+    for reply in lines_of(tmp_path / "run" / "samples.jsonl"):
+        assert reply["valid"] == (reply["tokens"] == 7) == (reply["reward"] > 0)
 
 
 def with_first_query(**changes: Any) -> Collection:
