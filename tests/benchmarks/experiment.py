@@ -13,6 +13,7 @@ import argparse
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,18 +131,13 @@ def merge(data: Path, folder: Path) -> None:
             add("dev", cut_queries(load_collection(data / name, "dev"), RL_DEV_QUERIES)[0])
         else:
             drawn, _ = cut_queries(load_collection(data / name, "train"), RL_QUERIES + RL_DEV_QUERIES)
-            add("train", part(drawn, 0, RL_QUERIES))
-            add("dev", part(drawn, RL_QUERIES, None))
+            add("train", replace(drawn, queries=drawn.queries[:RL_QUERIES]))
+            add("dev", replace(drawn, queries=drawn.queries[RL_QUERIES:]))
     (folder / "qrels").mkdir(parents=True, exist_ok=True)
     write_lines(folder / "corpus.jsonl", [json.dumps({"_id": each, "title": "", "text": text}) for each, text in documents.items()])
     write_lines(folder / "queries.jsonl", [json.dumps({"_id": each, "text": text}) for each, text in texts.items()])
     for split, rows in judged.items():
         write_lines(folder / "qrels" / f"{split}.tsv", ["query-id\tcorpus-id\tscore", *rows])
-
-
-def part(collection: Collection, first: int, last: int | None) -> Collection:
-    """The collection with some of its queries."""
-    return Collection(name=collection.name, split=collection.split, documents=collection.documents, queries=collection.queries[first:last])
 
 
 def write_lines(file: Path, lines: list[str]) -> None:

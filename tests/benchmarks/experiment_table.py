@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from experiment import AIMED_AT, RECORDS
 
 from search_r3_jax.evaluation.report import SAMPLES
 from search_r3_jax.evaluation.significance import bootstrap_interval, sign_flip_p_value
 
-RECORDS = Path(__file__).parent / "experiment"
 SETS = ("cosqa", "medquad", "conala", "mbpp", "entailmentbank", "strategyqa", "scifact", "squad_sent")
-AIMED_AT = ("entailmentbank", "strategyqa", "mbpp", "cosqa")
 BASELINES = (("bm25", "BM25"), ("bm25-split", "BM25, identifiers split"), ("minilm", "all-MiniLM-L6-v2"), ("untrained", "untrained"))
 OURS = (
     (("sft", "direct"), "stage 1"),
@@ -33,7 +32,7 @@ CONTROLS = (("empty", "no reasoning"), ("repeated", "query repeated"), ("random"
 
 def main() -> None:
     baselines = read(RECORDS / "baselines.json")["results"]
-    seeds = {file.stem: read(file)["results"] for file in sorted(RECORDS.glob("seed*.json"))}
+    seeds = {file.stem: read(file)["results"] for file in sorted(RECORDS.glob("seed[0-9].json"))}
     print("\n".join([*all_systems(baselines, seeds), "", *stage_2_over_stage_1(seeds), "", *swap_probe(seeds)]))
 
 
