@@ -233,6 +233,19 @@ class Environment:
         """The vectors [n,E] that ranking uses: the overlay's where there is one, the index's otherwise."""
         return self._overlay.over(self.index, rows)
 
+    def unlike(self, positives: Sequence[Mapping[int, float]], candidates: Sequence[np.ndarray], alike: float) -> list[np.ndarray]:
+        """Each query's candidates, int32, without what says the same as a positive, though nobody has judged it: copies, near duplicates.
+
+        That is a candidate whose cosine to the best document of any query of the step is above `alike`. Judged documents stay.
+        """
+        judged = [row for grades in positives for row in grades]
+        best_qe = self.vectors_of(np.array(_best(positives), np.int32))
+        kept = []
+        for each in candidates:
+            same = (self.vectors_of(each) @ best_qe.T).max(axis=1) > alike
+            kept.append(each[~same | np.isin(each, judged)])
+        return kept
+
     def _check(self, positives: Sequence[Mapping[int, float]], vectors: np.ndarray, valid: np.ndarray) -> None:
         rows, dim = self.index.shape
         if vectors.ndim != 3 or vectors.shape[2] != dim or valid.shape != vectors.shape[:2] or len(positives) != len(vectors):
@@ -249,7 +262,7 @@ def rows_to_tell_apart(
 
     Where the queries propose too few, others fill up from the first of the corpus' `rows` on. Raises ValueError where it has too few.
     """
-    best = [max(grades, key=lambda row: (grades[row], -row)) for grades in positives]
+    best = _best(positives)
     ranked = (row for rank in zip_longest(*(each.tolist() for each in candidates)) for row in rank if row is not None)
     distinct = len(set(best))
     others = islice(dict.fromkeys(chain(best, ranked, range(rows))), distinct, distinct + negatives)
@@ -257,6 +270,11 @@ def rows_to_tell_apart(
     if len(found) < len(best) + negatives:
         raise ValueError(f"a corpus of {rows} documents has no {negatives} beside those of {len(best)} queries")
     return found
+
+
+def _best(positives: Sequence[Mapping[int, float]]) -> list[int]:
+    """Each query's row of the highest grade; of equal ones the first."""
+    return [max(grades, key=lambda row: (grades[row], -row)) for grades in positives]
 
 
 def _unit_means(vectors: np.ndarray, valid: np.ndarray) -> np.ndarray:

@@ -241,7 +241,8 @@ def train_rl(
             # Update: advantages of the whole batch, then as many passes over it as asked for.
             group_id = jnp.repeat(jnp.arange(Q), G)
             advantages, _ = group_advantages(jnp.asarray(result.rewards).reshape(-1), group_id, groups=Q, scale=rl.scale_rewards)
-            told_apart = rows_to_tell_apart(positives, result.candidates, rl.infonce_negatives, rows=len(collection.documents))
+            candidates = environment.unlike(positives, result.candidates, rl.infonce_alike) if rl.infonce_alike < 1 else result.candidates
+            told_apart = rows_to_tell_apart(positives, candidates, rl.infonce_negatives, rows=len(collection.documents))
             relevance = np.array([[grades.get(row, 0) for row in told_apart.tolist()] for grades in positives], np.float32)
             documents = environment.vectors_of(told_apart)
             batch = put_batch(make_batch(rollout, np.asarray(advantages), documents, relevance, micro_queries=rl.micro_queries), model.mesh)

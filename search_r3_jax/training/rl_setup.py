@@ -87,6 +87,8 @@ def check_settings(config: RunConfig, collection: Collection) -> None:
             f"rl.infonce_negatives: {rl.infonce_negatives}: the corpus has {len(collection.documents)} documents, {rl.global_queries} of"
             f" them the queries' own; give 0 to {most}"
         )
+    if not -1 <= rl.infonce_alike <= 1:
+        raise UserError(f"rl.infonce_alike: {rl.infonce_alike}: is a cosine; 1 keeps every candidate")
     if rl.inner_epochs < 1:
         raise UserError(f"rl.inner_epochs: {rl.inner_epochs}: a rollout is trained on at least once; give 1 or more")
     if not 0 <= rl.min_tokens <= rl.sampler.max_think_tokens:

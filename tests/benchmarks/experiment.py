@@ -47,7 +47,11 @@ CUT = ["--max-queries", "1400", "--max-documents", "3000"]
 LIMITS = ["--max-query-tokens", "32", "--max-document-tokens", "40"]
 THINK = ["--max-think-tokens", "28"]
 # Stage 2 as it is evaluated, and what was tried beside it.
-STAGE_2 = {"rl": ["--rl.min-tokens", "12"], "rl-free": []}
+STAGE_2 = {
+    "rl": ["--rl.min-tokens", "12", "--rl.infonce-alike", "0.8"],
+    "rl-copies": ["--rl.min-tokens", "12"],
+    "rl-free": [],
+}
 BASELINES = ("bm25", "bm25-split", "minilm")
 METRICS = ("ndcg@10", "recall@10", "recall@100", "mrr", "map")
 COSTS = ("valid_rate", "reply_tokens", "milliseconds_per_query")

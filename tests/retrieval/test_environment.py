@@ -317,3 +317,21 @@ def test_where_candidates_are_few_the_corpus_fills_up() -> None:
     assert rows_to_tell_apart(positives, candidates, 7, rows=10).tolist()[3:] == [9, 7, 4, 1, 3, 5, 6]
     with pytest.raises(ValueError, match="a corpus of 6 documents has no 5"):
         rows_to_tell_apart(positives, candidates[2:], 5, rows=6)
+
+
+def test_near_copies_of_a_positive_are_not_told_apart_from_it() -> None:
+    positives, vectors, valid = batch()
+    documents = corpus(0)
+    # An unjudged near copy of a best document, and a judged one.
+    documents[50], documents[6] = (unit(documents[row] + 0.02 * documents[other]) for row, other in ((40, 1), (99, 2)))
+    subject = Environment(ExactIndex(documents, IDS, 0), lambda rows: documents[rows], candidates=60, refresh_budget=0)
+    found = subject.score(1, positives, vectors, valid).candidates
+    assert any(50 in rows for rows in found)
+    kept = subject.unlike(positives, found, 0.5)
+    judged = {row for grades in positives for row in grades}
+    best = documents[[3, 40, 99, 5]].astype(np.float64)
+    for ours, rows in zip(kept, found, strict=True):
+        assert ours.tolist() == [row for row in rows.tolist() if row in judged or all(each @ documents[row] <= 0.5 for each in best)]
+    assert not any(50 in rows for rows in kept)
+    assert any(6 in rows for rows in kept)
+    assert any(len(ours) < len(rows) - 1 for ours, rows in zip(kept, found, strict=True))
