@@ -11,7 +11,7 @@ import optax
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
-from mesh_shapes import every_mesh
+from mesh_shapes import covering_meshes, every_mesh
 from processes import run_processes
 from sharded_steps import collection_of, config_of
 from tiny import byte_tokenizer
@@ -28,7 +28,6 @@ from search_r3_jax.training.sharding import put_batch
 from search_r3_jax.training.state import init_state, state_shardings
 
 PROGRAM = Path(__file__).with_name("sharded_steps.py")
-FSDP, DATA, MIXED = {"fsdp": 8}, {"data": 8, "fsdp": 1}, {"data": 2, "fsdp": 2, "tensor": 2}
 
 
 def batch_of() -> PairBatch:
@@ -116,7 +115,7 @@ def run(
     *,
     processes: int,
     devices: int,
-    steps: int = 3,
+    steps: int = 2,
     pairs: int = 32,
     chunk: int = 16,
 ) -> list[dict[str, Any]]:
@@ -125,8 +124,8 @@ def run(
     return run_processes(PROGRAM, arguments, processes=processes, devices=devices, timeout=1500)
 
 
-def check(report: dict[str, Any], meshes: list[dict[str, int]]) -> None:
-    assert report["devices"] == 8
+def check(report: dict[str, Any], meshes: list[dict[str, int]], *, devices: int = 8) -> None:
+    assert report["devices"] == devices
     # From the second step on, even full fine-tuning has left its reference.
     for name in ("infonce", "triplet", "language", "kl"):
         assert report["scalars"][-1][name] > 1e-4 or (name == "kl" and len(report["scalars"]) == 1), name
@@ -141,25 +140,21 @@ def check(report: dict[str, Any], meshes: list[dict[str, int]]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "kind"), [("qwen2", "lora"), ("llama", "full")])
-def test_eight_devices_compute_what_one_computes(tiny_folders: dict[str, Path], family: str, kind: str) -> None:
-    meshes = [FSDP, DATA, MIXED]
-    check(run(tiny_folders[family], kind, meshes, processes=1, devices=8)[0], meshes)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("family", "kind", "sizes"), [("qwen2", "lora", MIXED), ("llama", "full", FSDP)])
-def test_two_processes_of_four_devices_compute_what_one_computes(
+@pytest.mark.parametrize(("family", "kind", "sizes"), [("qwen2", "lora", {"fsdp": 2, "tensor": 2}), ("llama", "full", {"fsdp": 4})])
+def test_two_processes_of_two_devices_compute_what_one_computes(
     tiny_folders: dict[str, Path], family: str, kind: str, sizes: dict[str, int]
 ) -> None:
-    for report in run(tiny_folders[family], kind, [sizes], processes=2, devices=4):
+    for report in run(tiny_folders[family], kind, [sizes], processes=2, devices=2):
         assert report["processes"] == 2
-        check(report, [sizes])
+        check(report, [sizes], devices=4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "kind", "part"), [("qwen2", "full", 0), ("llama", "lora", 1)])
-def test_every_mesh_computes_what_one_device_computes(tiny_folders: dict[str, Path], family: str, kind: str, part: int) -> None:
-    meshes = every_mesh(8, most_tensor=2)[part::2]
+@pytest.mark.parametrize("meshes", [covering_meshes(), pytest.param(every_mesh(8, most_tensor=2), marks=pytest.mark.exhaustive)], ids=len)
+def test_meshes_compute_what_one_device_computes(
+    tiny_folders: dict[str, Path], meshes: list[dict[str, int]], family: str, kind: str, part: int
+) -> None:
     # A small batch: of a step, compiling is most of the time.
+    meshes = meshes[part::2]
     check(run(tiny_folders[family], kind, meshes, processes=1, devices=8, steps=1, pairs=16, chunk=8)[0], meshes)

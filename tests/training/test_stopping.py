@@ -16,7 +16,7 @@ from runs import Place, computed, equal, until
 
 from search_r3_jax.errors import StoppedError
 from search_r3_jax.hub.snapshots import snapshot_steps
-from search_r3_jax.training.stopping import StopRequest
+from search_r3_jax.training.stopping import SIGNALS, StopRequest
 
 # A second signal ends the process although its main thread is within a call that returns after a minute.
 BUSY = """
@@ -31,20 +31,21 @@ with StopRequest(lambda text: print(text, flush=True)):
 """
 
 
-def test_a_first_signal_asks_and_leaves_the_handlers_as_they_were(tmp_path: Path) -> None:
-    before, said = signal.getsignal(signal.SIGTERM), list[str]()
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_first_signal_asks_and_leaves_the_handlers_as_they_were(tmp_path: Path, number: signal.Signals) -> None:
+    before, said = signal.getsignal(number), list[str]()
     with StopRequest(said.append) as request:
         assert not request.asked()
         request.stop_waiting(tmp_path, 3)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         end = time.monotonic() + 10
         while not request.asked() and time.monotonic() < end:
             time.sleep(0.01)
         assert request.asked()
         with pytest.raises(StoppedError, match=r"stopped and saved at step 7, \d+\.\d s after the signal; the same command goes on"):
             request.stop_waiting(tmp_path, 7)
-    assert said == ["SIGTERM: saving at the end of this step; once more leaves at once"]
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert said == [f"{number.name}: saving at the end of this step; once more leaves at once"]
+    assert signal.getsignal(number) is before
 
 
 def test_elsewhere_than_in_the_main_thread_signals_are_left_alone() -> None:
@@ -78,7 +79,10 @@ def test_a_second_signal_leaves_at_once() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "number"), [("sft", signal.SIGTERM), ("rl", signal.SIGINT), ("sft", signal.SIGUSR1)])
+@pytest.mark.parametrize(
+    ("stage", "number"),
+    [("sft", signal.SIGTERM), ("rl", signal.SIGINT), pytest.param("sft", signal.SIGUSR1, marks=pytest.mark.exhaustive)],
+)
 def test_a_stopped_run_goes_on_as_if_nothing_had_been(place: Place, tmp_path: Path, stage: str, number: signal.Signals) -> None:
     steps = {f"{stage}__steps": 24, "sft__save_every": 100, "rl__snapshot_every": 100}
     command = place.command(stage, "stopped", **steps)

@@ -16,7 +16,6 @@ from search_r3_jax.distributed import STATUS
 from search_r3_jax.retrieval.heartbeat import read_beat
 from search_r3_jax.retrieval.schedule import IndexSchedule
 
-SFT_KILLS, RL_KILLS, CLUSTER_KILLS = 13, 12, 5
 SFT_STEPS, RL_STEPS = 70, 60
 # A start that finds its programs compiled takes about so long; a kill may come anywhere in it.
 START_SECONDS = 8.0
@@ -54,13 +53,14 @@ def kill(process: int) -> None:
 
 
 @pytest.mark.slow
-def test_stage_1_killed_at_random_moments_ends_bit_equal(place: Place, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [6, pytest.param(13, marks=pytest.mark.exhaustive)])
+def test_stage_1_killed_at_random_moments_ends_bit_equal(place: Place, tmp_path: Path, kills: int) -> None:
     generator = np.random.default_rng(0)
     place.finish(place.command("sft", "whole", sft__steps=SFT_STEPS))
     whole = [computed(line) for line in place.lines("whole")]
     assert [line["step"] for line in whole] == list(range(SFT_STEPS))
     command = place.command("sft", "killed", sft__steps=SFT_STEPS)
-    for _ in range(SFT_KILLS):
+    for _ in range(kills):
         process = place.start(command)
         wait_for_a_moment(place, "killed", process, generator)
         assert process.poll() is None, (tmp_path / "out.txt").read_text()[-3000:]
@@ -76,12 +76,13 @@ def test_stage_1_killed_at_random_moments_ends_bit_equal(place: Place, tmp_path:
 
 
 @pytest.mark.slow
-def test_stage_2_killed_at_random_moments_is_repeated_bit_equal(place: Place, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [6, pytest.param(12, marks=pytest.mark.exhaustive)])
+def test_stage_2_killed_at_random_moments_is_repeated_bit_equal(place: Place, tmp_path: Path, kills: int) -> None:
     """Trainer, indexer or both are killed; an uninterrupted run that replays the record of index versions is the same run."""
     generator = np.random.default_rng(1)
     run = tmp_path / "killed"
-    command, told, kills, indexers = place.command("rl", "killed", rl__steps=RL_STEPS), dict[int, dict[str, object]](), 0, 0
-    while kills < RL_KILLS:
+    command, told, indexers = place.command("rl", "killed", rl__steps=RL_STEPS), dict[int, dict[str, object]](), 0
+    for _ in range(kills):
         process = place.start(command)
         wait_for_a_moment(place, "killed", process, generator)
         victim, beat = generator.choice(["trainer", "indexer", "both"], p=[0.5, 0.3, 0.2]), read_beat(run)
@@ -94,7 +95,6 @@ def test_stage_2_killed_at_random_moments_is_repeated_bit_equal(place: Place, tm
         assert process.poll() is None, (tmp_path / "out.txt").read_text()[-3000:]
         process.kill()
         process.wait()
-        kills += 1
         for line in place.lines("killed"):
             # A step that is taken again is the same step.
             assert told.setdefault(line["step"], computed(line)) == computed(line)
@@ -112,14 +112,15 @@ def test_stage_2_killed_at_random_moments_is_repeated_bit_equal(place: Place, tm
 
 
 @pytest.mark.slow
-def test_two_processes_one_of_them_killed_end_bit_equal(place: Place, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [2, pytest.param(5, marks=pytest.mark.exhaustive)])
+def test_two_processes_one_of_them_killed_end_bit_equal(place: Place, tmp_path: Path, kills: int) -> None:
     generator = np.random.default_rng(2)
     for process in place.cluster(place.command("sft", "whole", sft__steps=40), processes=2):
         assert process.wait(timeout=600) == 0, (tmp_path / "out-0.txt").read_text()[-3000:]
     whole = [computed(line) for line in place.lines("whole")]
     assert [line["step"] for line in whole] == list(range(40))
     command = place.command("sft", "killed", sft__steps=40)
-    for number in range(CLUSTER_KILLS):
+    for number in range(kills):
         processes = place.cluster(command, processes=2)
         # Before they have found each other, JAX lets the one that is left wait for minutes.
         wait_for_a_moment(place, "killed", processes[0], generator, starting=0.0)
