@@ -262,6 +262,8 @@ class RlConfig:
         infonce_negatives: so many of the step's candidates, the best of each query first, are what they are told apart from, beside the
             other queries' documents; 0 leaves these alone.
         infonce_alike: but no candidate whose cosine to one of these documents is higher: it says the same, and only nobody judged it.
+        infonce_train_documents: the update encodes the queries' own documents itself, so that their embeddings are trained as well;
+            otherwise all documents' are constants in it, which parameters that were moved for the queries alone move along.
         eval_every: steps from one evaluation on the development queries, direct and reasoned, to the next; 0 never looks.
         snapshot_every: steps from one checkpoint, which the indexer makes an index of, to the next; evaluations make one too.
         keep: so many of the newest checkpoints stay, and the best.
@@ -297,6 +299,7 @@ class RlConfig:
     infonce_weight: float = 0.1
     infonce_negatives: int = 0
     infonce_alike: float = 1.0
+    infonce_train_documents: bool = False
     infonce_temperature: float = 0.05
     eval_every: int = 0
     snapshot_every: int = 50

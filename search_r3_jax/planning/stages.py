@@ -124,7 +124,8 @@ def _rl(config: RunConfig, mesh: Mesh) -> LoweredStage:
     # One document a query to tell it from the others by, and the candidates.
     P = Q + rl.infonce_negatives
     documents = np.zeros((P, trained.model.hidden_size), np.float32)
-    batch = rl_step.make_batch(rollout, np.zeros(Q * G), documents, np.zeros((Q, P)), micro_queries=rl.micro_queries)
+    own_rows = rl_step.own_document_rows(trained.prompter, [""] * Q, text.max_document_tokens) if rl.infonce_train_documents else None
+    batch = rl_step.make_batch(rollout, np.zeros(Q * G), documents, np.zeros((Q, P)), own=own_rows, micro_queries=rl.micro_queries)
     placed = _placed(batch, rl_step.batch_shardings(batch, mesh))
     log_probs = jax.ShapeDtypeStruct(batch.replies.ids.shape, np.float32, sharding=placed.replies.ids.sharding)
     update = rl_step.make_update(trained.graph, trained.prompter, trained.optimizer, rl, trained.shardings, donate=True)
@@ -133,6 +134,12 @@ def _rl(config: RunConfig, mesh: Mesh) -> LoweredStage:
     prefix, own = len(prompt.prefix), text.max_query_tokens + len(prompt.suffix)
     tokens = Q * own + Q * G * T
     attended = Q * _seen(prefix, own) + Q * G * _seen(prefix + own, T)
+    if rl.infonce_train_documents:
+        direct = trained.prompter.direct
+        document = text.max_document_tokens + len(direct.suffix) + len(direct.closing)
+        # Every micro-batch encodes them.
+        times = Q * len(batch.replies.ids)
+        tokens, attended = tokens + times * document, attended + times * _seen(len(direct.prefix), document)
     flops = training_flops(trained.model, config.lora, tokens, attended, Q * G * T)
     return LoweredStage(lowered, tokens, flops, trained.kept, placed, _to_gather(trained, False))
 

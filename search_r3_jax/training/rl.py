@@ -45,7 +45,7 @@ from search_r3_jax.training.rl_setup import (
     make_sampler,
     schedule_of,
 )
-from search_r3_jax.training.rl_step import RlBatch, Scorer, make_batch, make_scorer, make_update, put_batch
+from search_r3_jax.training.rl_step import RlBatch, Scorer, make_batch, make_scorer, make_update, own_document_rows, put_batch
 from search_r3_jax.training.run import Run, data_version
 from search_r3_jax.training.state import TrainState, init_state, state_shardings
 from search_r3_jax.training.stopping import StopRequest
@@ -244,8 +244,12 @@ def train_rl(
             candidates = environment.unlike(positives, result.candidates, rl.infonce_alike) if rl.infonce_alike < 1 else result.candidates
             told_apart = rows_to_tell_apart(positives, candidates, rl.infonce_negatives, rows=len(collection.documents))
             relevance = np.array([[grades.get(row, 0) for row in told_apart.tolist()] for grades in positives], np.float32)
-            documents = environment.vectors_of(told_apart)
-            batch = put_batch(make_batch(rollout, np.asarray(advantages), documents, relevance, micro_queries=rl.micro_queries), model.mesh)
+            documents, own = environment.vectors_of(told_apart), None
+            if rl.infonce_train_documents:
+                bodies = [collection.documents[row].body for row in told_apart[:Q].tolist()]
+                own = own_document_rows(prompter, bodies, config.text.max_document_tokens)
+            batch = make_batch(rollout, np.asarray(advantages), documents, relevance, own=own, micro_queries=rl.micro_queries)
+            batch = put_batch(batch, model.mesh)
             reference = _reference(score, batch, params, frozen, config)
             old = score(state.params, frozen, batch.replies, adapters=True) if rl.inner_epochs > 1 else None
             found: dict[str, jax.Array] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial, reduce
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from search_r3_jax.objectives.language import live_token_log_probs, token_log_pr
 from search_r3_jax.objectives.policy_gradient import PolicyStatistics, policy_count, policy_loss
 from search_r3_jax.rollout.encoder import prefix_text
 from search_r3_jax.rollout.sampler import Rollout
+from search_r3_jax.text.packing import bucket_length, pad_rows
 from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training.head import head_chunks, head_of, states_for_head
 from search_r3_jax.training.state import TrainState, updated
@@ -49,10 +50,15 @@ class Replies(NamedTuple):
 
 
 class RlBatch(NamedTuple):
-    """The replies of a step, and `documents` [P,E] float32: unit vectors under current parameters that queries are told apart by."""
+    """The replies of a step, and `documents` [P,E] float32: unit vectors under current parameters that queries are told apart by.
+
+    Where documents are trained too (`rl.infonce_train_documents`), `own_ids` [Q,S] and `own_lengths` [Q] int32 are the rows of the first Q.
+    """
 
     replies: Replies
     documents: Any
+    own_ids: Any = None
+    own_lengths: Any = None
 
 
 class _Part(NamedTuple):
@@ -64,11 +70,18 @@ class _Part(NamedTuple):
 
 
 def make_batch(
-    rollout: Rollout, advantages: np.ndarray, documents: np.ndarray, relevance: np.ndarray, *, micro_queries: int = 0
+    rollout: Rollout,
+    advantages: np.ndarray,
+    documents: np.ndarray,
+    relevance: np.ndarray,
+    *,
+    own: tuple[np.ndarray, np.ndarray] | None = None,
+    micro_queries: int = 0,
 ) -> RlBatch:
     """The arrays of an update, in one shape whatever was sampled; `micro_queries` queries a micro-batch, 0 is all of them.
 
-    Advantages [B] are those of the whole batch: a micro-batch holds whole groups and changes nothing of them.
+    Advantages [B] are those of the whole batch: a micro-batch holds whole groups and changes nothing of them. `own` are ids and lengths
+    of the queries' own documents, where these are trained.
     Raises ValueError where `micro_queries` does not divide the queries.
     """
     Q = len(rollout.prompt_lengths)
@@ -89,7 +102,13 @@ def make_batch(
         advantages=advantages.astype(np.float32),
         relevance=relevance.astype(np.float32),
     )
-    return RlBatch(replies=Replies(*map(cut, replies)), documents=documents.astype(np.float32))
+    return RlBatch(Replies(*map(cut, replies)), documents.astype(np.float32), *(own or ()))
+
+
+def own_document_rows(prompter: Prompter, bodies: Sequence[str], max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids [Q,S] and lengths [Q] int32 of documents, each cut to `max_tokens`, in one shape whatever they are."""
+    longest = max_tokens + len(prompter.direct.suffix) + len(prompter.direct.closing)
+    return pad_rows(prompter.direct_rows(bodies, max_tokens), length=bucket_length(longest), pad_id=0)
 
 
 def put_batch(batch: RlBatch, mesh: Mesh | None) -> RlBatch:
@@ -106,7 +125,12 @@ def batch_shardings(batch: RlBatch, mesh: Mesh) -> RlBatch:
     def of(x: Any) -> NamedSharding:
         return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES) if x.shape[1] % devices == 0 else PartitionSpec())
 
-    return RlBatch(replies=Replies(*map(of, batch.replies)), documents=NamedSharding(mesh, PartitionSpec()))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    placed = RlBatch(replies=Replies(*map(of, batch.replies)), documents=everywhere)
+    if batch.own_ids is None:
+        return placed
+    rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES)) if len(batch.own_ids) % devices == 0 else everywhere
+    return placed._replace(own_ids=rows, own_lengths=rows)
 
 
 def make_scorer(graph: nnx.GraphDef[Decoder], prompter: Prompter, config: RlConfig, shardings: TrainState | None = None) -> Scorer:
@@ -177,9 +201,11 @@ def make_update(
             if config.infonce_weight > 0:
                 relevance_bp = jnp.repeat(part.relevance, G, axis=0)
                 excluded_bp = jnp.zeros(relevance_bp.shape, bool)
-                infonce, _, _ = info_nce(
-                    unit(embeds_bd), batch.documents, relevance_bp, excluded_bp, temperature=config.infonce_temperature
-                )
+                documents_pe = batch.documents
+                if config.infonce_train_documents:
+                    own_qe = _embedded(decoder, prompter, batch.own_ids, batch.own_lengths)
+                    documents_pe = jnp.concatenate([own_qe, documents_pe[len(own_qe) :]])
+                infonce, _, _ = info_nce(unit(embeds_bd), documents_pe, relevance_bp, excluded_bp, temperature=config.infonce_temperature)
             loss = policy / policy_total + config.infonce_weight * infonce / infonce_total
             return loss, (_Part(policy, infonce, statistics), log_probs_bt)
 
@@ -244,6 +270,15 @@ def _read(
     log_probs, entropies = (jnp.where(live_m, values_m, 0).reshape(B, T) for values_m in found)
     embeds = jnp.take_along_axis(hidden_btd, (part.lengths - 1)[:, None, None], axis=1)[:, 0]
     return log_probs, entropies, embeds
+
+
+def _embedded(decoder: Decoder, prompter: Prompter, ids_qs: jax.Array, lengths_q: jax.Array) -> jax.Array:
+    """Unit vectors [Q,E] of texts embedded directly, with gradients, the same on every device."""
+    prefix = prompter.direct.prefix
+    positions_qs = positions_from_lengths(lengths_q, ids_qs.shape[1], len(prefix))
+    _, (hidden_qsd, _) = decoder.read([prefix_text(prefix), Text(ids_qs, positions_qs, behind=(0,))])
+    embeds = jnp.take_along_axis(laid(hidden_qsd, BATCH_AXES), (lengths_q - 1)[:, None, None], axis=1)[:, 0]
+    return laid(unit(embeds), None)
 
 
 def _mesh_of(shardings: TrainState | None) -> Mesh | None:

@@ -48,8 +48,9 @@ LIMITS = ["--max-query-tokens", "32", "--max-document-tokens", "40"]
 THINK = ["--max-think-tokens", "28"]
 # Stage 2 as it is evaluated, and what was tried beside it.
 STAGE_2 = {
-    "rl": ["--rl.min-tokens", "12", "--rl.infonce-alike", "0.8"],
-    "rl-copies": ["--rl.min-tokens", "12"],
+    "rl": ["--rl.min-tokens", "12", "--rl.infonce-train-documents"],
+    "rl-alike": ["--rl.min-tokens", "12", "--rl.infonce-alike", "0.8"],
+    "rl-constant": ["--rl.min-tokens", "12"],
     "rl-free": [],
 }
 BASELINES = ("bm25", "bm25-split", "minilm")
@@ -150,9 +151,10 @@ def write_lines(file: Path, lines: list[str]) -> None:
 
 def evaluate_baselines(data: Path, out: Path, sets: list[str]) -> None:
     """The baselines, and the untrained model; the test queries are searched for."""
-    for name in sets:
-        for system in BASELINES:
+    for system in BASELINES:
+        for name in sets:
             evaluate(data / name, out / "results" / f"{name}_{system}.json", *CUT, "--model", system)
+    for name in sets:
         evaluate(data / name, out / "results" / f"{name}_untrained.json", *CUT, "--model", "smollm2", *LIMITS)
 
 

@@ -27,7 +27,7 @@ from search_r3_jax.objectives.policy_gradient import group_advantages
 from search_r3_jax.rollout import sampler as sampler_module
 from search_r3_jax.rollout.sampler import Sampler, rollout_seeds
 from search_r3_jax.text.prompts import Prompter
-from search_r3_jax.training.rl_step import make_batch, make_scorer, make_update, put_batch
+from search_r3_jax.training.rl_step import make_batch, make_scorer, make_update, own_document_rows, put_batch
 from search_r3_jax.training.state import init_state, state_shardings
 
 Q, G = 32, 2
@@ -35,7 +35,8 @@ Q, G = 32, 2
 
 def update(folder: str, *, lora: bool, mesh: Mesh | None, micro_queries: int, share: float = 0.0) -> dict[str, Any]:
     """What is sampled, the scalars and the gradient of one update on it."""
-    config = RlConfig(global_queries=Q, group_size=G, sampler=SamplerConfig(max_think_tokens=8), importance_cap=2.0)
+    sampling = SamplerConfig(max_think_tokens=8)
+    config = RlConfig(global_queries=Q, group_size=G, sampler=sampling, importance_cap=2.0, infonce_train_documents=True)
     model = with_lora(load_model(folder, remat="dots", mesh=mesh), LoraConfig(rank=4 if lora else 0), seed=0)
     prompter = Prompter(model.tokenizer)
     graph, params, frozen = nnx.split(model.decoder, trainable_filter(model.decoder), ...)
@@ -56,9 +57,11 @@ def update(folder: str, *, lora: bool, mesh: Mesh | None, micro_queries: int, sh
     rollout = sampler.sample(nnx.merge_state(state.params, frozen), texts, rollout_seeds(0, 0, range(Q), G), max_tokens=16)
     rewards = jnp.asarray(generator.random(Q * G).astype(np.float32))
     advantages, _ = group_advantages(rewards, jnp.repeat(jnp.arange(Q), G), groups=Q)
-    documents = generator.standard_normal((Q, 64))
+    documents = generator.standard_normal((Q + 8, 64))
     documents /= np.linalg.norm(documents, axis=-1, keepdims=True)
-    batch = put_batch(make_batch(rollout, np.asarray(advantages), documents, np.eye(Q), micro_queries=micro_queries), mesh)
+    own = own_document_rows(prompter, texts, 16)
+    batch = make_batch(rollout, np.asarray(advantages), documents, np.eye(Q, Q + 8), own=own, micro_queries=micro_queries)
+    batch = put_batch(batch, mesh)
     score = make_scorer(graph, prompter, config, shardings)
     # Full fine-tuning keeps the parameters that it began with, adapters their base.
     reference = score(start, frozen, batch.replies, adapters=not lora)

@@ -145,6 +145,7 @@ def test_everything_turned_on_and_what_is_logged_of_it(tiny_folders: dict[str, P
         importance_cap=2.0,
         infonce_negatives=5,
         infonce_alike=0.9,
+        infonce_train_documents=True,
         reward="gain_over_direct",
         length_weight=0.1,
         free_tokens=2,

@@ -20,7 +20,7 @@ from search_r3_jax.objectives.policy_gradient import group_advantages
 from search_r3_jax.rollout.sampler import Rollout, Sampler, rollout_seeds
 from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training.optimizer import make_optimizer
-from search_r3_jax.training.rl_step import RlBatch, make_batch, make_scorer, make_update
+from search_r3_jax.training.rl_step import RlBatch, make_batch, make_scorer, make_update, own_document_rows
 from search_r3_jax.training.state import init_state
 
 LORA = LoraConfig(rank=4)
@@ -173,6 +173,48 @@ def test_the_auxiliary_loss_counts_every_relevant_document(prepared: Prepared) -
         losses.append(np.mean([np.log((np.exp(score) + negatives) / np.exp(score)) for score in scores[positive]]))
     np.testing.assert_allclose(scalars["infonce"], np.mean(losses), rtol=1e-5)
     np.testing.assert_allclose(scalars["loss"], scalars["policy"] + scalars["infonce"], rtol=1e-6)
+
+
+def test_documents_that_are_trained_have_the_plain_gradient(prepared: Prepared) -> None:
+    """The queries' own documents beside two constant ones, against whole rows through the same decoder."""
+    bodies, prompter = ["a first document", "the second one, which is longer than it may be, so that it is cut", ""], prepared.prompter
+    relevance = np.eye(3, 5) + np.eye(3, 5, k=1)
+    documents = np.random.default_rng(2).standard_normal((5, 64))
+    documents /= np.linalg.norm(documents, axis=-1, keepdims=True)
+    own = own_document_rows(prompter, bodies, 16)
+    config = dataclasses.replace(RL, beta=0.0, infonce_weight=1.0, infonce_temperature=0.1, infonce_train_documents=True)
+    nothing = np.zeros(len(prepared.rollout.ids), np.float32)
+    whole, parts = (make_batch(prepared.rollout, nothing, documents, relevance, own=own, micro_queries=micro) for micro in (0, 1))
+    gradient, scalars = gradient_of(prepared, config, whole, reference=False)
+    assert_same_gradient(gradient_of(prepared, config, parts, reference=False)[0], gradient)
+
+    graph, params, frozen = nnx.split(prepared.model.decoder, LoraParam, ...)
+    prompts = [[*prompter.reason.prefix, *row] for row in prompter.reason_rows(TEXTS, 16)]
+    query_rows = [prompts[b // 4] + reply for b, reply in enumerate(prepared.rollout.replies())]
+    document_rows = [[*prompter.direct.prefix, *row] for row in prompter.direct_rows(bodies, 16)]
+
+    @jax.jit
+    def plain(params: nnx.State) -> jax.Array:
+        decoder = nnx.merge(graph, params, frozen)
+
+        def vectors(rows: list[list[int]]) -> jax.Array:
+            states = jnp.stack([states_td[len(row) - 1] for states_td, row in zip(plain_hidden(decoder, rows), rows, strict=True)])
+            return states / jnp.linalg.norm(states, axis=-1, keepdims=True)
+
+        scores = vectors(query_rows) @ jnp.concatenate([vectors(document_rows), documents[3:]]).T / 0.1
+        losses = []
+        for b, row in enumerate(scores):
+            positive = relevance[b // 4] > 0
+            negatives = jnp.sum(jnp.exp(row[~positive]))
+            losses.append(jnp.mean(jnp.log(jnp.exp(row[positive]) + negatives) - row[positive]))
+        return jnp.mean(jnp.stack(losses))
+
+    loss, expected = jax.value_and_grad(plain)(params)
+    np.testing.assert_allclose(scalars["infonce"], loss, rtol=1e-5)
+    assert_same_gradient(gradient, expected)
+    # They are no constants: without their part it is another gradient.
+    constant, _ = gradient_of(prepared, dataclasses.replace(config, infonce_train_documents=False), whole, reference=False)
+    assert float(optax.tree.norm(jax.tree.map(jnp.subtract, constant, expected))) > 0.1 * float(optax.tree.norm(expected))
 
 
 def test_an_update_that_is_not_finite_changes_nothing(prepared: Prepared) -> None:
