@@ -48,9 +48,9 @@ LIMITS = ["--max-query-tokens", "32", "--max-document-tokens", "40"]
 THINK = ["--max-think-tokens", "28"]
 # Stage 2 as it is evaluated, and what was tried beside it.
 STAGE_2 = {
-    "rl": ["--rl.min-tokens", "12", "--rl.infonce-train-documents"],
+    "rl": ["--rl.min-tokens", "12"],
     "rl-alike": ["--rl.min-tokens", "12", "--rl.infonce-alike", "0.8"],
-    "rl-constant": ["--rl.min-tokens", "12"],
+    "rl-documents": ["--rl.min-tokens", "12", "--rl.infonce-train-documents"],
     "rl-free": [],
 }
 BASELINES = ("bm25", "bm25-split", "minilm")

@@ -42,7 +42,14 @@ CONFIG = RunConfig(
     text=TextConfig(max_query_tokens=32, max_document_tokens=96, max_thought_tokens=24),
     lora=LoraConfig(rank=0),
     sft=SftConfig(global_batch=64, kl_weight=0.0, reasoned_share=0.125, reasoning="key_terms", negatives=1),
-    rl=RlConfig(global_queries=16, group_size=8, micro_queries=8, beta=0.0, sampler=SamplerConfig(max_think_tokens=24)),
+    rl=RlConfig(
+        global_queries=16,
+        group_size=8,
+        micro_queries=8,
+        beta=0.0,
+        infonce_train_documents=True,
+        sampler=SamplerConfig(max_think_tokens=24),
+    ),
 )
 
 
@@ -85,7 +92,8 @@ def test_adapters_and_a_chunked_batch() -> None:
 def test_stage_2(stage: str) -> None:
     plan = make_plan(CONFIG, "rl" if stage == "rl" else "decode", open_slice("v6e:2x2"))
     assert plan.fits
-    assert plan.tokens >= 16 * 8 * 24
+    # Replies, and in an update each of two micro-batches encodes the documents of all queries.
+    assert plan.tokens >= 16 * 8 * 24 + (2 * 16 * 96 if stage == "rl" else 0)
     assert plan.executed_flops >= plan.model_flops
 
 
