@@ -1,10 +1,11 @@
 """The whole method on eight real collections: `python tests/benchmarks/experiment.py ACT --data FOLDER --out FOLDER`.
 
-`train --seed S` takes SmolLM2 through stage 1 on the training queries of all collections (BEIR folders in --data) and through stage 2 on
-those of the four that the method is aimed at; `watch --seed S` searches for development queries of these. Settings are chosen by that: only
-training and development queries are read. `evaluate --seed S` searches for the test
-queries, the only act that does, with the last checkpoint of each stage; without a seed, with the baselines. Both go on where they were
-interrupted. `record` gathers what is there into the folder experiment beside this file, a file a seed; `experiment_table.py` reads it.
+`train` takes SmolLM2 through stage 1 on the training queries of all collections (BEIR folders in --data), and `train --seed S` from there
+through stage 2 on those of the four that the method is aimed at; `watch` searches for development queries of these. Settings are chosen by
+that: only training and development queries are read. `evaluate` searches for the test queries, the only act that does, with the --systems
+that are asked for: a baseline, the last checkpoint of stage 1, or with --seed S the best one of stage 2 by its development queries. All
+go on where they were interrupted. `record` gathers what is there into the folder experiment beside this file, a file a system, beside what
+was gathered before; `experiment_table.py` reads it.
 """
 
 from __future__ import annotations
@@ -31,29 +32,32 @@ RL_QUERIES, RL_DEV_QUERIES = 200, 48
 
 TEXT = ["--text.max-document-tokens", "40"]
 SFT = [
-    *["--data.batches", "one_set", "--sft.steps", "90", "--sft.global-batch", "24", "--sft.reasoned-share", "0.25"],
+    *["--seed", "0", "--data.batches", "one_set", "--sft.steps", "90", "--sft.global-batch", "24", "--sft.reasoned-share", "0.25"],
     # Stage 2 begins with the development queries of its collections.
     *["--sft.key-terms", "4", "--sft.eval-every", "0", "--sft.save-every", "10", "--data.dev-queries", "32"],
 ]
 RL = [
     *["--data.dev-queries", str(RL_DEV_QUERIES * len(AIMED_AT)), "--data.dev-documents", "250"],
     *["--rl.steps", "45", "--rl.global-queries", "8", "--rl.group-size", "4", "--rl.beta", "0", "--rl.infonce-weight", "1"],
-    *["--rl.infonce-negatives", "128", "--rl.optimizer.learning-rate", "3e-4"],
-    *["--rl.sampler.max-think-tokens", "28", "--rl.eval-every", "45", "--rl.snapshot-every", "20", "--rl.sample-every", "4"],
+    *["--rl.infonce-negatives", "128", "--rl.sampler.max-think-tokens", "28", "--rl.sample-every", "4"],
     *["--index.refresh-budget", "32", "--index.candidates", "32"],
 ]
 # The only limits of an evaluation, the same for every system; the last two are for models of ours.
 CUT = ["--max-queries", "1400", "--max-documents", "3000"]
 LIMITS = ["--max-query-tokens", "32", "--max-document-tokens", "40"]
 THINK = ["--max-think-tokens", "28"]
-# Stage 2 as it is evaluated, and what was tried beside it.
+# Stage 2 as it is evaluated, and what was tried before.
+TRIED = ["--rl.optimizer.learning-rate", "3e-4", "--rl.eval-every", "45", "--rl.snapshot-every", "20"]
 STAGE_2 = {
-    "rl": ["--rl.min-tokens", "12"],
-    "rl-alike": ["--rl.min-tokens", "12", "--rl.infonce-alike", "0.8"],
-    "rl-documents": ["--rl.min-tokens", "12", "--rl.infonce-train-documents"],
-    "rl-free": [],
+    # One index is built while training: another would be ready when nobody asks it any more.
+    "rl": ["--rl.min-tokens", "12", "--rl.optimizer.learning-rate", "2e-4", "--rl.eval-every", "15", "--rl.snapshot-every", "23"],
+    "rl-faster": [*TRIED, "--rl.min-tokens", "12"],
+    "rl-alike": [*TRIED, "--rl.min-tokens", "12", "--rl.infonce-alike", "0.8"],
+    "rl-documents": [*TRIED, "--rl.min-tokens", "12", "--rl.infonce-train-documents"],
+    "rl-free": TRIED,
 }
-BASELINES = ("bm25", "bm25-split", "minilm")
+STAGES = ("sft", *STAGE_2)
+BASELINES = ("bm25", "bm25-split", "minilm", "untrained")
 METRICS = ("ndcg@10", "recall@10", "recall@100", "mrr", "map")
 COSTS = ("valid_rate", "reply_tokens", "milliseconds_per_query")
 
@@ -67,48 +71,47 @@ def main() -> None:
     parser.add_argument("act", choices=("train", "watch", "evaluate", "record"))
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seed", type=int)
+    parser.add_argument("--seed", type=int, default=0, help="of stage 2")
     parser.add_argument("--sets", nargs="+", choices=tuple(SHARES), default=tuple(SHARES), help="evaluate these alone")
-    parser.add_argument("--stages", nargs="+", choices=("sft", *STAGE_2), default=("sft", "rl"), help="these alone")
+    parser.add_argument("--systems", nargs="+", choices=(*BASELINES, *STAGES), default=("sft",), help="train, watch or evaluate these")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
-    if given.act in ("train", "watch") and given.seed is None:
-        parser.error(f"{given.act}: --seed: which?")
-    if given.act == "train":
-        train(given.data, given.out, given.seed, given.stages)
-    elif given.act == "watch":
-        watch(given.data, given.out, given.seed, given.stages)
-    elif given.act == "evaluate" and given.seed is None:
-        evaluate_baselines(given.data, given.out, given.sets)
-    elif given.act == "evaluate":
-        evaluate_seed(given.data, given.out, given.seed, given.sets, given.stages)
-    else:
+    if given.act == "record":
         write_records(given.out)
+    for system in [] if given.act == "record" else given.systems:
+        if given.act == "evaluate":
+            evaluate_on_test(given.data, given.out, system, given.seed, given.sets)
+        elif system in BASELINES:
+            parser.error(f"{given.act}: --systems {system}: a baseline is not trained")
+        elif given.act == "train":
+            train(given.data, given.out, system, given.seed)
+        else:
+            watch(given.data, given.out, system, given.seed)
 
 
-def train(data: Path, out: Path, seed: int, stages: list[str]) -> None:
-    """Both stages of a seed; finished steps are not repeated."""
-    sft = str(run_of(out, seed, "sft"))
-    if "sft" in stages:
+def label_of(system: str, seed: int) -> str:
+    """The name of a run, of a folder of results and of a record."""
+    return f"{system}_seed{seed}" if system in STAGE_2 else system
+
+
+def train(data: Path, out: Path, stage: str, seed: int) -> None:
+    """A stage; finished steps are not repeated."""
+    run = ["--config", "smollm2", "--run", str(out / label_of(stage, seed)), *TEXT]
+    if stage == "sft":
         sets = ["--data.sets", *(str(data / name) for name in SHARES), "--data.weights", *map(str, SHARES.values())]
-        search_r3("sft", "--config", "smollm2", "--run", sft, "--seed", str(seed), *sets, *TEXT, *SFT)
-    for stage in [stage for stage in stages if stage != "sft"]:
+        search_r3("sft", *run, *sets, *SFT)
+    else:
         merge(data, out / MERGED)
-        run = ["--run", str(run_of(out, seed, stage)), "--model", sft, "--data.sets", str(out / MERGED)]
-        search_r3("rl", "--config", "smollm2", "--seed", str(seed), *run, *TEXT, *RL, *STAGE_2[stage])
+        sets = ["--data.sets", str(out / MERGED)]
+        search_r3("rl", *run, "--model", str(out / "sft"), "--seed", str(seed), *sets, *RL, *STAGE_2[stage])
 
 
-def watch(data: Path, out: Path, seed: int, stages: list[str]) -> None:
+def watch(data: Path, out: Path, stage: str, seed: int) -> None:
     """The development queries of what stage 2 trains on, in all modes and with the controls."""
     merge(data, out / MERGED)
-    for stage in stages:
-        model = ["--model", str(run_of(out, seed, stage)), "--mode", "all", "--controls"]
-        file = out / "results" / f"seed{seed}_dev" / f"{stage}.json"
-        evaluate(out / MERGED, file, *model, "--max-documents", "1000", *LIMITS, *THINK, split="dev")
-
-
-def run_of(out: Path, seed: int, stage: str) -> Path:
-    return out / f"seed{seed}" / stage
+    label = label_of(stage, seed)
+    model = [*model_of(out, stage, seed), "--mode", "all", "--controls"]
+    evaluate(out / MERGED, out / "results_dev" / label / f"{MERGED}.json", *model, "--max-documents", "1000", *LIMITS, *THINK, split="dev")
 
 
 def merge(data: Path, folder: Path) -> None:
@@ -149,23 +152,23 @@ def write_lines(file: Path, lines: list[str]) -> None:
     file.write_text("".join(f"{line}\n" for line in lines))
 
 
-def evaluate_baselines(data: Path, out: Path, sets: list[str]) -> None:
-    """The baselines, and the untrained model; the test queries are searched for."""
-    for system in BASELINES:
-        for name in sets:
-            evaluate(data / name, out / "results" / f"{name}_{system}.json", *CUT, "--model", system)
+def evaluate_on_test(data: Path, out: Path, system: str, seed: int, sets: list[str]) -> None:
+    """A system on the test queries of these collections; ours in all modes, stage 2 with the controls of its reasoning where it aims."""
     for name in sets:
-        evaluate(data / name, out / "results" / f"{name}_untrained.json", *CUT, "--model", "smollm2", *LIMITS)
+        if system in STAGES:
+            controls = ["--controls"] if system != "sft" and name in AIMED_AT else []
+            options = [*model_of(out, system, seed), "--mode", "all", *LIMITS, *THINK, *controls]
+        elif system == "untrained":
+            options = ["--model", "smollm2", *LIMITS]
+        else:
+            options = ["--model", system]
+        evaluate(data / name, out / "results" / label_of(system, seed) / f"{name}.json", *CUT, *options)
 
 
-def evaluate_seed(data: Path, out: Path, seed: int, sets: list[str], stages: list[str]) -> None:
-    """The last checkpoint of each stage in all modes, and controls of stage 2's reasoning; the test queries are searched for."""
-    for name in sets:
-        for stage in stages:
-            run = run_of(out, seed, stage)
-            controls = ["--controls"] if stage == "rl" and name in AIMED_AT else []
-            file = out / "results" / f"seed{seed}" / f"{name}_{stage}.json"
-            evaluate(data / name, file, *CUT, "--model", str(run), "--mode", "all", *LIMITS, *THINK, *controls)
+def model_of(out: Path, stage: str, seed: int) -> list[str]:
+    """The last checkpoint of stage 1, and of stage 2 the best by its development queries."""
+    run = ["--model", str(out / label_of(stage, seed))]
+    return run if stage == "sft" else [*run, "--step", "best"]
 
 
 def evaluate(data: Path, file: Path, *options: str, split: str = "test") -> None:
@@ -177,17 +180,16 @@ def evaluate(data: Path, file: Path, *options: str, split: str = "test") -> None
 
 
 def write_records(out: Path) -> None:
-    """What was measured, as small files: no path, no text but the settings."""
-    RECORDS.mkdir(exist_ok=True)
-    results = out / "results"
-    for folder in [results, *sorted(results.glob("seed*"))]:
-        found = {file.stem: small(json.loads(file.read_text())) for file in sorted(folder.glob("*.json"))}
-        record: dict[str, Any] = {"results": found}
-        if folder != results:
-            runs = sorted((out / folder.name.removesuffix("_dev")).iterdir())
-            record["runs"] = {run.name: course(run) for run in runs if (run / "metrics.jsonl").is_file()}
-        name = "baselines" if folder == results else folder.name
-        (RECORDS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    """What was measured, as small files: no path, no text but the settings. What was recorded before and not measured again stays."""
+    for results, records in ((out / "results", RECORDS), (out / "results_dev", RECORDS / "dev")):
+        records.mkdir(exist_ok=True)
+        for folder in sorted(results.glob("*")):
+            file, run = records / f"{folder.name}.json", out / folder.name
+            record: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"results": {}}
+            record["results"] |= {found.stem: small(json.loads(found.read_text())) for found in sorted(folder.glob("*.json"))}
+            if (run / "metrics.jsonl").is_file():
+                record["run"] = course(run)
+            file.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def small(result: dict[str, Any]) -> dict[str, Any]:

@@ -1,14 +1,13 @@
 """The tables of the recorded experiment, as Markdown: `python tests/benchmarks/experiment_table.py`.
 
-Reads what `experiment.py record` wrote. With several seeds a query's value is its mean over them, so that an interval is one over queries;
-what each seed gave alone stands beside it.
+Reads what `experiment.py record` wrote. With several seeds of stage 2 a query's value is its mean over them: an interval is one over
+queries; what each seed gave alone stands beside it.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,16 +27,13 @@ OURS = (
     (("rl", "average"), "stage 2, mean of both"),
 )
 CONTROLS = (("empty", "no reasoning"), ("repeated", "query repeated"), ("random", "random words"), ("swapped", "another query's reasoning"))
+# The results of each system on each collection; of stage 2 a system a seed.
+Results = dict[str, dict[str, Any]]
 
 
 def main() -> None:
-    baselines = read(RECORDS / "baselines.json")["results"]
-    seeds = {file.stem: read(file)["results"] for file in sorted(RECORDS.glob("seed[0-9].json"))}
-    print("\n".join([*all_systems(baselines, seeds), "", *stage_2_over_stage_1(seeds), "", *swap_probe(seeds)]))
-
-
-def read(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text())
+    results: Results = {file.stem: json.loads(file.read_text())["results"] for file in sorted(RECORDS.glob("*.json"))}
+    print("\n".join([*all_systems(results), "", *stage_2_over_stage_1(results), "", *swap_probe(results)]))
 
 
 def values_of(text: str) -> np.ndarray:
@@ -45,11 +41,11 @@ def values_of(text: str) -> np.ndarray:
     return np.array(text.split(), np.float64)
 
 
-def of_seeds(seeds: dict[str, Any], name: str, stage: str, mode: str, control: str = "") -> np.ndarray:
+def measured(results: Results, name: str, stage: str, mode: str, control: str = "") -> np.ndarray:
     """nDCG@10 [S,Q] of one collection in one mode of a stage, or with a control's reasoning, in all seeds that were measured."""
     rows = []
-    for results in seeds.values():
-        found = results.get(f"{name}_{stage}", {}).get("modes", {}).get(mode)
+    for system, found_in in results.items():
+        found = found_in.get(name, {}).get("modes", {}).get(mode) if system.split("_seed")[0] == stage else None
         if found is not None and (not control or "controls" in found):
             rows.append(values_of((found["controls"][control] if control else found)["of_query"]))
     return np.array(rows)
@@ -69,26 +65,24 @@ def heading(*names: str) -> list[str]:
     return [row("", names), "|---" * (len(names) + 1) + "|"]
 
 
-def all_systems(baselines: dict[str, Any], seeds: dict[str, Any]) -> list[str]:
+def all_systems(results: Results) -> list[str]:
     """Every system on every collection; a mean over as many seeds as were measured there."""
     lines = heading(*SETS)
-    for system, label in BASELINES:
-        found = [baselines.get(f"{name}_{system}") for name in SETS]
-        lines.append(row(label, ["" if each is None else cell(values_of(each["modes"]["direct"]["of_query"])) for each in found]))
-    wanted = [(stage, mode, "", label) for (stage, mode), label in OURS]
+    wanted = [(system, "direct", "", label) for system, label in BASELINES]
+    wanted += [(stage, mode, "", label) for (stage, mode), label in OURS]
     wanted += [("rl", "reason", control, f"… with {label}") for control, label in CONTROLS]
     for stage, mode, control, label in wanted:
-        found = [of_seeds(seeds, name, stage, mode, control) for name in SETS]
+        found = [measured(results, name, stage, mode, control) for name in SETS]
         lines.append(row(label, [cell(each.mean(axis=0)) if len(each) else "" for each in found]))
     return lines
 
 
-def stage_2_over_stage_1(seeds: dict[str, Any]) -> list[str]:
-    """What stage 2, reasoned and direct, has over stage 1's direct embedding of the same seed, query by query."""
+def stage_2_over_stage_1(results: Results) -> list[str]:
+    """What stage 2, reasoned and direct, has over stage 1's direct embedding, query by query."""
     lines = heading("stage 2, reasoned − stage 1", "p", "each seed", "stage 2, direct − stage 1", "stage 2, reasoned − direct")
     for name in AIMED_AT:
-        reasoned, direct, before = (of_seeds(seeds, name, *which) for which in (("rl", "reason"), ("rl", "direct"), ("sft", "direct")))
-        if not len(reasoned) or reasoned.shape != before.shape:
+        reasoned, direct, before = (measured(results, name, *which) for which in (("rl", "reason"), ("rl", "direct"), ("sft", "direct")))
+        if not len(reasoned) or not len(before):
             continue
         gains = reasoned - before
         p = sign_flip_p_value(gains.mean(axis=0), samples=SAMPLES, seed=0)
@@ -102,13 +96,13 @@ def difference(gains_sq: np.ndarray) -> str:
     return f"{interval.mean:+.3f} ({interval.low:+.3f} … {interval.high:+.3f})"
 
 
-def swap_probe(seeds: dict[str, Any]) -> list[str]:
+def swap_probe(results: Results) -> list[str]:
     """What another query's reasoning costs, and none, beside the gain over stage 1's direct embedding."""
     lines = heading("gain over stage 1", "exchanged costs", "share of the gain", "leaving it out costs")
     for name in AIMED_AT:
-        own, swapped, empty = (of_seeds(seeds, name, "rl", "reason", control) for control in ("own", "swapped", "empty"))
-        before = of_seeds(seeds, name, "sft", "direct")
-        if not len(own) or own.shape != before.shape:
+        own, swapped, empty = (measured(results, name, "rl", "reason", control) for control in ("own", "swapped", "empty"))
+        before = measured(results, name, "sft", "direct")
+        if not len(own) or not len(before):
             continue
         gain, cost = (own - before).mean(), (own - swapped).mean()
         share = f"{cost / gain:.0%}" if gain > 0 else "no gain"
