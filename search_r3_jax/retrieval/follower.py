@@ -91,7 +91,7 @@ class IndexFollower:
         self._tell()
         # Process 0 proposes one version until all have it open, or one of them cannot.
         with self._lock:
-            if self._proposed not in self._open:
+            if self._proposed not in self._open or self._proposed <= version:
                 self._proposed = max((step for step in self._open if step <= at_most), default=NONE)
         chosen = self._proposed_by_first()
         if chosen <= version:
@@ -110,8 +110,7 @@ class IndexFollower:
             return None
         with self._lock:
             index = self._open[chosen]
-            self._open = {step: other for step, other in self._open.items() if step > chosen}
-            self._in_use = chosen
+            self._take_in(chosen)
         self._process.succeeded()
         return index
 
@@ -138,9 +137,9 @@ class IndexFollower:
     def recorded(self, version: int) -> Index:
         """A version that the record names, open and checked; raises UserError where there is none."""
         with self._lock:
-            index = self._open.pop(version, None)
+            index = self._open.get(version)
             if index is not None:
-                self._in_use = version
+                self._take_in(version)
                 return index
         self._pin(version)
         problem = "it is not there"
@@ -153,7 +152,7 @@ class IndexFollower:
                 problem = str(error)
                 continue
             with self._lock:
-                self._in_use = version
+                self._take_in(version)
             return index
         raise UserError(
             f"{self._root}: v{version}: the run's record names this index, but {problem}; put it back, or go on with "
@@ -231,7 +230,14 @@ class IndexFollower:
         # Its pages and programs are there when the first step searches it.
         index.search(index.take(np.zeros(1, np.int32)), 1)
         with self._lock:
-            self._open[step] = index
+            # Training may have opened the same one meanwhile, because its record names it.
+            if step > self._in_use:
+                self._open[step] = index
+
+    def _take_in(self, version: int) -> None:
+        """Under the lock: this one is in use from now on, and those before it are not needed any more."""
+        self._open = {step: index for step, index in self._open.items() if step > version}
+        self._in_use = version
 
     def _pin(self, *opening: int) -> None:
         if self._first:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,11 @@ from published import FIELDS, unit
 from search_r3_jax.config import IndexConfig
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub.snapshots import checkpoint_folder
-from search_r3_jax.retrieval.follower import IndexFollower
+from search_r3_jax.retrieval.follower import POLL_SECONDS, IndexFollower
+from search_r3_jax.retrieval.index import Index
 from search_r3_jax.retrieval.indexer import index_folder
 from search_r3_jax.retrieval.schedule import IndexSchedule
-from search_r3_jax.retrieval.versions import list_versions, pinned_versions, prune_versions, publish_version
+from search_r3_jax.retrieval.versions import list_versions, open_version, pinned_versions, prune_versions, publish_version
 from search_r3_jax.training.moving_index import versions_needed
 
 
@@ -65,15 +68,55 @@ def test_a_version_from_a_later_step_is_left_until_that_step(tmp_path: Path) -> 
     follower = follower_of(run)
     follower.start()
     try:
-        end = time.monotonic() + 30
-        while not follower._open and time.monotonic() < end:
-            time.sleep(0.05)
+        wait_until(lambda: bool(follower._open))
         for step in range(8):
             assert follower.newer_than(3, at_most=step) is None
         found = follower.newer_than(3, at_most=8)
         holds(found, 8)
     finally:
         follower.close()
+
+
+@pytest.mark.parametrize("slower", ["training", "thread"])
+def test_a_version_that_training_and_the_thread_open_at_once_hides_no_later_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slower: str
+) -> None:
+    run = tmp_path / "run"
+    publish(run, 0)
+    follower = follower_of(run)
+    both_opening, training_has_it = threading.Barrier(2, timeout=30), threading.Event()
+
+    def open_at_once(*given: Any, **expected: Any) -> Index:
+        index = open_version(*given, **expected)
+        if index.version == 0:
+            both_opening.wait()
+            if threading.current_thread() is not threading.main_thread():
+                assert slower == "training" or training_has_it.wait(30)
+            elif slower == "training":
+                wait_until(lambda: 0 in follower._open)
+        return index
+
+    monkeypatch.setattr("search_r3_jax.retrieval.follower.open_version", open_at_once)
+    follower.start()
+    try:
+        holds(follower.recorded(0), 0)
+        training_has_it.set()
+        end = time.monotonic() + 2 * POLL_SECONDS
+        while time.monotonic() < end:
+            assert follower.newer_than(0, at_most=1) is None
+            time.sleep(0.05)
+        publish(run, 2)
+        wait_until(lambda: 2 in follower._open)
+        holds(follower.newer_than(0, at_most=2), 2)
+    finally:
+        follower.close()
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_what_a_kept_checkpoint_may_need_is_not_pruned(tmp_path: Path) -> None:

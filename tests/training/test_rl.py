@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ from search_r3_jax.data.development import TrainingSet, for_stage_2
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub.checkpoint import LoadedModel, load_model, with_lora
 from search_r3_jax.hub.snapshots import best_snapshot, latest_snapshot
-from search_r3_jax.retrieval.heartbeat import read_beat
 from search_r3_jax.retrieval.indexer import index_folder
 from search_r3_jax.retrieval.versions import list_versions, open_version
 from search_r3_jax.rollout.encoder import Encoder
@@ -60,17 +58,9 @@ def start_of_run(tmp_path: Path, folder: Path, **rl: Any) -> tuple[RunConfig, Tr
     return config, data, with_lora(load_model(folder), config.lora, seed=0)
 
 
-def run_it(
-    config: RunConfig,
-    folder: Path,
-    data: TrainingSet,
-    model: LoadedModel,
-    said: list[str],
-    *,
-    on_step: Callable[[int, int, Mapping[str, float]], object] = lambda *_: None,
-) -> RlResult:
+def run_it(config: RunConfig, folder: Path, data: TrainingSet, model: LoadedModel, said: list[str], *, pause: float = 0.0) -> RlResult:
     extra = {"data": "../data", "split": "train"}
-    return train_rl(config, folder, data, model, on_step, say=said.append, extra=extra)
+    return train_rl(config, folder, data, model, lambda *_: time.sleep(pause), say=said.append, extra=extra)
 
 
 def lines_of(file: Path) -> list[dict[str, Any]]:
@@ -80,18 +70,9 @@ def lines_of(file: Path) -> list[dict[str, Any]]:
 @pytest.mark.slow
 def test_a_run_swaps_to_an_index_built_meanwhile_and_resumes(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
     config, data, model = start_of_run(tmp_path, tiny_folders["llama"], min_swaps=1, max_extra_steps=400)
-    config = dataclasses.replace(config, index=dataclasses.replace(config.index, silent_seconds=120.0))
     run, said = tmp_path / "run", list[str]()
-    deadline = time.monotonic() + 400
-
-    def hold(step: int, *_: object) -> None:
-        # The indexer has a lower priority: on a busy machine steps of a tiny model could end before it had its turn.
-        time.sleep(0.1)
-        while step >= config.rl.steps and list_versions(index_folder(run)) == [0] and time.monotonic() < deadline:
-            time.sleep(0.5)
-
-    result = run_it(config, run, data, model, said, on_step=hold)
-    assert result.swaps, (said, (run / "indexer.log").read_text(), read_beat(run), list_versions(index_folder(run)))
+    result = run_it(config, run, data, model, said, pause=0.1)
+    assert result.swaps, (said, (run / "indexer.log").read_text(), list_versions(index_folder(run)))
     assert result.swaps[0][1] > 0
     versions = list_versions(index_folder(run))
     assert result.swaps[-1][1] in versions
