@@ -91,7 +91,7 @@ class IndexFollower:
         self._tell()
         # Process 0 proposes one version until all have it open, or one of them cannot.
         with self._lock:
-            if self._proposed not in self._open or self._proposed <= version:
+            if self._proposed not in self._open:
                 self._proposed = max((step for step in self._open if step <= at_most), default=NONE)
         chosen = self._proposed_by_first()
         if chosen <= version:
@@ -235,7 +235,7 @@ class IndexFollower:
                 self._open[step] = index
 
     def _take_in(self, version: int) -> None:
-        """Under the lock: this one is in use from now on, and those before it are not needed any more."""
+        """Under the lock: this one is in use from now on; only later ones stay open, or an earlier one would be proposed for ever."""
         self._open = {step: index for step, index in self._open.items() if step > version}
         self._in_use = version
 
