@@ -13,7 +13,8 @@ class Chip:
         name: as topologies are called, `v5e`.
         kinds: what JAX calls its devices; a device is a chip.
         flops: dense bfloat16 peak, FLOP/s.
-        hbm: bytes of memory that a program can have: what the compiler says is available, a little less than what is built in.
+        hbm: bytes of memory that a program can have: what the compiler says is available, a little less than
+            what is built in.
         hbm_bandwidth: bytes/s.
         ici_bandwidth: bytes/s that a chip can send to its neighbours, over all its links together.
         dcn_bandwidth: bytes/s of a chip's share of the data-centre network, which joins slices.

@@ -20,11 +20,13 @@ from search_r3_jax.commands.training import Indexer, Quickstart, Rl, Sft
 from search_r3_jax.config import RunConfig
 from search_r3_jax.configs import load_config
 from search_r3_jax.errors import StoppedError, UserError
-from search_r3_jax.quiet import quiet
+from search_r3_jax.runtime_env import quiet
 
 INTERRUPTED = 130
 
-DataCommand = Annotated[DataBuild, tyro.conf.subcommand("build")] | Annotated[DataMine, tyro.conf.subcommand("mine")]
+DataCommand = (
+    Annotated[DataBuild, tyro.conf.subcommand("build")] | Annotated[DataMine, tyro.conf.subcommand("mine")]
+)
 
 Command = (
     Annotated[Quickstart, tyro.conf.subcommand("quickstart")]
@@ -38,16 +40,21 @@ Command = (
     | Annotated[Perplexity, tyro.conf.subcommand("perplexity")]
     | Annotated[Curves, tyro.conf.subcommand("curves")]
     | Annotated[Report, tyro.conf.subcommand("report")]
-    | Annotated[DataCommand, tyro.conf.subcommand("data", description="Build data sets, and mine hard negatives.")]
+    | Annotated[
+        DataCommand, tyro.conf.subcommand("data", description="Build data sets, and mine hard negatives.")
+    ]
 )
 
 
 def main() -> None:
-    """Parse the command line and run one subcommand; exit status 2 for a user's mistake, 130 when interrupted before training began."""
+    """Parse the command line and run one subcommand; exit status 2 for a user's mistake, 130 when interrupted
+    before training began."""
     quiet()
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        command = tyro.cli(_commands(sys.argv[1:]), prog="search-r3", config=(tyro.conf.OmitSubcommandPrefixes,))
+        command = tyro.cli(
+            _commands(sys.argv[1:]), prog="search-r3", config=(tyro.conf.OmitSubcommandPrefixes,)
+        )
         command.run()
     except UserError as error:
         if "--debug" in sys.argv:
@@ -64,7 +71,8 @@ def main() -> None:
 
 
 def _commands(arguments: Sequence[str]) -> Any:
-    """The subcommands; settings of a stage of training begin with the values of the experiment that --config names."""
+    """The subcommands; settings of a stage of training begin with the values of the experiment that --config
+    names."""
     name = _value_of("--config", arguments)
     required = tyro.MISSING
     settings = load_config(name) if name else RunConfig()

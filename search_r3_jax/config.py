@@ -20,7 +20,8 @@ class RopeScaling:
     Attributes:
         factor: how many times longer positions may become.
         original_positions: the length before stretching (`llama3`, `yarn`).
-        low_frequency, high_frequency: turns within that length under which a frequency is stretched, over which it is kept (`llama3`).
+        low_frequency, high_frequency: turns within that length under which a frequency is stretched, over
+            which it is kept (`llama3`).
         beta_fast, beta_slow: turns within that length between which stretching fades in (`yarn`).
         truncate: round the fading range to whole dimensions (`yarn`).
         attention_factor: cosines and sines are multiplied by it (`yarn`); 1 for the other kinds.
@@ -49,7 +50,8 @@ class ModelConfig:
         qkv_bias: biases on q, k and v (Qwen2).
         qk_norm: RMSNorm over H on q and k (Qwen3).
         rope_scaling: None is plain rotary positions.
-        sliding_window: a query sees this many positions, its own included, in layers where `windowed` says so.
+        sliding_window: a query sees this many positions, its own included, in layers where `windowed` says
+            so.
         windowed: one flag a layer; empty where no layer has a window.
     """
 
@@ -110,14 +112,16 @@ class DataConfig:
     Attributes:
         sets: folders of data sets, built ones or in BEIR's layout.
         weights: each set's share of the training pairs; empty is by their numbers.
-        batches: of stage 1: `mixed` draws each pair from any set, `one_set` all pairs of a step from one, whose documents are harder
-            negatives of each other than those of other sets.
+        batches: of stage 1: `mixed` draws each pair from any set, `one_set` all pairs of a step from one,
+            whose documents are harder negatives of each other than those of other sets.
         split: the split to train on.
-        dev_split: the split that training is watched on; a set that has none gives up some of its training queries.
+        dev_split: the split that training is watched on; a set that has none gives up some of its training
+            queries.
         dev_queries: of each set, so many at most; 0 watches nothing.
         dev_documents: of each set: all those judged for these queries, filled up with others to so many.
         rl_queries: stage 2 trains on so many of the training queries; 0 is all.
-        rl_documents: stage 2 searches all documents judged for these, filled up with others to so many; 0 is the whole corpus.
+        rl_documents: stage 2 searches all documents judged for these, filled up with others to so many; 0 is
+            the whole corpus.
         test_queries: of the test functions so many are searched for (quickstart).
     """
 
@@ -142,13 +146,14 @@ class OptimizerConfig:
     """AdamW after a linear warm-up.
 
     Attributes:
-        schedule: how the rate goes from its peak to the last step: a cosine or a line to its end, constant, or `wsd`, which is constant
-            and falls along a line over the last fifth of the steps.
+        schedule: how the rate goes from its peak to the last step: a cosine or a line to its end, constant,
+            or `wsd`, which is constant and falls along a line over the last fifth of the steps.
         final_share: the last step's share of the peak rate.
         weight_decay: of matrices; norms, biases and the embed token's row are never decayed.
         clip_norm: gradients longer than this are scaled down to it; 0 never does.
-        row_scale: the embed token's row learns at this multiple of the rate: it starts from nothing while all else is trained,
-            and a short run must move it as far as a token's row lies from the mean of the rows.
+        row_scale: the embed token's row learns at this multiple of the rate: it starts from nothing while all
+            else is trained, and a short run must move it as far as a token's row lies from the mean of the
+            rows.
     """
 
     learning_rate: float = 1e-4
@@ -164,28 +169,34 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SftConfig:
-    """Stage 1: cross-entropy on the reply + KL to the base + InfoNCE + triplet margin; a weight of 0 leaves a term out.
+    """Stage 1: cross-entropy on the reply + KL to the base + InfoNCE + triplet margin; a weight of 0 leaves a
+    term out.
 
     Attributes:
         global_batch: (query, document) pairs a step.
-        encode_chunk: pairs whose activations are in memory at a time (GradCache); 0 is the whole batch, encoded once.
+        encode_chunk: pairs whose activations are in memory at a time (GradCache); 0 is the whole batch,
+            encoded once.
         temperature: τ of InfoNCE.
-        directions: what InfoNCE holds a query and its document against: the query against documents and other queries, the document against
-            queries and other documents.
-        partition: one softmax over all directions, or one for each of the first and third, and their mean (symmetric InfoNCE).
-        false_negative_margin: negatives within this cosine of the positive, or above it, are left out; None leaves none out.
+        directions: what InfoNCE holds a query and its document against: the query against documents and other
+            queries, the document against queries and other documents.
+        partition: one softmax over all directions, or one for each of the first and third, and their mean
+            (symmetric InfoNCE).
+        false_negative_margin: negatives within this cosine of the positive, or above it, are left out; None
+            leaves none out.
         triplet_margin: θ, in cosine.
-        matryoshka: dimensions at which the contrastive losses are taken too, the whole vector included; empty is the whole alone.
+        matryoshka: dimensions at which the contrastive losses are taken too, the whole vector included; empty
+            is the whole alone.
         negatives: judged irrelevant or mined documents a query.
         reasoned_share: share of queries in the reasoned format, in [0, 1].
-        reasoning: where their reasoning text comes from: a column of the data set, what the untrained model writes itself, or
-            key terms of the positive document.
+        reasoning: where their reasoning text comes from: a column of the data set, what the untrained model
+            writes itself, or key terms of the positive document.
         key_terms: how many terms a key-term reasoning names.
         eval_every: steps from one evaluation on the development queries to the next; 0 never looks.
         save_every: steps from one checkpoint to the next; there is one after every evaluation too.
         keep: so many of the newest checkpoints stay, and the best.
         keep_every: checkpoints of multiples of so many steps stay too; 0 keeps none for that.
-        max_skipped: steps with a loss or gradient that is not finite are skipped; so many in a row end the run.
+        max_skipped: steps with a loss or gradient that is not finite are skipped; so many in a row end the
+            run.
     """
 
     steps: int = 1000
@@ -238,40 +249,51 @@ class RlConfig:
 
     Attributes:
         global_queries: queries a step; each is sampled `group_size` times.
-        micro_queries: queries whose replies' activations are in memory at a time, whole groups; 0 is all at once.
-        variant: how tokens are weighed: `grpo` by row, `dr_grpo` by the budget of a reply, `dapo` over the whole batch; `gspo` has one
-            ratio a reply and wants clips of about 3e-4.
-        clip_low, clip_high: the ratio is clipped to 1 − clip_low … 1 + clip_high; a higher clip_high is clip-higher.
+        micro_queries: queries whose replies' activations are in memory at a time, whole groups; 0 is all at
+            once.
+        variant: how tokens are weighed: `grpo` by row, `dr_grpo` by the budget of a reply, `dapo` over the
+            whole batch; `gspo` has one ratio a reply and wants clips of about 3e-4.
+        clip_low, clip_high: the ratio is clipped to 1 − clip_low … 1 + clip_high; a higher clip_high is
+            clip-higher.
         beta: weight of the KL term to the reference; 0 runs no reference.
-        kl_estimator: k3 is never negative and low in variance, k2 has the gradient of the KL, k1 has none on average.
+        kl_estimator: k3 is never negative and low in variance, k2 has the gradient of the KL, k1 has none on
+            average.
         scale_rewards: advantages are divided by the standard deviation of their group, of the batch, or not.
         inner_epochs: passes over the same rollouts; the ratio is to the policy before the first.
-        importance_cap: tokens are weighed by how much likelier the trainer finds them than the sampler did, up to this; 0 does not.
-        reward: `dcg` is a soft nDCG, `log_rank` the logarithm of the best positive's rank, `rank_margin` ranks and the margin to the
-            hardest negatives, `gain_over_direct` the gain in dcg over the query's direct embedding.
+        importance_cap: tokens are weighed by how much likelier the trainer finds them than the sampler did,
+            up to this; 0 does not.
+        reward: `dcg` is a soft nDCG, `log_rank` the logarithm of the best positive's rank, `rank_margin`
+            ranks and the margin to the hardest negatives, `gain_over_direct` the gain in dcg over the query's
+            direct embedding.
         reward_temperature: of the soft ranks, in cosine.
         margin_weight: share of the margin in `rank_margin`, in [0, 1].
         margin_width: the margin, in cosine, from which on a larger one earns no more (`rank_margin`).
         hard_negatives: how many of the highest negatives the margin is taken to (`rank_margin`).
         floor_gap: the worst valid reply is so far above an invalid one, of a reward in [0, 1].
-        min_tokens: a reply of fewer tokens, its closing words included, is invalid: a policy whose reasoning does not help yet learns
-            first of all to write none, and then cannot learn to reason.
+        min_tokens: a reply of fewer tokens, its closing words included, is invalid: a policy whose reasoning
+            does not help yet learns first of all to write none, and then cannot learn to reason.
         length_weight: weight of brevity beside retrieval's 1; 0 leaves it out.
-        free_tokens: so many tokens of a reply cost nothing; from there to `sampler.max_think_tokens` the cost rises along a line.
+        free_tokens: so many tokens of a reply cost nothing; from there to `sampler.max_think_tokens` the cost
+            rises along a line.
         infonce_weight: auxiliary InfoNCE on the group's query embeddings.
-        infonce_negatives: so many of the step's candidates, the best of each query first, are what they are told apart from, beside the
-            other queries' documents; 0 leaves these alone.
-        infonce_alike: but no candidate whose cosine to one of these documents is higher: it says the same, and only nobody judged it.
-        infonce_train_documents: the update encodes the queries' own documents itself, so that their embeddings are trained as well;
-            otherwise all documents' are constants in it, which parameters that were moved for the queries alone move along.
-        eval_every: steps from one evaluation on the development queries, direct and reasoned, to the next; 0 never looks.
-        snapshot_every: steps from one checkpoint, which the indexer makes an index of, to the next; evaluations make one too.
+        infonce_negatives: so many of the step's candidates, the best of each query first, are what they are
+            told apart from, beside the other queries' documents; 0 leaves these alone.
+        infonce_alike: but no candidate whose cosine to one of these documents is higher: it says the same,
+            and only nobody judged it.
+        infonce_train_documents: the update encodes the queries' own documents itself, so that their
+            embeddings are trained as well; otherwise all documents' are constants in it, which parameters
+            that were moved for the queries alone move along.
+        eval_every: steps from one evaluation on the development queries, direct and reasoned, to the next; 0
+            never looks.
+        snapshot_every: steps from one checkpoint, which the indexer makes an index of, to the next;
+            evaluations make one too.
         keep: so many of the newest checkpoints stay, and the best.
         keep_every: checkpoints of multiples of so many steps stay too; 0 keeps none for that.
         sample_every: every so many rollouts one is written to `samples.jsonl`.
-        max_skipped: updates with a loss or gradient that is not finite are skipped; so many in a row end the run.
-        collapse_steps: a valid rate below `collapse_valid`, or an entropy (nats a token) below `collapse_entropy`, for so many steps in a
-            row ends the run; 0 never does.
+        max_skipped: updates with a loss or gradient that is not finite are skipped; so many in a row end the
+            run.
+        collapse_steps: a valid rate below `collapse_valid`, or an entropy (nats a token) below
+            `collapse_entropy`, for so many steps in a row ends the run; 0 never does.
         min_swaps: the run goes on past `steps` until so many new index versions were taken in.
     """
 
@@ -298,11 +320,11 @@ class RlConfig:
     free_tokens: int = 0
     infonce_weight: float = 0.1
     infonce_negatives: int = 0
-    infonce_alike: float = 1.0
+    near_duplicate_cosine: float = 1.0
     infonce_train_documents: bool = False
     infonce_temperature: float = 0.05
     eval_every: int = 0
-    snapshot_every: int = 50
+    save_every: int = 50
     keep: int = 3
     keep_every: int = 0
     sample_every: int = 16
@@ -318,14 +340,17 @@ class RlConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Over how many devices each axis goes; one of them may be -1 and takes the devices that the others leave.
+    """Over how many devices each axis goes; one of them may be -1 and takes the devices that the others
+    leave.
 
     Attributes:
-        slice: rows of a batch, over TPU slices that a slower network joins; parameters are repeated, so that gradients alone cross it.
+        slice: rows of a batch, over TPU slices that a slower network joins; parameters are repeated, so that
+            gradients alone cross it.
         data: rows of a batch; parameters are repeated.
         fsdp: rows of a batch, and the parameters' hidden dimension.
         tensor: heads, the feed-forward dimension and the vocabulary.
-        sequence: tokens of a row, where they divide; keys and values are gathered. For rows too long for one device.
+        sequence: tokens of a row, where they divide; keys and values are gathered. For rows too long for one
+            device.
     """
 
     slice: int = 1
@@ -341,15 +366,17 @@ class IndexConfig:
 
     Attributes:
         kind: `auto` is ScaNN where it is installed, else exact search.
-        scoring: by what documents are ranked: `fresh` encodes candidates anew with the current parameters, `stale` takes the index's
-            vectors as they are, `consistent_stale` embeds the queries with the index's snapshot as well.
+        scoring: by what documents are ranked: `fresh` encodes candidates anew with the current parameters,
+            `stale` takes the index's vectors as they are, `consistent_stale` embeds the queries with the
+            index's checkpoint as well.
         candidates: documents ranked per query.
         neighbours: for each candidate, so many of the documents nearest to it are candidates too.
         refresh_budget: documents re-encoded a step at most.
         overlay_max_age: steps after which a re-encoded vector counts as stale.
-        drift_every: every so many steps a fixed part of the corpus is encoded, and a snapshot saved where it has drifted; 0 never.
+        drift_every: every so many steps a fixed part of the corpus is encoded, and a checkpoint saved where
+            it has drifted; 0 never.
         drift_documents: how many documents that part has.
-        drift_cosine: mean cosine to the last snapshot's vectors under which they have drifted.
+        drift_cosine: mean cosine to the last checkpoint's vectors under which they have drifted.
         drift_overlap: share of the ten nearest documents still the same under which they have.
         max_age: steps; where the index is older, `when_old` is done; 0 is no limit.
         when_old: `wait` for a newer one, `warn` and go on, or `stop` with a checkpoint.
@@ -357,7 +384,8 @@ class IndexConfig:
         vector_dtype: how a version keeps its vectors.
         folder: where versions are kept, a folder or a bucket (`gs://…`); empty is the run's `index`.
         keep_versions: how many versions stay there.
-        local: the trainer starts an indexer beside it; without, one has to be started elsewhere (`search-r3 indexer`).
+        local: the trainer starts an indexer beside it; without, one has to be started elsewhere (`search-r3
+            indexer`).
         silent_seconds: an indexer that gives no sign of life for so long is ended and started again.
         nice: added to the indexer's CPU priority, 0 to 19.
         threads: CPU threads of the indexer; 0 leaves the choice to XLA.
@@ -370,13 +398,13 @@ class IndexConfig:
     candidates: int = 64
     neighbours: int = 0
     refresh_budget: int = 256
-    overlay_max_age: int = 4
+    overlay_max_age_steps: int = 4
     drift_every: int = 0
     drift_documents: int = 1000
     drift_cosine: float = 0.95
     drift_overlap: float = 0.7
     max_age: int = 0
-    when_old: Literal["wait", "warn", "stop"] = "wait"
+    on_stale_index: Literal["wait", "warn", "stop"] = "wait"
     recall_gate: float = 0.99
     vector_dtype: Literal["float32", "bfloat16"] = "float32"
     folder: str = ""
@@ -396,7 +424,8 @@ class RunConfig:
     Attributes:
         model: what training starts from: for stage 2 mostly a run of stage 1.
         start_step: where the model is a run, which of its checkpoints.
-        remat: what the backward pass finds saved of a layer: everything, its matrix products, its input in the host's memory, its input.
+        remat: what the backward pass finds saved of a layer: everything, its matrix products, its input in
+            the host's memory, its input.
         attention: `splash` is the TPU kernel; elsewhere it is interpreted, slowly.
     """
 
@@ -416,10 +445,13 @@ class RunConfig:
 
 
 def config_from_dict(kind: Any, fields: dict[str, Any]) -> Any:
-    """A config dataclass from the plain values that `dataclasses.asdict` and JSON left of it; a setting that is missing has its default."""
+    """A config dataclass from the plain values that `dataclasses.asdict` and JSON left of it; a setting that
+    is missing has its default."""
     values = {}
     for entry in dataclasses.fields(kind):
-        default = entry.default_factory() if entry.default_factory is not dataclasses.MISSING else entry.default
+        default = (
+            entry.default_factory() if entry.default_factory is not dataclasses.MISSING else entry.default
+        )
         if entry.name not in fields and default is not dataclasses.MISSING:
             values[entry.name] = default
             continue

@@ -59,7 +59,10 @@ class Bar:
             self._spoken = now
             speed = (done - self._resumed_at) / (now - self._started)
             left = (self._total - done) / speed
-            line = f"      {self._what} {done}/{self._total}, {_rate(speed)}, {_clock(left)} left{'  ' + note if note else ''}"
+            line = (
+                f"      {self._what} {done}/{self._total}, {_rate(speed)}, {_clock(left)} "
+                f"left{'  ' + note if note else ''}"
+            )
             self._console.print(line, highlight=False, markup=False)
 
 

@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from search_r3_jax.config import SamplerConfig, Step
 from search_r3_jax.console import Bar, progress_bar
 from search_r3_jax.errors import UserError
-from search_r3_jax.hub.checkpoint import LoadedModel, load_model, resolve
 from search_r3_jax.hub.export import MAX_TOKENS, read_record, text_room
+from search_r3_jax.hub.load_model import LoadedModel, load_model, resolve
 from search_r3_jax.hub.weights import parameter_hash
 from search_r3_jax.rollout.encoder import Encoder
 from search_r3_jax.rollout.sampler import Sampler
@@ -64,7 +64,8 @@ class Embedder:
         max_think_tokens: int = MAX_THINK_TOKENS,
         temperature: float = 0.0,
     ):
-        """`max_tokens` is lowered to what the model's positions leave beside the prompt; temperature 0 is greedy."""
+        """`max_tokens` is lowered to what the model's positions leave beside the prompt; temperature 0 is
+        greedy."""
         prompter = Prompter(model.tokenizer)
         graph, self._state = nnx.split(model.decoder)
         self._encoder = Encoder(graph, prompter)
@@ -86,9 +87,11 @@ class Embedder:
         max_think_tokens: int = MAX_THINK_TOKENS,
         temperature: float = 0.0,
     ) -> Embedder:
-        """The embedder of an exported folder, a run (at checkpoint `step`), any supported checkpoint, or `smollm2`.
+        """The embedder of an exported folder, a run (at checkpoint `step`), any supported checkpoint, or
+        `smollm2`.
 
-        `max_tokens` None is what an exported folder says, else 512. Raises UserError when the model cannot be read or has other prompts.
+        `max_tokens` None is what an exported folder says, else 512. Raises UserError when the model cannot be
+        read or has other prompts.
         """
         record = read_record(resolve(name))
         if max_tokens is None:
@@ -107,8 +110,9 @@ class Embedder:
     ) -> np.ndarray:
         """Unit vectors [N,E] float32 in the order of `texts`, or [E] of a single text.
 
-        `truncate_dim` keeps the first dimensions, normalised again. `progress` None shows a bar in a terminal only, True plain lines
-        elsewhere. Raises UserError for a document in mode "reason": documents are embedded directly.
+        `truncate_dim` keeps the first dimensions, normalised again. `progress` None shows a bar in a terminal
+        only, True plain lines elsewhere. Raises UserError for a document in mode "reason": documents are
+        embedded directly.
         """
         if kind not in ("query", "document"):
             raise UserError(f"kind: {kind!r} is neither 'query' nor 'document'")
@@ -117,24 +121,37 @@ class Embedder:
         if kind == "document" and mode == "reason":
             raise UserError("mode: documents are embedded directly; give mode 'direct', or kind 'query'")
         if truncate_dim is not None and not 0 < truncate_dim <= self.dimension:
-            raise UserError(f"truncate_dim: {truncate_dim} is not within 1 and the model's {self.dimension} dimensions")
+            raise UserError(
+                f"truncate_dim: {truncate_dim} is not within 1 and the model's {self.dimension} dimensions"
+            )
         if isinstance(texts, str):
             return self.encode([texts], kind=kind, mode=mode, truncate_dim=truncate_dim, progress=progress)[0]
         if mode == "reason":
             thoughts = self.think(texts, progress=progress)
-            vectors = np.stack([thought.vector for thought in thoughts]) if thoughts else np.zeros((0, self.dimension), np.float32)
+            vectors = (
+                np.stack([thought.vector for thought in thoughts])
+                if thoughts
+                else np.zeros((0, self.dimension), np.float32)
+            )
         else:
             with _bar("texts", len(texts), progress) as bar:
                 on_progress = bar.advance if bar is not None else None
-                vectors = self._encoder.encode(self._state, texts, max_tokens=self.max_tokens, on_progress=on_progress)
+                vectors = self._encoder.encode(
+                    self._state, texts, max_tokens=self.max_tokens, on_progress=on_progress
+                )
         return vectors if truncate_dim is None else _unit(vectors[:, :truncate_dim])
 
     @overload
     def think(self, texts: str, *, seed: int = 0, progress: bool | None = None) -> Thought: ...
     @overload
-    def think(self, texts: Sequence[str], *, seed: int = 0, progress: bool | None = None) -> list[Thought]: ...
-    def think(self, texts: str | Sequence[str], *, seed: int = 0, progress: bool | None = None) -> Thought | list[Thought]:
-        """What the model writes about each query, with the embedding that ends it; `seed` counts only at a temperature above 0."""
+    def think(
+        self, texts: Sequence[str], *, seed: int = 0, progress: bool | None = None
+    ) -> list[Thought]: ...
+    def think(
+        self, texts: str | Sequence[str], *, seed: int = 0, progress: bool | None = None
+    ) -> Thought | list[Thought]:
+        """What the model writes about each query, with the embedding that ends it; `seed` counts only at a
+        temperature above 0."""
         if isinstance(texts, str):
             return self.think([texts], seed=seed, progress=progress)[0]
         lengths = [len(ids) for ids in self._prompter.text_ids(texts, self.max_tokens)]
@@ -148,7 +165,9 @@ class Embedder:
                 # A power of two, filled up with the last text again: few shapes are compiled.
                 filled = rows + rows[-1:] * ((1 << (len(rows) - 1).bit_length()) - len(rows))
                 longest = max(1, lengths[rows[0]])
-                rollout = self._sampler.sample(self._state, [texts[i] for i in filled], seeds[filled][:, None], max_tokens=longest)
+                rollout = self._sampler.sample(
+                    self._state, [texts[i] for i in filled], seeds[filled][:, None], max_tokens=longest
+                )
                 for at, (i, reply) in enumerate(zip(rows, rollout.replies(), strict=False)):
                     found[i] = Thought(
                         text=self._thought_text(reply),

@@ -6,4 +6,5 @@ class UserError(Exception):
 
 
 class StoppedError(Exception):
-    """Training ended early because it was asked to, and has saved where it was; the command line says so and exits with 0."""
+    """Training ended early because it was asked to, and has saved where it was; the command line says so and
+    exits with 0."""

@@ -42,13 +42,16 @@ def write_array(path: Path, array: np.ndarray) -> None:
             np.save(file, array, allow_pickle=False)
         temporary.replace(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); make room or choose another --out") from error
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or error}); make room or choose another --out"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def hold_lock(file: Path) -> TextIO | None:
-    """An opened file that only one process holds, until it is closed or the process ends, however that goes; None while another does."""
+    """An opened file that only one process holds, until it is closed or the process ends, however that goes;
+    None while another does."""
     lock = file.open("a+", encoding="utf-8")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -59,7 +62,8 @@ def hold_lock(file: Path) -> TextIO | None:
 
 
 def append_line(file: Path, line: str, *, durable: bool = False) -> None:
-    """Append one line; with `durable` it is on the disk when this returns, whatever happens to the machine."""
+    """Append one line; with `durable` it is on the disk when this returns, whatever happens to the
+    machine."""
     with file.open("a", encoding="utf-8") as opened:
         opened.write(line + "\n")
         if durable:
@@ -89,21 +93,29 @@ def file_sha256(path: Path) -> str:
 
 
 def read_texts(path: Path) -> list[str]:
-    """The lines of a text file, or each line's `text` where the name ends in .jsonl; raises UserError naming file and line."""
+    """The lines of a text file, or each line's `text` where the name ends in .jsonl; raises UserError naming
+    file and line."""
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give a text file or a .jsonl file") from None
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); give a text file or a .jsonl file"
+        ) from None
     if lines[-1] == b"":
         lines.pop()
-    return [_text_of(line, f"{path}: line {number}", path.suffix == ".jsonl") for number, line in enumerate(lines, start=1)]
+    return [
+        _text_of(line, f"{path}: line {number}", path.suffix == ".jsonl")
+        for number, line in enumerate(lines, start=1)
+    ]
 
 
 def _text_of(line: bytes, where: str, is_json: bool) -> str:
     try:
         text = line.decode("utf-8").removesuffix("\r")
     except UnicodeDecodeError as error:
-        raise UserError(f"{where}: is not UTF-8 ({error.reason} at byte {error.start}); convert the file") from None
+        raise UserError(
+            f"{where}: is not UTF-8 ({error.reason} at byte {error.start}); convert the file"
+        ) from None
     if not is_json:
         return text
     try:

@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -18,9 +17,10 @@ from search_r3_jax.config import MeshConfig, ModelConfig
 from search_r3_jax.errors import UserError
 
 MESH_AXES = ("slice", "data", "fsdp", "tensor", "sequence")
-# The rows of a batch lie over all three: fully sharded data parallelism is data parallelism with sharded parameters.
+# The rows of a batch lie over all three: fully sharded data parallelism is data parallelism with sharded
+# parameters.
 BATCH_AXES = ("slice", "data", "fsdp")
-# XLA propagates shardings from where `laid` states them.
+# XLA propagates shardings from where `constrain` states them.
 _AUTO = (AxisType.Auto,) * len(MESH_AXES)
 TOKENS = (BATCH_AXES, "sequence")
 """How the rows and the tokens of states [B,T,…] lie between layers."""
@@ -56,7 +56,10 @@ PARAMETER_AXES: dict[tuple[str, ...], tuple[str, ...]] = {
     ("embed_row",): ("norm",),
     ("head_row",): ("norm",),
     ("final_norm", "scale"): ("norm",),
-    **{("layers", norm, "scale"): ("layers", "norm") for norm in ("attention_norm", "feed_forward_norm", "q_norm", "k_norm")},
+    **{
+        ("layers", norm, "scale"): ("layers", "norm")
+        for norm in ("attention_norm", "feed_forward_norm", "q_norm", "k_norm")
+    },
 }
 for _name, (_inputs, _outputs) in _LINEARS.items():
     PARAMETER_AXES |= {
@@ -84,22 +87,30 @@ def make_mesh(
 ) -> Mesh:
     """A mesh over the devices (None: all there are); a size of -1 takes those that the others leave.
 
-    Raises UserError when the sizes do not multiply to the number of devices, or `slice` is not the number of TPU slices.
+    Raises UserError when the sizes do not multiply to the number of devices, or `slice` is not the number of
+    TPU slices.
     """
     chosen = jax.devices() if devices is None else list(devices)
     sizes: dict[str, int] = dict(zip(MESH_AXES, (slice, data, fsdp, tensor, sequence), strict=True))
     fixed = math.prod(size for size in sizes.values() if size != -1)
     open_axes = [axis for axis, size in sizes.items() if size == -1]
     if len(open_axes) > 1 or fixed < 1:
-        raise UserError(f"mesh: {sizes}: sizes are positive, and one may be -1 to take the devices that are left")
+        raise UserError(
+            f"mesh: {sizes}: sizes are positive, and one may be -1 to take the devices that are left"
+        )
     if len(chosen) % fixed or (not open_axes and fixed != len(chosen)):
         divisors = ", ".join(str(n) for n in _divisors(len(chosen)))
-        raise UserError(f"mesh: {sizes}: the sizes must multiply to {len(chosen)} devices; sizes that work divide that: {divisors}")
+        raise UserError(
+            f"mesh: {sizes}: the sizes must multiply to {len(chosen)} devices; sizes that work divide that: "
+            f"{divisors}"
+        )
     if open_axes:
         sizes[open_axes[0]] = len(chosen) // fixed
     slices = _by_slice(chosen)
     if len(slices) > 1 and sizes["slice"] != len(slices):
-        raise UserError(f"mesh.slice: {sizes['slice']}: these devices are of {len(slices)} slices; give {len(slices)}")
+        raise UserError(
+            f"mesh.slice: {sizes['slice']}: these devices are of {len(slices)} slices; give {len(slices)}"
+        )
     if len(slices) == 1:
         return _mesh(tuple(sizes.values()), chosen)
     # Only the outermost axis leaves a slice: each slice is laid out for itself.
@@ -117,7 +128,10 @@ def _by_slice(devices: Sequence[Any]) -> list[list[Any]]:
         return [list(devices)]
     # Chips that are only planned for have no number when there is but one slice.
     numbers = [getattr(device, "slice_index", 0) for device in devices]
-    return [[device for device, number in zip(devices, numbers, strict=True) if number == each] for each in sorted(set(numbers))]
+    return [
+        [device for device, number in zip(devices, numbers, strict=True) if number == each]
+        for each in sorted(set(numbers))
+    ]
 
 
 def mesh_from_config(config: MeshConfig) -> Mesh | None:
@@ -135,14 +149,18 @@ def param_shardings(decoder: HasConfig, mesh: Mesh) -> dict[str, Any]:
     Raises UserError when a size of the model is not a multiple of the mesh axis it lies on.
     """
     check_divisible(decoder.config, mesh)
-    return map_params(lambda _, spec: NamedSharding(mesh, spec), nnx.to_pure_dict(nnx.state(decoder, nnx.Param)))
+    return map_params(
+        lambda _, spec: NamedSharding(mesh, spec), nnx.to_pure_dict(nnx.state(decoder, nnx.Param))
+    )
 
 
 def map_params(function: Callable[[Any, PartitionSpec], Any], params: Any) -> Any:
     """`function` of every parameter and of the axes that it lies over, in the parameters' own structure."""
 
     def of(path: tuple[Any, ...], x: Any) -> Any:
-        return function(x, param_spec(tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))))
+        return function(
+            x, param_spec(tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey)))
+        )
 
     return jax.tree_util.tree_map_with_path(of, params)
 
@@ -153,20 +171,25 @@ def param_spec(path: tuple[str, ...]) -> PartitionSpec:
 
 
 def reshaped(mesh: Mesh, *, fsdp: int, tensor: int) -> Mesh:
-    """The same devices in the same order under other sizes of `fsdp` and `tensor`; `data` makes up for them."""
+    """The same devices in the same order under other sizes of `fsdp` and `tensor`; `data` makes up for
+    them."""
     devices = mesh.devices.reshape(mesh.shape["slice"], -1, fsdp, tensor, mesh.shape["sequence"])
     return Mesh(devices, MESH_AXES, axis_types=_AUTO)
 
 
-def laid(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
-    """`x` with each dimension over its mesh axes (None: whole) on the mesh in use, `jax.sharding.use_abstract_mesh`; without one, `x`.
+def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
+    """Apply a sharding constraint on the active mesh.
 
-    A dimension that cannot be shared out equally, such as the rows of a single prompt prefix, is whole on every device.
+    None replicates a dimension; so does a length that its axes do not divide, such as the single row of a
+    prompt prefix. No-op without a mesh.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    fitting = (over if length % axis_size(mesh, over) == 0 else None for length, over in zip(x.shape, axes, strict=False))
+    fitting = (
+        over if length % axis_size(mesh, over) == 0 else None
+        for length, over in zip(x.shape, axes, strict=False)
+    )
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*fitting))
 
 
@@ -175,61 +198,13 @@ def layer_spec(linear: str, part: str) -> PartitionSpec:
     return PartitionSpec(*param_spec(("layers", linear, part))[1:])
 
 
-def summed_over_batch(product: Callable[..., jax.Array], pairs: Sequence[jax.Array], lies: PartitionSpec) -> jax.Array:
-    """`product(*pairs)` [I,O], a sum over the tokens of x [B,T,I] and y [B,T,O] in turn, on the mesh in use, where it lies as `lies` says.
-
-    Every device adds up its own tokens; the sums are exchanged once, each device getting no more than its part.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    token_axes = (*BATCH_AXES, "sequence")
-
-    def tokens_over(x: jax.Array) -> tuple[Any, Any]:
-        rows, tokens = (axes if x.shape[i] % axis_size(mesh, axes) == 0 else None for i, axes in enumerate(TOKENS))
-        return rows, tokens
-
-    over = [tokens_over(x) for x in pairs]
-    features = [axis if axis != "fsdp" else None for axis in lies]
-    specs = tuple(PartitionSpec(*axes, features[i % 2]) for i, axes in enumerate(over))
-
-    def local(*pairs: jax.Array) -> jax.Array:
-        counted = list(pairs)
-        for i in range(0, len(pairs), 2):
-            # Tokens that several devices have, as of a shared prompt, are counted by the first of them.
-            shared = [axis for axis in token_axes if axis not in (*(over[i][0] or ()), over[i][1])]
-            first = jnp.asarray(True)
-            for axis in shared:
-                first &= jax.lax.axis_index(axis) == 0
-            counted[i] = jnp.where(first, pairs[i], 0)
-        # A compiler for tiles scatters rows, and would add up whole what is to be scattered by columns.
-        turned = tuple(lies).index("fsdp") == 1
-        total = product(*(y for pair in zip(counted[1::2], counted[::2], strict=True) for y in pair)) if turned else product(*counted)
-        for groups in _phases(mesh.shape["fsdp"]):
-            total = jax.lax.psum_scatter(total, "fsdp", scatter_dimension=0, axis_index_groups=groups, tiled=True)
-        return jax.lax.psum(total.T if turned else total, tuple(axis for axis in token_axes if axis != "fsdp"))
-
-    # Nothing is said of axes over which the result is the same: that is what the sums see to.
-    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=lies, check_vma=False)(*pairs)
+def reshard(x: jax.Array, spec: PartitionSpec, used: PartitionSpec) -> jax.Array:
+    """Change a parameter's sharding from `spec` to `used` on the active mesh, and its gradient's back. No-op
+    without a mesh."""
+    return constrain(constrain(x, *spec), *used)
 
 
-def _phases(size: int) -> list[list[list[int]]]:
-    """Groups of the devices of an axis, phase after phase, within which to scatter a sum: of no more than four where that divides.
-
-    The TPU compiler makes an all-reduce, which moves twice as much, of a reduce-scatter over all chips of a slice; it leaves lines of four.
-    """
-    factors = list[int]()
-    while size > 1:
-        factors.append(next((factor for factor in (4, 2) if size % factor == 0), size))
-        size //= factors[-1]
-    devices = np.arange(math.prod(factors)).reshape(factors)
-    return [np.moveaxis(devices, i, -1).reshape(-1, factor).tolist() for i, factor in enumerate(factors)]
-
-
-def relaid(x: jax.Array, lies: PartitionSpec, used: PartitionSpec) -> jax.Array:
-    """A parameter that lies one way, laid out another on the mesh in use, and its gradient the way back; without a mesh, `x`."""
-    return laid(laid(x, *lies), *used)
-
-
-def in_use(mesh: Mesh | None) -> AbstractContextManager[Any]:
+def use_mesh(mesh: Mesh | None) -> AbstractContextManager[Any]:
     """While a function is traced under it, `laid` lays activations out on this mesh."""
     return nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
@@ -240,7 +215,8 @@ def axis_size(mesh: Mesh | AbstractMesh, axes: str | tuple[str, ...] | None) -> 
 
 
 def check_divisible(config: ModelConfig, mesh: Mesh | AbstractMesh) -> None:
-    """Raises UserError naming every mesh axis whose size does not divide the model, and the sizes that would."""
+    """Raises UserError naming every mesh axis whose size does not divide the model, and the sizes that
+    would."""
     # Heads, not their dimensions: a head is never split.
     sizes = {
         "vocab": config.vocab_size,
@@ -256,7 +232,9 @@ def check_divisible(config: ModelConfig, mesh: Mesh | AbstractMesh) -> None:
         uneven = [f"{name} {length}" for name, length in lengths.items() if length % size]
         if uneven:
             works = ", ".join(str(n) for n in _divisors(math.gcd(*lengths.values())))
-            problems.append(f"{mesh_axis} = {size} does not divide {' and '.join(uneven)} (sizes that work: {works})")
+            problems.append(
+                f"{mesh_axis} = {size} does not divide {' and '.join(uneven)} (sizes that work: {works})"
+            )
     if problems:
         raise UserError(f"mesh: {'; '.join(problems)}")
 

@@ -1,4 +1,5 @@
-"""The whole method, small: data, stage 1, stage 2 with a moving index, evaluation before and after, export."""
+"""The whole method, small: data, stage 1, stage 2 with a moving index, evaluation before and after,
+export."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ from search_r3_jax.evaluation.bm25 import bm25_run
 from search_r3_jax.evaluation.evaluate import Evaluator, ModeResult
 from search_r3_jax.evaluation.metrics import evaluate_run
 from search_r3_jax.files import write_json
-from search_r3_jax.hub.checkpoint import LoadedModel, load_model, with_lora
 from search_r3_jax.hub.export import export_model
+from search_r3_jax.hub.load_model import LoadedModel, load_model, with_lora
 from search_r3_jax.models.lora import merge_lora
 from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training.rl import train_rl
@@ -44,7 +45,8 @@ class Quickstart:
         self._data = out / "data"
 
     def run(self) -> dict[str, Any]:
-        """All stages in order; returns the summary, which is also `summary.json`. Raises UserError for a folder of another config."""
+        """All stages in order; returns the summary, which is also `summary.json`. Raises UserError for a
+        folder of another config."""
         self._out.mkdir(parents=True, exist_ok=True)
         self._claim()
         data = self._step("data", "data: functions of the installed Python packages", self._build_data)
@@ -112,7 +114,9 @@ class Quickstart:
 
     def _load(self, name: str | Path) -> LoadedModel:
         config = self._config
-        return load_model(name, compute_dtype=config.compute_dtype, remat=config.remat, attention=config.attention)
+        return load_model(
+            name, compute_dtype=config.compute_dtype, remat=config.remat, attention=config.attention
+        )
 
     # The stages.
 
@@ -135,7 +139,10 @@ class Quickstart:
             build_dataset(collections, self._data, name="python_functions", source=source)
         bm25, _ = evaluate_run(self._test.qrels(), bm25_run(self._test, identifiers=True))
         documents, queries = len(self._test.documents), len(self._test.queries)
-        self._stages.say(f"{len(self._train.documents)} functions to train on; {queries} queries over {documents} of other packages")
+        self._stages.say(
+            f"{len(self._train.documents)} functions to train on; {queries} queries over {documents} of "
+            "other packages"
+        )
         self._stages.say(f"BM25 with identifiers split: nDCG@10 {bm25.ndcg_at_10:.3f}")
         return {"documents": documents, "queries": queries, "bm25": bm25.as_dict()}
 
@@ -146,7 +153,9 @@ class Quickstart:
         direct = self._evaluator.direct(state, self._test, vectors)
         with self._stages.bar("queries", len(self._test.queries)) as bar:
             reason = self._evaluator.reason(state, self._test, vectors, bar.advance)
-        self._stages.say(f"nDCG@10 direct {direct.metrics.ndcg_at_10:.3f}, reasoned {reason.metrics.ndcg_at_10:.3f}")
+        self._stages.say(
+            f"nDCG@10 direct {direct.metrics.ndcg_at_10:.3f}, reasoned {reason.metrics.ndcg_at_10:.3f}"
+        )
         self._stages.say(f"wrote the embed token by itself: {reason.valid_rate:.0%} of the queries")
         return {"direct": direct.as_dict(), "reason": reason.as_dict(), "example": self._example(reason)}
 
@@ -154,7 +163,10 @@ class Quickstart:
         """The first test query, whatever comes of it: a chosen one would only show what we like."""
         query = self._test.queries[0]
         ranked = sorted(result.run[query.query_id].items(), key=lambda pair: -pair[1])[:SHOWN]
-        top = [{"document": doc_id, "score": score, "relevant": doc_id in query.positives} for doc_id, score in ranked]
+        top = [
+            {"document": doc_id, "score": score, "relevant": doc_id in query.positives}
+            for doc_id, score in ranked
+        ]
         return {"query": query.text, "thought": result.thoughts[0], "top": top}
 
     def _stage_1(self) -> dict[str, Any]:
@@ -162,10 +174,21 @@ class Quickstart:
         with self._stages.bar("steps", config.sft.steps) as bar:
 
             def on_step(step: int, total: int, values: dict[str, float]) -> None:
-                bar.to(step, f"loss {values['loss']:.2f}, in-batch accuracy {values['in_batch_accuracy']:.0%}", total)
+                bar.to(
+                    step,
+                    f"loss {values['loss']:.2f}, in-batch accuracy {values['in_batch_accuracy']:.0%}",
+                    total,
+                )
 
             model = with_lora(self._base, config.lora, seed=config.seed)
-            params = train_sft(config, self._out / "sft", [TrainingSet(train=self._train, dev=None)], model, on_step, say=self._stages.say)
+            params = train_sft(
+                config,
+                self._out / "sft",
+                [TrainingSet(train=self._train, dev=None)],
+                model,
+                on_step,
+                say=self._stages.say,
+            )
         self._tuned = _merged(model, params)
         return {"steps": config.sft.steps}
 
@@ -175,7 +198,9 @@ class Quickstart:
         with self._stages.bar("steps", config.rl.steps) as bar:
 
             def on_step(step: int, total: int, values: dict[str, float]) -> None:
-                bar.to(step, f"reward {values['reward']:.3f}, valid {values['valid_rate']:.0%}", max(step, total))
+                bar.to(
+                    step, f"reward {values['reward']:.3f}, valid {values['valid_rate']:.0%}", max(step, total)
+                )
 
             model = with_lora(self._tuned, config.lora, seed=config.seed)
             data = TrainingSet(train=self._train, dev=None)
@@ -234,7 +259,9 @@ class Quickstart:
                 say(f"  {rank}. {found['score']:.3f}  {found['document']}{mark}", markup=False)
 
         table = Table(
-            title=f"\n{summary['queries']} queries over {summary['documents']} functions of packages never trained on", box=SIMPLE_HEAD
+            title=f"\n{summary['queries']} queries over {summary['documents']} functions of packages never "
+            "trained on",
+            box=SIMPLE_HEAD,
         )
         for name in ("", "nDCG@10", "recall@10", "MRR", "valid", "tokens"):
             table.add_column(name, justify="left" if not name else "right", no_wrap=True)
@@ -243,14 +270,27 @@ class Quickstart:
         for title, key in rows:
             for mode, label in (("direct", "direct"), ("reason", "reasoned")):
                 values = summary[key][mode]
-                table.add_row(f"{title}, {label}", *_numbers(values), f"{values['valid_rate']:.0%}", f"{values['reply_tokens']:.0f}")
+                table.add_row(
+                    f"{title}, {label}",
+                    *_numbers(values),
+                    f"{values['valid_rate']:.0%}",
+                    f"{values['reply_tokens']:.0f}",
+                )
         self._stages.console.print(table)
-        say("valid: the model wrote the embed token by itself; elsewhere it was forced when the budget ran out.")
         say(
-            f"stage 2: {summary['rl_steps']} steps, valid rate {summary['valid_rate']:.0%}, {len(summary['index_versions'])} index"
-            f" versions, {summary['swaps']} swap(s), {summary['reencoded_share']:.0%} of the corpus re-encoded a step"
+            "valid: the model wrote the embed token by itself; elsewhere it was forced when the budget ran "
+            "out."
         )
-        say(f"\nmodel    {summary['export']}\nsummary  {self._out / 'summary.json'}\nruns     {self._out / 'sft'}, {self._out / 'rl'}")
+        say(
+            f"stage 2: {summary['rl_steps']} steps, valid rate {summary['valid_rate']:.0%}, "
+            f"{len(summary['index_versions'])} index"
+            f" versions, {summary['swaps']} swap(s), {summary['reencoded_share']:.0%} of the corpus "
+            "re-encoded a step"
+        )
+        say(
+            f"\nmodel    {summary['export']}\nsummary  {self._out / 'summary.json'}\nruns     "
+            f"{self._out / 'sft'}, {self._out / 'rl'}"
+        )
 
 
 def _merged(model: LoadedModel, params: nnx.State) -> LoadedModel:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from search_r3_jax.quiet import quiet
+from search_r3_jax.runtime_env import quiet
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Most programs of tests run for a moment, and are compiled for seconds: what makes code fast is left out, here and in what tests start.
+# Most programs of tests run for a moment, and are compiled for seconds: what makes code fast is left out,
+# here and in what tests start.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 quiet()
@@ -17,7 +18,8 @@ quiet()
 
 @pytest.fixture(scope="module")
 def optimised() -> Iterator[None]:
-    """For a module whose programs run for long, or are looked at themselves: they are compiled as anywhere else."""
+    """For a module whose programs run for long, or are looked at themselves: they are compiled as anywhere
+    else."""
     import jax
 
     with pytest.MonkeyPatch.context() as patch:
@@ -30,7 +32,7 @@ def optimised() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A Hugging Face folder with tiny random weights for each family."""
-    from tiny import write_tiny_checkpoint
+    from helpers.tiny_models import write_tiny_checkpoint
 
     root = tmp_path_factory.mktemp("tiny")
     return {family: write_tiny_checkpoint(root / family, family) for family in ("llama", "qwen2", "qwen3")}
@@ -39,7 +41,7 @@ def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def tiny_model(tiny_folders: dict[str, Path]):
     """The tiny Llama, loaded."""
-    from search_r3_jax.hub.checkpoint import load_model
+    from search_r3_jax.hub.load_model import load_model
 
     return load_model(tiny_folders["llama"])
 
@@ -47,6 +49,6 @@ def tiny_model(tiny_folders: dict[str, Path]):
 @pytest.fixture(scope="session")
 def smollm2():
     """The packaged SmolLM2-135M-Instruct with its real weights."""
-    from search_r3_jax.hub.checkpoint import load_model
+    from search_r3_jax.hub.load_model import load_model
 
     return load_model("smollm2")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import word_collection
+from helpers.tiny_models import word_collection
 
 from search_r3_jax.commands.data import DataBuild
 from search_r3_jax.commands.models import Embed, Export
@@ -19,7 +19,9 @@ from search_r3_jax.errors import UserError
 
 
 def search_r3(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "search_r3_jax", *arguments], capture_output=True, text=True, timeout=400)
+    return subprocess.run(
+        [sys.executable, "-m", "search_r3_jax", *arguments], capture_output=True, text=True, timeout=400
+    )
 
 
 def test_help_names_the_commands() -> None:
@@ -29,12 +31,29 @@ def test_help_names_the_commands() -> None:
         assert command in shown.stdout
 
 
-def test_settings_of_a_stage_are_those_of_its_experiment_and_can_be_changed(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_settings_of_a_stage_are_those_of_its_experiment_and_can_be_changed(
+    tiny_folders: dict[str, Path], tmp_path: Path
+) -> None:
     data = tmp_path / "data"
     collection = word_collection(documents=40, queries=40)
     build_dataset({"train": collection}, data, name="words", source={"kind": "words"})
-    settings = ["--sft.steps", "2", "--sft.eval-every", "2", "--sft.global-batch", "8", "--text.max-thought-tokens=8"]
-    settings += ["--model", str(tiny_folders["llama"]), "--data.sets", str(data), "--rl.sampler.max-think-tokens", "4"]
+    settings = [
+        "--sft.steps",
+        "2",
+        "--sft.eval-every",
+        "2",
+        "--sft.global-batch",
+        "8",
+        "--text.max-thought-tokens=8",
+    ]
+    settings += [
+        "--model",
+        str(tiny_folders["llama"]),
+        "--data.sets",
+        str(data),
+        "--rl.sampler.max-think-tokens",
+        "4",
+    ]
     shown = search_r3("sft", "--config", "smollm2", "--run", str(tmp_path / "run"), *settings)
     assert (shown.returncode, shown.stderr) == (0, "")
     assert "words: 36 queries of train; 4 of train, held out over 40 to watch" in shown.stdout
@@ -42,16 +61,39 @@ def test_settings_of_a_stage_are_those_of_its_experiment_and_can_be_changed(tiny
     assert "step 2: nDCG@10" in shown.stdout
     assert "ms a query)" in shown.stdout
     record = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
-    assert (record["sft"]["steps"], record["sft"]["global_batch"], record["text"]["max_thought_tokens"]) == (2, 8, 8)
+    assert (record["sft"]["steps"], record["sft"]["global_batch"], record["text"]["max_thought_tokens"]) == (
+        2,
+        8,
+        8,
+    )
     # What was not changed is the experiment's.
     assert record["sft"]["optimizer"] == dataclasses.asdict(load_config("smollm2").sft.optimizer)
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in metrics] == [0, 1]
     # What reasoning costs stands beside what it gives.
-    assert {"dev_reason_ndcg@10", "dev_reason_reply_tokens", "dev_reason_milliseconds_per_query"} <= metrics[1].keys()
-    for name in ("infonce", "triplet", "language", "kl", "tokens_per_second", "mfu", "padding_share", "skipped"):
+    assert {"dev_reason_ndcg@10", "dev_reason_reply_tokens", "dev_reason_milliseconds_per_query"} <= metrics[
+        1
+    ].keys()
+    for name in (
+        "infonce",
+        "triplet",
+        "language",
+        "kl",
+        "tokens_per_second",
+        "mfu",
+        "padding_share",
+        "skipped",
+    ):
         assert name in metrics[0]
-    again = search_r3("sft", "--config=smollm2", "--run", str(tmp_path / "run"), *settings[:-2], "--rl.sampler.max-think-tokens", "5")
+    again = search_r3(
+        "sft",
+        "--config=smollm2",
+        "--run",
+        str(tmp_path / "run"),
+        *settings[:-2],
+        "--rl.sampler.max-think-tokens",
+        "5",
+    )
     assert again.returncode == 2
     assert "config.rl.sampler.max_think_tokens" in again.stderr
 
@@ -69,9 +111,13 @@ def test_settings_of_a_stage_are_those_of_its_experiment_and_can_be_changed(tiny
         (["--config", "smollm2", "--sft.reasoning", "column", "--data.sets", "{data}"], "sft.reasoning"),
     ],
 )
-def test_mistakes_before_training(tiny_folders: dict[str, Path], tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_mistakes_before_training(
+    tiny_folders: dict[str, Path], tmp_path: Path, arguments: list[str], message: str
+) -> None:
     data = tmp_path / "data"
-    build_dataset({"train": word_collection(documents=40, queries=40)}, data, name="words", source={"kind": "words"})
+    build_dataset(
+        {"train": word_collection(documents=40, queries=40)}, data, name="words", source={"kind": "words"}
+    )
     given = [argument.replace("{data}", str(data)) for argument in arguments]
     if "--model" not in given:
         given += ["--model", str(tiny_folders["llama"])]
@@ -87,7 +133,8 @@ def test_a_model_that_cannot_be_read_is_one_line_and_status_2(tmp_path: Path, mo
     (tmp_path / "bad.gguf").write_bytes(b"not a model" * 100)
     (tmp_path / "pickled").mkdir()
     (tmp_path / "pickled" / "config.json").write_text(
-        '{"model_type": "llama", "vocab_size": 8, "hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1,'
+        '{"model_type": "llama", "vocab_size": 8, "hidden_size": 4, "intermediate_size": 4, '
+        '"num_hidden_layers": 1,'
         ' "num_attention_heads": 1, "rms_norm_eps": 1e-5, "max_position_embeddings": 8}'
     )
     (tmp_path / "pickled" / "tokenizer_config.json").write_text("{}")
@@ -112,7 +159,17 @@ def test_embed_writes_an_array_and_one_line(tiny_folders: dict[str, Path], tmp_p
     (tmp_path / "texts.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
     model = str(tiny_folders["llama"])
     out = tmp_path / "vectors.npy"
-    shown = search_r3("embed", "--model", model, "--input", str(tmp_path / "texts.txt"), "--out", str(out), "--kind", "document")
+    shown = search_r3(
+        "embed",
+        "--model",
+        model,
+        "--input",
+        str(tmp_path / "texts.txt"),
+        "--out",
+        str(out),
+        "--kind",
+        "document",
+    )
     assert (shown.returncode, shown.stderr) == (0, "")
     assert shown.stdout.startswith(f"{out}: 3 document vectors of 64 dimensions, direct, in ")
     assert shown.stdout.count("\n") == 1
@@ -136,7 +193,9 @@ def test_embed_writes_an_array_and_one_line(tiny_folders: dict[str, Path], tmp_p
         ("a.txt", None, "a.txt: cannot be read"),
     ],
 )
-def test_bad_texts_name_file_and_line_before_any_model_is_loaded(tmp_path: Path, name: str, content: bytes | None, named: str) -> None:
+def test_bad_texts_name_file_and_line_before_any_model_is_loaded(
+    tmp_path: Path, name: str, content: bytes | None, named: str
+) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError) as caught:
@@ -182,9 +241,21 @@ def test_data_build_from_a_beir_folder_and_from_lines(tmp_path: Path) -> None:
     (tmp_path / "in" / "queries.jsonl").write_text('{"_id": "q1", "text": "b"}\n')
     (tmp_path / "in" / "qrels" / "test.tsv").write_text("q1\td1\t1\n")
     (tmp_path / "pairs.jsonl").write_text('{"query": "q", "positive": ["a", "b"]}\n')
-    command = ["data", "build", "--source", "beir", "--input", str(tmp_path / "in"), "--out", str(tmp_path / "set")]
+    command = [
+        "data",
+        "build",
+        "--source",
+        "beir",
+        "--input",
+        str(tmp_path / "in"),
+        "--out",
+        str(tmp_path / "set"),
+    ]
     shown = search_r3(*command)
-    error = f"{tmp_path}/in/corpus.jsonl, line 2: fields 'title' and 'text' are both empty; fill one or remove the line\n"
+    error = (
+        f"{tmp_path}/in/corpus.jsonl, line 2: fields 'title' and 'text' are both empty; fill one or "
+        "remove the line\n"
+    )
     assert (shown.returncode, shown.stdout, shown.stderr) == (2, "", f"search-r3: {error}")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "pairs.jsonl"]
     assert "Traceback" in search_r3(*command, "--debug").stderr
@@ -193,7 +264,13 @@ def test_data_build_from_a_beir_folder_and_from_lines(tmp_path: Path) -> None:
     assert shown.stderr == f"skipped: {error}skipped 1 in all: empty text 1\n"
 
     out = tmp_path / "lines"
-    shown = search_r3("data", "build", "--source", "jsonl", "--input", str(tmp_path / "pairs.jsonl"), "--out", str(out))
-    assert (shown.returncode, shown.stdout, shown.stderr) == (0, f"{out}: train: 1 queries over 2 documents\n", "")
+    shown = search_r3(
+        "data", "build", "--source", "jsonl", "--input", str(tmp_path / "pairs.jsonl"), "--out", str(out)
+    )
+    assert (shown.returncode, shown.stdout, shown.stderr) == (
+        0,
+        f"{out}: train: 1 queries over 2 documents\n",
+        "",
+    )
     with pytest.raises(UserError, match="--input: missing; --source beir reads it"):
         DataBuild(source="beir", out=tmp_path / "other").run()

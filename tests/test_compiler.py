@@ -28,7 +28,11 @@ print("found" if "/jax/compilation_cache/cache_hits" in heard else "made")
 
 def start(folder: Path, **environment: str) -> list[str]:
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(folder)], capture_output=True, text=True, env=os.environ | environment, timeout=120
+        [sys.executable, "-c", PROGRAM, str(folder)],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.split()

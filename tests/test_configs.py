@@ -18,5 +18,7 @@ def test_an_experiment_fits_together(name: str) -> None:
 
 
 def test_an_unknown_experiment_is_refused_with_the_names_there_are() -> None:
-    with pytest.raises(UserError, match=r"--config: nope: no such experiment; there are .*quickstart.*smollm2"):
+    with pytest.raises(
+        UserError, match=r"--config: nope: no such experiment; there are .*quickstart.*smollm2"
+    ):
         load_config("nope")

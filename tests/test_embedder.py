@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import plain_hidden
+from helpers.tiny_models import plain_hidden
 
 from search_r3_jax import Embedder, Thought, console
 from search_r3_jax.errors import UserError
-from search_r3_jax.hub.checkpoint import LoadedModel
+from search_r3_jax.hub.load_model import LoadedModel
 from search_r3_jax.text.prompts import CLOSING, Prompter
 
 TEXTS = ["a query", "", "another, much longer query about something", "x", "a query", "word " * 60]
@@ -36,7 +36,8 @@ def last_states(model: LoadedModel, rows: list[list[int]]) -> np.ndarray:
 
 def test_the_package_loads_without_jax_until_the_embedder_is_asked_for() -> None:
     code = (
-        "import sys, search_r3_jax; assert not {'jax', 'transformers', 'numpy'} & sys.modules.keys(), 'heavy';"
+        "import sys, search_r3_jax; assert not {'jax', 'transformers', 'numpy'} & sys.modules.keys(), "
+        "'heavy';"
         "from search_r3_jax import Embedder; assert 'jax' in sys.modules; print(Embedder.__name__)"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
@@ -45,7 +46,9 @@ def test_the_package_loads_without_jax_until_the_embedder_is_asked_for() -> None
 
 def test_direct_vectors_equal_a_plain_forward(embedder: Embedder, tiny_model: LoadedModel) -> None:
     prompter = Prompter(tiny_model.tokenizer)
-    expected = last_states(tiny_model, [[*prompter.direct.prefix, *row] for row in prompter.direct_rows(TEXTS, MAX_TOKENS)])
+    expected = last_states(
+        tiny_model, [[*prompter.direct.prefix, *row] for row in prompter.direct_rows(TEXTS, MAX_TOKENS)]
+    )
     vectors = embedder.encode(TEXTS)
     assert vectors.dtype == np.float32
     np.testing.assert_allclose(vectors, expected, atol=1e-5)
@@ -56,7 +59,9 @@ def test_many_texts_come_back_in_their_order(embedder: Embedder, tiny_model: Loa
     generator = np.random.default_rng(0)
     texts = ["ab " * int(count) + str(i) for i, count in enumerate(generator.integers(0, 30, 150))]
     prompter = Prompter(tiny_model.tokenizer)
-    expected = last_states(tiny_model, [[*prompter.direct.prefix, *row] for row in prompter.direct_rows(texts, MAX_TOKENS)])
+    expected = last_states(
+        tiny_model, [[*prompter.direct.prefix, *row] for row in prompter.direct_rows(texts, MAX_TOKENS)]
+    )
     np.testing.assert_allclose(embedder.encode(texts), expected, atol=1e-5)
 
 
@@ -85,7 +90,9 @@ def test_a_thought_does_not_depend_on_its_batch(embedder: Embedder, thoughts: li
     assert isinstance(alone, Thought)
     assert alone.text == thoughts[2].text
     np.testing.assert_allclose(alone.vector, thoughts[2].vector, atol=1e-6)
-    np.testing.assert_array_equal(embedder.encode(TEXTS, mode="reason"), np.stack([thought.vector for thought in thoughts]))
+    np.testing.assert_array_equal(
+        embedder.encode(TEXTS, mode="reason"), np.stack([thought.vector for thought in thoughts])
+    )
 
 
 def test_one_text_none_and_the_empty_one(embedder: Embedder) -> None:
@@ -116,7 +123,9 @@ def test_documents_do_not_think(embedder: Embedder) -> None:
         embedder.encode(TEXTS, kind="document", mode="reason")
 
 
-def test_a_model_lends_no_more_tokens_than_it_has_positions(tiny_model: LoadedModel, tiny_folders: dict[str, Path]) -> None:
+def test_a_model_lends_no_more_tokens_than_it_has_positions(
+    tiny_model: LoadedModel, tiny_folders: dict[str, Path]
+) -> None:
     prompter = Prompter(tiny_model.tokenizer)
     around = len(prompter.direct.prefix) + len(prompter.direct.suffix) + len(prompter.direct.closing)
     embedder = Embedder.load(tiny_folders["llama"], max_tokens=10_000)

@@ -67,6 +67,8 @@ def test_objectives_know_no_model_and_config_knows_no_jax():
         assert imported_rooms(file) <= {"objectives"}
     for file in (PACKAGE / "config.py", PACKAGE / "cluster.py", PACKAGE / "errors.py", PACKAGE / "files.py"):
         tree = ast.parse(file.read_text(encoding="utf-8"))
-        names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        names = {
+            alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names
+        }
         names |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         assert not any(name.split(".")[0] in {"jax", "flax", "optax"} for name in names)

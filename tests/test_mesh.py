@@ -1,4 +1,5 @@
-"""Shardings: every parameter has a place, sizes that do not divide are named, and eight devices compute what one computes."""
+"""Shardings: every parameter has a place, sizes that do not divide are named, and eight devices compute what
+one computes."""
 
 import json
 import os
@@ -13,8 +14,15 @@ from jax.sharding import AbstractMesh
 
 from search_r3_jax.config import LoraConfig
 from search_r3_jax.errors import UserError
-from search_r3_jax.hub.checkpoint import load_model, with_lora
-from search_r3_jax.mesh import LOGICAL_AXES, MESH_AXES, PARAMETER_AXES, check_divisible, make_mesh, param_shardings
+from search_r3_jax.hub.load_model import load_model, with_lora
+from search_r3_jax.mesh import (
+    LOGICAL_AXES,
+    MESH_AXES,
+    PARAMETER_AXES,
+    check_divisible,
+    make_mesh,
+    param_shardings,
+)
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 
@@ -47,7 +55,13 @@ def test_meshes_that_do_not_fit_the_devices_are_refused(sizes: dict[str, int]) -
 
 
 def test_one_axis_takes_what_is_left() -> None:
-    assert dict(make_mesh(devices=jax.devices()[:1]).shape) == {"slice": 1, "data": 1, "fsdp": 1, "tensor": 1, "sequence": 1}
+    assert dict(make_mesh(devices=jax.devices()[:1]).shape) == {
+        "slice": 1,
+        "data": 1,
+        "fsdp": 1,
+        "tensor": 1,
+        "sequence": 1,
+    }
 
 
 PROGRAM = """
@@ -57,7 +71,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh
 from search_r3_jax.config import LoraConfig
 from search_r3_jax.errors import UserError
-from search_r3_jax.hub.checkpoint import load_model, torch_tensors, with_lora
+from search_r3_jax.hub.load_model import load_model, torch_tensors, with_lora
 from search_r3_jax.mesh import make_mesh
 
 ids = jnp.asarray(np.random.default_rng(0).integers(3, 259, (4, 16)), jnp.int32)
@@ -95,7 +109,13 @@ print(json.dumps(out))
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_eight_devices_give_the_logits_of_one(tiny_folders: dict[str, Path], family: str) -> None:
     flags = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    run = subprocess.run([sys.executable, "-c", PROGRAM, str(tiny_folders[family])], capture_output=True, text=True, env=flags, timeout=300)
+    run = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tiny_folders[family])],
+        capture_output=True,
+        text=True,
+        env=flags,
+        timeout=300,
+    )
     assert run.returncode == 0, run.stderr
     out = json.loads(run.stdout.splitlines()[-1])
     assert out["devices"] == 8

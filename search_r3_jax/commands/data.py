@@ -15,11 +15,13 @@ class DataBuild:
     """Build a TFDS data set (array_record) from a BEIR folder, a .jsonl file or installed Python packages.
 
     Attributes:
-        source: `beir` reads a folder, `jsonl` a file with a query and its documents a line, `python-functions` Python packages.
+        source: `beir` reads a folder, `jsonl` a file with a query and its documents a line,
+            `python-functions` Python packages.
         out: folder to write; must not exist, or hold the same data set.
         input: what the source reads; `python-functions` takes the installed packages by default.
         split: the splits to build; all that are there by default.
-        skip_bad: leave bad lines out, name the first 20 and count them; otherwise the first one ends the build.
+        skip_bad: leave bad lines out, name the first 20 and count them; otherwise the first one ends the
+            build.
         seed: with python-functions: draws the packages and functions.
         train_functions: with python-functions: size of the split.
         dev_functions: with python-functions: size of the split.
@@ -56,12 +58,16 @@ class DataBuild:
         else:
             collections = build_jsonl(self.input, self.out, splits=self.split, skip_bad=self.skip_bad)
         for split, collection in collections.items():
-            print(f"{self.out}: {split}: {len(collection.queries)} queries over {len(collection.documents)} documents")
+            print(
+                f"{self.out}: {split}: {len(collection.queries)} queries over {len(collection.documents)} "
+                "documents"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataMine:
-    """Add hard negatives to the queries of a split: the nearest documents that are not known to be relevant; a new data set.
+    """Add hard negatives to the queries of a split: the nearest documents that are not known to be relevant;
+    a new data set.
 
     Attributes:
         model: a run directory, a Hugging Face folder, a GGUF file, or `smollm2`.
@@ -70,7 +76,8 @@ class DataMine:
         split: whose queries get negatives; the others are carried over.
         num_negatives: at most so many for each query, behind those it has.
         first_rank: first rank to choose from; 0 is the most similar document that is not judged.
-        last_rank: first rank not to choose from; by default so that num-negatives fit, ten times as many with a limit or random sampling.
+        last_rank: first rank not to choose from; by default so that num-negatives fit, ten times as many with
+            a limit or random sampling.
         margin: least distance below the cosine of the query's weakest positive.
         relative_margin: the same, as a share of that cosine.
         max_score: highest cosine.
@@ -102,8 +109,8 @@ class DataMine:
     debug: bool = False
 
     def run(self) -> None:
-        from search_r3_jax.retrieval.mined_dataset import mine_dataset
-        from search_r3_jax.retrieval.mining import MiningOptions
+        from search_r3_jax.retrieval.mining.dataset import mine_dataset
+        from search_r3_jax.retrieval.mining.select import MiningOptions
 
         options = MiningOptions(
             num_negatives=self.num_negatives,
@@ -128,5 +135,8 @@ class DataMine:
         )
         print(f"{counts.queries} queries of split {self.split}, {counts.documents} different documents")
         print(f"{counts.mined} negatives mined; {counts.short} queries have fewer than {self.num_negatives}")
-        print(f"left out: {counts.positives} known to be relevant, {counts.judged} negatives already, {counts.too_close} within a limit")
+        print(
+            f"left out: {counts.positives} known to be relevant, {counts.judged} negatives already, "
+            f"{counts.too_close} within a limit"
+        )
         print(f"written to {self.out}")

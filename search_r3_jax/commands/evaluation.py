@@ -58,14 +58,17 @@ class Mteb(MtebSettings):
         try:
             from search_r3_jax.evaluation.mteb_run import run_mteb
         except ImportError as error:
-            raise UserError(f"mteb: {error.name or error} is not installed; run: pip install 'search_r3_jax[mteb]'") from None
+            raise UserError(
+                f"mteb: {error.name or error} is not installed; run: pip install 'search_r3_jax[mteb]'"
+            ) from None
 
         run_mteb(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compare:
-    """Whether the second of two results of `eval` is better than the first by more than chance, and on which queries.
+    """Whether the second of two results of `eval` is better than the first by more than chance, and on which
+    queries.
 
     Attributes:
         first: a file of `eval --out`; where it holds several modes, append :direct, :reason or :average.
@@ -95,7 +98,8 @@ class Compare:
 
 @dataclass(frozen=True, kw_only=True)
 class Perplexity:
-    """How well a model writes plain text: perplexity of documents, to hold a trained model against the one it started from.
+    """How well a model writes plain text: perplexity of documents, to hold a trained model against the one it
+    started from.
 
     Attributes:
         model: a run directory, a Hugging Face folder, a GGUF file, or `smollm2`.
@@ -132,7 +136,10 @@ class Perplexity:
             seed=self.seed,
             out=self.out,
         )
-        print(f"{self.model}: perplexity {found['perplexity']:.4f} of {found['tokens']} tokens in {found['texts']} documents")
+        print(
+            f"{self.model}: perplexity {found['perplexity']:.4f} of {found['tokens']} tokens in "
+            f"{found['texts']} documents"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

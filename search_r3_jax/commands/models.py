@@ -15,7 +15,8 @@ from search_r3_jax.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Write a run or a model as a Hugging Face folder, for sentence-transformers too; or a run's adapters for PEFT.
+    """Write a run or a model as a Hugging Face folder, for sentence-transformers too; or a run's adapters for
+    PEFT.
 
     Attributes:
         out: folder to write; must not exist, or be an earlier export.
@@ -24,7 +25,8 @@ class Export:
         step: checkpoint of a run, a number or `best` (on its development queries); the newest by default.
         dtype: of the weights.
         peft: write the adapters of a run instead of merged weights.
-        base: with --peft: name or folder of the checkpoint the adapters belong to; the folder that the run started from by default.
+        base: with --peft: name or folder of the checkpoint the adapters belong to; the folder that the run
+            started from by default.
         debug: show the traceback of an error.
     """
 
@@ -44,8 +46,8 @@ class Export:
             return
         if self.base is not None:
             raise UserError("--base: names the checkpoint of adapters; give --peft with it, or leave it out")
-        from search_r3_jax.hub.checkpoint import load_model
         from search_r3_jax.hub.export import export_model
+        from search_r3_jax.hub.load_model import load_model
 
         print(export_model(load_model(source, step=self.step), self.out, dtype=self.dtype))
 
@@ -53,7 +55,9 @@ class Export:
         if (self.model is None) == (self.run_folder is None):
             raise UserError("--model, --run: give one of them")
         if self.run_folder is not None and not (self.run_folder / "checkpoints").is_dir():
-            raise UserError(f"--run: {self.run_folder}: has no checkpoints; give the folder that sft or rl wrote to")
+            raise UserError(
+                f"--run: {self.run_folder}: has no checkpoints; give the folder that sft or rl wrote to"
+            )
         return self.model or str(self.run_folder)
 
     def _export_adapters(self, run: Path) -> Path:
@@ -64,7 +68,10 @@ class Export:
         stages, start = load_stages(run, step=self.step)
         base = self.base or start
         if self.base is None and not Path(start).is_dir():
-            raise UserError(f"--base: the run starts from {start!r}, which PEFT cannot open; name the Hugging Face checkpoint it came from")
+            raise UserError(
+                f"--base: the run starts from {start!r}, which PEFT cannot open; name the Hugging Face "
+                "checkpoint it came from"
+            )
         return export_peft(stages[-1], self.out, base=base, earlier=stages[:-1])
 
 
@@ -105,8 +112,13 @@ class Embed:
 
         embedder = Embedder.load(self.model, step=self.step, max_tokens=self.max_tokens)
         started = time.perf_counter()
-        vectors = embedder.encode(texts, kind=self.kind, mode=self.mode, truncate_dim=self.truncate_dim, progress=True)
+        vectors = embedder.encode(
+            texts, kind=self.kind, mode=self.mode, truncate_dim=self.truncate_dim, progress=True
+        )
         seconds = time.perf_counter() - started
         write_array(self.out, vectors)
         count, dimension = vectors.shape
-        print(f"{self.out}: {count} {self.kind} vectors of {dimension} dimensions, {self.mode}, in {seconds:.1f} s")
+        print(
+            f"{self.out}: {count} {self.kind} vectors of {dimension} dimensions, {self.mode}, in "
+            f"{seconds:.1f} s"
+        )

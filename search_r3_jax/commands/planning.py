@@ -14,12 +14,14 @@ from search_r3_jax.config import RunConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a stage needs of a TPU slice, from its compiler, which runs without a TPU: memory, work, exchanges, the least time.
+    """What a stage needs of a TPU slice, from its compiler, which runs without a TPU: memory, work,
+    exchanges, the least time.
 
     Attributes:
         config: an experiment; the settings below show its values and change them.
         settings: the experiment's settings.
-        stage: sft or rl: an update; decode: a rollout of rl.global_queries × rl.group_size replies; encode: a batch of the corpus.
+        stage: sft or rl: an update; decode: a rollout of rl.global_queries × rl.group_size replies; encode: a
+            batch of the corpus.
         topology: a shape, such as v5p:2x2x2, or a slice's name, such as v5p-16.
         slices: so many of them, joined by the data-centre network; --mesh.slice says how they are used.
         auto: try the sensible meshes and print them all.

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from search_r3_jax.cluster import Cluster
 from search_r3_jax.config import RunConfig
+from search_r3_jax.distributed.spec import Cluster
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +18,8 @@ class Quickstart:
     """The whole method, small, with nothing but installed packages.
 
     Attributes:
-        out: folder for data, runs, the exported model and summary.json; a second call goes on from what is there.
+        out: folder for data, runs, the exported model and summary.json; a second call goes on from what is
+            there.
         debug: show the traceback of an error.
     """
 
@@ -34,7 +35,8 @@ class Quickstart:
 
 @dataclass(frozen=True, kw_only=True)
 class Sft:
-    """Stage 1: contrastive fine-tuning. Calling it again with the same --run goes on from the last checkpoint.
+    """Stage 1: contrastive fine-tuning. Calling it again with the same --run goes on from the last
+    checkpoint.
 
     Attributes:
         config: an experiment; the settings below show its values and change them.
@@ -51,7 +53,7 @@ class Sft:
     debug: bool = False
 
     def run(self) -> None:
-        from search_r3_jax.distributed import in_cluster
+        from search_r3_jax.distributed.runtime import in_cluster
 
         with in_cluster(self.cluster):
             self._train()
@@ -59,16 +61,20 @@ class Sft:
     def _train(self) -> None:
         from search_r3_jax.console import Stages
         from search_r3_jax.data.development import load_training_sets
-        from search_r3_jax.distributed import is_first
-        from search_r3_jax.hub.checkpoint import load_model, with_lora
-        from search_r3_jax.hub.snapshots import latest_snapshot
+        from search_r3_jax.distributed.runtime import is_first
+        from search_r3_jax.hub.checkpoint_reader import latest_checkpoint
+        from search_r3_jax.hub.load_model import load_model, with_lora
         from search_r3_jax.mesh import mesh_from_config
         from search_r3_jax.training.sft import train_sft
 
         config, console = _absolute(self.settings), Stages(1, silent=not is_first())
         sets = load_training_sets(config.data)
         for each in sets:
-            dev = f"; {len(each.dev.queries)} of {each.dev.split} over {len(each.dev.documents)} to watch" if each.dev else ""
+            dev = (
+                f"; {len(each.dev.queries)} of {each.dev.split} over {len(each.dev.documents)} to watch"
+                if each.dev
+                else ""
+            )
             console.say(f"{each.train.name}: {len(each.train.queries)} queries of {each.train.split}{dev}")
         console.say(f"loading {config.model}")
         model = load_model(
@@ -79,26 +85,44 @@ class Sft:
             mesh=mesh_from_config(config.mesh),
         )
         with console.bar("steps", config.sft.steps) as bar:
-            bar.resume_at(latest_snapshot(self.run_folder) or 0)
+            bar.resume_at(latest_checkpoint(self.run_folder) or 0)
 
             def on_step(done: int, total: int, values: dict[str, float]) -> None:
                 rate = f"{values['tokens_per_second']:,.0f} tokens/s, MFU {values['mfu']:.0%}"
-                bar.to(done, f"loss {values['loss']:.3f}, in-batch accuracy {values['in_batch_accuracy']:.0%}, {rate}", total)
+                bar.to(
+                    done,
+                    f"loss {values['loss']:.3f}, in-batch accuracy {values['in_batch_accuracy']:.0%}, {rate}",
+                    total,
+                )
 
             model = with_lora(model, config.lora, seed=config.seed)
-            train_sft(config, self.run_folder, sets, model, on_step, say=console.say, allow_change=self.allow_config_change)
-        console.say(f"{self.run_folder}: done; search-r3 export --run {self.run_folder} --out FOLDER writes the model")
+            train_sft(
+                config,
+                self.run_folder,
+                sets,
+                model,
+                on_step,
+                say=console.say,
+                allow_change=self.allow_config_change,
+            )
+        console.say(
+            f"{self.run_folder}: done; search-r3 export --run {self.run_folder} --out FOLDER writes the model"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rl:
-    """Stage 2: reinforcement learning of reasoning and embedding. Calling it again with the same --run goes on from the last checkpoint.
+    """Stage 2: reinforcement learning of reasoning and embedding. Calling it again with the same --run goes
+    on from the last checkpoint.
 
     Attributes:
-        config: an experiment; the settings below show its values and change them. --model is what it starts from: a run of stage 1.
+        config: an experiment; the settings below show its values and change them. --model is what it starts
+            from: a run of stage 1.
         run_folder: folder of the run; made where it is missing.
-        replay: a run whose record of index versions this run repeats: with the same settings, the same losses to the last bit.
-        allow_config_change: go on with a run whose config has changed in what it computes, or whose index is gone.
+        replay: a run whose record of index versions this run repeats: with the same settings, the same losses
+            to the last bit.
+        allow_config_change: go on with a run whose config has changed in what it computes, or whose index is
+            gone.
         debug: show the traceback of an error.
     """
 
@@ -113,20 +137,35 @@ class Rl:
         from search_r3_jax.console import Stages
         from search_r3_jax.data.development import for_stage_2, load_training_sets
         from search_r3_jax.errors import UserError
-        from search_r3_jax.hub.checkpoint import load_model, with_lora
-        from search_r3_jax.hub.snapshots import latest_snapshot
+        from search_r3_jax.hub.checkpoint_reader import latest_checkpoint
+        from search_r3_jax.hub.load_model import load_model, with_lora
         from search_r3_jax.mesh import mesh_from_config
         from search_r3_jax.training.rl import train_rl
         from search_r3_jax.training.run import start_record
 
         config, console = _absolute(self.settings), Stages(1)
         if len(config.data.sets) != 1:
-            raise UserError(f"data.sets: {len(config.data.sets)} data sets: stage 2 searches one corpus; name one")
+            raise UserError(
+                f"data.sets: {len(config.data.sets)} data sets: stage 2 searches one corpus; name one"
+            )
         data = for_stage_2(load_training_sets(config.data, stored=True)[0], config.data)
-        dev = f"; {len(data.dev.queries)} of {data.dev.split} over {len(data.dev.documents)} to watch" if data.dev else ""
-        console.say(f"{data.train.name}: {len(data.train.queries)} queries over {len(data.train.documents)} documents{dev}")
-        extra: dict[str, Any] = start_record(self.run_folder, config) | {"data": config.data.sets[0], "split": config.data.split}
-        console.say(f"loading {config.model}" + (f", step {extra['start_step']}" if extra["start_step"] is not None else ""))
+        dev = (
+            f"; {len(data.dev.queries)} of {data.dev.split} over {len(data.dev.documents)} to watch"
+            if data.dev
+            else ""
+        )
+        console.say(
+            f"{data.train.name}: {len(data.train.queries)} queries over {len(data.train.documents)} "
+            f"documents{dev}"
+        )
+        extra: dict[str, Any] = start_record(self.run_folder, config) | {
+            "data": config.data.sets[0],
+            "split": config.data.split,
+        }
+        console.say(
+            f"loading {config.model}"
+            + (f", step {extra['start_step']}" if extra["start_step"] is not None else "")
+        )
         model = load_model(
             config.model,
             step=extra["start_step"],
@@ -136,11 +175,18 @@ class Rl:
             mesh=mesh_from_config(config.mesh),
         )
         with console.bar("steps", config.rl.steps) as bar:
-            bar.resume_at(latest_snapshot(self.run_folder) or 0)
+            bar.resume_at(latest_checkpoint(self.run_folder) or 0)
 
             def on_step(done: int, total: int, values: dict[str, float]) -> None:
-                told = f"reward {values['reward']:.3f}, valid {values['valid_rate']:.0%}, entropy {values['entropy']:.2f}"
-                bar.to(done, f"{told}, {values['rollout_tokens_per_second']:,.0f} tokens/s written", max(done, total))
+                told = (
+                    f"reward {values['reward']:.3f}, valid {values['valid_rate']:.0%}, entropy "
+                    f"{values['entropy']:.2f}"
+                )
+                bar.to(
+                    done,
+                    f"{told}, {values['rollout_tokens_per_second']:,.0f} tokens/s written",
+                    max(done, total),
+                )
 
             train_rl(
                 config,
@@ -153,7 +199,9 @@ class Rl:
                 allow_change=self.allow_config_change,
                 replay=None if self.replay is None else self.replay.resolve(),
             )
-        console.say(f"{self.run_folder}: done; search-r3 export --run {self.run_folder} --out FOLDER writes the model")
+        console.say(
+            f"{self.run_folder}: done; search-r3 export --run {self.run_folder} --out FOLDER writes the model"
+        )
 
 
 def _absolute(config: RunConfig) -> RunConfig:
@@ -165,7 +213,7 @@ def _absolute(config: RunConfig) -> RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Indexer:
-    """Follow a run of stage 2: encode its corpus with each new snapshot and publish an index version.
+    """Follow a run of stage 2: encode its corpus with each new checkpoint and publish an index version.
 
     Attributes:
         run_folder: directory of the run.
@@ -182,6 +230,6 @@ class Indexer:
     debug: bool = False
 
     def run(self) -> None:
-        from search_r3_jax.retrieval.indexer import run_indexer
+        from search_r3_jax.retrieval.indexer.worker import run_indexer
 
         run_indexer(self.run_folder, parent=self.parent, process=self.process, processes=self.processes)

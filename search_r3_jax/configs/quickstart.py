@@ -38,11 +38,11 @@ config = RunConfig(
         steps=6,
         global_queries=4,
         group_size=8,
-        snapshot_every=2,
+        save_every=2,
         min_swaps=1,
         max_extra_steps=8,
         sampler=SamplerConfig(max_think_tokens=28),
         optimizer=OptimizerConfig(learning_rate=1e-4),
     ),
-    index=IndexConfig(candidates=32, refresh_budget=64, overlay_max_age=2),
+    index=IndexConfig(candidates=32, refresh_budget=64, overlay_max_age_steps=2),
 )

@@ -41,7 +41,7 @@ config = RunConfig(
         # Without a penalty no reference is read.
         beta=0.0,
         eval_every=100,
-        snapshot_every=50,
+        save_every=50,
         sampler=SamplerConfig(max_think_tokens=96),
         optimizer=OptimizerConfig(learning_rate=1e-6, warmup_steps=20),
     ),

@@ -1,4 +1,5 @@
-"""Stage 1 of Qwen2.5-7B-Instruct, all parameters, batches of 1,024 pairs through GradCache; a v5p-16 (8 chips).
+"""Stage 1 of Qwen2.5-7B-Instruct, all parameters, batches of 1,024 pairs through GradCache; a v5p-16 (8
+chips).
 
 search-r3 sft --config qwen25_7b --run SHARED/runs/qwen25_7b --data.sets DATA/…
 """

@@ -16,5 +16,7 @@ config = dataclasses.replace(
         encode_chunk=32,
         optimizer=dataclasses.replace(qwen25_7b.sft.optimizer, learning_rate=1e-4, weight_decay=0.0),
     ),
-    rl=dataclasses.replace(qwen25_7b.rl, optimizer=dataclasses.replace(qwen25_7b.rl.optimizer, learning_rate=1e-5)),
+    rl=dataclasses.replace(
+        qwen25_7b.rl, optimizer=dataclasses.replace(qwen25_7b.rl.optimizer, learning_rate=1e-5)
+    ),
 )

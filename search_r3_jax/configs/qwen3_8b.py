@@ -7,4 +7,6 @@ import dataclasses
 
 from search_r3_jax.configs.qwen25_7b_lora import config as qwen25_7b_lora
 
-config = dataclasses.replace(qwen25_7b_lora, model="Qwen/Qwen3-8B", sft=dataclasses.replace(qwen25_7b_lora.sft, encode_chunk=128))
+config = dataclasses.replace(
+    qwen25_7b_lora, model="Qwen/Qwen3-8B", sft=dataclasses.replace(qwen25_7b_lora.sft, encode_chunk=128)
+)

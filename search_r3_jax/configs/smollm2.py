@@ -26,7 +26,8 @@ config = RunConfig(
     sft=SftConfig(
         steps=50,
         global_batch=24,
-        # At 1 the model never writes the embed token by itself: the base does not begin the closing, and holds it back.
+        # At 1 the model never writes the embed token by itself: the base does not begin the closing, and
+        # holds it back.
         kl_weight=0.1,
         reasoned_share=0.125,
         reasoning="key_terms",
@@ -40,9 +41,9 @@ config = RunConfig(
         global_queries=8,
         group_size=8,
         eval_every=25,
-        snapshot_every=25,
+        save_every=25,
         sampler=SamplerConfig(max_think_tokens=32),
         optimizer=OptimizerConfig(learning_rate=2e-4, warmup_steps=5),
     ),
-    index=IndexConfig(candidates=48, refresh_budget=96, overlay_max_age=4),
+    index=IndexConfig(candidates=48, refresh_budget=96, overlay_max_age_steps=4),
 )

@@ -6,7 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from search_r3_jax.data.collection import Collection, Document, Query, usable_split_name
-from search_r3_jax.data.lines import LineError, Problems, filled_field, parse_object, read_lines, shown, string_field
+from search_r3_jax.data.lines import (
+    LineError,
+    Problems,
+    filled_field,
+    parse_object,
+    read_lines,
+    shown,
+    string_field,
+)
 from search_r3_jax.errors import UserError
 
 # The last word of a header, which the layout has and some copies of it lack; it is never a score.
@@ -15,7 +23,8 @@ MAX_SCORE = 2**31 - 1
 
 
 def read_beir(folder: Path | str, split: str) -> Collection:
-    """The collection in `folder` with the queries judged in `split`; raises UserError naming file and line."""
+    """The collection in `folder` with the queries judged in `split`; raises UserError naming file and
+    line."""
     return read_beir_splits(Path(folder), [split], Problems())[split]
 
 
@@ -36,19 +45,27 @@ def read_beir_splits(folder: Path, splits: Sequence[str], problems: Problems) ->
         if (negatives_file := _existing(folder / "neg" / f"{split}.tsv")) is not None:
             _read_judgements(negatives_file, known, judged, problems, highest=0)
         collections[split] = Collection(
-            name=folder.resolve().name, split=split, documents=tuple(documents.values()), queries=_queries(texts, judged)
+            name=folder.resolve().name,
+            split=split,
+            documents=tuple(documents.values()),
+            queries=_queries(texts, judged),
         )
     return collections
 
 
 def find_splits(folder: Path) -> list[str]:
-    """The splits that `folder` has judgements of; raises UserError when there is none or a name is of no use."""
+    """The splits that `folder` has judgements of; raises UserError when there is none or a name is of no
+    use."""
     splits = _judged_splits(folder)
     if not splits:
-        raise UserError(f"{folder}: no qrels/<split>.tsv; without judgements there is nothing to learn or measure")
+        raise UserError(
+            f"{folder}: no qrels/<split>.tsv; without judgements there is nothing to learn or measure"
+        )
     for split in splits:
         if not usable_split_name(split):
-            remedy = "rename it to letters, digits and '_', not 'all' or 'shared', or choose others with --split"
+            remedy = (
+                "rename it to letters, digits and '_', not 'all' or 'shared', or choose others with --split"
+            )
             raise UserError(f"{folder / 'qrels'}: split name {shown(split)} is not usable; {remedy}")
     return splits
 
@@ -69,9 +86,15 @@ def _read_documents(path: Path, problems: Problems) -> dict[str, Document]:
         with problems.at(where):
             record = parse_object(line)
             doc_id = _identifier(record, documents)
-            document = Document(doc_id=doc_id, title=string_field(record, "title", default=""), text=string_field(record, "text"))
+            document = Document(
+                doc_id=doc_id,
+                title=string_field(record, "title", default=""),
+                text=string_field(record, "text"),
+            )
             if not document.body.strip():
-                raise LineError("empty text", "fields 'title' and 'text' are both empty; fill one or remove the line")
+                raise LineError(
+                    "empty text", "fields 'title' and 'text' are both empty; fill one or remove the line"
+                )
             documents[doc_id] = document
     if not documents:
         raise UserError(f"{path}: no documents; expected one JSON object a line")
@@ -90,7 +113,14 @@ def _read_query_texts(path: Path, problems: Problems) -> dict[str, str]:
     return texts
 
 
-def _read_judgements(path: Path, known: _Known, judged: dict[str, dict[str, int]], problems: Problems, *, highest: int = MAX_SCORE) -> None:
+def _read_judgements(
+    path: Path,
+    known: _Known,
+    judged: dict[str, dict[str, int]],
+    problems: Problems,
+    *,
+    highest: int = MAX_SCORE,
+) -> None:
     for row, (where, line) in enumerate(read_lines(path, problems)):
         fields = line.split("\t")
         if row == 0 and fields[-1].strip().lower() in SCORE_HEADERS:
@@ -100,7 +130,10 @@ def _read_judgements(path: Path, known: _Known, judged: dict[str, dict[str, int]
             earlier = judged.setdefault(query_id, {}).setdefault(doc_id, score)
             # A row repeated as it is says nothing new; nor do two ways to say "irrelevant".
             if earlier != score and max(earlier, score) > 0:
-                text = f"the pair {shown(query_id)}, {shown(doc_id)} is judged twice, {earlier} and {score}; remove one row"
+                text = (
+                    f"the pair {shown(query_id)}, {shown(doc_id)} is judged twice, {earlier} and {score}; "
+                    "remove one row"
+                )
                 raise LineError("contradictory judgement", text)
 
 
@@ -110,16 +143,24 @@ def _judgement(fields: Sequence[str], known: _Known, highest: int) -> tuple[str,
         raise LineError("wrong number of fields", text)
     query_id, doc_id, score = fields
     if query_id not in known.texts:
-        text = f"field 'query-id': {shown(query_id)} is not in {known.queries_file.name}; add it or remove the row"
+        text = (
+            f"field 'query-id': {shown(query_id)} is not in {known.queries_file.name}; add it or remove "
+            "the row"
+        )
         raise LineError("unknown or skipped query", text)
     if doc_id not in known.doc_ids:
-        text = f"field 'corpus-id': {shown(doc_id)} is not in {known.corpus_file.name}; add it or remove the row"
+        text = (
+            f"field 'corpus-id': {shown(doc_id)} is not in {known.corpus_file.name}; add it or remove the row"
+        )
         raise LineError("unknown or skipped document", text)
-    # int() alone also reads "1_0" and digits of other scripts, and refuses thousands of digits in words of its own.
+    # int() alone also reads "1_0" and digits of other scripts, and refuses thousands of digits in words of
+    # its own.
     if not re.fullmatch(r"[+-]?[0-9]{1,10}", score.strip()) or abs(int(score)) > MAX_SCORE:
         raise LineError("bad score", f"field 'score': expected an integer of 32 bits, got {shown(score)}")
     if int(score) > highest:
-        raise LineError("bad score", f"field 'score': {score} in a file of negatives; expected {highest} or less")
+        raise LineError(
+            "bad score", f"field 'score': {score} in a file of negatives; expected {highest} or less"
+        )
     return query_id, doc_id, int(score)
 
 
@@ -146,7 +187,9 @@ def _identifier(record: dict[str, object], seen: Container[str]) -> str:
 def _find_split(folder: Path, split: str) -> Path:
     path = _existing(folder / "qrels" / f"{split}.tsv")
     if path is None:
-        raise UserError(f"{folder}: no qrels/{split}.tsv; splits found: {', '.join(_judged_splits(folder)) or 'none'}")
+        raise UserError(
+            f"{folder}: no qrels/{split}.tsv; splits found: {', '.join(_judged_splits(folder)) or 'none'}"
+        )
     return path
 
 

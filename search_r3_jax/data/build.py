@@ -24,8 +24,11 @@ class FunctionCounts:
     test_functions: int
 
 
-def build_beir(folder: Path, out: Path, *, splits: Sequence[str] = (), skip_bad: bool = False) -> dict[str, Collection]:
-    """Builds `out` from a BEIR folder, all splits by default, and returns it; raises UserError naming file and line.
+def build_beir(
+    folder: Path, out: Path, *, splits: Sequence[str] = (), skip_bad: bool = False
+) -> dict[str, Collection]:
+    """Builds `out` from a BEIR folder, all splits by default, and returns it; raises UserError naming file
+    and line.
 
     With `skip_bad` bad lines are left out; the first few are named on standard error, then their number.
     """
@@ -39,7 +42,9 @@ def build_beir(folder: Path, out: Path, *, splits: Sequence[str] = (), skip_bad:
     return _written(collections, out, {"kind": "beir"}, problems)
 
 
-def build_jsonl(file: Path, out: Path, *, splits: Sequence[str] = (), skip_bad: bool = False) -> dict[str, Collection]:
+def build_jsonl(
+    file: Path, out: Path, *, splits: Sequence[str] = (), skip_bad: bool = False
+) -> dict[str, Collection]:
     """Builds `out` from a .jsonl file; the rest as in `build_beir`."""
     if not file.is_file():
         raise UserError(f"--input: {file}: no such file; give a .jsonl or .jsonl.gz file")
@@ -51,10 +56,16 @@ def build_jsonl(file: Path, out: Path, *, splits: Sequence[str] = (), skip_bad: 
     return _written(_chosen(collections, splits, str(file)), out, {"kind": "jsonl"}, problems)
 
 
-def build_python_functions(folder: Path | None, out: Path, *, counts: FunctionCounts, splits: Sequence[str] = ()) -> dict[str, Collection]:
-    """Builds `out` from the packages in `folder`, by default those of this environment; raises UserError when there are too few."""
+def build_python_functions(
+    folder: Path | None, out: Path, *, counts: FunctionCounts, splits: Sequence[str] = ()
+) -> dict[str, Collection]:
+    """Builds `out` from the packages in `folder`, by default those of this environment; raises UserError when
+    there are too few."""
     if folder is not None and not folder.is_dir():
-        raise UserError(f"--input: {folder}: no such folder; give one that holds Python packages, or none for the installed ones")
+        raise UserError(
+            f"--input: {folder}: no such folder; give one that holds Python packages, or none for the "
+            "installed ones"
+        )
     collections = python_functions(
         seed=counts.seed,
         train_functions=counts.train_functions,
@@ -62,24 +73,37 @@ def build_python_functions(folder: Path | None, out: Path, *, counts: FunctionCo
         test_functions=counts.test_functions,
         roots=None if folder is None else [folder],
     )
-    return _written(_chosen(collections, splits, "python-functions"), out, {"kind": "python-functions", **asdict(counts)}, Problems())
+    return _written(
+        _chosen(collections, splits, "python-functions"),
+        out,
+        {"kind": "python-functions", **asdict(counts)},
+        Problems(),
+    )
 
 
-def _chosen(collections: Mapping[str, Collection], splits: Sequence[str], where: str) -> dict[str, Collection]:
+def _chosen(
+    collections: Mapping[str, Collection], splits: Sequence[str], where: str
+) -> dict[str, Collection]:
     for split in splits:
         if split not in collections:
-            raise UserError(f"--split: {where} has no split {split!r}; splits found: {', '.join(sorted(collections))}")
+            raise UserError(
+                f"--split: {where} has no split {split!r}; splits found: {', '.join(sorted(collections))}"
+            )
     return {split: collections[split] for split in splits or collections}
 
 
-def _written(collections: dict[str, Collection], out: Path, source: Mapping[str, object], problems: Problems) -> dict[str, Collection]:
+def _written(
+    collections: dict[str, Collection], out: Path, source: Mapping[str, object], problems: Problems
+) -> dict[str, Collection]:
     # In the order of their names, so that the order of --split or of a file's lines makes no other data set.
     collections = {split: collections[split] for split in sorted(collections)}
     name = next(iter(collections.values())).name
     try:
         build_dataset(collections, out, name=name, source=source, skipped=problems.counts)
     except OSError as error:
-        raise UserError(f"--out: {out}: cannot be written ({error.strerror or error}); make room or choose another") from error
+        raise UserError(
+            f"--out: {out}: cannot be written ({error.strerror or error}); make room or choose another"
+        ) from error
     return collections
 
 

@@ -49,7 +49,8 @@ class Query:
 
 @dataclass(frozen=True, kw_only=True)
 class Collection:
-    """The documents and the queries of one split; row numbers are positions in `documents`, which may be on disk."""
+    """The documents and the queries of one split; row numbers are positions in `documents`, which may be on
+    disk."""
 
     name: str
     split: str

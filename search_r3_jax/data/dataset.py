@@ -41,7 +41,8 @@ def build_dataset(
     source: Mapping[str, object],
     skipped: Mapping[str, int] | None = None,
 ) -> Path:
-    """Builds `out` from split name → collection, or reuses an equal one; raises UserError if `out` holds anything else.
+    """Builds `out` from split name → collection, or reuses an equal one; raises UserError if `out` holds
+    anything else.
 
     `skipped` says how many lines of the source were left out for which reason; it is recorded.
     """
@@ -57,7 +58,9 @@ def build_dataset(
     try:
         _write_parts(collections, description, building)
         manifest = {**description, "files": {file: _sha256(building / file) for file in _files(building)}}
-        (building / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (building / MANIFEST).write_text(
+            json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+        )
         building.rename(out)
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -65,7 +68,8 @@ def build_dataset(
 
 
 def load_collection(path: Path | str, split: str, *, stored: bool = False) -> Collection:
-    """One split of a built data set or of a BEIR folder, in its original order; raises UserError for anything else.
+    """One split of a built data set or of a BEIR folder, in its original order; raises UserError for anything
+    else.
 
     With `stored` the documents of a built data set stay on disk, and are read when they are asked for.
     """
@@ -91,10 +95,15 @@ def _load(path: Path, splits: Sequence[str] | None, *, stored: bool = False) -> 
     """The named splits, or all that there are where `splits` is None."""
     if (path / MANIFEST).is_file():
         manifest = _read_manifest(path)
-        return _read_splits(path, manifest, sorted(manifest["splits"]) if splits is None else splits, stored=stored)
+        return _read_splits(
+            path, manifest, sorted(manifest["splits"]) if splits is None else splits, stored=stored
+        )
     if any((path / name).is_file() for name in ("corpus.jsonl", "corpus.jsonl.gz")):
         return read_beir_splits(path, find_splits(path) if splits is None else splits, Problems())
-    raise UserError(f"{path}: expected a built data set (with {MANIFEST}) or a BEIR folder (with corpus.jsonl or corpus.jsonl.gz)")
+    raise UserError(
+        f"{path}: expected a built data set (with {MANIFEST}) or a BEIR folder (with corpus.jsonl or "
+        "corpus.jsonl.gz)"
+    )
 
 
 def splits_of(path: Path | str) -> list[str]:
@@ -103,7 +112,9 @@ def splits_of(path: Path | str) -> list[str]:
     return sorted(_read_manifest(path)["splits"]) if (path / MANIFEST).is_file() else find_splits(path)
 
 
-def _describe(collections: Mapping[str, Collection], name: str, source: Mapping[str, object]) -> dict[str, Any]:
+def _describe(
+    collections: Mapping[str, Collection], name: str, source: Mapping[str, object]
+) -> dict[str, Any]:
     corpus_hashes = {split: collection.corpus_hash() for split, collection in collections.items()}
     shared = len(collections) > 1 and len(set(corpus_hashes.values())) == 1
     return {
@@ -128,7 +139,10 @@ def _check_split_names(collections: Mapping[str, Collection], out: Path) -> None
         raise UserError(f"{out}: nothing to build; give at least one split")
     for split, collection in collections.items():
         if not usable_split_name(split):
-            raise UserError(f"{out}: split name {split!r} is not usable; use letters, digits and '_', not 'all' or 'shared'")
+            raise UserError(
+                f"{out}: split name {split!r} is not usable; use letters, digits and '_', not 'all' or "
+                "'shared'"
+            )
         if not collection.documents or not collection.queries:
             raise UserError(f"{out}: split {split!r} has no documents or no queries; leave it out")
 
@@ -140,7 +154,9 @@ def _check_reusable(out: Path, description: Mapping[str, Any]) -> None:
     manifest = _read_manifest(out)
     differing = sorted(key for key in description if manifest.get(key) != description[key])
     if differing:
-        raise UserError(f"{out / MANIFEST}: holds another data set (differs in {', '.join(differing)}); {remedy}")
+        raise UserError(
+            f"{out / MANIFEST}: holds another data set (differs in {', '.join(differing)}); {remedy}"
+        )
     _check_files(out, manifest)
 
 
@@ -149,7 +165,10 @@ def _check_files(path: Path, manifest: Mapping[str, Any]) -> None:
         if not (path / file).is_file():
             raise UserError(f"{path / file}: missing; remove {path} and build it again")
         if _sha256(path / file) != expected:
-            raise UserError(f"{path / file}: content differs from its sha256 in {MANIFEST}; remove {path} and build it again")
+            raise UserError(
+                f"{path / file}: content differs from its sha256 in {MANIFEST}; remove {path} and build it "
+                "again"
+            )
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -160,22 +179,32 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise UserError(f"{file}: not valid JSON ({error}); remove {path} and build it again") from None
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
-        raise UserError(f"{file}: field 'format_version': expected {FORMAT_VERSION}, got {version}; build the data set again")
+        raise UserError(
+            f"{file}: field 'format_version': expected {FORMAT_VERSION}, got {version}; build the data set "
+            "again"
+        )
     missing = [key for key in ("name", "splits", "files") if key not in manifest]
     if missing:
         raise UserError(f"{file}: field {missing[0]!r} is missing; remove {path} and build it again")
     return manifest
 
 
-def _write_parts(collections: Mapping[str, Collection], description: Mapping[str, Any], building: Path) -> None:
-    documents_of = {description["splits"][split]["corpus_split"]: each.documents for split, each in collections.items()}
+def _write_parts(
+    collections: Mapping[str, Collection], description: Mapping[str, Any], building: Path
+) -> None:
+    documents_of = {
+        description["splits"][split]["corpus_split"]: each.documents for split, each in collections.items()
+    }
     queries_of = {split: each.queries for split, each in collections.items()}
     text, texts = tfds.features.Text(), tfds.features.Sequence(tfds.features.Text())
     _write_part(
         building / "corpus",
         "corpus",
         {"row": np.int64, "doc_id": text, "title": text, "text": text},
-        {split: map(_document_example, itertools.count(), documents) for split, documents in documents_of.items()},
+        {
+            split: map(_document_example, itertools.count(), documents)
+            for split, documents in documents_of.items()
+        },
     )
     _write_part(
         building / "queries",
@@ -188,9 +217,13 @@ def _write_parts(collections: Mapping[str, Collection], description: Mapping[str
     )
 
 
-def _write_part(folder: Path, name: str, features: dict[str, Any], splits: Mapping[str, Iterator[dict[str, Any]]]) -> None:
+def _write_part(
+    folder: Path, name: str, features: dict[str, Any], splits: Mapping[str, Iterator[dict[str, Any]]]
+) -> None:
     folder.mkdir(parents=True)
-    identity = DatasetIdentity(name=name, version=tfds.core.Version("1.0.0"), data_dir=str(folder), module_name="search_r3_jax")
+    identity = DatasetIdentity(
+        name=name, version=tfds.core.Version("1.0.0"), data_dir=str(folder), module_name="search_r3_jax"
+    )
     # Any: what TFDS says it returns here is wider than what it takes below.
     described: Any = tfds.features.FeaturesDict(features)
     info = tfds.core.DatasetInfo(builder=identity, features=described)
@@ -198,17 +231,30 @@ def _write_part(folder: Path, name: str, features: dict[str, Any], splits: Mappi
     serializer = ExampleSerializer(described.get_serialized_info())
 
     def serialized(example: dict[str, Any]) -> bytes:
-        # The writers of TFDS leave out `deterministic`: the fields' order then differs from process to process. A builder
-        # would also shuffle, and need TensorFlow above 1 GB.
-        return serializer.get_tf_example(described.encode_example(example)).SerializeToString(deterministic=True)
+        # The writers of TFDS leave out `deterministic`: the fields' order then differs from process to
+        # process. A builder would also shuffle, and need TensorFlow above 1 GB.
+        return serializer.get_tf_example(described.encode_example(example)).SerializeToString(
+            deterministic=True
+        )
 
-    info.set_splits(SplitDict([_write_split(folder, name, split, map(serialized, examples)) for split, examples in splits.items()]))
+    info.set_splits(
+        SplitDict(
+            [
+                _write_split(folder, name, split, map(serialized, examples))
+                for split, examples in splits.items()
+            ]
+        )
+    )
     info.write_to_directory(folder)
 
 
 def _write_split(folder: Path, name: str, split: str, records: Iterator[bytes]) -> SplitInfo:
     template = ShardedFileTemplate(
-        dataset_name=name, data_dir=epath.Path(folder), split=split, filetype_suffix="array_record", template=SHARD_NAME
+        dataset_name=name,
+        data_dir=epath.Path(folder),
+        split=split,
+        filetype_suffix="array_record",
+        template=SHARD_NAME,
     )
     shard_lengths: list[int] = []
     num_bytes = 0
@@ -245,15 +291,21 @@ def _query_example(row: int, query: Query) -> dict[str, Any]:
     }
 
 
-def _read_splits(path: Path, manifest: Mapping[str, Any], splits: Sequence[str], *, stored: bool) -> dict[str, Collection]:
+def _read_splits(
+    path: Path, manifest: Mapping[str, Any], splits: Sequence[str], *, stored: bool
+) -> dict[str, Collection]:
     for split in splits:
         if split not in manifest["splits"]:
-            raise UserError(f"{path}: no split {split!r}; splits found: {', '.join(sorted(manifest['splits']))}")
+            raise UserError(
+                f"{path}: no split {split!r}; splits found: {', '.join(sorted(manifest['splits']))}"
+            )
     _check_files(path, manifest)
     corpus_of = {split: manifest["splits"][split]["corpus_split"] for split in splits}
     # A corpus that several splits share is read, and kept, once.
     documents: dict[str, Sequence[Document]] = {
-        corpus: StoredDocuments(path / "corpus", corpus) if stored else _read_part(path / "corpus", corpus, document_of)
+        corpus: StoredDocuments(path / "corpus", corpus)
+        if stored
+        else _read_part(path / "corpus", corpus, document_of)
         for corpus in set(corpus_of.values())
     }
     return {

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from search_r3_jax.config import DataConfig
 from search_r3_jax.data.collection import Collection, Query
-from search_r3_jax.data.cut import cut_corpus
 from search_r3_jax.data.dataset import load_collection, splits_of
+from search_r3_jax.data.subsample import cut_corpus
 from search_r3_jax.errors import UserError
 
 
@@ -22,7 +22,8 @@ class TrainingSet:
 
 
 def load_training_sets(config: DataConfig, *, stored: bool = False) -> tuple[TrainingSet, ...]:
-    """Each of the data sets of a config, `stored` as in `load_collection`; raises UserError when one cannot be read or there is none."""
+    """Each of the data sets of a config, `stored` as in `load_collection`; raises UserError when one cannot
+    be read or there is none."""
     if not config.sets:
         raise UserError("data.sets: no data set; name one or more folders: --data.sets FOLDER …")
     return tuple(_load(Path(folder), config, stored) for folder in config.sets)
@@ -35,7 +36,9 @@ def _load(folder: Path, config: DataConfig, stored: bool) -> TrainingSet:
     if config.dev_split in splits_of(folder):
         watched = load_collection(folder, config.dev_split, stored=stored)
         chosen = {query.query_id for query in _drawn(watched, config.dev_queries)}
-        dev = dataclasses.replace(watched, queries=tuple(query for query in watched.queries if query.query_id in chosen))
+        dev = dataclasses.replace(
+            watched, queries=tuple(query for query in watched.queries if query.query_id in chosen)
+        )
     else:
         # Never more than a tenth: a small set is for training first.
         drawn = _drawn(train, min(config.dev_queries, len(train.queries) // 10))
@@ -43,12 +46,15 @@ def _load(folder: Path, config: DataConfig, stored: bool) -> TrainingSet:
             return TrainingSet(train=train, dev=None)
         dev = dataclasses.replace(train, split=f"{config.split}, held out", queries=tuple(drawn))
     texts = {query.text for query in dev.queries}
-    train = dataclasses.replace(train, queries=tuple(query for query in train.queries if query.text not in texts))
+    train = dataclasses.replace(
+        train, queries=tuple(query for query in train.queries if query.text not in texts)
+    )
     return TrainingSet(train=train, dev=cut_corpus(dev, config.dev_documents)[0])
 
 
 def for_stage_2(training: TrainingSet, config: DataConfig) -> TrainingSet:
-    """What stage 2 samples and searches: the queries with a relevant document, fewer of them, and a smaller corpus, where asked for.
+    """What stage 2 samples and searches: the queries with a relevant document, fewer of them, and a smaller
+    corpus, where asked for.
 
     Trainer and indexer come to the same corpus from the same config.
     """

@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from search_r3_jax.data.collection import Collection, Document, Query, usable_split_name
-from search_r3_jax.data.lines import LineError, Problems, checked_string, filled_field, parse_object, read_lines, shown, string_field
+from search_r3_jax.data.lines import (
+    LineError,
+    Problems,
+    checked_string,
+    filled_field,
+    parse_object,
+    read_lines,
+    shown,
+    string_field,
+)
 from search_r3_jax.errors import UserError
 
 ID_CHARACTERS = 32
@@ -15,7 +24,8 @@ MAX_RELEVANCE = 2**31 - 1
 
 
 def read_jsonl(path: Path, problems: Problems) -> dict[str, Collection]:
-    """Split name → collection in the order of the file, all with the same documents; raises UserError naming file and line.
+    """Split name → collection in the order of the file, all with the same documents; raises UserError naming
+    file and line.
 
     Lines that ask the same query under no `query_id` are one query with the documents of all of them.
     """
@@ -31,7 +41,10 @@ def read_jsonl(path: Path, problems: Problems) -> dict[str, Collection]:
                 remedy = "use letters, digits and '_', not 'all' or 'shared'"
                 raise LineError("bad split name", f"field 'split': {shown(split)} is not usable; {remedy}")
             if "query_id" in record and query.query_id in ids:
-                raise LineError("duplicate id", f"field 'query_id': {shown(query.query_id)} appears twice; ids must be unique")
+                raise LineError(
+                    "duplicate id",
+                    f"field 'query_id': {shown(query.query_id)} appears twice; ids must be unique",
+                )
             same = asked.get(split, {}).get(query.query_id, query)
             same.add(judged)
             # Nothing of a bad line is kept, so this comes after the last check.
@@ -43,7 +56,10 @@ def read_jsonl(path: Path, problems: Problems) -> dict[str, Collection]:
     name = path.resolve().name.removesuffix(".gz").removesuffix(".jsonl")
     return {
         split: Collection(
-            name=name, split=split, documents=tuple(documents.values()), queries=tuple(each.query() for each in queries.values())
+            name=name,
+            split=split,
+            documents=tuple(documents.values()),
+            queries=tuple(each.query() for each in queries.values()),
         )
         for split, queries in asked.items()
     }
@@ -79,7 +95,11 @@ def _read_query(record: dict[str, Any]) -> _Asked:
     text = filled_field(record, "query")
     instruction = string_field(record, "instruction", default="")
     reasoning = string_field(record, "reasoning", default="")
-    query_id = filled_field(record, "query_id") if "query_id" in record else _content_id(text, instruction, reasoning)
+    query_id = (
+        filled_field(record, "query_id")
+        if "query_id" in record
+        else _content_id(text, instruction, reasoning)
+    )
     return _Asked(query_id=query_id, text=text, instruction=instruction, reasoning=reasoning)
 
 
@@ -98,7 +118,10 @@ def _read_judgements(record: dict[str, Any]) -> dict[str, tuple[Document, int]]:
 
 def _check_agreement(earlier: int, relevance: int) -> None:
     if earlier != relevance:
-        text = f"a document of this query is judged twice, {earlier} and {relevance} (0 is a negative); leave one"
+        text = (
+            f"a document of this query is judged twice, {earlier} and {relevance} (0 is a negative); "
+            "leave one"
+        )
         raise LineError("contradictory judgement", text)
 
 
@@ -106,7 +129,9 @@ def _documents(value: object, name: str, lowest: int, highest: int) -> Iterator[
     if isinstance(value, str):
         value = [value]
     if not isinstance(value, list):
-        raise LineError("wrong type", f"field {name!r} must be a string or a list, got {type(value).__name__}")
+        raise LineError(
+            "wrong type", f"field {name!r} must be a string or a list, got {type(value).__name__}"
+        )
     for number, item in enumerate(value):
         yield _document(item, f"{name}[{number}]", lowest, highest)
 
@@ -123,10 +148,15 @@ def _document(item: object, name: str, lowest: int, highest: int) -> tuple[Docum
         text = checked_string(item, name)
     # bool is a kind of int in Python.
     if not isinstance(relevance, int) or isinstance(relevance, bool):
-        raise LineError("wrong type", f"field '{name}.relevance' must be an integer, got {type(relevance).__name__}")
+        raise LineError(
+            "wrong type", f"field '{name}.relevance' must be an integer, got {type(relevance).__name__}"
+        )
     if not lowest <= relevance <= highest:
         allowed = f"{lowest} to {highest}" if lowest < highest else f"{lowest}"
-        raise LineError("bad relevance", f"field '{name}.relevance' must be {allowed}; what is irrelevant belongs into 'negative'")
+        raise LineError(
+            "bad relevance",
+            f"field '{name}.relevance' must be {allowed}; what is irrelevant belongs into 'negative'",
+        )
     document = Document(doc_id=_content_id(title, text), title=title, text=text)
     if not document.body.strip():
         raise LineError("empty text", f"field {name!r} is empty; fill it or remove it")

@@ -1,4 +1,5 @@
-"""Lines and fields of files that may hold anything: bounded reading, gzipped or not; what is wrong is raised, or counted and skipped."""
+"""Lines and fields of files that may hold anything: bounded reading, gzipped or not; what is wrong is raised,
+or counted and skipped."""
 
 import gzip
 import json
@@ -28,7 +29,8 @@ class LineError(Exception):
 
 @dataclass(kw_only=True)
 class Problems:
-    """What is wrong with the input: a UserError at the first, or with `skip_bad` counts by reason and the first few in words."""
+    """What is wrong with the input: a UserError at the first, or with `skip_bad` counts by reason and the
+    first few in words."""
 
     skip_bad: bool = False
     counts: Counter[str] = field(default_factory=Counter)
@@ -36,7 +38,8 @@ class Problems:
 
     @contextmanager
     def at(self, where: str) -> Iterator[None]:
-        """Turns a LineError of the block into a UserError that begins with `where`, or with `skip_bad` notes it and goes on."""
+        """Turns a LineError of the block into a UserError that begins with `where`, or with `skip_bad` notes
+        it and goes on."""
         try:
             yield
         except LineError as problem:
@@ -66,7 +69,9 @@ def read_lines(path: Path, problems: Problems) -> Iterator[tuple[str, str]]:
         with problems.at(f"{path}, after line {number}"):
             raise LineError("damaged gzip file", f"damaged gzip file ({error}); fetch it again") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}); mend it or choose another --input") from None
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror or error}); mend it or choose another --input"
+        ) from None
 
 
 def parse_object(line: str) -> dict[str, Any]:
@@ -77,9 +82,13 @@ def parse_object(line: str) -> dict[str, Any]:
         text = f"not valid JSON ({error.msg} at column {error.colno}); expected one object a line"
         raise LineError("malformed JSON", text) from None
     except ValueError:
-        raise LineError("malformed JSON", "not valid JSON for us (a number with too many digits); shorten it") from None
+        raise LineError(
+            "malformed JSON", "not valid JSON for us (a number with too many digits); shorten it"
+        ) from None
     except RecursionError:
-        raise LineError("malformed JSON", "not valid JSON for us (nested too deeply); expected a flat object") from None
+        raise LineError(
+            "malformed JSON", "not valid JSON for us (nested too deeply); expected a flat object"
+        ) from None
     if not isinstance(record, dict):
         raise LineError("no JSON object", f"expected a JSON object, got {type(record).__name__}")
     return record
@@ -112,7 +121,9 @@ def checked_string(value: object, name: str) -> str:
         value.encode()
     except UnicodeEncodeError:
         # JSON escapes can spell half a surrogate pair, which no UTF-8 file can store.
-        raise LineError("unpaired surrogate", f"field {name!r} holds an unpaired surrogate escape; remove it") from None
+        raise LineError(
+            "unpaired surrogate", f"field {name!r} holds an unpaired surrogate escape; remove it"
+        ) from None
     return value
 
 

@@ -17,7 +17,8 @@ ENDLESS = 1 << 48
 
 
 class Pair(NamedTuple):
-    """One training pair: the data set's number, the query's row, the positive document's row, and the place in the sequence."""
+    """One training pair: the data set's number, the query's row, the positive document's row, and the place
+    in the sequence."""
 
     set: int
     query: int
@@ -26,7 +27,8 @@ class Pair(NamedTuple):
 
 
 def shuffled(size: int, seed: int, start: int, count: int) -> list[int]:
-    """Items `start` to `start + count` of an endless sequence of seeded shuffles of 0..size−1; a pure function of its arguments."""
+    """Items `start` to `start + count` of an endless sequence of seeded shuffles of 0..size−1; a pure
+    function of its arguments."""
     order = grain.MapDataset.range(size).shuffle(seed=seed).repeat()
     items = [order[start + i] for i in range(count)]
     return [item for item in items if item is not None]
@@ -34,9 +36,11 @@ def shuffled(size: int, seed: int, start: int, count: int) -> list[int]:
 
 @dataclass(frozen=True, kw_only=True)
 class Mixture:
-    """An endless, globally shuffled sequence of pairs from several collections; `weights` are shares of the pairs, not of the sets' sizes.
+    """An endless, globally shuffled sequence of pairs from several collections; `weights` are shares of the
+    pairs, not of the sets' sizes.
 
-    Every `together` pairs of it are of one collection. Raises UserError when a set has no pairs, or the weights do not fit the sets.
+    Every `together` pairs of it are of one collection. Raises UserError when a set has no pairs, or the
+    weights do not fit the sets.
     """
 
     collections: tuple[Collection, ...]
@@ -46,15 +50,25 @@ class Mixture:
 
     def __post_init__(self) -> None:
         if self.weights and (len(self.weights) != len(self.collections) or min(self.weights) <= 0):
-            raise UserError(f"data.weights: {self.weights}: give one positive weight for each of the {len(self.collections)} data sets")
+            raise UserError(
+                f"data.weights: {self.weights}: give one positive weight for each of the "
+                f"{len(self.collections)} data sets"
+            )
         for collection, pairs in zip(self.collections, self._pairs, strict=True):
             if not pairs:
-                raise UserError(f"data: {collection.name}, split {collection.split!r}: no query has a relevant document to train on")
+                raise UserError(
+                    f"data: {collection.name}, split {collection.split!r}: no query has a relevant document "
+                    "to train on"
+                )
 
     @cached_property
     def _pairs(self) -> list[list[tuple[int, int]]]:
         return [
-            [(row, collection.row_of[doc_id]) for row, query in enumerate(collection.queries) for doc_id in sorted(query.positives)]
+            [
+                (row, collection.row_of[doc_id])
+                for row, query in enumerate(collection.queries)
+                for doc_id in sorted(query.positives)
+            ]
             for collection in self.collections
         ]
 
@@ -62,7 +76,10 @@ class Mixture:
     def _items(self) -> list[grain.MapDataset[int]]:
         """Each set's pairs in its own order, shuffled anew every epoch."""
         sizes = map(len, self._pairs)
-        return [grain.MapDataset.range(size).shuffle(seed=self.seed + number).repeat() for number, size in enumerate(sizes)]
+        return [
+            grain.MapDataset.range(size).shuffle(seed=self.seed + number).repeat()
+            for number, size in enumerate(sizes)
+        ]
 
     @cached_property
     def _order(self) -> grain.MapDataset[tuple[int, int]]:
@@ -74,7 +91,9 @@ class Mixture:
         groups = [numbered(number) for number in range(len(self._pairs))]
         if len(groups) == 1:
             return groups[0]
-        return grain.MapDataset.mix(groups, weights=list(self.weights) or [len(pairs) for pairs in self._pairs])
+        return grain.MapDataset.mix(
+            groups, weights=list(self.weights) or [len(pairs) for pairs in self._pairs]
+        )
 
     def size(self) -> int:
         """How many pairs there are in all."""

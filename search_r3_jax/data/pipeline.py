@@ -9,13 +9,13 @@ from typing import NamedTuple
 import numpy as np
 
 from search_r3_jax.data.collection import Query
-from search_r3_jax.data.key_terms import KeyTerms
 from search_r3_jax.data.mixture import Mixture, Pair
+from search_r3_jax.data.tfidf_reasoning import TfidfReasoning
 from search_r3_jax.text.packing import bucket_length, pack_rows
 from search_r3_jax.text.prompts import Prompter
 
 ROW_TOKENS = 256
-FILLER = -1
+PAD = -1
 ROW_FIELDS = ("ids", "positions", "segments", "prefixes")
 
 
@@ -26,7 +26,8 @@ class TextChunks(NamedTuple):
         ids, positions, segments: [C,R,T] int32 as in `PackedRows`.
         prefixes: [C,R,T] int32, which shared prompt prefix a token stands behind: 0 direct, 1 reasoned.
         embed_at: [C,N] int32, flat position in its chunk of each text's embed token.
-        reply_at: [C,M] int32, flat positions of the reply tokens that are learnt, −1 filled; M = 0 where none are.
+        reply_at: [C,M] int32, flat positions of the reply tokens that are learnt, −1 filled; M = 0 where none
+            are.
     """
 
     ids: np.ndarray
@@ -38,13 +39,18 @@ class TextChunks(NamedTuple):
 
     def padded(self, shares: int) -> TextChunks:
         """With R and M filled up to multiples of `shares`."""
-        fills = {"ids": 0, "positions": FILLER, "segments": FILLER, "prefixes": 0, "reply_at": FILLER}
-        return self._replace(**{name: _padded(getattr(self, name), shares, fill) for name, fill in fills.items()})
+        fills = {"ids": 0, "positions": PAD, "segments": PAD, "prefixes": 0, "reply_at": PAD}
+        return self._replace(
+            **{name: _padded(getattr(self, name), shares, fill) for name, fill in fills.items()}
+        )
 
     def slice(self, index: int, count: int) -> TextChunks:
-        """Share `index` of `count` of each chunk's rows, padded as they are; positions still count from the whole chunk's first row."""
+        """Share `index` of `count` of each chunk's rows, padded as they are; positions still count from the
+        whole chunk's first row."""
         whole = self.padded(count)
-        return whole._replace(**{name: np.split(getattr(whole, name), count, axis=1)[index] for name in ROW_FIELDS})
+        return whole._replace(
+            **{name: np.split(getattr(whole, name), count, axis=1)[index] for name in ROW_FIELDS}
+        )
 
 
 class PairBatch(NamedTuple):
@@ -52,7 +58,8 @@ class PairBatch(NamedTuple):
 
     Attributes:
         document_ids: [P] int32, the same for the same document, −1 for a negative that there is none of.
-        known_ids: [B,K] int32, documents known to be relevant to a query, −1 filled; `known_relevance` [B,K] float32.
+        known_ids: [B,K] int32, documents known to be relevant to a query, −1 filled; `known_relevance` [B,K]
+            float32.
         mined: [B,n] int32, rows of P that hold a query's own negatives, −1 where there are not enough.
     """
 
@@ -65,7 +72,9 @@ class PairBatch(NamedTuple):
 
     def padding_share(self) -> float:
         """The share of the computed tokens that are padding, in [0, 1]."""
-        return float(np.mean(np.concatenate([self.queries.segments.ravel(), self.documents.segments.ravel()]) < 0))
+        return float(
+            np.mean(np.concatenate([self.queries.segments.ravel(), self.documents.segments.ravel()]) < 0)
+        )
 
     def padded(self, shares: int) -> PairBatch:
         """With the rows of queries and of documents filled up to multiples of `shares`."""
@@ -73,12 +82,15 @@ class PairBatch(NamedTuple):
 
     def slice(self, index: int, count: int) -> PairBatch:
         """What process `index` of `count` holds: its share of the rows, and everything else whole."""
-        return self._replace(queries=self.queries.slice(index, count), documents=self.documents.slice(index, count))
+        return self._replace(
+            queries=self.queries.slice(index, count), documents=self.documents.slice(index, count)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairPipeline:
-    """Pairs of a mixture in a seeded order, tokenised and packed; the state of the pipeline is the step alone.
+    """Pairs of a mixture in a seeded order, tokenised and packed; the state of the pipeline is the step
+    alone.
 
     Attributes:
         encode_chunk: pairs that are encoded together; divides `global_batch`.
@@ -96,13 +108,17 @@ class PairPipeline:
     max_thought_tokens: int = 64
     reasoned: int = 0
     negatives: int = 0
-    key_terms: tuple[KeyTerms, ...] = ()
+    key_terms: tuple[TfidfReasoning, ...] = ()
 
     def __post_init__(self) -> None:
         if self.global_batch > self.mixture.size():
-            raise ValueError(f"global_batch {self.global_batch} exceeds the {self.mixture.size()} pairs there are")
+            raise ValueError(
+                f"global_batch {self.global_batch} exceeds the {self.mixture.size()} pairs there are"
+            )
         if self.encode_chunk < 1 or self.global_batch % self.encode_chunk:
-            raise ValueError(f"encode_chunk {self.encode_chunk} does not divide global_batch {self.global_batch}")
+            raise ValueError(
+                f"encode_chunk {self.encode_chunk} does not divide global_batch {self.global_batch}"
+            )
 
     def pairs(self, step: int) -> list[Pair]:
         """The pairs of a step."""
@@ -111,12 +127,16 @@ class PairPipeline:
     def reasoned_pairs(self, step: int) -> list[Pair]:
         """Those whose query is in the reasoned format."""
         pairs = self.pairs(step)
-        return [pair for i, pair in enumerate(pairs) if i % self.encode_chunk >= self.encode_chunk - self.reasoned]
+        return [
+            pair for i, pair in enumerate(pairs) if i % self.encode_chunk >= self.encode_chunk - self.reasoned
+        ]
 
     def batch(self, step: int) -> PairBatch:
         """The batch of a step."""
         pairs = self.pairs(step)
-        chunks = [pairs[start : start + self.encode_chunk] for start in range(0, len(pairs), self.encode_chunk)]
+        chunks = [
+            pairs[start : start + self.encode_chunk] for start in range(0, len(pairs), self.encode_chunk)
+        ]
         return PairBatch(
             queries=self._packed([self._query_rows(chunk) for chunk in chunks]),
             documents=self._packed([self._document_rows(chunk) for chunk in chunks]),
@@ -126,7 +146,8 @@ class PairPipeline:
     def _packed(self, chunks: list[_Rows]) -> TextChunks:
         T = self._row_tokens
         packed = [pack_rows(chunk.ids, chunk.starts, length=T, pad_id=0, row_multiple=1) for chunk in chunks]
-        # One shape for all chunks, and few shapes from step to step: each is compiled once. A row costs far more than a reply's token.
+        # One shape for all chunks, and few shapes from step to step: each is compiled once. A row costs far
+        # more than a reply's token.
         R = _rounded(max(rows.ids.shape[0] for rows in packed), parts=8)
         M = _rounded(max(sum(chunk.replies) for chunk in chunks), parts=2)
         embed_at, reply_at, prefixes = [], [], []
@@ -139,8 +160,8 @@ class PairPipeline:
             prefixes.append(np.array([*chunk.prefixes, 0])[rows.segments])
         return TextChunks(
             ids=_stacked([rows.ids for rows in packed], R, 0),
-            positions=_stacked([rows.positions for rows in packed], R, FILLER),
-            segments=_stacked([rows.segments for rows in packed], R, FILLER),
+            positions=_stacked([rows.positions for rows in packed], R, PAD),
+            segments=_stacked([rows.segments for rows in packed], R, PAD),
             prefixes=_stacked(prefixes, R, 0),
             embed_at=np.stack(embed_at).astype(np.int32),
             reply_at=np.stack(reply_at).astype(np.int32),
@@ -148,9 +169,12 @@ class PairPipeline:
 
     @cached_property
     def _row_tokens(self) -> int:
-        """The length of a row: as many of the longest texts as reach ROW_TOKENS fit, so that full-length texts leave little over."""
+        """The length of a row: as many of the longest texts as reach ROW_TOKENS fit, so that full-length
+        texts leave little over."""
         direct, reason = self.prompter.direct, self.prompter.reason
-        longest = max(self.max_document_tokens, self.max_query_tokens) + len(direct.suffix) + len(direct.closing)
+        longest = (
+            max(self.max_document_tokens, self.max_query_tokens) + len(direct.suffix) + len(direct.closing)
+        )
         reasoned = self.max_query_tokens + len(reason.suffix) + self.max_thought_tokens + len(reason.closing)
         longest = max(longest, reasoned if self.reasoned else 0)
         return bucket_length(-(-ROW_TOKENS // longest) * longest)
@@ -163,17 +187,23 @@ class PairPipeline:
 
     @cached_property
     def _most_known(self) -> int:
-        return max(len(query.positives) for collection in self.mixture.collections for query in collection.queries)
+        return max(
+            len(query.positives) for collection in self.mixture.collections for query in collection.queries
+        )
 
     def _negatives(self, pair: Pair) -> list[int]:
-        """Rows of a pair's negatives, FILLER where there are not enough; which of many is decided by the pair's place alone."""
+        """Rows of a pair's negatives, FILLER where there are not enough; which of many is decided by the
+        pair's place alone."""
         collection = self.mixture.collections[pair.set]
         known = [collection.row_of[doc_id] for doc_id in collection.queries[pair.query].negatives]
         if len(known) > self.negatives:
             known = [
-                known[i] for i in np.random.default_rng([self.mixture.seed, pair.place]).choice(len(known), self.negatives, replace=False)
+                known[i]
+                for i in np.random.default_rng([self.mixture.seed, pair.place]).choice(
+                    len(known), self.negatives, replace=False
+                )
             ]
-        return known + [FILLER] * (self.negatives - len(known))
+        return known + [PAD] * (self.negatives - len(known))
 
     def _query_rows(self, chunk: list[Pair]) -> _Rows:
         direct = self.encode_chunk - self.reasoned
@@ -185,15 +215,24 @@ class PairPipeline:
                 *self.prompter.direct_rows(texts[:direct], self.max_query_tokens),
                 *[row + thought for row, thought in zip(reasoned, thoughts, strict=True)],
             ],
-            starts=[len(self.prompter.direct.prefix)] * direct + [len(self.prompter.reason.prefix)] * self.reasoned,
+            starts=[len(self.prompter.direct.prefix)] * direct
+            + [len(self.prompter.reason.prefix)] * self.reasoned,
             prefixes=[0] * direct + [1] * self.reasoned,
             replies=[len(self.prompter.direct.closing)] * direct + [len(thought) for thought in thoughts],
         )
 
     def _document_rows(self, chunk: list[Pair]) -> _Rows:
-        bodies = [self.mixture.collections[number].documents[row].body if row != FILLER else "" for number, row in self._documents(chunk)]
+        bodies = [
+            self.mixture.collections[number].documents[row].body if row != PAD else ""
+            for number, row in self._documents(chunk)
+        ]
         rows = self.prompter.direct_rows(bodies, self.max_document_tokens)
-        return _Rows(ids=rows, starts=[len(self.prompter.direct.prefix)] * len(rows), prefixes=[0] * len(rows), replies=[0] * len(rows))
+        return _Rows(
+            ids=rows,
+            starts=[len(self.prompter.direct.prefix)] * len(rows),
+            prefixes=[0] * len(rows),
+            replies=[0] * len(rows),
+        )
 
     def _documents(self, chunk: list[Pair]) -> list[tuple[int, int]]:
         """`(set, row)` of a chunk's documents: the positives, then each query's negatives."""
@@ -205,15 +244,17 @@ class PairPipeline:
         for chunk in chunks:
             first_row = len(document_ids)
             documents = self._documents(chunk)
-            document_ids += [self._first_document[number] + row if row != FILLER else FILLER for number, row in documents]
+            document_ids += [
+                self._first_document[number] + row if row != PAD else PAD for number, row in documents
+            ]
             for i, pair in enumerate(chunk):
                 collection, first = self.mixture.collections[pair.set], self._first_document[pair.set]
                 positives = self._query(pair).positives
-                fill = [FILLER] * (self._most_known - len(positives))
+                fill = [PAD] * (self._most_known - len(positives))
                 known_ids.append([first + collection.row_of[doc_id] for doc_id in positives] + fill)
                 relevance.append([*positives.values(), *[0] * len(fill)])
                 own = first_row + len(chunk) + i * self.negatives + np.arange(self.negatives)
-                mined.append([row if document_ids[row] != FILLER else FILLER for row in own])
+                mined.append([row if document_ids[row] != PAD else PAD for row in own])
         return {
             "document_ids": np.array(document_ids, np.int32),
             "known_ids": np.array(known_ids, np.int32),
@@ -228,11 +269,14 @@ class PairPipeline:
         own = self._query(pair).reasoning
         if not own and not self.key_terms:
             raise ValueError("reasoned examples need a reasoning column or key terms")
-        return self.prompter.thought_ids(own or self.key_terms[pair.set].thought(pair.document), self.max_thought_tokens)
+        return self.prompter.thought_ids(
+            own or self.key_terms[pair.set].thought(pair.document), self.max_thought_tokens
+        )
 
 
 class _Rows(NamedTuple):
-    """A chunk's texts: token rows, first positions, prefix numbers, lengths of the replies that are learnt."""
+    """A chunk's texts: token rows, first positions, prefix numbers, lengths of the replies that are
+    learnt."""
 
     ids: list[list[int]]
     starts: list[int]
@@ -241,13 +285,14 @@ class _Rows(NamedTuple):
 
 
 def _rounded(count: int, *, parts: int) -> int:
-    """Up to a multiple of the power of two below over `parts`: at most 1/parts more; few rows go up to an even number."""
+    """Up to a multiple of the power of two below over `parts`: at most 1/parts more; few rows go up to an
+    even number."""
     step = max(2 if count > 4 else 1, (1 << max(0, count.bit_length() - 1)) // parts)
     return -(-count // step) * step
 
 
 def _filled(values: np.ndarray, count: int) -> np.ndarray:
-    return np.pad(values, (0, count - len(values)), constant_values=FILLER)
+    return np.pad(values, (0, count - len(values)), constant_values=PAD)
 
 
 def _padded(x: np.ndarray, multiple: int, fill: int) -> np.ndarray:

@@ -15,7 +15,8 @@ RECORDS_A_READ = 1024
 
 
 class StoredDocuments(Sequence[Document]):
-    """Documents by row, each read when it is asked for; a slice is read at once, and iterating reads ahead a piece at a time."""
+    """Documents by row, each read when it is asked for; a slice is read at once, and iterating reads ahead a
+    piece at a time."""
 
     def __init__(self, folder: Path, split: str):
         """`folder` is the part of a data set that `split` is in."""
@@ -50,10 +51,14 @@ class StoredDocuments(Sequence[Document]):
         for row, record in zip(rows, self._records.__getitems__(list(rows)), strict=True):
             # As our own builder writes them.
             if int(record["row"]) != row:
-                raise UserError(f"{self._folder}: record {row} is of row {int(record['row'])}; build the data set again")
+                raise UserError(
+                    f"{self._folder}: record {row} is of row {int(record['row'])}; build the data set again"
+                )
             yield document_of(record)
 
 
 def document_of(record: Mapping[str, Any]) -> Document:
     """A document from its stored fields."""
-    return Document(doc_id=record["doc_id"].decode(), title=record["title"].decode(), text=record["text"].decode())
+    return Document(
+        doc_id=record["doc_id"].decode(), title=record["title"].decode(), text=record["text"].decode()
+    )

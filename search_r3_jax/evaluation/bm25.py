@@ -16,8 +16,9 @@ Words = Callable[[str], list[str]]
 class Bm25:
     """A corpus indexed for BM25.
 
-    English stop words are dropped. With `identifiers` snake_case and camelCase fall into their parts and nothing is stemmed, which suits
-    code; without, words of two or more characters are stemmed (Snowball, English), as is usual for prose.
+    English stop words are dropped. With `identifiers` snake_case and camelCase fall into their parts and
+    nothing is stemmed, which suits code; without, words of two or more characters are stemmed (Snowball,
+    English), as is usual for prose.
     """
 
     def __init__(self, collection: Collection, *, k1: float = 0.9, b: float = 0.4, identifiers: bool):
@@ -44,10 +45,14 @@ class Bm25:
             return {query.query_id: {} for query in queries}
         words = [self._words(query.text) for query in queries]
         rows, scores = self._index.retrieve(words, k=min(k, len(self._doc_ids)), show_progress=False)
-        return run_from_scores([query.query_id for query in queries], self._doc_ids, scores, np.where(scores > 0, rows, -1))
+        return run_from_scores(
+            [query.query_id for query in queries], self._doc_ids, scores, np.where(scores > 0, rows, -1)
+        )
 
 
-def bm25_run(collection: Collection, *, k1: float = 0.9, b: float = 0.4, k: int = 100, identifiers: bool) -> Run:
+def bm25_run(
+    collection: Collection, *, k1: float = 0.9, b: float = 0.4, k: int = 100, identifiers: bool
+) -> Run:
     """A collection's queries over its corpus; raises UserError when a package is not installed."""
     return Bm25(collection, k1=k1, b=b, identifiers=identifiers).run(collection.queries, k=k)
 
@@ -62,4 +67,6 @@ def _stemmed_words(stopwords: Container[str]) -> Words:
     except ImportError:
         raise UserError("PyStemmer is not installed; run: pip install 'search_r3_jax[eval]'") from None
     stemmer = Stemmer.Stemmer("english")
-    return lambda text: stemmer.stemWords([word for word in plain_words(text) if len(word) > 1 and word not in stopwords])
+    return lambda text: stemmer.stemWords(
+        [word for word in plain_words(text) if len(word) > 1 and word not in stopwords]
+    )

@@ -19,7 +19,15 @@ from search_r3_jax.data.collection import Collection
 from search_r3_jax.errors import UserError
 from search_r3_jax.evaluation.curves import open_pyplot
 from search_r3_jax.evaluation.evaluate import ModeResult
-from search_r3_jax.evaluation.report import check_limits, common_record, interval_text, open_collection, per_query, query_values, title_of
+from search_r3_jax.evaluation.report import (
+    check_limits,
+    common_record,
+    interval_text,
+    open_collection,
+    per_query,
+    query_values,
+    title_of,
+)
 from search_r3_jax.evaluation.settings import BudgetSettings
 from search_r3_jax.evaluation.significance import bootstrap_interval
 from search_r3_jax.evaluation.systems import BudgetResult, DecoderSystem, is_baseline
@@ -38,14 +46,17 @@ COLUMNS = (
 
 
 def run_budget(settings: BudgetSettings) -> dict[str, Any]:
-    """Evaluates each budget, prints the table, writes JSON and picture; returns the record. Raises UserError before any model is loaded."""
+    """Evaluates each budget, prints the table, writes JSON and picture; returns the record. Raises UserError
+    before any model is loaded."""
     _check(settings)
     notes = Console(stderr=True, highlight=False, soft_wrap=True)
     collection, cuts = open_collection(settings, notes)
     system = DecoderSystem(settings.evaluation())
     result = system.evaluate_budgets(collection, settings.budgets, notes)
     identity = dict(system.identity()) | {"max_think_tokens": list(settings.budgets)}
-    record = common_record(settings, identity, collection, cuts, result.document_seconds) | _curve(settings, collection, result)
+    record = common_record(settings, identity, collection, cuts, result.document_seconds) | _curve(
+        settings, collection, result
+    )
     _show(record)
     write_json(settings.out, record)
     if settings.picture is not None:
@@ -54,7 +65,8 @@ def run_budget(settings: BudgetSettings) -> dict[str, Any]:
 
 
 def draw_budget(record: Mapping[str, Any], out: Path) -> None:
-    """nDCG@10 with its intervals over the tokens of a query, direct search as a level line, as PNG; `record` is that of `run_budget`."""
+    """nDCG@10 with its intervals over the tokens of a query, direct search as a level line, as PNG; `record`
+    is that of `run_budget`."""
     pyplot = open_pyplot("budget")
     figure = budget_figure(pyplot, record, size=(6, 4))
     figure.axes[0].set_title(title_of(record), fontsize=9)
@@ -72,14 +84,23 @@ def budget_figure(pyplot: ModuleType, record: Mapping[str, Any], *, size: tuple[
     means = np.array([point["ndcg@10"] for point in points])
     ends = np.array([[point["ndcg@10_interval"][end] for point in points] for end in ("low", "high")])
     label = "reasoned; below: thinking tokens allowed, ms a query"
-    axis.errorbar(tokens, means, yerr=np.abs(ends - means), color="C0", marker="o", markersize=4, capsize=3, label=label)
+    axis.errorbar(
+        tokens, means, yerr=np.abs(ends - means), color="C0", marker="o", markersize=4, capsize=3, label=label
+    )
     for point in points:
         # Under the bar, where no line passes.
         price = f"{point['max_think_tokens']}\n{point['milliseconds_per_query']:.0f} ms"
         under = (point["reply_tokens"], point["ndcg@10_interval"]["low"])
-        axis.annotate(price, under, xytext=(0, -4), textcoords="offset points", ha="center", va="top", fontsize=8)
+        axis.annotate(
+            price, under, xytext=(0, -4), textcoords="offset points", ha="center", va="top", fontsize=8
+        )
     direct, interval = record["direct"], record["direct"]["ndcg@10_interval"]
-    axis.axhline(direct["ndcg@10"], color="C1", linestyle="--", label=f"direct, {direct['milliseconds_per_query']:.0f} ms a query")
+    axis.axhline(
+        direct["ndcg@10"],
+        color="C1",
+        linestyle="--",
+        label=f"direct, {direct['milliseconds_per_query']:.0f} ms a query",
+    )
     axis.axhspan(interval["low"], interval["high"], color="C1", alpha=0.15, linewidth=0)
     axis.set(xlabel="tokens written for a query", ylabel="nDCG@10, 95 % interval")
     axis.margins(x=0.08, y=0.2)
@@ -112,13 +133,17 @@ def _check(settings: BudgetSettings) -> None:
 
 def _curve(settings: BudgetSettings, collection: Collection, result: BudgetResult) -> dict[str, Any]:
     def numbers(mode: ModeResult) -> dict[str, Any]:
-        interval = bootstrap_interval(query_values(collection, mode), samples=settings.samples, seed=settings.seed)
+        interval = bootstrap_interval(
+            query_values(collection, mode), samples=settings.samples, seed=settings.seed
+        )
         return {**mode.as_dict(), "ndcg@10_interval": dataclasses.asdict(interval)}
 
     direct_q = query_values(collection, result.direct)
     budgets = []
     for budget, mode in result.reasoned.items():
-        gain = bootstrap_interval(query_values(collection, mode) - direct_q, samples=settings.samples, seed=settings.seed)
+        gain = bootstrap_interval(
+            query_values(collection, mode) - direct_q, samples=settings.samples, seed=settings.seed
+        )
         point = {"max_think_tokens": budget, **numbers(mode), "over_direct": dataclasses.asdict(gain)}
         budgets.append(point | {"per_query": per_query(collection, mode)})
     return {
@@ -134,10 +159,18 @@ def _show(record: Mapping[str, Any]) -> None:
     table.add_column("thinking", no_wrap=True)
     for name in ("nDCG@10", "95 % interval", *(name for name, _, _ in COLUMNS)):
         table.add_column(name, justify="right", no_wrap=True)
-    rows = [("direct", record["direct"]), *((str(point["max_think_tokens"]), point) for point in record["budgets"])]
+    rows = [
+        ("direct", record["direct"]),
+        *((str(point["max_think_tokens"]), point) for point in record["budgets"]),
+    ]
     for name, values in rows:
         interval = interval_text(values["ndcg@10_interval"])
-        table.add_row(name, f"{values['ndcg@10']:.4f}", interval, *(shape.format(values[key]) for _, key, shape in COLUMNS))
+        table.add_row(
+            name,
+            f"{values['ndcg@10']:.4f}",
+            interval,
+            *(shape.format(values[key]) for _, key, shape in COLUMNS),
+        )
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
     console.print("thinking: tokens allowed; tokens and ms: of a query, compiling left out")

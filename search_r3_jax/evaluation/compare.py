@@ -52,7 +52,8 @@ class Comparison:
 
 
 def read_result(name: str) -> Result:
-    """A result file, or one mode of it where `:direct`, `:reason` or `:average` is appended; raises UserError naming file and field."""
+    """A result file, or one mode of it where `:direct`, `:reason` or `:average` is appended; raises UserError
+    naming file and field."""
     path, mode = Path(name), None
     head, _, tail = name.rpartition(":")
     if tail in MODES and not path.is_file():
@@ -62,7 +63,9 @@ def read_result(name: str) -> Result:
         raise UserError(f"{path}: modes: missing, so it is no result of `search-r3 eval`; evaluate again")
     modes = record["modes"]
     if mode is None and len(modes) > 1:
-        raise UserError(f"{path}: has the modes {' and '.join(modes)}; append one, as in {path}:{next(iter(modes))}")
+        raise UserError(
+            f"{path}: has the modes {' and '.join(modes)}; append one, as in {path}:{next(iter(modes))}"
+        )
     mode = mode or next(iter(modes))
     if mode not in modes:
         raise UserError(f"{path}: modes: has no {mode}; it has {' and '.join(modes)}")
@@ -77,12 +80,17 @@ def compare_results(first: Result, second: Result, metric: str, *, samples: int,
         raise UserError(f"--samples: {samples} is less than 1; give a positive number")
     _check_same_data(first, second)
     ids = list(first.queries)
-    values_aq, values_bq = (np.array([result.queries[i][metric] for i in ids], np.float64) for result in (first, second))
+    values_aq, values_bq = (
+        np.array([result.queries[i][metric] for i in ids], np.float64) for result in (first, second)
+    )
     differences_q = values_bq - values_aq
     changed = [int(at) for at in np.argsort(-np.abs(differences_q), kind="stable") if differences_q[at] != 0]
     return Comparison(
         metric=metric,
-        means=(bootstrap_interval(values_aq, samples=samples, seed=seed), bootstrap_interval(values_bq, samples=samples, seed=seed)),
+        means=(
+            bootstrap_interval(values_aq, samples=samples, seed=seed),
+            bootstrap_interval(values_bq, samples=samples, seed=seed),
+        ),
         difference=bootstrap_interval(differences_q, samples=samples, seed=seed),
         p_value=sign_flip_p_value(differences_q, samples=samples, seed=seed),
         better=int(np.sum(differences_q > 0)),
@@ -93,7 +101,9 @@ def compare_results(first: Result, second: Result, metric: str, *, samples: int,
 
 def show_comparison(first: Result, second: Result, comparison: Comparison, console: Console) -> None:
     """The tests in one table, then the queries that moved most, with both thoughts where there are any."""
-    table = Table(title=f"{comparison.metric} of {len(first.queries)} queries", title_justify="left", box=SIMPLE_HEAD)
+    table = Table(
+        title=f"{comparison.metric} of {len(first.queries)} queries", title_justify="left", box=SIMPLE_HEAD
+    )
     table.add_column("", overflow="fold")
     for name in ("mean", "95 % interval"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -102,11 +112,16 @@ def show_comparison(first: Result, second: Result, comparison: Comparison, conso
         (f"B  {second.name}", comparison.means[1], "{:.4f}"),
         ("B − A", comparison.difference, "{:+.4f}"),
     ):
-        table.add_row(Text(name), shape.format(interval.mean), f"{shape.format(interval.low)} … {shape.format(interval.high)}")
+        table.add_row(
+            Text(name),
+            shape.format(interval.mean),
+            f"{shape.format(interval.low)} … {shape.format(interval.high)}",
+        )
     console.print(table)
     same = len(first.queries) - comparison.better - comparison.worse
     console.print(
-        f"paired permutation test: p = {comparison.p_value:.4g}; B better on {comparison.better}, worse on {comparison.worse},"
+        f"paired permutation test: p = {comparison.p_value:.4g}; B better on {comparison.better}, worse on "
+        f"{comparison.worse},"
         f" equal on {same} queries"
     )
     for query_id in comparison.moved[:SHOWN]:
@@ -127,4 +142,6 @@ def _check_same_data(first: Result, second: Result) -> None:
         ("documents_sha256", "documents"),
     ):
         if first.data.get(field) != second.data.get(field):
-            raise UserError(f"{second.name}: data.{field}: other {what} than in {first.name}; evaluate both on the same")
+            raise UserError(
+                f"{second.name}: data.{field}: other {what} than in {first.name}; evaluate both on the same"
+            )

@@ -1,4 +1,5 @@
-"""Controls of reasoning: what a query's own reasoning is worth beside another one, none, or as many tokens that say nothing."""
+"""Controls of reasoning: what a query's own reasoning is worth beside another one, none, or as many tokens
+that say nothing."""
 
 from __future__ import annotations
 
@@ -32,15 +33,18 @@ def control_replies(
     seed: int,
     step: int = 0,
 ) -> dict[str, list[list[int]]]:
-    """Complete replies [Q·G] under each name of `CONTROLS`, from the texts [Q] and their own replies [Q·G] (ids, closing included).
+    """Complete replies [Q·G] under each name of `CONTROLS`, from the texts [Q] and their own replies [Q·G]
+    (ids, closing included).
 
-    `repeated` and `random` (of `words`) reason in as many tokens as the own reply does, so that they cost the same; sample g is exchanged
-    with sample g of another query. A pure function of its arguments; raises ValueError below two queries, without words, or where the
-    replies are no multiple of the texts.
+    `repeated` and `random` (of `words`) reason in as many tokens as the own reply does, so that they cost the
+    same; sample g is exchanged with sample g of another query. A pure function of its arguments; raises
+    ValueError below two queries, without words, or where the replies are no multiple of the texts.
     """
     Q, B = len(texts), len(replies)
     if not words or not Q or B % Q:
-        raise ValueError(f"{Q} queries, {B} replies, {len(words)} words: want a multiple of the queries, and words")
+        raise ValueError(
+            f"{Q} queries, {B} replies, {len(words)} words: want a multiple of the queries, and words"
+        )
     G = B // Q
     other_q = derangement(Q, seed, step)
     tokens_b = [thought_tokens(prompter, reply) for reply in replies]
@@ -49,8 +53,13 @@ def control_replies(
         "swapped": [list(replies[other_q[b // G] * G + b % G]) for b in range(B)],
         "empty": [list(prompter.reason.closing) for _ in range(B)],
         # Each word and each repetition is a token at least: so many are enough, and what is too much is cut.
-        "repeated": [_thought(prompter, [texts[b // G]] * tokens, tokens) for b, tokens in enumerate(tokens_b)],
-        "random": [_thought(prompter, _random_words(words, tokens, [seed, step, b]), tokens) for b, tokens in enumerate(tokens_b)],
+        "repeated": [
+            _thought(prompter, [texts[b // G]] * tokens, tokens) for b, tokens in enumerate(tokens_b)
+        ],
+        "random": [
+            _thought(prompter, _random_words(words, tokens, [seed, step, b]), tokens)
+            for b, tokens in enumerate(tokens_b)
+        ],
     }
 
 
@@ -62,11 +71,14 @@ def thought_tokens(prompter: Prompter, reply: Sequence[int]) -> int:
 
 def corpus_words(collection: Collection) -> list[str]:
     """The different words of the corpus, sorted; of a large one those of its first documents."""
-    return sorted({word for document in collection.documents[:_DOCUMENTS_READ] for word in plain_words(document.body)})
+    return sorted(
+        {word for document in collection.documents[:_DOCUMENTS_READ] for word in plain_words(document.body)}
+    )
 
 
 def derangement(count: int, seed: int, step: int) -> np.ndarray:
-    """A seeded permutation [count] int64 of one cycle, so that nothing stays in place; raises ValueError below 2."""
+    """A seeded permutation [count] int64 of one cycle, so that nothing stays in place; raises ValueError
+    below 2."""
     if count < 2:
         raise ValueError(f"{count} queries: there is nobody to exchange with")
     around = np.random.default_rng([seed, step]).permutation(count)

@@ -28,13 +28,21 @@ def draw_curves(runs: Sequence[Path], out: Path) -> None:
     check_output("--out", out)
     pyplot = open_pyplot("curves")
     read = {run.name: _read(run) for run in runs}
-    figure, axes = pyplot.subplots(2, len(read), figsize=(4 * len(read), 6), squeeze=False, sharex="col", layout="constrained")
+    figure, axes = pyplot.subplots(
+        2, len(read), figsize=(4 * len(read), 6), squeeze=False, sharex="col", layout="constrained"
+    )
     for (run, (evaluations, metrics)), (above, below) in zip(read.items(), axes.T, strict=True):
         for mode, style in MODES.items():
-            seen = [(step, sets) for step, sets in evaluations if all(mode in modes for modes in sets.values())]
-            points = [(step, np.mean([modes[mode]["ndcg@10"] for modes in sets.values()])) for step, sets in seen]
+            seen = [
+                (step, sets) for step, sets in evaluations if all(mode in modes for modes in sets.values())
+            ]
+            points = [
+                (step, np.mean([modes[mode]["ndcg@10"] for modes in sets.values()])) for step, sets in seen
+            ]
             if points:
-                above.plot(*zip(*points, strict=True), style, color="C0", marker="o", markersize=4, label=mode)
+                above.plot(
+                    *zip(*points, strict=True), style, color="C0", marker="o", markersize=4, label=mode
+                )
         above.set(title=run, ylim=(0, 1))
         of_stage_2 = any("reward" in line for line in metrics)
         for i, name in enumerate(REWARDS if of_stage_2 else LOSSES):
@@ -42,9 +50,13 @@ def draw_curves(runs: Sequence[Path], out: Path) -> None:
             # A term that is left out is logged as zero throughout.
             if any(value for _, value in values):
                 steps, heights = zip(*values, strict=True)
-                below.plot(steps, smoothed(np.array(heights)), color=f"C{i + 1}", label=name.replace("_", " "))
+                below.plot(
+                    steps, smoothed(np.array(heights)), color=f"C{i + 1}", label=name.replace("_", " ")
+                )
         # KL begins at nothing.
-        below.set(xlabel="step", **({"ylim": (0, 1.02)} if of_stage_2 else {"yscale": "log", "ylim": (1e-3, None)}))
+        below.set(
+            xlabel="step", **({"ylim": (0, 1.02)} if of_stage_2 else {"yscale": "log", "ylim": (1e-3, None)})
+        )
         for axis in (above, below):
             axis.grid(alpha=0.3)
             axis.spines[["top", "right"]].set_visible(False)
@@ -57,7 +69,8 @@ def draw_curves(runs: Sequence[Path], out: Path) -> None:
 
 
 def open_pyplot(command: str) -> ModuleType:
-    """`matplotlib.pyplot`, drawing to files alone; raises UserError, which begins with the command's name, where it is not installed."""
+    """`matplotlib.pyplot`, drawing to files alone; raises UserError, which begins with the command's name,
+    where it is not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -73,7 +86,9 @@ def _read(run: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[dict[str, A
     file = run / "metrics.jsonl"
     if not file.is_file():
         raise UserError(f"{run}: no metrics.jsonl; give folders that sft or rl wrote to")
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((run / "eval").glob("dev_*.json"))]
+    records = [
+        json.loads(path.read_text(encoding="utf-8")) for path in sorted((run / "eval").glob("dev_*.json"))
+    ]
     metrics = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     return [(record["step"], record["results"]) for record in records], metrics
 

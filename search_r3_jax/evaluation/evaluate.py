@@ -16,8 +16,8 @@ from search_r3_jax.data.collection import Collection
 from search_r3_jax.evaluation.controls import CONTROLS, control_replies, corpus_words
 from search_r3_jax.evaluation.metrics import Metrics, Run, evaluate_run, run_from_scores
 from search_r3_jax.models.decoder import Decoder
-from search_r3_jax.retrieval.exact import ExactIndex
-from search_r3_jax.retrieval.index import LocalIndex
+from search_r3_jax.retrieval.index.exact import ExactIndex
+from search_r3_jax.retrieval.index.protocol import LocalIndex
 from search_r3_jax.rollout.encoder import Encoder, ReasonedEncoder
 from search_r3_jax.rollout.sampler import Sampler
 from search_r3_jax.text.prompts import Prompter
@@ -39,7 +39,8 @@ class EmbeddedQueries:
         vectors: [Q,E] float32 of unit norm.
         seconds: what embedding them took, compiling included.
         warm_seconds: the same without compiling.
-        valid: [Q] whether the reasoning ended with an embed token of its own; empty where nothing was written.
+        valid: [Q] whether the reasoning ended with an embed token of its own; empty where nothing was
+            written.
         tokens: [Q] tokens of each reply; empty where there are none.
         thoughts: what was written for each query; empty without reasoning.
         replies: the token ids of that, up to and with the embed token.
@@ -78,7 +79,8 @@ class ModeResult:
 
     @property
     def valid_rate(self) -> float:
-        """Share of queries whose reasoning ended with an embed token of its own; 1 where nothing was written."""
+        """Share of queries whose reasoning ended with an embed token of its own; 1 where nothing was
+        written."""
         return float(np.mean(self.valid)) if self.valid else 1.0
 
     @property
@@ -101,46 +103,86 @@ class Evaluator:
     """Compiled once, then fed with any parameters of the same structure."""
 
     def __init__(
-        self, graph: nnx.GraphDef[Decoder], prompter: Prompter, text: TextConfig, sampler: SamplerConfig, *, mesh: Mesh | None = None
+        self,
+        graph: nnx.GraphDef[Decoder],
+        prompter: Prompter,
+        text: TextConfig,
+        sampler: SamplerConfig,
+        *,
+        mesh: Mesh | None = None,
     ):
         """On a `mesh`, every process evaluates the same and comes to the same result."""
-        self._encoder, self._reasoned_encoder = Encoder(graph, prompter, mesh=mesh), ReasonedEncoder(graph, prompter, mesh=mesh)
+        self._encoder, self._reasoned_encoder = (
+            Encoder(graph, prompter, mesh=mesh),
+            ReasonedEncoder(graph, prompter, mesh=mesh),
+        )
         # Greedy: an evaluation must not depend on a seed.
         self._sampler = Sampler(
-            graph, prompter, max_think_tokens=sampler.max_think_tokens, temperature=0.0, prefill_chunk=sampler.prefill_chunk, mesh=mesh
+            graph,
+            prompter,
+            max_think_tokens=sampler.max_think_tokens,
+            temperature=0.0,
+            prefill_chunk=sampler.prefill_chunk,
+            mesh=mesh,
         )
         self._prompter, self._text = prompter, text
 
-    def documents(self, state: nnx.State, collection: Collection, on_progress: OnProgress | None = None) -> np.ndarray:
+    def documents(
+        self, state: nnx.State, collection: Collection, on_progress: OnProgress | None = None
+    ) -> np.ndarray:
         """Vectors [N,E] of the corpus."""
         texts = [document.body for document in collection.documents]
-        return self._encoder.encode(state, texts, max_tokens=self._text.max_document_tokens, on_progress=on_progress)
+        return self._encoder.encode(
+            state, texts, max_tokens=self._text.max_document_tokens, on_progress=on_progress
+        )
 
     def direct(self, state: nnx.State, collection: Collection, documents_ne: np.ndarray) -> ModeResult:
-        """Queries embedded without reasoning, by exact search; `documents_ne` are the vectors of the collection's corpus."""
-        return search_result(collection, exact_index(collection, documents_ne), self.direct_queries(state, collection))
+        """Queries embedded without reasoning, by exact search; `documents_ne` are the vectors of the
+        collection's corpus."""
+        return search_result(
+            collection, exact_index(collection, documents_ne), self.direct_queries(state, collection)
+        )
 
     def reason(
-        self, state: nnx.State, collection: Collection, documents_ne: np.ndarray, on_progress: OnProgress | None = None
+        self,
+        state: nnx.State,
+        collection: Collection,
+        documents_ne: np.ndarray,
+        on_progress: OnProgress | None = None,
     ) -> ModeResult:
         """Queries embedded after greedy reasoning, by exact search."""
-        return search_result(collection, exact_index(collection, documents_ne), self.reasoned_queries(state, collection, on_progress))
+        return search_result(
+            collection,
+            exact_index(collection, documents_ne),
+            self.reasoned_queries(state, collection, on_progress),
+        )
 
-    def direct_queries(self, state: nnx.State, collection: Collection, on_progress: OnProgress | None = None) -> EmbeddedQueries:
+    def direct_queries(
+        self, state: nnx.State, collection: Collection, on_progress: OnProgress | None = None
+    ) -> EmbeddedQueries:
         """Queries embedded without reasoning; their reply is the words that close every reply."""
         started = time.perf_counter()
         texts = [query.text for query in collection.queries]
         self._encoder.compile(state, texts, max_tokens=self._text.max_query_tokens)
         compiled = time.perf_counter()
-        vectors = self._encoder.encode(state, texts, max_tokens=self._text.max_query_tokens, on_progress=on_progress)
+        vectors = self._encoder.encode(
+            state, texts, max_tokens=self._text.max_query_tokens, on_progress=on_progress
+        )
         ended = time.perf_counter()
         tokens = [len(self._prompter.direct.closing)] * len(texts)
         return EmbeddedQueries(
-            vectors=vectors, seconds=ended - started, warm_seconds=ended - compiled, valid=[True] * len(texts), tokens=tokens
+            vectors=vectors,
+            seconds=ended - started,
+            warm_seconds=ended - compiled,
+            valid=[True] * len(texts),
+            tokens=tokens,
         )
 
-    def reasoned_queries(self, state: nnx.State, collection: Collection, on_progress: OnProgress | None = None) -> EmbeddedQueries:
-        """Queries embedded after greedy reasoning; where the embed token did not come in time it was forced, and counts as not valid."""
+    def reasoned_queries(
+        self, state: nnx.State, collection: Collection, on_progress: OnProgress | None = None
+    ) -> EmbeddedQueries:
+        """Queries embedded after greedy reasoning; where the embed token did not come in time it was forced,
+        and counts as not valid."""
         started = time.perf_counter()
         texts = [query.text for query in collection.queries]
         # Sorted by length, so that a pass holds prompts of one bucket.
@@ -154,7 +196,9 @@ class Evaluator:
             rows = order[start : start + width]
             filled = rows + rows[:1] * (width - len(rows))
             seeds = np.zeros((len(filled), 1), np.uint32)
-            rollout = self._sampler.sample(state, [texts[i] for i in filled], seeds, max_tokens=self._text.max_query_tokens)
+            rollout = self._sampler.sample(
+                state, [texts[i] for i in filled], seeds, max_tokens=self._text.max_query_tokens
+            )
             for at, (i, reply) in enumerate(zip(rows, rollout.replies(), strict=False)):
                 vectors[i], valid[i], replies[i] = rollout.vectors[at], bool(rollout.valid[at]), reply
             if on_progress is not None:
@@ -180,19 +224,26 @@ class Evaluator:
         names: Iterable[str] = tuple(CONTROLS),
         on_progress: OnProgress | None = None,
     ) -> dict[str, EmbeddedQueries]:
-        """The queries with each of `names` (of `CONTROLS`) in place of their own reasoning; raises ValueError for a single query."""
+        """The queries with each of `names` (of `CONTROLS`) in place of their own reasoning; raises ValueError
+        for a single query."""
         texts, max_tokens = [query.text for query in collection.queries], self._text.max_query_tokens
-        of_control = control_replies(self._prompter, texts, reasoned.replies, corpus_words(collection), seed=seed)
+        of_control = control_replies(
+            self._prompter, texts, reasoned.replies, corpus_words(collection), seed=seed
+        )
         found: dict[str, EmbeddedQueries] = {}
         for name in names:
             replies = of_control[name]
             started = time.perf_counter()
             self._reasoned_encoder.compile(state, texts, replies, max_tokens=max_tokens)
             compiled = time.perf_counter()
-            vectors = self._reasoned_encoder.encode(state, texts, replies, max_tokens=max_tokens, on_progress=on_progress)
+            vectors = self._reasoned_encoder.encode(
+                state, texts, replies, max_tokens=max_tokens, on_progress=on_progress
+            )
             ended = time.perf_counter()
             tokens = [len(reply) for reply in replies]
-            found[name] = EmbeddedQueries(vectors=vectors, seconds=ended - started, warm_seconds=ended - compiled, tokens=tokens)
+            found[name] = EmbeddedQueries(
+                vectors=vectors, seconds=ended - started, warm_seconds=ended - compiled, tokens=tokens
+            )
         return found
 
 

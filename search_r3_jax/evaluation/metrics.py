@@ -35,7 +35,9 @@ NOTHING_FOUND = Metrics(ndcg_at_10=0.0, recall_at_10=0.0, recall_at_100=0.0, mrr
 _MEASURES = {"ndcg_cut.10", "recall.10,100", "recip_rank", "map"}
 
 
-def evaluate_run(qrels: Mapping[str, Mapping[str, int]], run: Mapping[str, Mapping[str, float]]) -> tuple[Metrics, dict[str, Metrics]]:
+def evaluate_run(
+    qrels: Mapping[str, Mapping[str, int]], run: Mapping[str, Mapping[str, float]]
+) -> tuple[Metrics, dict[str, Metrics]]:
     """The mean over all queries of `qrels`, and each query's metrics; a query that `run` lacks counts as 0.
 
     trec_eval ranks by float32 score and, among equal scores, by descending document id.
@@ -43,32 +45,47 @@ def evaluate_run(qrels: Mapping[str, Mapping[str, int]], run: Mapping[str, Mappi
     """
     if not qrels:
         raise UserError("qrels: no judged queries; choose a split that has some")
-    evaluator = pytrec_eval.RelevanceEvaluator({query_id: dict(judged) for query_id, judged in qrels.items()}, _MEASURES)
+    evaluator = pytrec_eval.RelevanceEvaluator(
+        {query_id: dict(judged) for query_id, judged in qrels.items()}, _MEASURES
+    )
     answered = {query_id: _plain_floats(run[query_id]) for query_id in qrels if run.get(query_id)}
     results = evaluator.evaluate(answered) if answered else {}
-    of_query = {query_id: _metrics(results[query_id]) if query_id in results else NOTHING_FOUND for query_id in qrels}
+    of_query = {
+        query_id: _metrics(results[query_id]) if query_id in results else NOTHING_FOUND for query_id in qrels
+    }
     return _mean(of_query.values()), of_query
 
 
-def run_from_scores(query_ids: Sequence[str], doc_ids: Sequence[str], scores: np.ndarray, rows: np.ndarray) -> Run:
+def run_from_scores(
+    query_ids: Sequence[str], doc_ids: Sequence[str], scores: np.ndarray, rows: np.ndarray
+) -> Run:
     """A run from `scores` [Q,k] and corpus `rows` [Q,k]; row −1 means that nothing was found there."""
     scores, rows = np.asarray(scores), np.asarray(rows)
     if scores.shape != rows.shape or len(rows) != len(query_ids):
-        raise ValueError(f"expected scores and rows [{len(query_ids)}, k], got {scores.shape} and {rows.shape}")
+        raise ValueError(
+            f"expected scores and rows [{len(query_ids)}, k], got {scores.shape} and {rows.shape}"
+        )
     return {
-        query_id: {doc_ids[int(row)]: float(score) for score, row in zip(query_scores, query_rows, strict=True) if row >= 0}
+        query_id: {
+            doc_ids[int(row)]: float(score)
+            for score, row in zip(query_scores, query_rows, strict=True)
+            if row >= 0
+        }
         for query_id, query_scores, query_rows in zip(query_ids, scores, rows, strict=True)
     }
 
 
 def write_trec_run(path: Path | str, run: Mapping[str, Mapping[str, float]], tag: str) -> None:
-    """Writes `query Q0 document rank score tag` lines in trec_eval's order; raises UserError for ids with white space."""
+    """Writes `query Q0 document rank score tag` lines in trec_eval's order; raises UserError for ids with
+    white space."""
     path = Path(path)
     lines: list[str] = []
     for query_id, scores in run.items():
         ranked = sorted(scores.items(), key=lambda item: (np.float32(item[1]), item[0]), reverse=True)
         for rank, (doc_id, score) in enumerate(ranked, start=1):
-            lines.append(_line(path, len(lines), (query_id, "Q0", doc_id, str(rank), repr(float(score)), tag)))
+            lines.append(
+                _line(path, len(lines), (query_id, "Q0", doc_id, str(rank), repr(float(score)), tag))
+            )
     _write_lines(path, lines)
 
 
@@ -112,5 +129,13 @@ def _metrics(measured: Mapping[str, float]) -> Metrics:
 def _mean(metrics: Iterable[Metrics]) -> Metrics:
     # Each on its own, as pytrec_eval adds them up: over an axis NumPy rounds otherwise in the last digit.
     columns = zip(*(each.as_dict().values() for each in metrics), strict=True)
-    ndcg_at_10, recall_at_10, recall_at_100, mrr, average_precision = (float(np.mean(column)) for column in columns)
-    return Metrics(ndcg_at_10=ndcg_at_10, recall_at_10=recall_at_10, recall_at_100=recall_at_100, mrr=mrr, map=average_precision)
+    ndcg_at_10, recall_at_10, recall_at_100, mrr, average_precision = (
+        float(np.mean(column)) for column in columns
+    )
+    return Metrics(
+        ndcg_at_10=ndcg_at_10,
+        recall_at_10=recall_at_10,
+        recall_at_100=recall_at_100,
+        mrr=mrr,
+        map=average_precision,
+    )

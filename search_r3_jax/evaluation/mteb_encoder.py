@@ -1,4 +1,5 @@
-"""MTEB's encoder protocol over an `Embedder`: queries may be thought about, documents and everything else are embedded directly."""
+"""MTEB's encoder protocol over an `Embedder`: queries may be thought about, documents and everything else are
+embedded directly."""
 
 from __future__ import annotations
 
@@ -23,8 +24,10 @@ class MtebEncoder(AbsEncoder):
 
     Attributes:
         model: the `Embedder`.
-        mteb_model_meta: name, revision (a hash of the parameters) and, where they are not the usual ones, the settings of this encoder.
-        model_prompts: what stands before a text, by MTEB's names: a task, a type of tasks, or one of them with -query or -document.
+        mteb_model_meta: name, revision (a hash of the parameters) and, where they are not the usual ones, the
+            settings of this encoder.
+        model_prompts: what stands before a text, by MTEB's names: a task, a type of tasks, or one of them
+            with -query or -document.
     """
 
     model: Embedder
@@ -44,15 +47,24 @@ class MtebEncoder(AbsEncoder):
     ):
         """Open whatever `Embedder.load` opens; raises UserError when it cannot be read.
 
-        `mode` is that of queries. `instruction_template` puts a task's own instruction before its queries, as in "Instruct:
-        {instruction}\\nQuery: ". `revision` and `device` are the protocol's: the parameters say what they are, and JAX chooses devices.
+        `mode` is that of queries. `instruction_template` puts a task's own instruction before its queries, as
+        in "Instruct: {instruction}\\nQuery: ". `revision` and `device` are the protocol's: the parameters say
+        what they are, and JAX chooses devices.
         """
-        self.model = Embedder.load(model_name, step=step, max_tokens=max_tokens, max_think_tokens=max_think_tokens)
+        self.model = Embedder.load(
+            model_name, step=step, max_tokens=max_tokens, max_think_tokens=max_think_tokens
+        )
         self._mode: Mode = mode
         self.model_prompts = self.validate_task_to_prompt_name(dict(prompts)) if prompts else None
         self.instruction_template = instruction_template
-        settings: dict[str, Any] = {"mode": mode, "max_think_tokens": max_think_tokens} if mode == "reason" else {}
-        given = {"max_tokens": max_tokens, "prompts": self.model_prompts, "instruction_template": instruction_template}
+        settings: dict[str, Any] = (
+            {"mode": mode, "max_think_tokens": max_think_tokens} if mode == "reason" else {}
+        )
+        given = {
+            "max_tokens": max_tokens,
+            "prompts": self.model_prompts,
+            "instruction_template": instruction_template,
+        }
         settings |= {name: value for name, value in given.items() if value is not None}
         self.mteb_model_meta = ModelMeta(
             # How MTEB would open it by its name alone, which it cannot.
@@ -93,7 +105,8 @@ class MtebEncoder(AbsEncoder):
         return self.model.encode(
             [before + text for text in texts],
             kind="document" if document else "query",
-            # Only what is searched for is thought about: neither documents nor the texts of symmetric tasks are.
+            # Only what is searched for is thought about: neither documents nor the texts of symmetric tasks
+            # are.
             mode=self._mode if prompt_type is PromptType.query else "direct",
             progress=None if kwargs.get("show_progress_bar", True) else False,
         )
@@ -109,7 +122,8 @@ class MtebEncoder(AbsEncoder):
 
 
 def mteb_name(model: str) -> str:
-    """A name with an organisation before it, as MTEB demands: a hub id itself, of a folder the last two parts of its path."""
+    """A name with an organisation before it, as MTEB demands: a hub id itself, of a folder the last two parts
+    of its path."""
     path = Path(model)
     if not path.exists():
         return model if "/" in model else f"search_r3_jax/{model}"
@@ -121,4 +135,7 @@ def _documents(batch: Mapping[str, Any]) -> Sequence[str]:
     """Titles stand on lines of their own, as in training."""
     if "title" not in batch:
         return batch["text"]
-    return [Document(doc_id="", title=title, text=text).body for title, text in zip(batch["title"], batch["body"], strict=True)]
+    return [
+        Document(doc_id="", title=title, text=text).body
+        for title, text in zip(batch["title"], batch["body"], strict=True)
+    ]

@@ -16,14 +16,19 @@ from rich.console import Console
 from rich.table import Table
 
 from search_r3_jax.data.collection import Collection
-from search_r3_jax.data.cut import documents_hash
+from search_r3_jax.data.subsample import documents_hash
 from search_r3_jax.errors import UserError
 from search_r3_jax.evaluation.mteb_encoder import MtebEncoder
 from search_r3_jax.evaluation.report import check_evaluation, open_collection
 from search_r3_jax.evaluation.settings import MtebSettings
 
 # As elsewhere in a table of results.
-SCORES = {"nDCG@10": "ndcg_at_10", "recall@10": "recall_at_10", "MRR@10": "mrr_at_10", "main score": "main_score"}
+SCORES = {
+    "nDCG@10": "ndcg_at_10",
+    "recall@10": "recall_at_10",
+    "MRR@10": "mrr_at_10",
+    "main score": "main_score",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +42,8 @@ class TaskScores:
 
 
 def collection_task(collection: Collection, *, prompt: str | None = None) -> AbsTaskRetrieval:
-    """A collection as a retrieval task; `prompt` is the task's instruction for queries. Its revision is a hash of the documents."""
+    """A collection as a retrieval task; `prompt` is the task's instruction for queries. Its revision is a
+    hash of the documents."""
     # MTEB makes its type of such a dictionary at run time.
     prompts: Any = None if prompt is None else {"query": prompt}
     metadata = TaskMetadata(
@@ -53,9 +59,14 @@ def collection_task(collection: Collection, *, prompt: str | None = None) -> Abs
         is_public=False,
     )
     split = RetrievalSplitData(
-        # A title stands in the text, as it is trained on and embedded; MTEB's own joining of titles would need one everywhere.
-        corpus=Dataset.from_list([{"id": document.doc_id, "text": document.body} for document in collection.documents]),
-        queries=Dataset.from_list([{"id": query.query_id, "text": query.text} for query in collection.queries]),
+        # A title stands in the text, as it is trained on and embedded; MTEB's own joining of titles would
+        # need one everywhere.
+        corpus=Dataset.from_list(
+            [{"id": document.doc_id, "text": document.body} for document in collection.documents]
+        ),
+        queries=Dataset.from_list(
+            [{"id": query.query_id, "text": query.text} for query in collection.queries]
+        ),
         relevant_docs={query_id: dict(judged) for query_id, judged in collection.qrels().items()},
         top_ranked=None,
     )
@@ -72,12 +83,15 @@ def collection_task(collection: Collection, *, prompt: str | None = None) -> Abs
 
 
 def run_mteb(settings: MtebSettings) -> list[TaskScores]:
-    """Evaluates, prints the table, and leaves MTEB's files under `settings.out`; tasks whose results are there are not run again.
+    """Evaluates, prints the table, and leaves MTEB's files under `settings.out`; tasks whose results are
+    there are not run again.
 
     Raises UserError before any long work where it can.
     """
     if not settings.tasks and not settings.data:
-        raise UserError("mteb: nothing to evaluate; name tasks with --tasks, or data sets of this machine with --data")
+        raise UserError(
+            "mteb: nothing to evaluate; name tasks with --tasks, or data sets of this machine with --data"
+        )
     if settings.out.exists() and not settings.out.is_dir():
         raise UserError(f"--out: {settings.out}: is a file; name a folder")
     if settings.max_tokens is not None and settings.max_tokens < 1:
@@ -86,7 +100,10 @@ def run_mteb(settings: MtebSettings) -> list[TaskScores]:
     # The limits are the same on all of them, and on tasks of MTEB.
     check_evaluation(settings.evaluation(settings.out))
     notes = Console(stderr=True, highlight=False, soft_wrap=True)
-    tasks = [*_named_tasks(settings.tasks), *(collection_task(open_collection(each, notes)[0]) for each in evaluations)]
+    tasks = [
+        *_named_tasks(settings.tasks),
+        *(collection_task(open_collection(each, notes)[0]) for each in evaluations),
+    ]
     # MTEB's protocol wants a constructor that takes anything; ours names what it takes.
     encoder: Any = MtebEncoder(
         settings.model,
@@ -102,7 +119,10 @@ def run_mteb(settings: MtebSettings) -> list[TaskScores]:
         for each in result.task_results:
             for split, subsets in each.scores.items():
                 found += [
-                    TaskScores(task=each.task_name, split=split, subset=scores["hf_subset"], scores=dict(scores)) for scores in subsets
+                    TaskScores(
+                        task=each.task_name, split=split, subset=scores["hf_subset"], scores=dict(scores)
+                    )
+                    for scores in subsets
                 ]
     _show(settings, found)
     return found

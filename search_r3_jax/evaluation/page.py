@@ -16,7 +16,15 @@ from search_r3_jax.errors import UserError
 from search_r3_jax.evaluation.curves import SMOOTHED_STEPS
 from search_r3_jax.evaluation.page_tables import Table, budget_table, index_table, result_tables, run_table
 from search_r3_jax.evaluation.page_template import PAGE
-from search_r3_jax.evaluation.pictures import INDEX_PANELS, MOST_POINTS, PANELS, Picture, draw_budget_curve, draw_panels, printable
+from search_r3_jax.evaluation.pictures import (
+    INDEX_PANELS,
+    MOST_POINTS,
+    PANELS,
+    Picture,
+    draw_budget_curve,
+    draw_panels,
+    printable,
+)
 from search_r3_jax.evaluation.result_files import EvalResult, read_results
 from search_r3_jax.evaluation.run_files import RunFiles, Sample, read_runs
 from search_r3_jax.files import check_output, write_bytes
@@ -27,7 +35,8 @@ SHOWN_ROLLOUTS, SHOWN_SEARCHES = 8, 4
 MOST_CHARACTERS = 2_000
 CURVES_NOTE = (
     f"Pale: each step; strong: the mean of {SMOOTHED_STEPS} steps; dots: measured now and then. "
-    f"Of more than {MOST_POINTS} steps, {MOST_POINTS} means take their place. Steps whose value is not finite are left out."
+    f"Of more than {MOST_POINTS} steps, {MOST_POINTS} means take their place. Steps whose value is not "
+    "finite are left out."
 )
 
 
@@ -61,17 +70,25 @@ class Section:
     samples: Sequence[SampleGroup] = ()
 
 
-def write_report(runs: Sequence[Path], results: Sequence[Path], out: Path, pictures: Path | None = None) -> None:
+def write_report(
+    runs: Sequence[Path], results: Sequence[Path], out: Path, pictures: Path | None = None
+) -> None:
     """Write the page about runs and result files, and its pictures as PNG files too.
 
     Raises UserError, with nothing written, for what is neither a run nor a result.
     """
     if not runs and not results:
-        raise UserError("report: nothing to report; name run directories, or files of eval and budget with --eval")
+        raise UserError(
+            "report: nothing to report; name run directories, or files of eval and budget with --eval"
+        )
     check_output("--out", out)
     _check_pictures(pictures)
     found, (evaluations, budgets) = read_runs(runs), read_results(results)
-    sections = [section for section in _sections(found, evaluations, budgets) if section.pictures or section.tables or section.samples]
+    sections = [
+        section
+        for section in _sections(found, evaluations, budgets)
+        if section.pictures or section.tables or section.samples
+    ]
     page = _page([run.name for run in found] or [file.stem for file in results], sections)
     if pictures is not None:
         for picture in (picture for section in sections for picture in section.pictures):
@@ -84,7 +101,9 @@ def _write(file: Path, content: bytes) -> None:
         file.parent.mkdir(exist_ok=True)
         write_bytes(file, content)
     except OSError as error:
-        raise UserError(f"{file}: cannot be written ({error.strerror or error}); make room, or choose another place") from None
+        raise UserError(
+            f"{file}: cannot be written ({error.strerror or error}); make room, or choose another place"
+        ) from None
 
 
 def _check_pictures(folder: Path | None) -> None:
@@ -95,12 +114,16 @@ def _check_pictures(folder: Path | None) -> None:
         raise UserError(f"--pictures: {folder}: is a file; name a folder")
 
 
-def _sections(runs: Sequence[RunFiles], results: Sequence[EvalResult], budgets: Sequence[dict[str, Any]]) -> list[Section]:
+def _sections(
+    runs: Sequence[RunFiles], results: Sequence[EvalResult], budgets: Sequence[dict[str, Any]]
+) -> list[Section]:
     sections = []
     if results:
         sections.append(Section(anchor="results", title="Results", tables=result_tables(results)))
     if budgets:
-        curves = [draw_budget_curve(f"budget-{number}", record) for number, record in enumerate(budgets, start=1)]
+        curves = [
+            draw_budget_curve(f"budget-{number}", record) for number, record in enumerate(budgets, start=1)
+        ]
         tables = [budget_table(record) for record in budgets]
         sections.append(Section(anchor="budget", title="Think budget", pictures=curves, tables=tables))
     for stage, title in STAGES.items():
@@ -109,10 +132,14 @@ def _sections(runs: Sequence[RunFiles], results: Sequence[EvalResult], budgets: 
             continue
         drawn = draw_panels(stage, of_stage, PANELS[stage])
         note = CURVES_NOTE if drawn else "No step has been taken yet."
-        sections.append(Section(anchor=stage, title=title, note=note, pictures=drawn, tables=[run_table(stage, of_stage)]))
+        sections.append(
+            Section(anchor=stage, title=title, note=note, pictures=drawn, tables=[run_table(stage, of_stage)])
+        )
         if stage == "rl" and any(run.metrics for run in of_stage):
             drawn = draw_panels("index", of_stage, INDEX_PANELS)
-            sections.append(Section(anchor="index", title="Moving index", pictures=drawn, tables=[index_table(of_stage)]))
+            sections.append(
+                Section(anchor="index", title="Moving index", pictures=drawn, tables=[index_table(of_stage)])
+            )
     groups = [*map(_rollouts, runs), *map(_searches, runs)]
     groups = [group for group in groups if group.samples]
     sections.append(Section(anchor="samples", title="What was written", samples=groups))
@@ -122,17 +149,24 @@ def _sections(runs: Sequence[RunFiles], results: Sequence[EvalResult], budgets: 
 def _rollouts(run: RunFiles) -> SampleGroup:
     """Rollouts spread over the run."""
     rollouts = [sample for sample in run.samples if not sample.origin]
-    return SampleGroup(title=f"{run.name}: rollouts", samples=[_shown(sample) for sample in _spread(rollouts, SHOWN_ROLLOUTS)])
+    return SampleGroup(
+        title=f"{run.name}: rollouts",
+        samples=[_shown(sample) for sample in _spread(rollouts, SHOWN_ROLLOUTS)],
+    )
 
 
 def _searches(run: RunFiles) -> SampleGroup:
-    """The first searches on development queries that were reasoned about, each at the first and the last evaluation."""
+    """The first searches on development queries that were reasoned about, each at the first and the last
+    evaluation."""
     of_query: dict[tuple[str, ...], list[Sample]] = {}
     for sample in run.samples:
         if sample.origin and sample.text:
             of_query.setdefault((*sample.origin, sample.query), []).append(sample)
     ends = [end for found in list(of_query.values())[:SHOWN_SEARCHES] for end in _spread(found, 2)]
-    return SampleGroup(title=f"{run.name}: development queries, first and last evaluation", samples=[_shown(sample) for sample in ends])
+    return SampleGroup(
+        title=f"{run.name}: development queries, first and last evaluation",
+        samples=[_shown(sample) for sample in ends],
+    )
 
 
 def _spread(samples: Sequence[Sample], count: int) -> list[Sample]:
@@ -157,7 +191,9 @@ def _cut(text: str) -> str:
 
 
 def _page(names: Sequence[str], sections: Sequence[Section]) -> str:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, finalize=_finalized)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, finalize=_finalized
+    )
     environment.filters["data_uri"] = _data_uri
     title = f"search-r3: {', '.join(names)}"
     return environment.from_string(PAGE).render(title=title, sections=sections, version=__version__)
@@ -168,5 +204,6 @@ def _finalized(value: Any) -> Any:
 
 
 def _data_uri(svg: bytes) -> str:
-    # As a picture it can neither run a script nor reach for anything, and its ids do not meet those of others.
+    # As a picture it can neither run a script nor reach for anything, and its ids do not meet those of
+    # others.
     return "data:image/svg+xml;base64," + base64.b64encode(svg).decode("ascii")

@@ -44,7 +44,12 @@ class Table:
 def run_table(stage: str, runs: Sequence[RunFiles]) -> Table:
     """Settings and outcome of runs of one stage, a column each."""
     rows: list[tuple[str, Show]] = [*_SETTINGS, *_STAGE_SETTINGS[stage], *_OUTCOME, *_STAGE_OUTCOME[stage]]
-    return _columns("Settings and outcome", rows, runs, note="“last quarter” is the mean over the last quarter of the steps taken.")
+    return _columns(
+        "Settings and outcome",
+        rows,
+        runs,
+        note="“last quarter” is the mean over the last quarter of the steps taken.",
+    )
 
 
 def index_table(runs: Sequence[RunFiles]) -> Table:
@@ -53,16 +58,23 @@ def index_table(runs: Sequence[RunFiles]) -> Table:
 
 
 def result_tables(results: Sequence[EvalResult]) -> list[Table]:
-    """All sets by all systems, where there are several sets; then each set's systems with every metric, and controls of reasoning."""
+    """All sets by all systems, where there are several sets; then each set's systems with every metric, and
+    controls of reasoning."""
     of_set: dict[SetKey, dict[str, EvalResult]] = {}
     for result in results:
         systems = of_set.setdefault(result.searched, {})
         # Two checkpoints of one name, for one: the files tell them apart.
-        systems[result.system if result.system not in systems else f"{result.system} ({result.file})"] = result
+        systems[result.system if result.system not in systems else f"{result.system} ({result.file})"] = (
+            result
+        )
     tables = [_overview(of_set)] if len(of_set) > 1 else []
     for searched, systems in of_set.items():
         tables.append(_set_table(searched, systems))
-        tables += [_controls_table(searched, name, result.controls) for name, result in systems.items() if result.controls]
+        tables += [
+            _controls_table(searched, name, result.controls)
+            for name, result in systems.items()
+            if result.controls
+        ]
     return tables
 
 
@@ -71,11 +83,18 @@ def budget_table(record: Mapping[str, Any]) -> Table:
 
     def row(name: str, point: Mapping[str, Any]) -> list[Cell]:
         gain = point.get("over_direct")
-        over = Cell(text="") if gain is None else Cell(text=f"{gain['mean']:+.4f}", small=interval_text(gain, "{:+.3f}"))
+        over = (
+            Cell(text="")
+            if gain is None
+            else Cell(text=f"{gain['mean']:+.4f}", small=interval_text(gain, "{:+.3f}"))
+        )
         score = Cell(text=f"{point['ndcg@10']:.4f}", small=interval_text(point["ndcg@10_interval"]))
         return [Cell(text=name), score, over, *_costs(point)]
 
-    rows = [row("direct", record["direct"]), *(row(str(point["max_think_tokens"]), point) for point in record["budgets"])]
+    rows = [
+        row("direct", record["direct"]),
+        *(row(str(point["max_think_tokens"]), point) for point in record["budgets"]),
+    ]
     head = ["tokens allowed", "nDCG@10", "over direct", *_COST_NAMES]
     return Table(title=title_of(record), head=head, rows=rows, note=f"{INTERVALS_NOTE} {COSTS_NOTE}")
 
@@ -92,7 +111,12 @@ def _overview(of_set: Mapping[SetKey, Mapping[str, EvalResult]]) -> Table:
     rows = []
     for name in names:
         found = [systems.get(name) for systems in of_set.values()]
-        rows.append([Cell(text=name), *(Cell(text="") if each is None else _scored(each.values("ndcg@10")) for each in found)])
+        rows.append(
+            [
+                Cell(text=name),
+                *(Cell(text="") if each is None else _scored(each.values("ndcg@10")) for each in found),
+            ]
+        )
     head = ["nDCG@10", *(f"{each.name} ({each.split}), {each.documents} documents" for each in of_set)]
     return Table(title="nDCG@10 of every system on every set", head=head, rows=rows, note=INTERVALS_NOTE)
 
@@ -107,23 +131,40 @@ def _set_table(searched: SetKey, systems: Mapping[str, EvalResult]) -> Table:
     titles = {key: title for title, key, _ in ROWS}
     metrics = [titles[metric] for metric in METRICS]
     over = [] if len(systems) == 1 else ["over the first"]
-    note = f"{INTERVALS_NOTE} {'“Over the first” is the paired difference of nDCG@10 to the first row. ' if over else ''}{COSTS_NOTE}"
-    return Table(title=_set_title(searched), head=["", metrics[0], *over, *metrics[1:], *_COST_NAMES], rows=rows, note=note)
+    note = (
+        f"{INTERVALS_NOTE} "
+        f"{'“Over the first” is the paired difference of nDCG@10 to the first row. ' if over else ''}{COSTS_NOTE}"
+    )
+    return Table(
+        title=_set_title(searched),
+        head=["", metrics[0], *over, *metrics[1:], *_COST_NAMES],
+        rows=rows,
+        note=note,
+    )
 
 
 def _controls_table(searched: SetKey, system: str, controls: Mapping[str, Mapping[str, Any]]) -> Table:
     rows = []
     for name, values in controls.items():
         gain = values["own_minus_this"]
-        own = Cell(text="") if name == "own" else Cell(text=f"{gain['mean']:+.4f}", small=interval_text(gain, "{:+.3f}"))
+        own = (
+            Cell(text="")
+            if name == "own"
+            else Cell(text=f"{gain['mean']:+.4f}", small=interval_text(gain, "{:+.3f}"))
+        )
         score = Cell(text=f"{values['ndcg@10']:.4f}", small=interval_text(values["ndcg@10_interval"]))
-        rows.append([Cell(text=CONTROLS.get(name, name)), score, own, Cell(text=f"{values['reply_tokens']:.1f}")])
+        rows.append(
+            [Cell(text=CONTROLS.get(name, name)), score, own, Cell(text=f"{values['reply_tokens']:.1f}")]
+        )
     title = f"What its own reasoning is worth: {system}, {_set_title(searched)}"
     return Table(title=title, head=["reasoning", "nDCG@10", "own − this", "tokens"], rows=rows)
 
 
 def _set_title(searched: SetKey) -> str:
-    return f"{len(searched.query_ids)} queries of {searched.name} ({searched.split}) over {searched.documents} documents"
+    return (
+        f"{len(searched.query_ids)} queries of {searched.name} ({searched.split}) over "
+        f"{searched.documents} documents"
+    )
 
 
 def _scored(values_q: np.ndarray) -> Cell:
@@ -167,7 +208,12 @@ def _plain(value: Any) -> str:
 
 def _weights(run: RunFiles) -> str:
     sft = run.config.sft
-    weights = {"InfoNCE": sft.infonce_weight, "triplet": sft.triplet_weight, "language": sft.language_weight, "KL": sft.kl_weight}
+    weights = {
+        "InfoNCE": sft.infonce_weight,
+        "triplet": sft.triplet_weight,
+        "language": sft.language_weight,
+        "KL": sft.kl_weight,
+    }
     return ", ".join(f"{name} {_plain(weight)}" for name, weight in weights.items())
 
 
@@ -182,7 +228,10 @@ def _changes(run: RunFiles) -> str:
     """Settings that another call changed, and when."""
     changes = run.record.get("changes")
     changes = [each for each in changes if isinstance(each, dict)] if isinstance(changes, list) else []
-    return "; ".join(f"{each.get('field')}: {each.get('before')} → {each.get('now')} at step {each.get('step')}" for each in changes)
+    return "; ".join(
+        f"{each.get('field')}: {each.get('before')} → {each.get('now')} at step {each.get('step')}"
+        for each in changes
+    )
 
 
 def _steps(run: RunFiles) -> str:
@@ -196,7 +245,13 @@ def _duration(run: RunFiles) -> str:
     if not seconds:
         return ""
     hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.1f} s"
+    return (
+        f"{hours} h {minutes} min"
+        if hours
+        else f"{seconds / 60:.1f} min"
+        if seconds >= 60
+        else f"{seconds:.1f} s"
+    )
 
 
 def _skipped(run: RunFiles) -> str:
@@ -267,7 +322,7 @@ _STAGE_SETTINGS: dict[str, list[tuple[str, Show]]] = {
         ("InfoNCE weight", _setting("rl.infonce_weight")),
         ("thinking tokens", _setting("rl.sampler.max_think_tokens")),
         ("index scoring", _setting("index.scoring")),
-        ("snapshot every", _setting("rl.snapshot_every")),
+        ("checkpoint every", _setting("rl.snapshot_every")),
     ],
 }
 _OUTCOME: list[tuple[str, Show]] = [
@@ -300,7 +355,7 @@ _INDEX: list[tuple[str, Show]] = [
     ("corpus re-encoded a step, mean", _of_all("reencoded_share", "{:.1%}", np.mean)),
     ("corpus re-encoded in all", _of_all("reencoded_total_share", "{:.0%}", _last)),
     ("index's top 10 in the exact top 10, mean", _of_all("candidate_agreement", "{:.1%}", np.mean)),
-    ("drift since the last snapshot, least cosine", _of_all("drift_cosine", "{:.3f}", np.min)),
+    ("drift since the last checkpoint, least cosine", _of_all("drift_cosine", "{:.3f}", np.min)),
     ("ten nearest still the same, least share", _of_all("drift_overlap", "{:.1%}", np.min)),
     ("time spent on the index", _of_all("index_stall_share", "{:.2%}", _last)),
 ]

@@ -17,12 +17,12 @@ from transformers import PreTrainedTokenizerBase
 
 from search_r3_jax.config import Step
 from search_r3_jax.console import progress_bar
-from search_r3_jax.data.cut import cut_corpus, documents_hash
 from search_r3_jax.data.dataset import load_collection
+from search_r3_jax.data.subsample import cut_corpus, documents_hash
 from search_r3_jax.errors import UserError
 from search_r3_jax.files import check_output, write_json
-from search_r3_jax.hub.checkpoint import load_model, pinned_step, resolve
-from search_r3_jax.hub.snapshots import read_run
+from search_r3_jax.hub.checkpoint_reader import read_run
+from search_r3_jax.hub.load_model import load_model, pinned_step, resolve
 from search_r3_jax.models.decoder import Decoder, positions_from_lengths
 from search_r3_jax.objectives.language import cross_entropy, token_log_probs
 from search_r3_jax.text.packing import length_batches
@@ -48,12 +48,16 @@ class Perplexity:
 
 
 def text_rows(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
-    """Ids of plain texts as the tokenizer writes them by itself (with a beginning-of-text token where it has one), cut to `max_tokens`."""
+    """Ids of plain texts as the tokenizer writes them by itself (with a beginning-of-text token where it has
+    one), cut to `max_tokens`."""
     return [list(tokenizer(text)["input_ids"])[:max_tokens] for text in texts]
 
 
-def perplexity(decoder: Decoder, rows: Sequence[Sequence[int]], *, on_progress: Callable[[int], object] | None = None) -> Perplexity:
-    """Perplexity of token rows; log-probabilities are float32, in chunks of positions so that few rows of the vocabulary exist at once.
+def perplexity(
+    decoder: Decoder, rows: Sequence[Sequence[int]], *, on_progress: Callable[[int], object] | None = None
+) -> Perplexity:
+    """Perplexity of token rows; log-probabilities are float32, in chunks of positions so that few rows of the
+    vocabulary exist at once.
 
     Raises ValueError when no row has two tokens.
     """
@@ -72,19 +76,32 @@ def perplexity(decoder: Decoder, rows: Sequence[Sequence[int]], *, on_progress: 
 
 
 @jax.jit(static_argnums=0)
-def _batch_nats(graph: nnx.GraphDef[Decoder], state: nnx.State, ids_bt: jax.Array, lengths_b: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _batch_nats(
+    graph: nnx.GraphDef[Decoder], state: nnx.State, ids_bt: jax.Array, lengths_b: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     decoder = nnx.merge(graph, state)
     T = ids_bt.shape[1]
     hidden_btd, _ = decoder(ids_bt, positions_from_lengths(lengths_b, T))
-    log_probs_m, _ = token_log_probs(decoder.logits, hidden_btd[:, :-1].reshape(-1, hidden_btd.shape[-1]), ids_bt[:, 1:].reshape(-1))
+    log_probs_m, _ = token_log_probs(
+        decoder.logits, hidden_btd[:, :-1].reshape(-1, hidden_btd.shape[-1]), ids_bt[:, 1:].reshape(-1)
+    )
     predicted_bt = jnp.arange(1, T)[None] < lengths_b[:, None]
     return cross_entropy(log_probs_m, predicted_bt.reshape(-1))
 
 
 def measure_perplexity(
-    model: str, data: Path, *, split: str, max_documents: int, max_tokens: int, step: Step, seed: int, out: Path | None
+    model: str,
+    data: Path,
+    *,
+    split: str,
+    max_documents: int,
+    max_tokens: int,
+    step: Step,
+    seed: int,
+    out: Path | None,
 ) -> dict[str, Any]:
-    """Perplexity of a model on random documents of a collection; writes and returns the record. Raises UserError for bad input."""
+    """Perplexity of a model on random documents of a collection; writes and returns the record. Raises
+    UserError for bad input."""
     check_output("--out", out)
     if max_documents < 1 or max_tokens < 2:
         raise UserError("--max-documents, --max-tokens: give at least 1 document and 2 tokens")
@@ -105,7 +122,12 @@ def measure_perplexity(
         "model": model,
         "step": pinned,
         "run_config": run_config,
-        "data": {"path": str(data), "name": whole.name, "split": split, "documents_sha256": documents_hash(collection)},
+        "data": {
+            "path": str(data),
+            "name": whole.name,
+            "split": split,
+            "documents_sha256": documents_hash(collection),
+        },
         "cut": dataclasses.asdict(cut),
         "max_tokens": limit,
         **dataclasses.asdict(measured),

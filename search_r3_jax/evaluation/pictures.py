@@ -1,4 +1,5 @@
-"""Pictures of a report: a small one for each thing that a run logs, all runs of a stage in it, and the think-budget curve."""
+"""Pictures of a report: a small one for each thing that a run logs, all runs of a stage in it, and the
+think-budget curve."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ class Panel:
     Attributes:
         terms: scalar of `metrics.jsonl` → what the legend calls it where there are several.
         measured: now and then, not at every step: points, not a smoothed line.
-        weighted: a term of the loss; where its weight is 0 it was logged as zero throughout, and is left out here.
+        weighted: a term of the loss; where its weight is 0 it was logged as zero throughout, and is left out
+            here.
         limits: of the vertical axis, or a None in them, where the values decide.
     """
 
@@ -117,7 +119,12 @@ PANELS = {
         _loss_term("infonce", "InfoNCE"),
         _panel("gradient_norm", "gradient norm"),
         *DEVELOPMENT,
-        Panel(name="dev-swap-gain", title="nDCG@10 lost with another's reasoning", terms={"dev_swap_gain": ""}, measured=True),
+        Panel(
+            name="dev-swap-gain",
+            title="nDCG@10 lost with another's reasoning",
+            terms={"dev_swap_gain": ""},
+            measured=True,
+        ),
     ),
 }
 INDEX_PANELS = (
@@ -126,7 +133,7 @@ INDEX_PANELS = (
     _panel("candidate_agreement", "index's top 10 in the exact top 10", SHARE),
     Panel(
         name="drift",
-        title="drift since the last snapshot",
+        title="drift since the last checkpoint",
         terms={"drift_cosine": "cosine", "drift_overlap": "same neighbours"},
         measured=True,
     ),
@@ -139,12 +146,22 @@ def draw_panels(stage: str, runs: Sequence[RunFiles], panels: Sequence[Panel]) -
     pyplot = open_pyplot("report")
     pictures = []
     for panel in panels:
-        lines = [(at, term, *run.series(scalar)) for at, run in enumerate(runs) for term, scalar in enumerate(panel.terms)]
-        lines = [(at, term, steps, values) for at, term, steps, values in lines if (values.any() if panel.weighted else len(values))]
+        lines = [
+            (at, term, *run.series(scalar))
+            for at, run in enumerate(runs)
+            for term, scalar in enumerate(panel.terms)
+        ]
+        lines = [
+            (at, term, steps, values)
+            for at, term, steps, values in lines
+            if (values.any() if panel.weighted else len(values))
+        ]
         if lines:
             with pyplot.rc_context(RC):
                 figure = _figure(pyplot, panel, [run.name for run in runs], lines)
-                told = f"{panel.title}: " + "; ".join(_told(runs[at].name, panel, term, values) for at, term, _, values in lines)
+                told = f"{panel.title}: " + "; ".join(
+                    _told(runs[at].name, panel, term, values) for at, term, _, values in lines
+                )
                 pictures.append(_picture(pyplot, f"{stage}-{panel.name.replace('_', '-')}", told, figure))
     return pictures
 
@@ -154,10 +171,17 @@ def draw_budget_curve(name: str, record: Mapping[str, Any]) -> Picture:
     pyplot = open_pyplot("report")
     with pyplot.rc_context(RC):
         figure = budget_figure(pyplot, record, size=(WIDTH * 1.1, HEIGHT * 1.3))
-        return _picture(pyplot, name, f"nDCG@10 over the tokens written for a query. {title_of(record)}", figure)
+        return _picture(
+            pyplot, name, f"nDCG@10 over the tokens written for a query. {title_of(record)}", figure
+        )
 
 
-def _figure(pyplot: ModuleType, panel: Panel, names: Sequence[str], lines: Sequence[tuple[int, int, np.ndarray, np.ndarray]]) -> Any:
+def _figure(
+    pyplot: ModuleType,
+    panel: Panel,
+    names: Sequence[str],
+    lines: Sequence[tuple[int, int, np.ndarray, np.ndarray]],
+) -> Any:
     """A run has a colour, a term a style."""
     figure, axis = pyplot.subplots(figsize=(WIDTH, HEIGHT), layout="constrained")
     for at, term, steps, values in lines:
@@ -168,7 +192,9 @@ def _figure(pyplot: ModuleType, panel: Panel, names: Sequence[str], lines: Seque
             steps, values = _fewer(steps), _fewer(values)
             axis.plot(steps, values, **look | {"linewidth": 0.8, "alpha": 0.3})
             # A single step makes no line.
-            axis.plot(steps, smoothed(values), **look, marker="o" if len(values) == 1 else None, markersize=3.5)
+            axis.plot(
+                steps, smoothed(values), **look, marker="o" if len(values) == 1 else None, markersize=3.5
+            )
     axis.set(title=panel.title, xlabel="steps")
     if panel.limits is not None:
         bottom, top = panel.limits
@@ -184,7 +210,10 @@ def _figure(pyplot: ModuleType, panel: Panel, names: Sequence[str], lines: Seque
 
 
 def _legend(
-    pyplot: ModuleType, panel: Panel, names: Sequence[str], lines: Sequence[tuple[int, int, np.ndarray, np.ndarray]]
+    pyplot: ModuleType,
+    panel: Panel,
+    names: Sequence[str],
+    lines: Sequence[tuple[int, int, np.ndarray, np.ndarray]],
 ) -> tuple[list[Any], list[str]]:
     """Runs by colour where there are several, then terms by style where there are several."""
     runs = sorted({at for at, *_ in lines})
@@ -202,7 +231,8 @@ def _legend(
 
 
 def printable(text: str) -> str:
-    """A text whose control characters and halves of characters, which neither HTML nor UTF-8 can hold, are replaced by U+FFFD."""
+    """A text whose control characters and halves of characters, which neither HTML nor UTF-8 can hold, are
+    replaced by U+FFFD."""
     return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 

@@ -15,8 +15,15 @@ from rich.text import Text
 
 from search_r3_jax import __version__
 from search_r3_jax.data.collection import Collection
-from search_r3_jax.data.cut import Cut, QueryCut, cut_corpus, cut_queries, documents_hash, queries_hash
 from search_r3_jax.data.dataset import load_collection
+from search_r3_jax.data.subsample import (
+    CorpusSample,
+    QueryCut,
+    cut_corpus,
+    cut_queries,
+    documents_hash,
+    queries_hash,
+)
 from search_r3_jax.errors import UserError
 from search_r3_jax.evaluation.controls import CONTROLS
 from search_r3_jax.evaluation.evaluate import DEPTH, ModeResult, Searched
@@ -54,18 +61,20 @@ class Cuts(NamedTuple):
     """What was left out of a collection; None where nothing was asked for."""
 
     queries: QueryCut | None
-    corpus: Cut | None
+    corpus: CorpusSample | None
 
 
 def run_evaluation(settings: EvalSettings) -> dict[str, Any]:
-    """Evaluates, prints the table and writes what was asked for; returns the record. Raises UserError before any long work where it can."""
+    """Evaluates, prints the table and writes what was asked for; returns the record. Raises UserError before
+    any long work where it can."""
     check_evaluation(settings)
     # Bars and notes go to standard error: standard output is the table.
     notes = Console(stderr=True, highlight=False, soft_wrap=True)
     collection, cuts = open_collection(settings, notes)
     if settings.controls and len(collection.queries) < 2:
         raise UserError(
-            f"--controls: {settings.data} has a single query in {settings.split}: nobody to exchange reasoning with; leave it out"
+            f"--controls: {settings.data} has a single query in {settings.split}: nobody to exchange "
+            "reasoning with; leave it out"
         )
     system = open_system(settings)
     result = system.evaluate(collection, MODES[settings.mode], notes)
@@ -84,7 +93,9 @@ def check_evaluation(settings: EvalSettings) -> None:
     check_output("--run-file", settings.run_file)
     check_limits(settings)
     if settings.max_think_tokens < 0:
-        raise UserError(f"--max-think-tokens: {settings.max_think_tokens} is below 0; 0 forces the embed token at once")
+        raise UserError(
+            f"--max-think-tokens: {settings.max_think_tokens} is below 0; 0 forces the embed token at once"
+        )
     if settings.controls and settings.mode == "direct":
         raise UserError("--controls: there is no reasoning in direct mode; give --mode reason or both")
 
@@ -103,7 +114,8 @@ def check_limits(settings: EvalSettings | BudgetSettings) -> None:
 
 
 def open_collection(settings: EvalSettings | BudgetSettings, notes: Console) -> tuple[Collection, Cuts]:
-    """The split, cut where `max_queries` and `max_documents` ask for it; says on `notes` where more is judged than asked for."""
+    """The split, cut where `max_queries` and `max_documents` ask for it; says on `notes` where more is judged
+    than asked for."""
     collection, of_queries = load_collection(settings.data, settings.split), None
     if settings.max_queries is not None:
         collection, of_queries = cut_queries(collection, settings.max_queries, seed=settings.seed)
@@ -111,15 +123,23 @@ def open_collection(settings: EvalSettings | BudgetSettings, notes: Console) -> 
         return collection, Cuts(of_queries, None)
     collection, cut = cut_corpus(collection, settings.max_documents, seed=settings.seed)
     if cut.documents > cut.asked:
-        notes.print(f"{cut.judged} documents are judged: all of them stay, more than the {cut.asked} asked for", markup=False)
+        notes.print(
+            f"{cut.judged} documents are judged: all of them stay, more than the {cut.asked} asked for",
+            markup=False,
+        )
     return collection, Cuts(of_queries, cut)
 
 
 def _record(
-    settings: EvalSettings, identity: Mapping[str, Any], collection: Collection, cuts: Cuts, result: SystemResult
+    settings: EvalSettings,
+    identity: Mapping[str, Any],
+    collection: Collection,
+    cuts: Cuts,
+    result: SystemResult,
 ) -> dict[str, Any]:
     modes: dict[str, dict[str, Any]] = {
-        mode: each.as_dict() | {"per_query": per_query(collection, each)} for mode, each in result.modes.items()
+        mode: each.as_dict() | {"per_query": per_query(collection, each)}
+        for mode, each in result.modes.items()
     }
     if result.controls:
         modes["reason"]["controls"] = _controls(collection, result.controls, settings.seed)
@@ -127,7 +147,11 @@ def _record(
 
 
 def common_record(
-    settings: EvalSettings | BudgetSettings, identity: Mapping[str, Any], collection: Collection, cuts: Cuts, document_seconds: float
+    settings: EvalSettings | BudgetSettings,
+    identity: Mapping[str, Any],
+    collection: Collection,
+    cuts: Cuts,
+    document_seconds: float,
 ) -> dict[str, Any]:
     """What was measured, on what, and what its corpus cost."""
     return {
@@ -157,8 +181,11 @@ def query_values(collection: Collection, result: ModeResult) -> np.ndarray:
     return np.array([result.of_query[query.query_id].ndcg_at_10 for query in collection.queries], np.float64)
 
 
-def _controls(collection: Collection, controls: Mapping[str, ModeResult], seed: int) -> dict[str, dict[str, Any]]:
-    """Each control's metrics and tokens, nDCG@10 with its interval, and how far its own reasoning is above it (the paired bootstrap)."""
+def _controls(
+    collection: Collection, controls: Mapping[str, ModeResult], seed: int
+) -> dict[str, dict[str, Any]]:
+    """Each control's metrics and tokens, nDCG@10 with its interval, and how far its own reasoning is above it
+    (the paired bootstrap)."""
     own_q = query_values(collection, controls["own"])
     found: dict[str, dict[str, Any]] = {}
     for name, result in controls.items():
@@ -167,8 +194,13 @@ def _controls(collection: Collection, controls: Mapping[str, ModeResult], seed: 
             **result.metrics.as_dict(),
             "reply_tokens": result.reply_tokens,
             "ndcg@10_interval": dataclasses.asdict(bootstrap_interval(values_q, samples=SAMPLES, seed=seed)),
-            "own_minus_this": dataclasses.asdict(bootstrap_interval(own_q - values_q, samples=SAMPLES, seed=seed)),
-            "per_query": {query.query_id: float(value) for query, value in zip(collection.queries, values_q, strict=True)},
+            "own_minus_this": dataclasses.asdict(
+                bootstrap_interval(own_q - values_q, samples=SAMPLES, seed=seed)
+            ),
+            "per_query": {
+                query.query_id: float(value)
+                for query, value in zip(collection.queries, values_q, strict=True)
+            },
         }
     return found
 
@@ -178,7 +210,11 @@ def per_query(collection: Collection, result: ModeResult) -> dict[str, dict[str,
     of_query: dict[str, dict[str, Any]] = {}
     for row, query in enumerate(collection.queries):
         top = sorted(result.run.get(query.query_id, {}).items(), key=lambda pair: (-pair[1], pair[0]))[:TOP]
-        entry: dict[str, Any] = {"text": query.text, **result.of_query[query.query_id].as_dict(), "top": [list(pair) for pair in top]}
+        entry: dict[str, Any] = {
+            "text": query.text,
+            **result.of_query[query.query_id].as_dict(),
+            "top": [list(pair) for pair in top],
+        }
         if result.tokens:
             entry |= {"valid": result.valid[row], "tokens": result.tokens[row]}
         if result.thoughts:
@@ -218,7 +254,12 @@ def interval_text(interval: Mapping[str, float], shape: str = "{:.3f}") -> str:
 
 def _controls_table(controls: Mapping[str, Mapping[str, Any]]) -> Table:
     # 80 columns hold it.
-    table = Table(title="reason, with this reasoning written for it:", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(
+        title="reason, with this reasoning written for it:",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
     table.add_column("", no_wrap=True)
     for name in ("nDCG@10", "95 % interval", "own − this", "95 % interval", "tokens"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -226,7 +267,9 @@ def _controls_table(controls: Mapping[str, Mapping[str, Any]]) -> Table:
         gain = values["own_minus_this"]
         compared = ("", "") if name == "own" else (f"{gain['mean']:+.4f}", interval_text(gain, "{:+.3f}"))
         interval = interval_text(values["ndcg@10_interval"])
-        table.add_row(CONTROLS[name], f"{values['ndcg@10']:.4f}", interval, *compared, f"{values['reply_tokens']:.1f}")
+        table.add_row(
+            CONTROLS[name], f"{values['ndcg@10']:.4f}", interval, *compared, f"{values['reply_tokens']:.1f}"
+        )
     return table
 
 

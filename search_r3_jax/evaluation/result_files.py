@@ -21,7 +21,8 @@ ENDS = ("low", "high")
 
 @dataclass(frozen=True, kw_only=True)
 class SetKey:
-    """What was searched for what: results with an equal key can be held against each other, query by query."""
+    """What was searched for what: results with an equal key can be held against each other, query by
+    query."""
 
     name: str
     split: str
@@ -51,7 +52,9 @@ class EvalResult:
 
     def values(self, metric: str, query_ids: Iterable[str] | None = None) -> np.ndarray:
         """A metric of each query [Q], in the order of the file or of `query_ids`."""
-        return np.array([self.of_query[query_id][metric] for query_id in query_ids or self.of_query], np.float64)
+        return np.array(
+            [self.of_query[query_id][metric] for query_id in query_ids or self.of_query], np.float64
+        )
 
 
 def read_record(path: Path, *, wrote: str) -> dict[str, Any]:
@@ -59,16 +62,23 @@ def read_record(path: Path, *, wrote: str) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give a file that {wrote} wrote") from None
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); give a file that {wrote} wrote"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is not JSON ({error}); give a file that {wrote} wrote") from None
-    if not isinstance(record, dict) or record.get("format_version") != FORMAT_VERSION or not isinstance(record.get("data"), dict):
+    if (
+        not isinstance(record, dict)
+        or record.get("format_version") != FORMAT_VERSION
+        or not isinstance(record.get("data"), dict)
+    ):
         raise UserError(f"{path}: format_version: is no result of {wrote} of this version; evaluate again")
     return record
 
 
 def read_results(files: Sequence[Path]) -> tuple[list[EvalResult], list[dict[str, Any]]]:
-    """The results of `eval`, a mode each, and the records of `budget`; raises UserError for a file that is neither or is there twice."""
+    """The results of `eval`, a mode each, and the records of `budget`; raises UserError for a file that is
+    neither or is there twice."""
     results: list[EvalResult] = []
     budgets: list[dict[str, Any]] = []
     for at, file in enumerate(files):
@@ -82,7 +92,10 @@ def read_results(files: Sequence[Path]) -> tuple[list[EvalResult], list[dict[str
             _check_budget(file, record)
             budgets.append(record)
         else:
-            raise UserError(f"{file}: modes: missing, and so is budgets; give a file of `search-r3 eval --out` or `search-r3 budget --out`")
+            raise UserError(
+                f"{file}: modes: missing, and so is budgets; give a file of `search-r3 eval --out` or "
+                "`search-r3 budget --out`"
+            )
     return results, budgets
 
 
@@ -109,7 +122,10 @@ def _eval_results(file: Path, record: Mapping[str, Any]) -> list[EvalResult]:
         if not per_query:
             raise UserError(f"{file}: modes.{mode}.per_query: has no query; evaluate again")
         of_query = {
-            query_id: {metric: _number(file, record, "modes", mode, "per_query", query_id, metric) for metric in METRICS}
+            query_id: {
+                metric: _number(file, record, "modes", mode, "per_query", query_id, metric)
+                for metric in METRICS
+            }
             for query_id in per_query
         }
         controls = record["modes"][mode].get("controls", {})
@@ -125,7 +141,11 @@ def _eval_results(file: Path, record: Mapping[str, Any]) -> list[EvalResult]:
         )
         costs = {name: _number(file, record, "modes", mode, name) for name in COSTS}
         name = _system_name(record["model"], system, mode)
-        results.append(EvalResult(file=file, system=name, searched=key, of_query=of_query, costs=costs, controls=controls))
+        results.append(
+            EvalResult(
+                file=file, system=name, searched=key, of_query=of_query, costs=costs, controls=controls
+            )
+        )
     return results
 
 
@@ -174,7 +194,8 @@ def _number(file: Path, record: Any, *keys: str | int) -> float:
 
 
 def _at(file: Path, record: Any, *keys: str | int, kind: type | tuple[type, ...]) -> Any:
-    """The value under `keys`, one in the other; raises UserError naming them where it is missing or of another kind."""
+    """The value under `keys`, one in the other; raises UserError naming them where it is missing or of
+    another kind."""
     value = record
     for key in keys:
         try:

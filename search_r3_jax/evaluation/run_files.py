@@ -1,4 +1,5 @@
-"""What a run directory says of its run: settings, scalars of each step, searches to read. Whoever reads it for people starts here."""
+"""What a run directory says of its run: settings, scalars of each step, searches to read. Whoever reads it
+for people starts here."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ import numpy as np
 from search_r3_jax.config import RunConfig
 from search_r3_jax.errors import UserError
 from search_r3_jax.files import complete_lines
-from search_r3_jax.hub.snapshots import read_run
+from search_r3_jax.hub.checkpoint_reader import read_run
 
 STAGES = ("sft", "rl")
 DAMAGED = "the file was damaged or edited; remove the line, or leave the run out"
@@ -22,7 +23,8 @@ DAMAGED = "the file was damaged or edited; remove the line, or leave the run out
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One search of `samples.jsonl`: a rollout of stage 2 where it has a `reward`, else a search on a development query.
+    """One search of `samples.jsonl`: a rollout of stage 2 where it has a `reward`, else a search on a
+    development query.
 
     Attributes:
         step: of the rollout; of a search, the step after which it was made (−1 is before training).
@@ -80,7 +82,8 @@ class RunFiles:
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunFiles]:
-    """The runs in the order given; raises UserError for a folder that is no run or stands there twice, or a file that cannot be read."""
+    """The runs in the order given; raises UserError for a folder that is no run or stands there twice, or a
+    file that cannot be read."""
     paths = [folder.resolve() for folder in folders]
     for at, (folder, path) in enumerate(zip(folders, paths, strict=True)):
         if path in paths[:at]:
@@ -102,7 +105,10 @@ def _read_run(folder: Path, name: str) -> RunFiles:
     config, record = read_run(folder)
     stage = record.get("stage")
     if stage not in STAGES:
-        raise UserError(f"{folder / 'config.json'}: stage: is none of {', '.join(STAGES)}; give a folder that sft or rl wrote to")
+        raise UserError(
+            f"{folder / 'config.json'}: stage: is none of {', '.join(STAGES)}; give a folder that sft or rl "
+            "wrote to"
+        )
     return RunFiles(
         name=name,
         stage=stage,
@@ -158,7 +164,8 @@ def _sample(line: Mapping[str, Any], where: str) -> Sample:
 
 
 def _before(file: Path) -> dict[str, float]:
-    """The scalars that an evaluation before the first step would have had in `metrics.jsonl`, which begins after it."""
+    """The scalars that an evaluation before the first step would have had in `metrics.jsonl`, which begins
+    after it."""
     if not file.is_file():
         return {}
     try:
@@ -170,7 +177,9 @@ def _before(file: Path) -> dict[str, float]:
                     if _is_number(value):
                         scalars.setdefault(f"dev_{mode}_{name}", []).append(value)
     except (OSError, ValueError, RecursionError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{file}: is no evaluation of a run ({error}); remove the file, or leave the run out") from None
+        raise UserError(
+            f"{file}: is no evaluation of a run ({error}); remove the file, or leave the run out"
+        ) from None
     return {name: float(np.mean(values)) for name, values in scalars.items()}
 
 
@@ -192,4 +201,6 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_ranking(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(each, dict) and _is_text(each.get("document")) for each in value)
+    return isinstance(value, list) and all(
+        isinstance(each, dict) and _is_text(each.get("document")) for each in value
+    )

@@ -14,22 +14,25 @@ class EvalSettings:
     """One system on one split of one collection.
 
     Attributes:
-        model: a run directory, a Hugging Face folder, a GGUF file or `smollm2`; or a baseline: `bm25` (stemmed words), `bm25-split`
-            (identifiers split, for code), `minilm` (all-MiniLM-L6-v2), `st:FOLDER` (any sentence-transformers model).
+        model: a run directory, a Hugging Face folder, a GGUF file or `smollm2`; or a baseline: `bm25`
+            (stemmed words), `bm25-split` (identifiers split, for code), `minilm` (all-MiniLM-L6-v2),
+            `st:FOLDER` (any sentence-transformers model).
         data: a built data set or a BEIR folder.
         split: whose queries are searched.
-        mode: `reason` lets the model think before it embeds a query; `both` is that beside direct; `all` adds `average`, the mean of a
-            query's two vectors; baselines have `direct` only.
+        mode: `reason` lets the model think before it embeds a query; `both` is that beside direct; `all` adds
+            `average`, the mean of a query's two vectors; baselines have `direct` only.
         index: `exact` search, or `scann`.
         out: JSON file with everything, each query's results too; `search-r3 compare` reads it.
-        run_file: TREC run file; the judgements go beside it, with .qrels added. With several modes one file each: .direct, .reason added.
+        run_file: TREC run file; the judgements go beside it, with .qrels added. With several modes one file
+            each: .direct, .reason added.
         max_queries: search for so many random queries of the split at most.
         max_documents: search only the judged documents and random others, so many in all.
         seed: draws those queries and those others.
         max_query_tokens: tokens of a query that a model of ours reads; 64 by default.
         max_document_tokens: tokens of a document that a model of ours reads; 256 by default.
         max_think_tokens: budget of the reasoning before the embed token is forced; 0 forces it at once.
-        controls: search also with other reasoning in place of the queries' own: another query's, none, the query repeated, random words.
+        controls: search also with other reasoning in place of the queries' own: another query's, none, the
+            query repeated, random words.
         step: checkpoint of a run, a number or `best` (on its development queries); the newest by default.
     """
 
@@ -123,7 +126,8 @@ class MtebSettings:
         data: built data sets or BEIR folders, a retrieval task each.
         split: of the data sets, whose queries are searched.
         mode: `reason` lets the model think before it embeds what is searched for.
-        instruction_template: puts a task's own instruction before its queries, as in 'Instruct: {instruction}: '; left out by default.
+        instruction_template: puts a task's own instruction before its queries, as in 'Instruct:
+            {instruction}: '; left out by default.
         max_documents: of the data sets, search only the judged documents and random others, so many in all.
         seed: draws those others.
         max_tokens: of a text that the model reads; by default what an exported folder says, else 512.

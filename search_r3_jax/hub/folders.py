@@ -15,9 +15,11 @@ from search_r3_jax.errors import UserError
 
 @contextmanager
 def replaced_folder(out: Path, *, marker: str) -> Iterator[Path]:
-    """An empty folder that takes the place of `out` when the block ends; whatever interrupts the block leaves `out` as it was.
+    """An empty folder that takes the place of `out` when the block ends; whatever interrupts the block leaves
+    `out` as it was.
 
-    `out` may be missing, empty, or hold a file named `marker`. Raises UserError for any other `out`, and when the disk refuses.
+    `out` may be missing, empty, or hold a file named `marker`. Raises UserError for any other `out`, and when
+    the disk refuses.
     """
     target = out.resolve()
     if target.is_dir():
@@ -31,7 +33,9 @@ def replaced_folder(out: Path, *, marker: str) -> Iterator[Path]:
         yield temporary
         _put_in_place(temporary, target)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{out}: cannot be written ({' '.join(str(error).split())}); make room or choose another --out") from error
+        raise UserError(
+            f"{out}: cannot be written ({' '.join(str(error).split())}); make room or choose another --out"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -13,7 +13,11 @@ from search_r3_jax.config import ModelConfig, RopeScaling
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub.gguf_header import GgufHeader, GgufTensor, read_header
 
-_FAMILIES: dict[str, Literal["llama", "qwen2", "qwen3"]] = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+_FAMILIES: dict[str, Literal["llama", "qwen2", "qwen3"]] = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+}
 _GLOBAL = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER = {
     "attn_norm": "input_layernorm",
@@ -28,7 +32,21 @@ _LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_STORED = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+_STORED = (
+    "F32",
+    "F16",
+    "BF16",
+    "Q4_0",
+    "Q4_1",
+    "Q5_0",
+    "Q5_1",
+    "Q8_0",
+    "Q2_K",
+    "Q3_K",
+    "Q4_K",
+    "Q5_K",
+    "Q6_K",
+)
 _BLOCK = re.compile(r"blk\.(?P<layer>0|[1-9][0-9]{0,5})\.(?P<own>\w+)")
 _ROPE_FACTORS = "rope_freqs.weight"
 # Llama 3.1 and 3.2.
@@ -47,11 +65,17 @@ class GgufFile:
         try:
             import gguf
         except ImportError:
-            raise UserError(f"{path}: reading GGUF needs one more package: pip install 'search_r3_jax[quickstart]'") from None
+            raise UserError(
+                f"{path}: reading GGUF needs one more package: pip install 'search_r3_jax[quickstart]'"
+            ) from None
         if not path.is_file():
-            raise UserError(f"{path}: no such file; give a GGUF file, a Hugging Face folder or a run directory")
+            raise UserError(
+                f"{path}: no such file; give a GGUF file, a Hugging Face folder or a run directory"
+            )
         self._path = path
-        self._types = {gguf.GGMLQuantizationType[name].value: gguf.GGMLQuantizationType[name] for name in _STORED}
+        self._types = {
+            gguf.GGMLQuantizationType[name].value: gguf.GGMLQuantizationType[name] for name in _STORED
+        }
         self._block_sizes = gguf.GGML_QUANT_SIZES
         self._dequantize = gguf.quants.dequantize
         try:
@@ -63,12 +87,16 @@ class GgufFile:
         architecture = self._text("general.architecture")
         if architecture not in _FAMILIES:
             supported = ", ".join(_FAMILIES)
-            raise UserError(f"{path}: general.architecture: {architecture!r} is not supported; use one of {supported}")
+            raise UserError(
+                f"{path}: general.architecture: {architecture!r} is not supported; use one of {supported}"
+            )
         self._architecture = architecture
         for tensor in self._header.tensors.values():
             self._check_storage(tensor)
         self.config = self._read_config()
-        self._stored = {_hf_name(name): tensor for name, tensor in self._header.tensors.items() if name != _ROPE_FACTORS}
+        self._stored = {
+            _hf_name(name): tensor for name, tensor in self._header.tensors.items() if name != _ROPE_FACTORS
+        }
         self.shapes = {name: tensor.shape for name, tensor in self._stored.items()}
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
@@ -87,11 +115,17 @@ class GgufFile:
         """Tokens, merges, special ids (−1: none), chat template and pre-tokenizer name."""
         model = self._text("tokenizer.ggml.model")
         if model != "gpt2":
-            raise UserError(f"{self._path}: tokenizer.ggml.model: {model!r} is not supported; only byte-level BPE ('gpt2') is")
+            raise UserError(
+                f"{self._path}: tokenizer.ggml.model: {model!r} is not supported; only byte-level BPE "
+                "('gpt2') is"
+            )
         tokens = self._list("tokenizer.ggml.tokens", str)
         kinds = self._list("tokenizer.ggml.token_type", int, default=[1] * len(tokens))
         if not tokens or len(kinds) != len(tokens) or len(set(tokens)) != len(tokens):
-            raise UserError(f"{self._path}: tokenizer.ggml.tokens: empty, doubled or without their types; download the file again")
+            raise UserError(
+                f"{self._path}: tokenizer.ggml.tokens: empty, doubled or without their types; download the "
+                "file again"
+            )
         # The tail that only fills the embedding matrix is free for new tokens.
         used = max((i + 1 for i, kind in enumerate(kinds) if kind != _UNUSED), default=0)
         return {
@@ -112,13 +146,22 @@ class GgufFile:
         if "token_embd.weight" not in tensors:
             raise UserError(f"{self._path}: token_embd.weight: missing; the file is not a complete model")
         if self._integer(f"{arch}.attention.sliding_window", 0):
-            raise UserError(f"{self._path}: {arch}.attention.sliding_window: not supported; use the Hugging Face folder of this model")
-        hidden, heads = self._positive(f"{arch}.embedding_length"), self._positive(f"{arch}.attention.head_count")
+            raise UserError(
+                f"{self._path}: {arch}.attention.sliding_window: not supported; use the Hugging Face folder "
+                "of this model"
+            )
+        hidden, heads = (
+            self._positive(f"{arch}.embedding_length"),
+            self._positive(f"{arch}.attention.head_count"),
+        )
         head_dim = self._positive(f"{arch}.attention.key_length", max(1, hidden // heads))
         rope_theta = self._number(f"{arch}.rope.freq_base", 10_000.0)
         for key in (f"{arch}.rope.dimension_count", f"{arch}.attention.value_length"):
             if self._positive(key, head_dim) != head_dim:
-                raise UserError(f"{self._path}: {key}: differs from the head's {head_dim} dimensions, which is not supported")
+                raise UserError(
+                    f"{self._path}: {key}: differs from the head's {head_dim} dimensions, which is not "
+                    "supported"
+                )
         return ModelConfig(
             family=_FAMILIES[arch],
             vocab_size=tensors["token_embd.weight"].shape[0],
@@ -142,7 +185,9 @@ class GgufFile:
         kind = self._text(f"{at}.type", "none")
         if _ROPE_FACTORS in self._header.tensors:
             if kind != "none":
-                raise UserError(f"{self._path}: {at}.type: {kind!r} together with {_ROPE_FACTORS} is not supported")
+                raise UserError(
+                    f"{self._path}: {at}.type: {kind!r} together with {_ROPE_FACTORS} is not supported"
+                )
             return self._llama3_scaling(head_dim, rope_theta)
         if kind == "none":
             return None
@@ -152,7 +197,9 @@ class GgufFile:
         if kind == "yarn":
             for key in ("yarn_log_multiplier", "yarn_ext_factor", "yarn_attn_factor"):
                 if f"{at}.{key}" in self._header.fields:
-                    raise UserError(f"{self._path}: {at}.{key}: not supported; use the Hugging Face folder of this model")
+                    raise UserError(
+                        f"{self._path}: {at}.{key}: not supported; use the Hugging Face folder of this model"
+                    )
             return RopeScaling(
                 kind="yarn",
                 factor=factor,
@@ -160,12 +207,16 @@ class GgufFile:
                 beta_fast=self._number(f"{at}.yarn_beta_fast", 32.0),
                 beta_slow=self._number(f"{at}.yarn_beta_slow", 1.0),
                 # YaRN (arXiv 2309.00071), equation 22.
-                attention_factor=self._number(f"{at}.attn_factor", 1.0) * (0.1 * math.log(max(factor, 1.0)) + 1.0),
+                attention_factor=self._number(f"{at}.attn_factor", 1.0)
+                * (0.1 * math.log(max(factor, 1.0)) + 1.0),
             )
-        raise UserError(f"{self._path}: {at}.type: {kind!r} is not supported; use the Hugging Face folder of this model")
+        raise UserError(
+            f"{self._path}: {at}.type: {kind!r} is not supported; use the Hugging Face folder of this model"
+        )
 
     def _llama3_scaling(self, head_dim: int, rope_theta: float) -> RopeScaling:
-        """Llama 3.1's scaling, which a GGUF file keeps as one divisor a frequency; any other set of divisors is an error."""
+        """Llama 3.1's scaling, which a GGUF file keeps as one divisor a frequency; any other set of divisors
+        is an error."""
         tensor = self._header.tensors[_ROPE_FACTORS]
         if tensor.shape == (head_dim // 2,):
             divisors = self._rows(tensor, slice(0, 1))[0]
@@ -173,18 +224,30 @@ class GgufFile:
                 scaling = RopeScaling(kind="llama3", factor=factor, original_positions=8192)
                 if np.allclose(divisors, _llama3_divisors(scaling, head_dim, rope_theta), rtol=1e-4):
                     return scaling
-        raise UserError(f"{self._path}: {_ROPE_FACTORS}: not Llama 3.1's scaling; use the Hugging Face folder of this model")
+        raise UserError(
+            f"{self._path}: {_ROPE_FACTORS}: not Llama 3.1's scaling; use the Hugging Face folder of this "
+            "model"
+        )
 
     def _check_storage(self, tensor: GgufTensor) -> None:
         kind = self._types.get(tensor.kind)
         if kind is None:
-            raise UserError(f"{self._path}: {tensor.name}: storage type {tensor.kind} is not supported; use one of {', '.join(_STORED)}")
+            raise UserError(
+                f"{self._path}: {tensor.name}: storage type {tensor.kind} is not supported; use one of "
+                f"{', '.join(_STORED)}"
+            )
         block, size = self._block_sizes[kind]
         if tensor.shape[-1] % block:
-            raise UserError(f"{self._path}: {tensor.name}: rows of {tensor.shape[-1]} are no whole {kind.name} blocks; download it again")
+            raise UserError(
+                f"{self._path}: {tensor.name}: rows of {tensor.shape[-1]} are no whole {kind.name} blocks; "
+                "download it again"
+            )
         end = self._header.data_start + tensor.offset + math.prod(tensor.shape) // block * size
         if end > self._bytes.size:
-            raise UserError(f"{self._path}: {tensor.name}: ends at byte {end}, the file at {self._bytes.size}; download it again")
+            raise UserError(
+                f"{self._path}: {tensor.name}: ends at byte {end}, the file at {self._bytes.size}; download "
+                "it again"
+            )
 
     def _rows(self, tensor: GgufTensor, rows: slice | np.ndarray) -> np.ndarray:
         kind = self._types[tensor.kind]
@@ -230,7 +293,10 @@ class GgufFile:
     def _token(self, name: str, count: int) -> int:
         token = self._integer(f"tokenizer.ggml.{name}_token_id", -1)
         if token >= count:
-            raise UserError(f"{self._path}: tokenizer.ggml.{name}_token_id: {token}, but there are {count} tokens; download the file again")
+            raise UserError(
+                f"{self._path}: tokenizer.ggml.{name}_token_id: {token}, but there are {count} tokens; "
+                "download the file again"
+            )
         return token
 
 
@@ -246,7 +312,8 @@ def _hf_name(name: str) -> str:
 
 
 def _rope_rows(rows: int, heads: int) -> np.ndarray:
-    """Where each row of `transformers` lies: llama.cpp interleaves the two rotary halves of a head, `transformers` keeps them apart."""
+    """Where each row of `transformers` lies: llama.cpp interleaves the two rotary halves of a head,
+    `transformers` keeps them apart."""
     return np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(-1)
 
 
@@ -254,5 +321,7 @@ def _llama3_divisors(scaling: RopeScaling, head_dim: int, rope_theta: float) -> 
     """What `scaling` divides each frequency [H/2] by; the blend is the one of Llama 3.1's published code."""
     frequencies = rope_theta ** (-np.arange(0, head_dim, 2) / head_dim)
     turns = scaling.original_positions * frequencies / (2 * np.pi)
-    kept = np.clip((turns - scaling.low_frequency) / (scaling.high_frequency - scaling.low_frequency), 0.0, 1.0)
+    kept = np.clip(
+        (turns - scaling.low_frequency) / (scaling.high_frequency - scaling.low_frequency), 0.0, 1.0
+    )
     return 1.0 / (kept + (1.0 - kept) / scaling.factor)

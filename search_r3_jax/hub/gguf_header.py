@@ -1,4 +1,5 @@
-"""The header of a GGUF file, read with every count and offset held against the file's size before it is believed."""
+"""The header of a GGUF file, read with every count and offset held against the file's size before it is
+believed."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ _MAX_DIMENSIONS, _ALIGNMENT = 4, 32
 
 @dataclass(frozen=True, kw_only=True)
 class GgufTensor:
-    """Where a tensor lies: `shape` in torch order, `kind` the number of its storage type, `offset` from the start of the data."""
+    """Where a tensor lies: `shape` in torch order, `kind` the number of its storage type, `offset` from the
+    start of the data."""
 
     name: str
     shape: tuple[int, ...]
@@ -124,7 +126,9 @@ def _read(cursor: _Cursor) -> GgufHeader:
             raise _HeaderError(f"the tensor {tensor.name!r} is there twice")
         tensors[tensor.name] = tensor
     if len(fields) != field_count or len(tensors) != tensor_count:
-        raise _HeaderError(f"it promises {field_count} fields and {tensor_count} tensors, more than fit into it")
+        raise _HeaderError(
+            f"it promises {field_count} fields and {tensor_count} tensors, more than fit into it"
+        )
     alignment = fields.get("general.alignment", _ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
         raise _HeaderError(f"general.alignment is {alignment!r}, not a power of two")
@@ -139,4 +143,6 @@ def _read_tensor(cursor: _Cursor) -> GgufTensor:
     shape = struct.unpack(f"<{dimensions}Q", cursor.take(8 * dimensions).tobytes())
     if math.prod(shape) == 0:
         raise _HeaderError(f"the tensor {name!r} is empty")
-    return GgufTensor(name=name, shape=tuple(reversed(shape)), kind=cursor.unsigned(4), offset=cursor.unsigned(8))
+    return GgufTensor(
+        name=name, shape=tuple(reversed(shape)), kind=cursor.unsigned(4), offset=cursor.unsigned(8)
+    )

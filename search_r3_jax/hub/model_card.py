@@ -6,7 +6,10 @@ from search_r3_jax.config import EMBED_TOKEN
 from search_r3_jax.text.prompts import CLOSING, DIRECT_SYSTEM, REASON_SYSTEM
 
 _QUERIES = '["sort a list by key", "read a file line by line"]'
-_DOCUMENTS = '["def by_key(rows, key):\\n    return sorted(rows, key=key)", "for line in open(path):\\n    print(line)"]'
+_DOCUMENTS = (
+    '["def by_key(rows, key):\\n    return sorted(rows, key=key)", "for line in open(path):\\n    '
+    'print(line)"]'
+)
 
 _PROMPTS = f"""# A search embedder that thinks first
 
@@ -94,7 +97,10 @@ def model_card(*, sentence_transformers: bool) -> str:
     """The card of an exported model; `sentence_transformers` says whether the folder has the files for it."""
     front = "library_name: sentence-transformers" if sentence_transformers else "library_name: transformers"
     second = _SENTENCE_TRANSFORMERS if sentence_transformers else _NO_SENTENCE_TRANSFORMERS
-    return f"---\n{front}\npipeline_tag: sentence-similarity\n---\n\n{_PROMPTS}{_TRANSFORMERS}{second}{_EMBEDDER}"
+    return (
+        f"---\n{front}\npipeline_tag: "
+        f"sentence-similarity\n---\n\n{_PROMPTS}{_TRANSFORMERS}{second}{_EMBEDDER}"
+    )
 
 
 def adapter_card(*, base: str, embed_id: int) -> str:

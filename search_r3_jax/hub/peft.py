@@ -1,4 +1,5 @@
-"""Writes adapters and the embed token's row for PEFT (`peft.PeftModel.from_pretrained` on the base checkpoint)."""
+"""Writes adapters and the embed token's row for PEFT (`peft.PeftModel.from_pretrained` on the base
+checkpoint)."""
 
 from __future__ import annotations
 
@@ -12,11 +13,17 @@ from flax import nnx
 from search_r3_jax.config import Step
 from search_r3_jax.errors import UserError
 from search_r3_jax.files import write_json
-from search_r3_jax.hub.checkpoint import LoadedModel, load_model, with_lora
+from search_r3_jax.hub.checkpoint_reader import (
+    read_checkpoint,
+    read_run,
+    resolve_step,
+    start_of,
+    start_step_of,
+)
 from search_r3_jax.hub.export import MAX_TOKENS, RECORD, save_tensors, save_tokenizer, text_room, write_record
 from search_r3_jax.hub.folders import replaced_folder
+from search_r3_jax.hub.load_model import LoadedModel, load_model, with_lora
 from search_r3_jax.hub.model_card import adapter_card
-from search_r3_jax.hub.snapshots import chosen_snapshot, read_run, read_snapshot, start_of, start_step_of
 from search_r3_jax.models.decoder import Decoder
 from search_r3_jax.models.families import LAYER_TENSORS
 from search_r3_jax.models.lora import trainable_filter
@@ -36,11 +43,12 @@ class _Adapters:
 
 
 def export_peft(model: LoadedModel, out: Path, *, base: str, earlier: Sequence[LoadedModel] = ()) -> Path:
-    """`adapter_config.json`, `adapter_model.safetensors`, tokenizer, prompts and a card, at once or not at all.
+    """`adapter_config.json`, `adapter_model.safetensors`, tokenizer, prompts and a card, at once or not at
+    all.
 
-    `model` has unmerged adapters (`with_lora`); `base` is the name or folder of the checkpoint they belong to. `earlier` are the stages
-    whose merged result `model` has as its base, oldest first: their adapters join as further ranks, so that all loads on the first base.
-    Raises UserError where there are no adapters.
+    `model` has unmerged adapters (`with_lora`); `base` is the name or folder of the checkpoint they belong
+    to. `earlier` are the stages whose merged result `model` has as its base, oldest first: their adapters
+    join as further ranks, so that all loads on the first base. Raises UserError where there are no adapters.
     """
     decoder = model.decoder
     if decoder.lora is None or decoder.embed_row is None:
@@ -49,7 +57,9 @@ def export_peft(model: LoadedModel, out: Path, *, base: str, earlier: Sequence[L
     for stage in reversed(earlier):
         adapters = _joined(_adapters_of(stage.decoder), adapters)
     rows = {"embed_tokens": np.asarray(decoder.embed_row[...])}
-    tensors = _factor_tensors(adapters) | {f"base_model.model.model.embed_tokens.{TOKEN_ROW}": rows["embed_tokens"][None]}
+    tensors = _factor_tensors(adapters) | {
+        f"base_model.model.model.embed_tokens.{TOKEN_ROW}": rows["embed_tokens"][None]
+    }
     if decoder.head_row is not None:
         rows["lm_head"] = np.asarray(decoder.head_row[...])
         tensors[f"base_model.model.lm_head.{TOKEN_ROW}"] = rows["lm_head"][None]
@@ -74,25 +84,32 @@ def export_peft(model: LoadedModel, out: Path, *, base: str, earlier: Sequence[L
             },
         )
         save_tokenizer(model.tokenizer, folder)
-        write_record(folder, model.embed_id, max_tokens=min(MAX_TOKENS, text_room(Prompter(model.tokenizer), decoder.config.max_positions)))
+        write_record(
+            folder,
+            model.embed_id,
+            max_tokens=min(MAX_TOKENS, text_room(Prompter(model.tokenizer), decoder.config.max_positions)),
+        )
         (folder / "README.md").write_text(adapter_card(base=base, embed_id=model.embed_id), encoding="utf-8")
     return out
 
 
 def load_stages(run: Path, *, step: Step = None) -> tuple[list[LoadedModel], str]:
-    """The run's model with unmerged adapters, behind those of the runs that it builds on, oldest first; and the model they started from.
+    """The run's model with unmerged adapters, behind those of the runs that it builds on, oldest first; and
+    the model they started from.
 
-    `step` chooses a checkpoint of `run` (a number, `best`, None for the newest). Raises UserError when a run trained without adapters, or
-    has no checkpoint.
+    `step` chooses a checkpoint of `run` (a number, `best`, None for the newest). Raises UserError when a run
+    trained without adapters, or has no checkpoint.
     """
     config, record = read_run(run)
     if config.lora.rank == 0:
-        raise UserError(f"{run / 'config.json'}: lora.rank: 0, so the run has no adapters; export it without --peft")
-    chosen = chosen_snapshot(run, step)
+        raise UserError(
+            f"{run / 'config.json'}: lora.rank: 0, so the run has no adapters; export it without --peft"
+        )
+    chosen = resolve_step(run, step)
     name, start_step = start_of(run, record), start_step_of(record)
     model = with_lora(load_model(name, step=start_step), config.lora, seed=config.seed)
     params = nnx.state(model.decoder, trainable_filter(model.decoder))
-    nnx.update(model.decoder, read_snapshot(run, chosen, params))
+    nnx.update(model.decoder, read_checkpoint(run, chosen, params))
     if (Path(name) / "checkpoints").is_dir():
         earlier, first = load_stages(Path(name), step=start_step)
         return [*earlier, model], first
@@ -106,11 +123,14 @@ def _adapters_of(decoder: Decoder) -> _Adapters:
     for target in decoder.lora.targets:
         linear = getattr(decoder.layers, target)
         factors[target] = np.asarray(linear.lora_a[...]), np.asarray(linear.lora_b[...])
-    return _Adapters(rank=decoder.lora.rank, alpha=decoder.lora.alpha, dropout=decoder.lora.dropout, factors=factors)
+    return _Adapters(
+        rank=decoder.lora.rank, alpha=decoder.lora.alpha, dropout=decoder.lora.dropout, factors=factors
+    )
 
 
 def _joined(first: _Adapters, second: _Adapters) -> _Adapters:
-    """Both updates in one: ranks side by side, each scale folded into its B; a target that one of them lacks is zero there."""
+    """Both updates in one: ranks side by side, each scale folded into its B; a target that one of them lacks
+    is zero there."""
     rank = first.rank + second.rank
     factors = {}
     for target in {**first.factors, **second.factors}:

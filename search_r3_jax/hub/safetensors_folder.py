@@ -29,7 +29,8 @@ def read_json(file: Path) -> dict[str, Any]:
 class SafetensorsFolder:
     """The tensors of a folder under the names in its files; `shapes` tells what is there.
 
-    Raises UserError when a file is missing, damaged, pickled, or of another dtype than float32, bfloat16 or float16.
+    Raises UserError when a file is missing, damaged, pickled, or of another dtype than float32, bfloat16 or
+    float16.
     """
 
     def __init__(self, folder: Path):
@@ -45,12 +46,20 @@ class SafetensorsFolder:
             slices = {name: handle.get_slice(name) for name in names}
         except (SafetensorError, OSError, ValueError) as error:
             reason = " ".join(str(error).split())
-            raise UserError(f"{file}: not a readable safetensors file ({reason}); download it again") from None
+            raise UserError(
+                f"{file}: not a readable safetensors file ({reason}); download it again"
+            ) from None
         for name, part in slices.items():
             if part.get_dtype() not in _DTYPES:
-                raise UserError(f"{file}: {name}: stored as {part.get_dtype()}, which is not supported; use a checkpoint in bfloat16")
+                raise UserError(
+                    f"{file}: {name}: stored as {part.get_dtype()}, which is not supported; use a checkpoint "
+                    "in bfloat16"
+                )
             if name in self.shapes:
-                raise UserError(f"{file}: {name}: another file of the folder holds this tensor too; download the folder again")
+                raise UserError(
+                    f"{file}: {name}: another file of the folder holds this tensor too; download the folder "
+                    "again"
+                )
             self.shapes[name] = tuple(part.get_shape())
         self._slices |= slices
 
@@ -63,13 +72,22 @@ def _files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(shard, str) for shard in weight_map.values()):
-            raise UserError(f"{index}: weight_map: missing or not a table from tensors to files; download it again")
+        if (
+            not isinstance(weight_map, dict)
+            or not weight_map
+            or not all(isinstance(shard, str) for shard in weight_map.values())
+        ):
+            raise UserError(
+                f"{index}: weight_map: missing or not a table from tensors to files; download it again"
+            )
         shards = sorted(set(weight_map.values()))
         for shard in shards:
             # A file of this folder by its bare name: an index must not reach outside.
             if not shard.endswith(".safetensors") or "/" in shard or "\\" in shard or "\0" in shard:
-                raise UserError(f"{index}: weight_map: {shard!r} is not a safetensors file of this folder; download it again")
+                raise UserError(
+                    f"{index}: weight_map: {shard!r} is not a safetensors file of this folder; download it "
+                    "again"
+                )
         missing = [shard for shard in shards if not (folder / shard).is_file()]
         if missing:
             raise UserError(f"{index}: {', '.join(missing)}: missing; download the folder again")
@@ -77,5 +95,7 @@ def _files(folder: Path) -> list[Path]:
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
-        raise UserError(f"{folder}: *.bin: pickled weights are never read; convert the checkpoint to safetensors")
+        raise UserError(
+            f"{folder}: *.bin: pickled weights are never read; convert the checkpoint to safetensors"
+        )
     raise UserError(f"{folder}: {SINGLE}: missing; weights are read from safetensors only")

@@ -1,4 +1,5 @@
-"""The files that make a Hugging Face folder a sentence-transformers model: the same prompt, cut and pooling as ours."""
+"""The files that make a Hugging Face folder a sentence-transformers model: the same prompt, cut and pooling
+as ours."""
 
 from __future__ import annotations
 
@@ -15,16 +16,19 @@ _PROBES = ("", "word", "Word", "7", ".", "(a)", "-x-", "é", "中文", "'s", "a.
 
 
 def write_sentence_transformers(folder: Path, prompter: Prompter, *, dimension: int, max_tokens: int) -> bool:
-    """Write them into an exported folder; False, and nothing written, where the prompt cannot be cut from a text token by token.
+    """Write them into an exported folder; False, and nothing written, where the prompt cannot be cut from a
+    text token by token.
 
-    The Transformer module renders each text with a chat template of its own, which ends in the embed token; where a text is too long, the
-    module restores what the template wrote after it, so the cut falls on the text alone. The folder's own chat template stays as it is.
+    The Transformer module renders each text with a chat template of its own, which ends in the embed token;
+    where a text is too long, the module restores what the template wrote after it, so the cut falls on the
+    text alone. The folder's own chat template stays as it is.
     """
     if not _tokens_agree(prompter):
         return False
     output = {"method": "forward", "method_output_name": "last_hidden_state"}
     direct = prompter.direct
-    # The embedding is the last token's state, so padding must be to the right as in training, whatever the tokenizer says.
+    # The embedding is the last token's state, so padding must be to the right as in training, whatever the
+    # tokenizer says.
     processor = {
         "model_max_length": len(direct.prefix) + max_tokens + len(direct.suffix) + len(direct.closing),
         "padding_side": "right",
@@ -32,13 +36,20 @@ def write_sentence_transformers(folder: Path, prompter: Prompter, *, dimension: 
     }
     if prompter.tokenizer.pad_token is None:
         processor["pad_token"] = str(prompter.tokenizer.eos_token)
-    template = {"chat_template": message_template(prompter), "restore_suffix": True, "sanitize_control_tokens": True}
+    template = {
+        "chat_template": message_template(prompter),
+        "restore_suffix": True,
+        "sanitize_control_tokens": True,
+    }
     modules = [
         ("", "sentence_transformers.base.modules.transformer.Transformer"),
         ("1_Pooling", "sentence_transformers.sentence_transformer.modules.pooling.Pooling"),
         ("2_Normalize", "sentence_transformers.base.modules.normalize.Normalize"),
     ]
-    write_json(folder / "modules.json", [{"idx": i, "name": str(i), "path": path, "type": kind} for i, (path, kind) in enumerate(modules)])
+    write_json(
+        folder / "modules.json",
+        [{"idx": i, "name": str(i), "path": path, "type": kind} for i, (path, kind) in enumerate(modules)],
+    )
     write_json(
         folder / "sentence_bert_config.json",
         {
@@ -66,7 +77,8 @@ def write_sentence_transformers(folder: Path, prompter: Prompter, *, dimension: 
 
 
 def message_template(prompter: Prompter) -> str:
-    """A Jinja chat template that writes one text as `Prompter.direct_rows` lays it out; any other system prompt is an error."""
+    """A Jinja chat template that writes one text as `Prompter.direct_rows` lays it out; any other system
+    prompt is an error."""
     before, after = prompt_text(prompter.tokenizer, DIRECT_SYSTEM)
     refusal = f"this model was trained with one prompt, '{DIRECT_SYSTEM}': give no other"
     return (
@@ -84,8 +96,11 @@ def _literal(text: str) -> str:
 
 
 def _tokens_agree(prompter: Prompter) -> bool:
-    """Whether a whole rendered prompt has the tokens of its three pieces, which need not be so where no special token divides them."""
+    """Whether a whole rendered prompt has the tokens of its three pieces, which need not be so where no
+    special token divides them."""
     before, after = prompt_text(prompter.tokenizer, DIRECT_SYSTEM)
-    whole = prompter.tokenizer([before + probe + after + CLOSING for probe in _PROBES], add_special_tokens=False)["input_ids"]
+    whole = prompter.tokenizer(
+        [before + probe + after + CLOSING for probe in _PROBES], add_special_tokens=False
+    )["input_ids"]
     pieces = [[*prompter.direct.prefix, *row] for row in prompter.direct_rows(_PROBES, 64)]
     return whole == pieces

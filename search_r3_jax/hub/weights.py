@@ -58,10 +58,11 @@ def build_decoder(
     attention: Backend = "xla",
     mesh: Mesh | None = None,
 ) -> Decoder:
-    """A decoder of `vocab_size` rows with float32 parameters read from a checkpoint of `config`, straight onto the devices of `mesh`.
+    """A decoder of `vocab_size` rows with float32 parameters read from a checkpoint of `config`, straight
+    onto the devices of `mesh`.
 
-    A `fresh` embed token's row starts at the mean of the rows that were there (method, Model), as does one that is absent or zero.
-    Raises UserError listing all tensors that are missing, misshapen or unknown.
+    A `fresh` embed token's row starts at the mean of the rows that were there (method, Model), as does one
+    that is absent or zero. Raises UserError listing all tensors that are missing, misshapen or unknown.
     """
     _check_sizes(config, source, where)
     _check_fit(config, source, where)
@@ -72,7 +73,9 @@ def build_decoder(
     def make() -> Decoder:
         grown = replace(config, vocab_size=vocab_size)
         dtype = jnp.dtype(compute_dtype)
-        return Decoder(grown, rngs=nnx.Rngs(0), embed_id=embed_id, compute_dtype=dtype, remat=remat, attention=attention)
+        return Decoder(
+            grown, rngs=nnx.Rngs(0), embed_id=embed_id, compute_dtype=dtype, remat=remat, attention=attention
+        )
 
     decoder = nnx.eval_shape(make)
     shardings = None if mesh is None else param_shardings(decoder, mesh)
@@ -94,7 +97,8 @@ def build_decoder(
 
 
 def torch_tensors(decoder: Decoder) -> Iterator[tuple[str, np.ndarray]]:
-    """Every base tensor under its `transformers` name and in torch layout, float32, gathered from its shards when its turn comes."""
+    """Every base tensor under its `transformers` name and in torch layout, float32, gathered from its shards
+    when its turn comes."""
     yield _EMBEDDING, _gather(decoder.embedding[...])
     for (module, parameter), (name, transposed) in layer_tensors(decoder.config).items():
         stacked = getattr(getattr(decoder.layers, module), parameter)[...]
@@ -120,7 +124,8 @@ def _gather(array: jax.Array, *, layer: int | None = None, transposed: bool = Fa
 
 def _layer(stacked: jax.Array, layer: int) -> np.ndarray:
     if {device.platform for device in stacked.devices()} == {"cpu"}:
-        # Read where it lies: slices that are freed stay with the allocator for a while, of eight devices as much as another tensor.
+        # Read where it lies: slices that are freed stay with the allocator for a while, of eight devices as
+        # much as another tensor.
         return np.asarray(stacked)[layer]
     # Not all layers are fetched from a device for one of them.
     return np.asarray(jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False))
@@ -139,17 +144,27 @@ def _check_sizes(config: ModelConfig, source: TensorSource, where: str) -> None:
     }
     for name, size in sizes.items():
         if not isinstance(size, int) or size < 1:
-            raise UserError(f"{where}: {name}: {size!r} is not a positive whole number; download the config again")
-    for name, value in {"norm epsilon": config.norm_eps, "rope theta": config.rope_theta, "positions": config.max_positions}.items():
+            raise UserError(
+                f"{where}: {name}: {size!r} is not a positive whole number; download the config again"
+            )
+    for name, value in {
+        "norm epsilon": config.norm_eps,
+        "rope theta": config.rope_theta,
+        "positions": config.max_positions,
+    }.items():
         if not isinstance(value, (int, float)) or not 0 < value < math.inf:
             raise UserError(f"{where}: {name}: {value!r} is not a positive number; download the config again")
     if config.heads % config.kv_heads or config.head_dim % 2:
         raise UserError(
-            f"{where}: heads: {config.heads} heads, {config.kv_heads} key-value heads, {config.head_dim} dimensions each: "
+            f"{where}: heads: {config.heads} heads, {config.kv_heads} key-value heads, {config.head_dim} "
+            "dimensions each: "
             "key-value heads must divide heads and a head has an even size; download the config again"
         )
     if config.layers > len(source.shapes):
-        raise UserError(f"{where}: layers: {config.layers}, but there are only {len(source.shapes)} tensors; download the weights again")
+        raise UserError(
+            f"{where}: layers: {config.layers}, but there are only {len(source.shapes)} tensors; download "
+            "the weights again"
+        )
 
 
 def _check_fit(config: ModelConfig, source: TensorSource, where: str) -> None:
@@ -168,8 +183,23 @@ def _check_fit(config: ModelConfig, source: TensorSource, where: str) -> None:
 
 
 def _file_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    V, D, N, K, H, F = config.vocab_size, config.hidden_size, config.heads, config.kv_heads, config.head_dim, config.feed_forward
-    kernels = {"q": (D, N * H), "k": (D, K * H), "v": (D, K * H), "o": (N * H, D), "gate": (D, F), "up": (D, F), "down": (F, D)}
+    V, D, N, K, H, F = (
+        config.vocab_size,
+        config.hidden_size,
+        config.heads,
+        config.kv_heads,
+        config.head_dim,
+        config.feed_forward,
+    )
+    kernels = {
+        "q": (D, N * H),
+        "k": (D, K * H),
+        "v": (D, K * H),
+        "o": (N * H, D),
+        "gate": (D, F),
+        "up": (D, F),
+        "down": (F, D),
+    }
     scales = {"attention_norm": D, "feed_forward_norm": D, "q_norm": H, "k_norm": H}
     shapes: dict[str, tuple[int, ...]] = {_EMBEDDING: (V, D), _FINAL_NORM: (D,)}
     if not config.tied_embeddings:
@@ -236,7 +266,8 @@ def _equal(source: TensorSource, first: str, second: str) -> bool:
 class _Staging:
     """Host buffers for this process's shards of one array; filled, they are put on their devices.
 
-    XLA on the host adopts the buffers instead of copying them: refill only after the array made of them is no longer in use.
+    XLA on the host adopts the buffers instead of copying them: refill only after the array made of them is no
+    longer in use.
     """
 
     def __init__(self, shape: tuple[int, ...], sharding: Sharding | None):
@@ -248,7 +279,9 @@ class _Staging:
             for device, index in sharding.addressable_devices_indices_map(shape).items():
                 bounds = tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))
                 self._devices.setdefault(bounds, []).append(device)
-        self._buffers = {bounds: _aligned([stop - start for start, stop in bounds]) for bounds in self._devices}
+        self._buffers = {
+            bounds: _aligned([stop - start for start, stop in bounds]) for bounds in self._devices
+        }
 
     def put(self, fill: Fill) -> jax.Array:
         shards = []
@@ -268,9 +301,18 @@ def _aligned(shape: list[int]) -> np.ndarray:
     return raw[offset : offset + size].view(np.float32).reshape(shape)
 
 
-def _stacked(source: TensorSource, names: list[str], transposed: bool, shape: tuple[int, ...], sharding: NamedSharding | None) -> jax.Array:
+def _stacked(
+    source: TensorSource,
+    names: list[str],
+    transposed: bool,
+    shape: tuple[int, ...],
+    sharding: NamedSharding | None,
+) -> jax.Array:
     """[L,…] on its devices, written layer by layer: the host holds one layer's tensor at a time."""
-    staging = _Staging(shape[1:], None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:])))
+    staging = _Staging(
+        shape[1:],
+        None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:])),
+    )
     stack = jnp.zeros(shape, jnp.float32, device=sharding)
     for i, name in enumerate(names):
 

@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-NOTHING = -1
-"""Position of a key that does not exist: padding, or a cache slot not yet written."""
+from search_r3_jax.models.kv_block import EMPTY_POSITION, Attend
 
 Backend = Literal["xla", "splash"]
 
 
-class KVBlock(NamedTuple):
-    """Keys and values that some rows can see; b rows serve B = b · share consecutive query rows.
-
-    `keys`, `values` [b,S,K,H] (with a leading L when they stand for the whole decoder); `positions` [b,S] int32, `NOTHING` where empty;
-    `segments` [b,S] int32: where given, a query sees only keys of its own context segment (several prompt prefixes in one block).
-    """
-
-    keys: jax.Array
-    values: jax.Array
-    positions: jax.Array
-    segments: jax.Array | None = None
-
-
-Attend = Callable[[jax.Array, Sequence[tuple[jax.Array, jax.Array]]], jax.Array]
-"""Output [B,T,N,H] of queries [B,T,N,H], already divided by √H, over one layer's `(keys, values)` [b,S,K,H]: the context blocks, then the
-queries' own."""
-
-
-def plan_attention(
+def make_attention(
     backend: Backend,
     positions_bt: jax.Array,
     segments_bt: jax.Array | None,
@@ -41,21 +22,28 @@ def plan_attention(
     *,
     window: int = 0,
 ) -> Attend:
-    """What every layer does with its own queries, keys and values, prepared once for all of them; `window` 0 sees everything before.
+    """What every layer does with its own queries, keys and values, prepared once for all of them; `window` 0
+    sees everything before.
 
-    `contexts` are the `(positions [b,S], segments [b,S])` of the blocks that are seen beside the rows themselves.
+    `contexts` are the `(positions [b,S], segments [b,S])` of the blocks that are seen beside the rows
+    themselves.
     """
     masks = [
-        *(visibility(positions_bt, positions, context_segments_bt, segments, window=window) for positions, segments in contexts),
+        *(
+            visibility(positions_bt, positions, context_segments_bt, segments, window=window)
+            for positions, segments in contexts
+        ),
         visibility(positions_bt, positions_bt, segments_bt, segments_bt, window=window),
     ]
     # The kernel works on tiles of 128; a single new token has nothing to fill one with.
     if backend == "splash" and positions_bt.shape[1] > 1:
         # Imported here: it loads Pallas, which nobody on the other backend needs.
-        from search_r3_jax.models.splash import plan_splash
+        from search_r3_jax.models.splash import make_splash_attention
 
-        return plan_splash(masks)
-    return lambda q, keys_values: attend(q, [(k, v, mask) for (k, v), mask in zip(keys_values, masks, strict=True)])
+        return make_splash_attention(masks)
+    return lambda q, keys_values: attend(
+        q, [(k, v, mask) for (k, v), mask in zip(keys_values, masks, strict=True)]
+    )
 
 
 def visibility(
@@ -66,11 +54,12 @@ def visibility(
     *,
     window: int = 0,
 ) -> jax.Array:
-    """Mask [b,T·share,S]: keys that exist, stand not later than the query nor a window before it, and share its segment."""
+    """Mask [b,T·share,S]: keys that exist, stand not later than the query nor a window before it, and share
+    its segment."""
     rows = key_positions_bs.shape[0]
     queries = query_positions_bt.reshape(rows, -1)[:, :, None]
     keys = key_positions_bs[:, None, :]
-    mask = (keys != NOTHING) & (keys <= queries)
+    mask = (keys != EMPTY_POSITION) & (keys <= queries)
     if window > 0:
         mask &= keys > queries - window
     if query_segments_bt is not None and key_segments_bs is not None:
@@ -79,10 +68,11 @@ def visibility(
 
 
 def attend(q_btnh: jax.Array, blocks: Sequence[tuple[jax.Array, jax.Array, jax.Array]]) -> jax.Array:
-    """Attention output [B,T,N,H] of queries, already divided by √H, over all blocks `(keys [b,S,K,H], values, mask [b,T·share,S])`.
+    """Attention output [B,T,N,H] of queries, already divided by √H, over all blocks `(keys [b,S,K,H], values,
+    mask [b,T·share,S])`.
 
-    Rows that share a block are folded into its query axis, so a shared prompt is read once and not copied, unless the copies are small
-    beside the scores.
+    Rows that share a block are folded into its query axis, so a shared prompt is read once and not copied,
+    unless the copies are small beside the scores.
     """
     B, T, N, H = q_btnh.shape
     K = blocks[0][0].shape[2]
@@ -92,8 +82,11 @@ def attend(q_btnh: jax.Array, blocks: Sequence[tuple[jax.Array, jax.Array, jax.A
     scores = []
     for keys, _, mask in blocks:
         rows, S = keys.shape[:2]
-        # Laid out by hand for a plain product of batches of matrices: a CPU is two to three times as fast at it as at the same einsum.
-        block_scores = jnp.matmul(_folded(q_bkrth, rows), jnp.transpose(keys, (0, 2, 3, 1)), preferred_element_type=jnp.float32)
+        # Laid out by hand for a plain product of batches of matrices: a CPU is two to three times as fast at
+        # it as at the same einsum.
+        block_scores = jnp.matmul(
+            _folded(q_bkrth, rows), jnp.transpose(keys, (0, 2, 3, 1)), preferred_element_type=jnp.float32
+        )
         visible = mask.reshape(B, T, S)[:, None, None]
         block_scores = _unfolded(block_scores, q_bkrth.shape[:4])
         scores.append(jnp.where(visible, block_scores, jnp.finfo(jnp.float32).min))
@@ -103,15 +96,22 @@ def attend(q_btnh: jax.Array, blocks: Sequence[tuple[jax.Array, jax.Array, jax.A
     start = 0
     for keys, values, _ in blocks:
         rows, S = keys.shape[:2]
-        mixed = jnp.matmul(_folded(weights[..., start : start + S], rows), jnp.transpose(values, (0, 2, 1, 3)))
+        mixed = jnp.matmul(
+            _folded(weights[..., start : start + S], rows), jnp.transpose(values, (0, 2, 1, 3))
+        )
         output_bkrth += _unfolded(mixed, q_bkrth.shape[:4])
         start += S
     return jnp.moveaxis(output_bkrth, 3, 1).reshape(B, T, N, H).astype(q_btnh.dtype)
 
 
-def _side_by_side(blocks: Sequence[tuple[jax.Array, jax.Array, jax.Array]], B: int, T: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _side_by_side(
+    blocks: Sequence[tuple[jax.Array, jax.Array, jax.Array]], B: int, T: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """All blocks as one of B rows: one softmax over one array instead of parts that are brought together."""
-    keys, values = (jnp.concatenate([jnp.repeat(block[i], B // len(block[i]), axis=0) for block in blocks], axis=1) for i in (0, 1))
+    keys, values = (
+        jnp.concatenate([jnp.repeat(block[i], B // len(block[i]), axis=0) for block in blocks], axis=1)
+        for i in (0, 1)
+    )
     return keys, values, jnp.concatenate([mask.reshape(B, T, -1) for _, _, mask in blocks], axis=-1)
 
 

@@ -1,4 +1,5 @@
-"""One decoder for the Llama, Qwen2/2.5 and Qwen3 families, as a Flax NNX module with stacked, scanned layers."""
+"""One decoder for the Llama, Qwen2/2.5 and Qwen3 families, as a Flax NNX module with stacked, scanned
+layers."""
 
 from __future__ import annotations
 
@@ -11,8 +12,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from search_r3_jax.config import LoraConfig, ModelConfig
-from search_r3_jax.mesh import BATCH_AXES, TOKENS, laid
-from search_r3_jax.models.attention import NOTHING, Attend, Backend, KVBlock, plan_attention
+from search_r3_jax.mesh import BATCH_AXES, TOKENS, constrain
+from search_r3_jax.models.attention import Backend, make_attention
+from search_r3_jax.models.kv_block import EMPTY_POSITION, Attend, KVBlock
 from search_r3_jax.models.layers import LINEARS, PRODUCT, Linear, LoraParam, RMSNorm
 from search_r3_jax.models.rotary import rotary_tables, rotate
 
@@ -20,18 +22,23 @@ _LAYER_INPUT = "layer_input"
 # The axes over which parameters are repeated.
 _COPIES = ("slice", "data")
 REMAT_POLICIES = {
-    # What the backward pass finds saved: nothing but each layer's input, that input in the host's memory, or also what was multiplied by
-    # weights. Norms, activations and attention scores are recomputed under all three: they cost little and are most of the memory.
+    # What the backward pass finds saved: nothing but each layer's input, that input in the host's memory, or
+    # also what was multiplied by weights. Norms, activations and attention scores are recomputed under all
+    # three: they cost little and are most of the memory.
     "full": jax.checkpoint_policies.nothing_saveable,
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[], names_which_can_be_offloaded=[_LAYER_INPUT], offload_src="device", offload_dst="pinned_host"
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[_LAYER_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
     ),
     "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
 }
 
 
 class _Attention(NamedTuple):
-    """How a layer's text attends: rotary tables, `attend`, the keys and values of its contexts, and the texts that it stands behind."""
+    """How a layer's text attends: rotary tables, `attend`, the keys and values of its contexts, and the texts
+    that it stands behind."""
 
     rope: tuple[jax.Array, jax.Array]
     attend: Attend
@@ -40,10 +47,17 @@ class _Attention(NamedTuple):
 
 
 class Layer(nnx.Module):
-    """One block over several texts at once: attention and a gated feed-forward, each behind a norm and a residual."""
+    """One block over several texts at once: attention and a gated feed-forward, each behind a norm and a
+    residual."""
 
     def __init__(self, config: ModelConfig, *, lora: LoraConfig | None, rngs: nnx.Rngs):
-        D, N, K, H, F = config.hidden_size, config.heads, config.kv_heads, config.head_dim, config.feed_forward
+        D, N, K, H, F = (
+            config.hidden_size,
+            config.heads,
+            config.kv_heads,
+            config.head_dim,
+            config.feed_forward,
+        )
 
         def linear(name: str, inputs: int, outputs: int, bias: bool = False) -> Linear:
             adapter = lora if lora is not None and name in lora.targets else None
@@ -72,38 +86,47 @@ class Layer(nnx.Module):
     ) -> tuple[list[jax.Array], list[tuple[jax.Array, jax.Array]]]:
         """What becomes of each text's states [B,T,D], and its own keys and values [B,T,K,H]."""
         split = [key if key is None else jax.random.split(key, len(LINEARS)) for key in dropout_keys]
-        keys_of = [dict.fromkeys(LINEARS) if keys is None else dict(zip(LINEARS, keys, strict=True)) for keys in split]
+        keys_of = [
+            dict.fromkeys(LINEARS) if keys is None else dict(zip(LINEARS, keys, strict=True))
+            for keys in split
+        ]
 
         def through(linear: Linear, inputs: Sequence[jax.Array]) -> list[jax.Array]:
             return linear(inputs, adapters, [keys[linear.name] for keys in keys_of])
 
         hs = [self.attention_norm(x) for x in xs]
         mixed, own = list[jax.Array](), list[tuple[jax.Array, jax.Array]]()
-        for q, k, v, how in zip(through(self.q, hs), through(self.k, hs), through(self.v, hs), attentions, strict=True):
+        for q, k, v, how in zip(
+            through(self.q, hs), through(self.k, hs), through(self.v, hs), attentions, strict=True
+        ):
             q, k, v = (x.reshape(*x.shape[:2], -1, self.config.head_dim) for x in (q, k, v))
             if self.q_norm is not None and self.k_norm is not None:
                 q, k = self.q_norm(q), self.k_norm(k)
             # The scale of the scores, here where it is not rounded by itself.
             q, k = rotate(q, how.rope, scale=self.config.head_dim**-0.5), rotate(k, how.rope)
             # Tokens on one device look back at those on others.
-            k, v = (laid(x, BATCH_AXES, None, "tensor") for x in (k, v))
+            k, v = (constrain(x, BATCH_AXES, None, "tensor") for x in (k, v))
             own.append((k, v))
             seen = [*how.contexts, *(own[i] for i in how.behind), (k, v)]
             mixed.append(checkpoint_name(how.attend(q, seen), PRODUCT).reshape(*q.shape[:2], -1))
         xs = [x + y for x, y in zip(xs, through(self.o, mixed), strict=True)]
         hs = [self.feed_forward_norm(x) for x in xs]
-        gated = [jax.nn.silu(gate) * up for gate, up in zip(through(self.gate, hs), through(self.up, hs), strict=True)]
+        gated = [
+            jax.nn.silu(gate) * up
+            for gate, up in zip(through(self.gate, hs), through(self.up, hs), strict=True)
+        ]
         return [x + y for x, y in zip(xs, through(self.down, gated), strict=True)], own
 
 
 class Text(NamedTuple):
     """Rows to be read [B,T], and what they see beside themselves.
 
-    `positions_bt` int32 is `NOTHING` at padding. Each block in `contexts` (leading L), and the rows of each text in `behind`, are visible
-    up to the query's position; a block of fewer rows is shared by consecutive rows. A KV cache is a block, a shared prompt is a block, a
-    chunk of a long prompt is one. Texts packed into one row are told apart by `segments_bt`; `context_segments_bt` chooses among the
-    segments of what they see. Without `adapters` the frozen base reads it, which no gradient passes; adapters drop inputs only where a
-    `dropout_key` is given.
+    `positions_bt` int32 is `NOTHING` at padding. Each block in `contexts` (leading L), and the rows of each
+    text in `behind`, are visible up to the query's position; a block of fewer rows is shared by consecutive
+    rows. A KV cache is a block, a shared prompt is a block, a chunk of a long prompt is one. Texts packed
+    into one row are told apart by `segments_bt`; `context_segments_bt` chooses among the segments of what
+    they see. Without `adapters` the frozen base reads it, which no gradient passes; adapters drop inputs only
+    where a `dropout_key` is given.
     """
 
     ids_bt: jax.Array
@@ -149,7 +172,9 @@ class Decoder(nnx.Module):
 
         self.layers = stacked(rngs)
         self.final_norm = RMSNorm(D, config.norm_eps)
-        self.head = None if config.tied_embeddings else nnx.Param(jax.random.normal(rngs.params(), (D, V)) * D**-0.5)
+        self.head = (
+            None if config.tied_embeddings else nnx.Param(jax.random.normal(rngs.params(), (D, V)) * D**-0.5)
+        )
         # The embed token's row learns also where everything else of the base is frozen.
         learns_row = lora is not None and embed_id is not None
         self.embed_row = LoraParam(jnp.zeros((D,))) if learns_row else None
@@ -166,14 +191,29 @@ class Decoder(nnx.Module):
         adapters: bool = True,
         dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, KVBlock]:
-        """`read` of one text: its hidden states [B,T,D] and its own keys and values as a block `[L,B,T,K,H]`."""
-        return self.read([Text(ids_bt, positions_bt, segments_bt, contexts, (), context_segments_bt, adapters, dropout_key)])[0]
+        """`read` of one text: its hidden states [B,T,D] and its own keys and values as a block
+        `[L,B,T,K,H]`."""
+        return self.read(
+            [
+                Text(
+                    ids_bt,
+                    positions_bt,
+                    segments_bt,
+                    contexts,
+                    (),
+                    context_segments_bt,
+                    adapters,
+                    dropout_key,
+                )
+            ]
+        )[0]
 
     def read(self, texts: Sequence[Text]) -> list[tuple[jax.Array, KVBlock]]:
-        """Hidden states [B,T,D] after the final norm, and own keys and values as a block `[L,B,T,K,H]`, of each text.
+        """Hidden states [B,T,D] after the final norm, and own keys and values as a block `[L,B,T,K,H]`, of
+        each text.
 
-        A text may stand behind those before it in the list. All are read in one pass through the layers: on a mesh each layer's weights are
-        gathered once for all of them, and their gradients exchanged once.
+        A text may stand behind those before it in the list. All are read in one pass through the layers: on a
+        mesh each layer's weights are gathered once for all of them, and their gradients exchanged once.
         """
         windowed = self.config.windowed or (False,) * self.config.layers
         attends = [self._attends(text, [texts[i] for i in text.behind], any(windowed)) for text in texts]
@@ -181,7 +221,9 @@ class Decoder(nnx.Module):
         adapters = [text.adapters for text in texts]
         graph, state = nnx.split(self.layers)
 
-        def body(xs: list[jax.Array], scanned: Any) -> tuple[list[jax.Array], list[tuple[jax.Array, jax.Array]]]:
+        def body(
+            xs: list[jax.Array], scanned: Any
+        ) -> tuple[list[jax.Array], list[tuple[jax.Array, jax.Array]]]:
             layer_state, contexts, near, keys = scanned
 
             def attend_of(everything: Attend, window: Attend) -> Attend:
@@ -195,11 +237,16 @@ class Decoder(nnx.Module):
             ]
             xs = [checkpoint_name(x, _LAYER_INPUT) for x in xs]
             xs, own = nnx.merge(graph, layer_state)(xs, attentions, adapters=adapters, dropout_keys=keys)
-            return [x if text.adapters else jax.lax.stop_gradient(x) for x, text in zip(xs, texts, strict=True)], own
+            return [
+                x if text.adapters else jax.lax.stop_gradient(x) for x, text in zip(xs, texts, strict=True)
+            ], own
 
         if self.remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat])
-        keys = [None if text.dropout_key is None else jax.random.split(text.dropout_key, self.config.layers) for text in texts]
+        keys = [
+            None if text.dropout_key is None else jax.random.split(text.dropout_key, self.config.layers)
+            for text in texts
+        ]
         blocks = [[(block.keys, block.values) for block in text.contexts] for text in texts]
         start = [self.embed(text.ids_bt, text.adapters) for text in texts]
         outputs, own = jax.lax.scan(body, start, (state, blocks, jnp.asarray(windowed), keys))
@@ -210,21 +257,27 @@ class Decoder(nnx.Module):
 
     def _attends(self, text: Text, before: Sequence[Text], windows: bool) -> tuple[Attend, Attend]:
         """How a text attends in layers that see everything, and in those with a window."""
-        seen = [(block.positions, block.segments) for block in text.contexts] + [(each.positions_bt, each.segments_bt) for each in before]
-        everything = plan_attention(self.attention, text.positions_bt, text.segments_bt, seen, text.context_segments_bt)
+        seen = [(block.positions, block.segments) for block in text.contexts] + [
+            (each.positions_bt, each.segments_bt) for each in before
+        ]
+        everything = make_attention(
+            self.attention, text.positions_bt, text.segments_bt, seen, text.context_segments_bt
+        )
         if not windows:
             return everything, everything
         window = self.config.sliding_window
-        return everything, plan_attention(
+        return everything, make_attention(
             self.attention, text.positions_bt, text.segments_bt, seen, text.context_segments_bt, window=window
         )
 
     def embed(self, ids_bt: jax.Array, adapters: bool = True) -> jax.Array:
         """Input embeddings [B,T,D] in the compute dtype."""
-        # The table's D lies over "fsdp", as rows do: every device looks up its part of D for its neighbours' rows, then they exchange.
-        # Left to itself, XLA may gather the whole batch instead.
-        x = laid(self.embedding[...][laid(ids_bt, _COPIES, "sequence")], _COPIES, "sequence", "fsdp")
-        x = laid(x, *TOKENS)
+        # The table's D lies over "fsdp", as rows do: every device looks up its part of D for its neighbours'
+        # rows, then they exchange. Left to itself, XLA may gather the whole batch instead.
+        x = constrain(
+            self.embedding[...][constrain(ids_bt, _COPIES, "sequence")], _COPIES, "sequence", "fsdp"
+        )
+        x = constrain(x, *TOKENS)
         if adapters and self.embed_row is not None:
             x = jnp.where((ids_bt == self.embed_id)[..., None], self.embed_row[...], x)
         return x.astype(self.compute_dtype)
@@ -241,7 +294,8 @@ class Decoder(nnx.Module):
 
 
 def positions_from_lengths(lengths_b: jax.Array, T: int, start: jax.Array | int = 0) -> jax.Array:
-    """Positions [B,T] int32 of right-padded rows that begin at `start` (a number or [B]); `NOTHING` past each length."""
+    """Positions [B,T] int32 of right-padded rows that begin at `start` (a number or [B]); `NOTHING` past each
+    length."""
     steps = jnp.arange(T, dtype=jnp.int32)[None, :]
     first = jnp.broadcast_to(jnp.asarray(start, jnp.int32), lengths_b.shape)[:, None]
-    return jnp.where(steps < lengths_b[:, None], first + steps, NOTHING)
+    return jnp.where(steps < lengths_b[:, None], first + steps, EMPTY_POSITION)

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 
 class EmbedOutput(NamedTuple):
-    """`vectors` [B,E] float32 of unit norm (zeros where not valid); `valid` [B] bool: exactly one embed token in the row."""
+    """`vectors` [B,E] float32 of unit norm (zeros where not valid); `valid` [B] bool: exactly one embed token
+    in the row."""
 
     vectors: jax.Array
     valid: jax.Array
@@ -27,5 +28,7 @@ def pool_embedding(hidden_btd: jax.Array, ids_bt: jax.Array, embed_id: int) -> E
     at_token = ids_bt == embed_id
     valid = jnp.sum(at_token, axis=-1) == 1
     # A sum over the mask, not argmax: an absent token must not silently mean position 0.
-    picked = jnp.einsum("btd,bt->bd", hidden_btd.astype(jnp.float32), (at_token & valid[:, None]).astype(jnp.float32))
+    picked = jnp.einsum(
+        "btd,bt->bd", hidden_btd.astype(jnp.float32), (at_token & valid[:, None]).astype(jnp.float32)
+    )
     return EmbedOutput(unit(picked), valid)

@@ -53,7 +53,8 @@ _READ = {
     "max_window_layers",
     "layer_types",
 }
-# What says nothing about the computation of a forward pass: bookkeeping, initial values, generation, output format.
+# What says nothing about the computation of a forward pass: bookkeeping, initial values, generation, output
+# format.
 _INERT = {
     "_name_or_path",
     "architectures",
@@ -104,15 +105,22 @@ def config_from_hf(fields: dict[str, Any], where: str) -> ModelConfig:
     """Our config of a `config.json`; raises UserError naming the field that this decoder does not support."""
     family = fields.get("model_type")
     if family not in ARCHITECTURES:
-        raise UserError(f"{where}: model_type: {family!r} is not supported; use one of {', '.join(ARCHITECTURES)}")
+        raise UserError(
+            f"{where}: model_type: {family!r} is not supported; use one of {', '.join(ARCHITECTURES)}"
+        )
     for name, value in fields.items():
         if name in _FIXED:
             if value is not None and value != _FIXED[name]:
                 raise UserError(f"{where}: {name}: {value!r} is not supported; only {_FIXED[name]!r} is")
         elif name not in _READ | _INERT and value:
-            raise UserError(f"{where}: {name}: this field is not known here; if {value!r} changes nothing, remove it")
+            raise UserError(
+                f"{where}: {name}: this field is not known here; if {value!r} changes nothing, remove it"
+            )
     try:
-        heads, layers = _count(fields, "num_attention_heads", where), _count(fields, "num_hidden_layers", where)
+        heads, layers = (
+            _count(fields, "num_attention_heads", where),
+            _count(fields, "num_hidden_layers", where),
+        )
         hidden = _count(fields, "hidden_size", where)
         theta, scaling = _rope(fields, where)
         window, windowed = _window(fields, layers, where)
@@ -136,10 +144,13 @@ def config_from_hf(fields: dict[str, Any], where: str) -> ModelConfig:
             windowed=windowed,
         )
     except KeyError as missing:
-        raise UserError(f"{where}: {missing.args[0]}: the field is missing; is this a complete checkpoint?") from None
+        raise UserError(
+            f"{where}: {missing.args[0]}: the field is missing; is this a complete checkpoint?"
+        ) from None
     if config.heads % config.kv_heads:
         raise UserError(
-            f"{where}: num_key_value_heads: {config.kv_heads} does not divide the {config.heads} heads; is this the right file?"
+            f"{where}: num_key_value_heads: {config.kv_heads} does not divide the {config.heads} heads; is "
+            "this the right file?"
         )
     return config
 
@@ -170,7 +181,9 @@ def _rope(fields: dict[str, Any], where: str) -> tuple[float, RopeScaling | None
     place = f"{where}: rope_parameters"
     theta = _number(given, "rope_theta", place, _number(fields, "rope_theta", where, 10_000.0))
     if given.get("partial_rotary_factor") not in (None, 1, 1.0):
-        raise UserError(f"{place}.partial_rotary_factor: {given['partial_rotary_factor']!r} is not supported; only 1.0 is")
+        raise UserError(
+            f"{place}.partial_rotary_factor: {given['partial_rotary_factor']!r} is not supported; only 1.0 is"
+        )
     kind = given.get("rope_type") or given.get("type") or "default"
     named = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
     fields_of = {
@@ -184,21 +197,31 @@ def _rope(fields: dict[str, Any], where: str) -> tuple[float, RopeScaling | None
     }
     if kind not in fields_of:
         raise UserError(f"{place}.rope_type: {kind!r} is not supported; use one of {', '.join(fields_of)}")
-    unknown = sorted(name for name, value in given.items() if name not in named | fields_of[kind] and value is not None)
+    unknown = sorted(
+        name for name, value in given.items() if name not in named | fields_of[kind] and value is not None
+    )
     if unknown:
-        raise UserError(f"{place}.{unknown[0]}: not known for rope_type {kind!r}; if it changes nothing, remove it")
+        raise UserError(
+            f"{place}.{unknown[0]}: not known for rope_type {kind!r}; if it changes nothing, remove it"
+        )
     if kind == "default":
         return theta, None
     factor = _number(given, "factor", place)
     if kind == "linear":
         return theta, RopeScaling(kind="linear", factor=factor)
-    inside = given | {key: fields[key] for key in ("original_max_position_embeddings",) if fields.get(key) is not None}
-    original = _count(inside, "original_max_position_embeddings", place, _count(fields, "max_position_embeddings", where))
+    inside = given | {
+        key: fields[key] for key in ("original_max_position_embeddings",) if fields.get(key) is not None
+    }
+    original = _count(
+        inside, "original_max_position_embeddings", place, _count(fields, "max_position_embeddings", where)
+    )
     if kind == "llama3":
         low, high = _number(given, "low_freq_factor", place), _number(given, "high_freq_factor", place)
         if low >= high:
             raise UserError(f"{place}.high_freq_factor: {high} must be greater than low_freq_factor, {low}")
-        return theta, RopeScaling(kind="llama3", factor=factor, original_positions=original, low_frequency=low, high_frequency=high)
+        return theta, RopeScaling(
+            kind="llama3", factor=factor, original_positions=original, low_frequency=low, high_frequency=high
+        )
     return theta, RopeScaling(
         kind="yarn",
         factor=factor,
@@ -224,21 +247,32 @@ def _yarn_attention_factor(given: dict[str, Any], factor: float, place: str) -> 
 
 
 def _window(fields: dict[str, Any], layers: int, where: str) -> tuple[int, tuple[bool, ...]]:
-    """The window and which layers have it; Qwen turns it on by `use_sliding_window`, from layer `max_window_layers`."""
+    """The window and which layers have it; Qwen turns it on by `use_sliding_window`, from layer
+    `max_window_layers`."""
     kinds = fields.get("layer_types")
     if kinds is not None:
         unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
         if unknown:
-            raise UserError(f"{where}: layer_types: {unknown[0]!r} is not supported; full_attention and sliding_attention are")
+            raise UserError(
+                f"{where}: layer_types: {unknown[0]!r} is not supported; full_attention and "
+                "sliding_attention are"
+            )
         if len(kinds) != layers:
-            raise UserError(f"{where}: layer_types: has {len(kinds)} entries for {layers} layers; download the file again")
+            raise UserError(
+                f"{where}: layer_types: has {len(kinds)} entries for {layers} layers; download the file again"
+            )
     if not fields.get("use_sliding_window"):
         if kinds is not None and "sliding_attention" in kinds:
-            raise UserError(f"{where}: layer_types: names sliding_attention but use_sliding_window is not set; set it, or change the types")
+            raise UserError(
+                f"{where}: layer_types: names sliding_attention but use_sliding_window is not set; set it, "
+                "or change the types"
+            )
         # Llama has no such switch; its reference implementation never looks at a window.
         return 0, ()
     if fields["model_type"] == "llama":
-        raise UserError(f"{where}: use_sliding_window: the Llama family has no sliding window; remove the field")
+        raise UserError(
+            f"{where}: use_sliding_window: the Llama family has no sliding window; remove the field"
+        )
     if fields.get("sliding_window") is None:
         return 0, ()
     window = _count(fields, "sliding_window", where)
@@ -274,14 +308,23 @@ def config_to_hf(config: ModelConfig, dtype: Literal["float32", "bfloat16"]) -> 
     if any(config.windowed):
         kinds = ["sliding_attention" if near else "full_attention" for near in config.windowed]
         first = config.windowed.index(True)
-        fields |= {"use_sliding_window": True, "sliding_window": config.sliding_window, "max_window_layers": first, "layer_types": kinds}
+        fields |= {
+            "use_sliding_window": True,
+            "sliding_window": config.sliding_window,
+            "max_window_layers": first,
+            "layer_types": kinds,
+        }
     return fields
 
 
 def _rope_to_hf(scaling: RopeScaling) -> dict[str, Any]:
     if scaling.kind == "linear":
         return {"rope_type": "linear", "factor": scaling.factor}
-    fields = {"rope_type": scaling.kind, "factor": scaling.factor, "original_max_position_embeddings": scaling.original_positions}
+    fields = {
+        "rope_type": scaling.kind,
+        "factor": scaling.factor,
+        "original_max_position_embeddings": scaling.original_positions,
+    }
     if scaling.kind == "llama3":
         return fields | {"low_freq_factor": scaling.low_frequency, "high_freq_factor": scaling.high_frequency}
     return fields | {

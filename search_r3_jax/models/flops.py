@@ -7,12 +7,26 @@ from search_r3_jax.config import LoraConfig, ModelConfig
 
 def linear_sizes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """Inputs and outputs of each linear layer."""
-    D, F, queries, keys = config.hidden_size, config.feed_forward, config.heads * config.head_dim, config.kv_heads * config.head_dim
-    return {"q": (D, queries), "k": (D, keys), "v": (D, keys), "o": (queries, D), "gate": (D, F), "up": (D, F), "down": (F, D)}
+    D, F, queries, keys = (
+        config.hidden_size,
+        config.feed_forward,
+        config.heads * config.head_dim,
+        config.kv_heads * config.head_dim,
+    )
+    return {
+        "q": (D, queries),
+        "k": (D, keys),
+        "v": (D, keys),
+        "o": (queries, D),
+        "gate": (D, F),
+        "up": (D, F),
+        "down": (F, D),
+    }
 
 
 def layers_flops(config: ModelConfig, tokens: int, attended: int) -> float:
-    """One forward pass through all layers: 2 a weight and token, 4·N·H a pair of a token and one it attends to."""
+    """One forward pass through all layers: 2 a weight and token, 4·N·H a pair of a token and one it attends
+    to."""
     weights = sum(inputs * outputs for inputs, outputs in linear_sizes(config).values())
     return config.layers * (2.0 * weights * tokens + 4.0 * config.heads * config.head_dim * attended)
 
@@ -31,8 +45,9 @@ def adapter_flops(config: ModelConfig, lora: LoraConfig, tokens: int) -> float:
 def training_flops(config: ModelConfig, lora: LoraConfig, tokens: int, attended: int, read: int) -> float:
     """Forward and backward of one step whose logits are wanted at `read` positions.
 
-    The backward pass costs what the forward pass does for the gradient of the activations, and as much again for that of the
-    weights, which under LoRA only the adapters have. Attention has no weights: its backward pass is twice its forward pass.
+    The backward pass costs what the forward pass does for the gradient of the activations, and as much again
+    for that of the weights, which under LoRA only the adapters have. Attention has no weights: its backward
+    pass is twice its forward pass.
     """
     linear = layers_flops(config, tokens, 0) + head_flops(config, read)
     attention = layers_flops(config, 0, attended)

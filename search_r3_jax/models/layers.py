@@ -1,18 +1,22 @@
-"""What a decoder's layers are made of: matrices that several texts are multiplied by at once, low-rank adapters beside them, and norms."""
+"""What a decoder's layers are made of: matrices that several texts are multiplied by at once, low-rank
+adapters beside them, and norms."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from search_r3_jax.config import LoraConfig
-from search_r3_jax.mesh import TOKENS, laid, layer_spec, summed_over_batch
+from search_r3_jax.mesh import BATCH_AXES, TOKENS, axis_size, constrain, layer_spec
 
 PRODUCT = "product"
 """The name under which rematerialisation policies find what was multiplied by weights."""
@@ -26,9 +30,12 @@ class LoraParam(nnx.Param):
 
 
 class Linear(nnx.Module):
-    """x [..., I] → [..., O] of each of several texts, with an optional bias and an optional low-rank adapter."""
+    """x [..., I] → [..., O] of each of several texts, with an optional bias and an optional low-rank
+    adapter."""
 
-    def __init__(self, name: str, inputs: int, outputs: int, *, bias: bool, lora: LoraConfig | None, rngs: nnx.Rngs):
+    def __init__(
+        self, name: str, inputs: int, outputs: int, *, bias: bool, lora: LoraConfig | None, rngs: nnx.Rngs
+    ):
         self.name = name
         self.kernel = nnx.Param(jax.random.normal(rngs.params(), (inputs, outputs)) * inputs**-0.5)
         self.bias = nnx.Param(jax.random.normal(rngs.params(), (outputs,)) * 0.02) if bias else None
@@ -40,8 +47,11 @@ class Linear(nnx.Module):
             self.lora_scale = lora.alpha / lora.rank
             self.dropout = lora.dropout
 
-    def __call__(self, xs: Sequence[jax.Array], adapters: Sequence[bool], dropout_keys: Sequence[jax.Array | None]) -> list[jax.Array]:
-        """`adapters` and `dropout_keys` say of each text whether the adapter is on, and whether it drops inputs."""
+    def __call__(
+        self, xs: Sequence[jax.Array], adapters: Sequence[bool], dropout_keys: Sequence[jax.Array | None]
+    ) -> list[jax.Array]:
+        """`adapters` and `dropout_keys` say of each text whether the adapter is on, and whether it drops
+        inputs."""
         ys = []
         products = multiply(xs, self.kernel[...], layer_spec(self.name, "kernel"))
         for x, y, adapter, key in zip(xs, products, adapters, dropout_keys, strict=True):
@@ -51,52 +61,60 @@ class Linear(nnx.Module):
                 if key is not None and self.dropout > 0:
                     kept = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
                     x = jnp.where(kept, x / (1 - self.dropout), 0)
-                y += low_rank(x, self.lora_a[...].astype(x.dtype), self.lora_b[...].astype(x.dtype)) * self.lora_scale
+                y += (
+                    low_rank(x, self.lora_a[...].astype(x.dtype), self.lora_b[...].astype(x.dtype))
+                    * self.lora_scale
+                )
             ys.append(checkpoint_name(y, PRODUCT))
         return ys
 
 
-def multiply(xs: Sequence[jax.Array], w_io: jax.Array, lies: PartitionSpec) -> list[jax.Array]:
-    """Each x [B,T,I] · W [I,O] in x's dtype. On the mesh in use W, which lies over it as `lies` says, is gathered once for all of them, and
-    its gradient is added up over them before the devices exchange it."""
+def multiply(xs: Sequence[jax.Array], w_io: jax.Array, spec: PartitionSpec) -> list[jax.Array]:
+    """Each x [B,T,I] · W [I,O] in x's dtype. On the active mesh W, sharded as `spec`, is gathered once for
+    all of them, and its gradient is added up over them before the devices exchange it."""
     if jax.sharding.get_abstract_mesh().empty:
         return [x @ w_io.astype(x.dtype) for x in xs]
-    return _multiply_on_mesh(tuple(xs), w_io.astype(xs[0].dtype), lies)
+    return _multiply_on_mesh(tuple(xs), w_io.astype(xs[0].dtype), spec)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _multiply_on_mesh(xs: tuple[jax.Array, ...], w_io: jax.Array, lies: PartitionSpec) -> list[jax.Array]:
-    return _multiply_forward(xs, w_io, lies)[0]
+def _multiply_on_mesh(xs: tuple[jax.Array, ...], w_io: jax.Array, spec: PartitionSpec) -> list[jax.Array]:
+    return _multiply_forward(xs, w_io, spec)[0]
 
 
 def _multiply_forward(
-    xs: tuple[jax.Array, ...], w_io: jax.Array, lies: PartitionSpec
+    xs: tuple[jax.Array, ...], w_io: jax.Array, spec: PartitionSpec
 ) -> tuple[list[jax.Array], tuple[tuple[jax.Array, ...], jax.Array]]:
-    inputs, outputs = _features(lies)
-    gathered_io = laid(laid(w_io, *lies), inputs, outputs)
-    xs = tuple(laid(x, *TOKENS, inputs) for x in xs)
-    return [laid(x @ gathered_io, *TOKENS, outputs) for x in xs], (xs, gathered_io)
+    inputs, outputs = _features(spec)
+    gathered_io = constrain(constrain(w_io, *spec), inputs, outputs)
+    xs = tuple(constrain(x, *TOKENS, inputs) for x in xs)
+    return [constrain(x @ gathered_io, *TOKENS, outputs) for x in xs], (xs, gathered_io)
 
 
 def _multiply_backward(
-    lies: PartitionSpec, saved: tuple[tuple[jax.Array, ...], jax.Array], gradients: list[jax.Array]
+    spec: PartitionSpec, saved: tuple[tuple[jax.Array, ...], jax.Array], gradients: list[jax.Array]
 ) -> tuple[tuple[jax.Array, ...], jax.Array]:
     xs, gathered_io = saved
-    inputs, outputs = _features(lies)
-    gradients = [laid(dy, *TOKENS, outputs) for dy in gradients]
+    inputs, outputs = _features(spec)
+    gradients = [constrain(dy, *TOKENS, outputs) for dy in gradients]
 
     def product(*arrays: jax.Array) -> jax.Array:
-        rows_mi, rows_mo = (jnp.concatenate([x.reshape(-1, x.shape[-1]) for x in half]) for half in (arrays[::2], arrays[1::2]))
+        rows_mi, rows_mo = (
+            jnp.concatenate([x.reshape(-1, x.shape[-1]) for x in half])
+            for half in (arrays[::2], arrays[1::2])
+        )
         return rows_mi.T @ rows_mo
 
     # Left to itself, XLA adds up the whole gradient on every device, twice the bytes of a scatter.
     pairs = [array for pair in zip(xs, gradients, strict=True) for array in pair]
-    return tuple(laid(dy @ gathered_io.T, *TOKENS, inputs) for dy in gradients), summed_over_batch(product, pairs, lies)
+    return tuple(constrain(dy @ gathered_io.T, *TOKENS, inputs) for dy in gradients), reduce_scatter_sum(
+        product, pairs, spec
+    )
 
 
-def _features(lies: PartitionSpec) -> tuple[str | None, str | None]:
+def _features(spec: PartitionSpec) -> tuple[str | None, str | None]:
     """Over which axis inputs and outputs lie beside a gathered matrix."""
-    inputs, outputs = (None if axis == "fsdp" else axis for axis in lies)
+    inputs, outputs = (None if axis == "fsdp" else axis for axis in spec)
     return inputs, outputs
 
 
@@ -105,11 +123,14 @@ _multiply_on_mesh.defvjp(_multiply_forward, _multiply_backward)
 
 @jax.custom_vjp
 def low_rank(x: jax.Array, a_ir: jax.Array, b_ro: jax.Array) -> jax.Array:
-    """x [..., I] · A · B; its own backward pass, because the derived one transposes [tokens, O] arrays in memory."""
+    """x [..., I] · A · B; its own backward pass, because the derived one transposes [tokens, O] arrays in
+    memory."""
     return (x @ a_ir) @ b_ro
 
 
-def _low_rank_forward(x: jax.Array, a_ir: jax.Array, b_ro: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+def _low_rank_forward(
+    x: jax.Array, a_ir: jax.Array, b_ro: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     narrow = x @ a_ir
     return narrow @ b_ro, (x, narrow, a_ir, b_ro)
 
@@ -138,3 +159,68 @@ class RMSNorm(nnx.Module):
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
         return x32.astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+
+def reduce_scatter_sum(
+    product: Callable[..., jax.Array], pairs: Sequence[jax.Array], spec: PartitionSpec
+) -> jax.Array:
+    """Sum `product(*pairs)` [I,O] over the tokens of x [B,T,I] and y [B,T,O] in turn; the result is sharded
+    as `spec`.
+
+    Every device adds up its own tokens; the sums are exchanged once, each device getting no more than its
+    part.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    token_axes = (*BATCH_AXES, "sequence")
+
+    def tokens_over(x: jax.Array) -> tuple[Any, Any]:
+        rows, tokens = (
+            axes if x.shape[i] % axis_size(mesh, axes) == 0 else None for i, axes in enumerate(TOKENS)
+        )
+        return rows, tokens
+
+    over = [tokens_over(x) for x in pairs]
+    features = [axis if axis != "fsdp" else None for axis in spec]
+    specs = tuple(PartitionSpec(*axes, features[i % 2]) for i, axes in enumerate(over))
+
+    def local(*pairs: jax.Array) -> jax.Array:
+        counted = list(pairs)
+        for i in range(0, len(pairs), 2):
+            # Tokens that several devices have, as of a shared prompt, are counted by the first of them.
+            shared = [axis for axis in token_axes if axis not in (*(over[i][0] or ()), over[i][1])]
+            first = jnp.asarray(True)
+            for axis in shared:
+                first &= jax.lax.axis_index(axis) == 0
+            counted[i] = jnp.where(first, pairs[i], 0)
+        # A compiler for tiles scatters rows, and would add up whole what is to be scattered by columns.
+        turned = tuple(spec).index("fsdp") == 1
+        total = (
+            product(*(y for pair in zip(counted[1::2], counted[::2], strict=True) for y in pair))
+            if turned
+            else product(*counted)
+        )
+        for groups in scatter_groups(mesh.shape["fsdp"]):
+            total = jax.lax.psum_scatter(
+                total, "fsdp", scatter_dimension=0, axis_index_groups=groups, tiled=True
+            )
+        return jax.lax.psum(
+            total.T if turned else total, tuple(axis for axis in token_axes if axis != "fsdp")
+        )
+
+    # Nothing is said of axes over which the result is the same: that is what the sums see to.
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)(*pairs)
+
+
+def scatter_groups(size: int) -> list[list[list[int]]]:
+    """Groups of the devices of an axis, phase after phase, within which to scatter a sum: of no more than
+    four where that divides.
+
+    The TPU compiler makes an all-reduce, which moves twice as much, of a reduce-scatter over all chips of a
+    slice; it leaves lines of four.
+    """
+    factors = list[int]()
+    while size > 1:
+        factors.append(next((factor for factor in (4, 2) if size % factor == 0), size))
+        size //= factors[-1]
+    devices = np.arange(math.prod(factors)).reshape(factors)
+    return [np.moveaxis(devices, i, -1).reshape(-1, factor).tolist() for i, factor in enumerate(factors)]

@@ -1,4 +1,5 @@
-"""Low-rank adapters (Hu et al., arXiv 2106.09685): which parameters learn, and how they join and leave a decoder."""
+"""Low-rank adapters (Hu et al., arXiv 2106.09685): which parameters learn, and how they join and leave a
+decoder."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ def trainable_filter(decoder: Decoder) -> type[nnx.Param]:
 
 
 def add_lora(decoder: Decoder, lora: LoraConfig, *, seed: int) -> Decoder:
-    """The same function with fresh adapters (A random, B zero) and the embed rows free; the base's arrays are shared, not copied."""
+    """The same function with fresh adapters (A random, B zero) and the embed rows free; the base's arrays are
+    shared, not copied."""
     unknown = sorted(set(lora.targets) - set(LINEARS))
     if unknown:
         raise UserError(f"lora.targets: {unknown[0]!r} is no linear layer; use some of {', '.join(LINEARS)}")
@@ -29,7 +31,9 @@ def add_lora(decoder: Decoder, lora: LoraConfig, *, seed: int) -> Decoder:
     for name in lora.targets:
         linear = getattr(adapted.layers, name)
         scale = np.float32(linear.lora_a.shape[1] ** -0.5)
-        linear.lora_a.set_value(jnp.asarray(generator.standard_normal(linear.lora_a.shape, dtype=np.float32) * scale))
+        linear.lora_a.set_value(
+            jnp.asarray(generator.standard_normal(linear.lora_a.shape, dtype=np.float32) * scale)
+        )
         linear.lora_b.set_value(jnp.zeros(linear.lora_b.shape))
     if adapted.embed_row is not None:
         adapted.embed_row.set_value(decoder.embedding[...][decoder.embed_id])
@@ -39,7 +43,8 @@ def add_lora(decoder: Decoder, lora: LoraConfig, *, seed: int) -> Decoder:
 
 
 def merge_lora(decoder: Decoder) -> Decoder:
-    """The same function without adapters: every update added to its kernel in float32, the embed rows written into the tables."""
+    """The same function without adapters: every update added to its kernel in float32, the embed rows written
+    into the tables."""
     if decoder.lora is None:
         return decoder
     merged = _empty_like(decoder, None)
@@ -56,10 +61,11 @@ def merge_lora(decoder: Decoder) -> Decoder:
 
 
 def unmerge_lora(merged: Decoder, adapted: Decoder) -> Decoder:
-    """The adapters of `adapted` over `merged` minus their updates: the inverse of `merge_lora` up to float32 rounding.
+    """The adapters of `adapted` over `merged` minus their updates: the inverse of `merge_lora` up to float32
+    rounding.
 
-    For a decoder that came merged, from an export say, when its adapters are at hand but its base is not. The embed token's row of
-    the base is gone; it is left as merged, which only the reference policy sees.
+    For a decoder that came merged, from an export say, when its adapters are at hand but its base is not. The
+    embed token's row of the base is gone; it is left as merged, which only the reference policy sees.
     """
     if adapted.lora is None:
         return merged
@@ -76,7 +82,10 @@ def _update_of(linear: Linear) -> jax.Array:
     """What an adapter adds to its kernels [L,I,O], float32."""
     if linear.lora_a is None or linear.lora_b is None:
         raise ValueError("this layer has no adapter")
-    return jnp.einsum("lir,lro->lio", linear.lora_a[...], linear.lora_b[...], precision="highest") * linear.lora_scale
+    return (
+        jnp.einsum("lir,lro->lio", linear.lora_a[...], linear.lora_b[...], precision="highest")
+        * linear.lora_scale
+    )
 
 
 def _empty_like(decoder: Decoder, lora: LoraConfig | None) -> Decoder:

@@ -1,4 +1,5 @@
-"""Rotary positions (Su et al., arXiv 2104.09864) and the ways of stretching them: `linear`, `llama3`, `yarn`."""
+"""Rotary positions (Su et al., arXiv 2104.09864) and the ways of stretching them: `linear`, `llama3`,
+`yarn`."""
 
 from __future__ import annotations
 
@@ -18,18 +19,22 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None
         return plain_h.astype(np.float32)
     if scaling.kind == "linear":
         return (plain_h / scaling.factor).astype(np.float32)
-    keep_h = _llama3_kept(plain_h, scaling) if scaling.kind == "llama3" else _yarn_kept(head_dim, theta, scaling)
+    keep_h = (
+        _llama3_kept(plain_h, scaling) if scaling.kind == "llama3" else _yarn_kept(head_dim, theta, scaling)
+    )
     return (plain_h * keep_h + plain_h / scaling.factor * (1 - keep_h)).astype(np.float32)
 
 
 def _llama3_kept(plain_h: np.ndarray, scaling: RopeScaling) -> np.ndarray:
-    """How much of each frequency is kept, in [0, 1]: all that turn often within the original length, none that turn seldom."""
+    """How much of each frequency is kept, in [0, 1]: all that turn often within the original length, none
+    that turn seldom."""
     turns_h = scaling.original_positions * plain_h / (2 * math.pi)
     return np.clip((turns_h - scaling.low_frequency) / (scaling.high_frequency - scaling.low_frequency), 0, 1)
 
 
 def _yarn_kept(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
-    """The same for YaRN (Peng et al., arXiv 2309.00071, section 3.2): a ramp over dimensions, not over turns."""
+    """The same for YaRN (Peng et al., arXiv 2309.00071, section 3.2): a ramp over dimensions, not over
+    turns."""
 
     def dimension(turns: float) -> float:
         return head_dim * math.log(scaling.original_positions / (turns * 2 * math.pi)) / (2 * math.log(theta))
@@ -54,7 +59,10 @@ def rotary_tables(positions_bt: jax.Array, config: ModelConfig) -> tuple[jax.Arr
 
 
 def rotate(x_btnh: jax.Array, tables: tuple[jax.Array, jax.Array], *, scale: float = 1.0) -> jax.Array:
-    """`scale` times x with the two halves of H (the layout of `transformers`) rotated, in float32; returns the input's dtype."""
+    """`scale` times x with the two halves of H (the layout of `transformers`) rotated, in float32; returns
+    the input's dtype."""
     cos, sin = (table[:, :, None, :] for table in tables)
     first, second = jnp.split(x_btnh.astype(jnp.float32), 2, axis=-1)
-    return (jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1) * scale).astype(x_btnh.dtype)
+    return (
+        jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1) * scale
+    ).astype(x_btnh.dtype)

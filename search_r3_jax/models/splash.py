@@ -1,4 +1,5 @@
-"""The same attention on TPU: splash attention, a block-sparse flash kernel, over the blocks laid side by side."""
+"""The same attention on TPU: splash attention, a block-sparse flash kernel, over the blocks laid side by
+side."""
 
 from __future__ import annotations
 
@@ -10,29 +11,35 @@ from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes, make_sp
 from jax.sharding import PartitionSpec
 
 from search_r3_jax.mesh import BATCH_AXES, axis_size
-from search_r3_jax.models.attention import Attend
+from search_r3_jax.models.kv_block import Attend
 
 TILE = 128
 LARGEST_TILE = 512
 
 
-def plan_splash(masks: Sequence[jax.Array]) -> Attend:
-    """Attention under masks [b,T·share,S], one per block; tiles in which nothing is visible are neither read nor computed.
+def make_splash_attention(masks: Sequence[jax.Array]) -> Attend:
+    """Attention under masks [b,T·share,S], one per block; tiles in which nothing is visible are neither read
+    nor computed.
 
-    The masks are data, not code: a cache, a shared prompt, packed texts, a window all go the same way. Off a TPU the kernel is interpreted.
+    The masks are data, not code: a cache, a shared prompt, packed texts, a window all go the same way. Off a
+    TPU the kernel is interpreted.
     """
     B, T, _ = masks[-1].shape
     visible = jnp.concatenate([mask.reshape(B, T, -1) for mask in masks], axis=2)
     visible = jnp.pad(visible, ((0, 0), (0, -T % TILE), (0, -visible.shape[2] % TILE)))
-    # A query that sees nothing would divide by zero, and its result, which nobody reads, would still reach the gradients.
+    # A query that sees nothing would divide by zero, and its result, which nobody reads, would still reach
+    # the gradients.
     visible = visible.at[:, :, 0].set(visible[:, :, 0] | ~jnp.any(visible, axis=2))
     sizes = _block_sizes(visible.shape[1] // _query_shares(visible.shape[1]), visible.shape[2])
 
     def kernel(interpret: bool) -> Callable[..., jax.Array]:
         def one_row(mask: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             # One mask serves all heads.
-            prepared = make_splash_mha(mask[None], block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
-            # The flag only names a profiler scope; under jit it has become an array, which an `if` inside cannot read.
+            prepared = make_splash_mha(
+                mask[None], block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
+            )
+            # The flag only names a profiler scope; under jit it has become an array, which an `if` inside
+            # cannot read.
             prepared.fwd_mask_info = prepared.fwd_mask_info._replace(is_dynamic_mask=None)
             return jnp.asarray(prepared(q, k, v))
 
@@ -43,7 +50,10 @@ def plan_splash(masks: Sequence[jax.Array]) -> Attend:
 
     def run(q_btnh: jax.Array, keys_values: Sequence[tuple[jax.Array, jax.Array]]) -> jax.Array:
         H = q_btnh.shape[-1]
-        k_bskh, v_bskh = (jnp.concatenate([_per_row(part, B) for part in parts], axis=1) for parts in zip(*keys_values, strict=True))
+        k_bskh, v_bskh = (
+            jnp.concatenate([_per_row(part, B) for part in parts], axis=1)
+            for parts in zip(*keys_values, strict=True)
+        )
         # The kernel wants heads first and whole tiles.
         q, k, v = _tiled(q_btnh), _tiled(k_bskh), _tiled(v_bskh)
         mixed = _on_each_device(anywhere, visible, q, k, v)
@@ -52,8 +62,11 @@ def plan_splash(masks: Sequence[jax.Array]) -> Attend:
     return run
 
 
-def _on_each_device(kernel: Callable[..., jax.Array], visible: jax.Array, *heads_first: jax.Array) -> jax.Array:
-    """The kernel on every device's rows, heads and queries, which see all keys: XLA cannot cut a kernel up by itself."""
+def _on_each_device(
+    kernel: Callable[..., jax.Array], visible: jax.Array, *heads_first: jax.Array
+) -> jax.Array:
+    """The kernel on every device's rows, heads and queries, which see all keys: XLA cannot cut a kernel up by
+    itself."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return kernel(visible, *heads_first)
@@ -63,7 +76,9 @@ def _on_each_device(kernel: Callable[..., jax.Array], visible: jax.Array, *heads
     asked, seen = PartitionSpec(rows, "tensor", queries), PartitionSpec(rows, "tensor")
     specs = (PartitionSpec(rows, queries), asked, seen, seen)
     # Kernels do not say over which axes their results are the same.
-    return jax.shard_map(kernel, mesh=mesh, in_specs=specs, out_specs=asked, check_vma=False)(visible, *heads_first)
+    return jax.shard_map(kernel, mesh=mesh, in_specs=specs, out_specs=asked, check_vma=False)(
+        visible, *heads_first
+    )
 
 
 def _query_shares(T: int) -> int:

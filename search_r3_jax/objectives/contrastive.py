@@ -12,7 +12,8 @@ import jax.numpy as jnp
 Direction = Literal["query_to_document", "query_to_query", "document_to_query", "document_to_document"]
 Loss = tuple[jax.Array, jax.Array, dict[str, jax.Array]]
 
-# A score that contributes nothing. Finite, so that nothing here or in a gradient is ∞ − ∞ or 0 · ∞, whatever is excluded.
+# A score that contributes nothing. Finite, so that nothing here or in a gradient is ∞ − ∞ or 0 · ∞, whatever
+# is excluded.
 FLOOR = -1e30
 
 
@@ -22,16 +23,19 @@ def one_positive(positive_b: jax.Array, P: int) -> jax.Array:
 
 
 def exclusions(document_ids_p: jax.Array, known_positive_ids_bk: jax.Array) -> jax.Array:
-    """Excluded [B,P] bool: rows that hold any document known as a positive of the query, copies included, and padded rows.
+    """Excluded [B,P] bool: rows that hold any document known as a positive of the query, copies included, and
+    padded rows.
 
-    `document_ids_p` int32 is −1 at padding; `known_positive_ids_bk` int32 holds all known positives of a query, −1 filled.
+    `document_ids_p` int32 is −1 at padding; `known_positive_ids_bk` int32 holds all known positives of a
+    query, −1 filled.
     """
     known_bp = jnp.any(known_positive_ids_bk[:, :, None] == document_ids_p, axis=1)
     return known_bp | (document_ids_p < 0)
 
 
 class _Pairs(NamedTuple):
-    """What the losses share. A positive's `share_bp` is its part of its query's loss; `weight_b` is 0 where a query does not count."""
+    """What the losses share. A positive's `share_bp` is its part of its query's loss; `weight_b` is 0 where a
+    query does not count."""
 
     queries_be: jax.Array
     documents_pe: jax.Array
@@ -57,7 +61,9 @@ def _pairs(
     negative_bp = ~positive_bp & ~excluded_bp & valid_b[:, None]
     # Padded rows may hold anything: 0 · NaN in a matrix product would reach the others.
     queries_be = jnp.where(valid_b[:, None], queries_be, 0).astype(jnp.float32)
-    documents_pe = jnp.where(jnp.any(positive_bp | negative_bp, axis=0)[:, None], documents_pe, 0).astype(jnp.float32)
+    documents_pe = jnp.where(jnp.any(positive_bp | negative_bp, axis=0)[:, None], documents_pe, 0).astype(
+        jnp.float32
+    )
     total_b = jnp.sum(relevance_bp, axis=-1)
     counted_b = total_b > 0
     return _Pairs(
@@ -68,7 +74,9 @@ def _pairs(
         negative_bp=negative_bp,
         share_bp=relevance_bp / jnp.where(counted_b, total_b, 1.0)[:, None],
         valid_b=valid_b,
-        weight_b=counted_b.astype(jnp.float32) if query_weight_b is None else jnp.where(counted_b, query_weight_b, 0.0),
+        weight_b=counted_b.astype(jnp.float32)
+        if query_weight_b is None
+        else jnp.where(counted_b, query_weight_b, 0.0),
     )
 
 
@@ -85,48 +93,64 @@ def info_nce(
     temperature: float,
     directions: Sequence[Direction] = ("query_to_document",),
     partition: Literal["joint", "per_direction"] = "joint",
-    own_bp: jax.Array | None = None,
+    mined_bp: jax.Array | None = None,
     false_negative_margin: float | None = None,
     valid_b: jax.Array | None = None,
     query_weight_b: jax.Array | None = None,
 ) -> Loss:
-    """InfoNCE (arXiv 1807.03748): −log e^{s⁺} / (e^{s⁺} + Σ e^{s⁻}) with s = cos/τ, over each query's positives and all its negatives.
+    """InfoNCE (arXiv 1807.03748): −log e^{s⁺} / (e^{s⁺} + Σ e^{s⁻}) with s = cos/τ, over each query's
+    positives and all its negatives.
 
     Args:
         queries_be, documents_pe: unit vectors, float32.
-        relevance_bp: float32 ≥ 0, the weight of each positive of each query; normalised to 1 per query. The other positives of a query
-            are not in the denominator; a document may be a positive of several queries.
-        excluded_bp: bool, documents that are no negatives of a query (see `exclusions`). A positive is never excluded.
-        directions: what the pair (q, d) is held against: q with documents; q with the other queries; d with queries; d with the other
-            documents [P,P]. Queries and documents that share a positive are not held against each other.
-        partition: one softmax over all directions (GTE, arXiv 2308.03281; with "document_to_query" the pair itself is in it twice, as
-            there), or one for each direction and their mean (symmetric InfoNCE, arXiv 2310.19923).
-        own_bp: bool, documents that came with a query (its mined negatives): not held against its positive in "document_to_document".
-        false_negative_margin: in cosine; for each positive, negatives with cos⁻ > cos⁺ − margin are dropped. None is off.
+        relevance_bp: float32 ≥ 0, the weight of each positive of each query; normalised to 1 per query. The
+            other positives of a query are not in the denominator; a document may be a positive of several
+            queries.
+        excluded_bp: bool, documents that are no negatives of a query (see `exclusions`). A positive is never
+            excluded.
+        directions: what the pair (q, d) is held against: q with documents; q with the other queries; d with
+            queries; d with the other documents [P,P]. Queries and documents that share a positive are not
+            held against each other.
+        partition: one softmax over all directions (GTE, arXiv 2308.03281; with "document_to_query" the pair
+            itself is in it twice, as there), or one for each direction and their mean (symmetric InfoNCE,
+            arXiv 2310.19923).
+        own_bp: bool, documents that came with a query (its mined negatives): not held against its positive in
+            "document_to_document".
+        false_negative_margin: in cosine; for each positive, negatives with cos⁻ > cos⁺ − margin are dropped.
+            None is off.
         valid_b: bool, False at padded queries; these count nothing, nor does a query without a positive.
         query_weight_b: float32, the weight of a query in the sum and in the count; 1 by default.
 
-    Scalars are sums over the count: `hits` (the best document is a positive) and `negatives` (documents in the denominator).
-    Raises ValueError for directions and a partition that do not go together.
+    Scalars are sums over the count: `hits` (the best document is a positive) and `negatives` (documents in
+    the denominator). Raises ValueError for directions and a partition that do not go together.
     """
     _check_directions(directions, partition)
     pairs = _pairs(queries_be, documents_pe, relevance_bp, excluded_bp, valid_b, query_weight_b)
     scores_bp = pairs.cosine_bp / temperature
-    ceiling_bp = None if false_negative_margin is None else jax.lax.stop_gradient(scores_bp - false_negative_margin / temperature)
+    ceiling_bp = (
+        None
+        if false_negative_margin is None
+        else jax.lax.stop_gradient(scores_bp - false_negative_margin / temperature)
+    )
     ceiling_pb = None if ceiling_bp is None else ceiling_bp.T
 
     log_z, kept = _log_partition(scores_bp, pairs.negative_bp, ceiling_bp)
     partitions = [log_z]
-    # What is a query's positive, or excluded for it, is held against it in no direction, nor against its positive.
-    familiar_bp = (pairs.positive_bp | excluded_bp).astype(jnp.float32)
+    # What is a query's positive, or excluded for it, is held against it in no direction, nor against its
+    # positive.
+    related_bp = (pairs.positive_bp | excluded_bp).astype(jnp.float32)
     positive_bp = pairs.positive_bp.astype(jnp.float32)
     if "query_to_query" in directions:
-        strange_bb = (positive_bp @ familiar_bp.T == 0) & ~jnp.eye(len(scores_bp), dtype=bool) & pairs.valid_b
-        partitions.append(_log_partition(_products(pairs.queries_be, pairs.queries_be) / temperature, strange_bb, ceiling_bp)[0])
+        negative_bb = (positive_bp @ related_bp.T == 0) & ~jnp.eye(len(scores_bp), dtype=bool) & pairs.valid_b
+        partitions.append(
+            _log_partition(
+                _products(pairs.queries_be, pairs.queries_be) / temperature, negative_bb, ceiling_bp
+            )[0]
+        )
     if "document_to_query" in directions:
         partitions.append(_log_partition(scores_bp.T, pairs.negative_bp.T, ceiling_pb)[0].T)
     if "document_to_document" in directions:
-        near_bp = familiar_bp if own_bp is None else jnp.maximum(familiar_bp, own_bp)
+        near_bp = related_bp if mined_bp is None else jnp.maximum(related_bp, mined_bp)
         used_p = jnp.any(pairs.positive_bp | pairs.negative_bp, axis=0)
         strange_pp = (positive_bp.T @ near_bp == 0) & ~jnp.eye(scores_bp.shape[1], dtype=bool) & used_p
         scores_pp = _products(pairs.documents_pe, pairs.documents_pe) / temperature
@@ -148,21 +172,32 @@ def info_nce(
         "hits": jnp.sum(pairs.weight_b * (best_positive_b > best_negative_b)),
         "negatives": jnp.sum(pairs.weight_b * jnp.sum(pairs.share_bp * kept, axis=-1)),
     }
-    return jnp.sum(pairs.weight_b * jnp.sum(pairs.share_bp * loss_bp, axis=-1)), jnp.sum(pairs.weight_b), scalars
+    return (
+        jnp.sum(pairs.weight_b * jnp.sum(pairs.share_bp * loss_bp, axis=-1)),
+        jnp.sum(pairs.weight_b),
+        scalars,
+    )
 
 
 def _check_directions(directions: Sequence[Direction], partition: str) -> None:
     if "query_to_document" not in directions:
         raise ValueError(f"directions {tuple(directions)}: the pair itself stands in query_to_document")
     if partition == "per_direction" and {"query_to_query", "document_to_document"} & set(directions):
-        raise ValueError(f"directions {tuple(directions)}: query_to_query and document_to_document need partition 'joint'")
+        raise ValueError(
+            f"directions {tuple(directions)}: query_to_query and document_to_document need partition 'joint'"
+        )
 
 
-def _log_partition(scores_rn: jax.Array, negative_rn: jax.Array, ceiling_rk: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """log Σ exp over a row's negatives, and their number: [R,1], or [R,K] over those not above each ceiling; about FLOOR over none."""
+def _log_partition(
+    scores_rn: jax.Array, negative_rn: jax.Array, ceiling_rk: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """log Σ exp over a row's negatives, and their number: [R,1], or [R,K] over those not above each ceiling;
+    about FLOOR over none."""
     scores_rn = jnp.where(negative_rn, scores_rn, FLOOR)
     if ceiling_rk is None:
-        return jax.nn.logsumexp(scores_rn, axis=-1, keepdims=True), jnp.sum(negative_rn, axis=-1, keepdims=True)
+        return jax.nn.logsumexp(scores_rn, axis=-1, keepdims=True), jnp.sum(
+            negative_rn, axis=-1, keepdims=True
+        )
     # Every positive has a ceiling of its own: running sums over the sorted row instead of an array [R,K,N].
     ascending_rn = jnp.sort(scores_rn, axis=-1)
     running_rn = jax.lax.cumlogsumexp(ascending_rn, axis=1)
@@ -183,11 +218,13 @@ def triplet_margin(
     valid_b: jax.Array | None = None,
     query_weight_b: jax.Array | None = None,
 ) -> Loss:
-    """Triplet loss max(0, cos(q,d⁻) − cos(q,d⁺) + margin) over each query's positives and its mined negatives, or the hardest of the batch.
+    """Triplet loss max(0, cos(q,d⁻) − cos(q,d⁺) + margin) over each query's positives and its mined
+    negatives, or the hardest of the batch.
 
-    `mined_bk` int32 are rows of P, −1 filled, with equal weight; None takes the not excluded document with the highest cosine. Exclusions,
-    relevance, `valid_b` and `query_weight_b` are those of `info_nce`. A query without a negative counts nothing.
-    The scalar `active` over the count is the share of triplets with a loss above 0.
+    `mined_bk` int32 are rows of P, −1 filled, with equal weight; None takes the not excluded document with
+    the highest cosine. Exclusions, relevance, `valid_b` and `query_weight_b` are those of `info_nce`. A query
+    without a negative counts nothing. The scalar `active` over the count is the share of triplets with a loss
+    above 0.
     """
     pairs = _pairs(queries_be, documents_pe, relevance_bp, excluded_bp, valid_b, query_weight_b)
     if mined_bk is None:
@@ -200,16 +237,27 @@ def triplet_margin(
     share_bk = negative_bk / jnp.maximum(jnp.sum(negative_bk, axis=-1, keepdims=True), 1)
     weight_b = jnp.where(jnp.any(negative_bk, axis=-1), pairs.weight_b, 0.0)
     share_bpk = pairs.share_bp[:, :, None] * share_bk[:, None, :] * weight_b[:, None, None]
-    excess_bpk = jnp.take_along_axis(pairs.cosine_bp, rows_bk, axis=-1)[:, None, :] - pairs.cosine_bp[:, :, None] + margin
+    excess_bpk = (
+        jnp.take_along_axis(pairs.cosine_bp, rows_bk, axis=-1)[:, None, :]
+        - pairs.cosine_bp[:, :, None]
+        + margin
+    )
     # relu, not maximum: at exactly 0 the gradient is 0.
-    return jnp.sum(share_bpk * jax.nn.relu(excess_bpk)), jnp.sum(weight_b), {"active": jnp.sum(share_bpk * (excess_bpk > 0))}
+    return (
+        jnp.sum(share_bpk * jax.nn.relu(excess_bpk)),
+        jnp.sum(weight_b),
+        {"active": jnp.sum(share_bpk * (excess_bpk > 0))},
+    )
 
 
-def matryoshka(loss_of_vectors: Callable[..., Loss], dims: Sequence[int], weights: Sequence[float] | None = None) -> Callable[..., Loss]:
-    """The weighted sum of a loss over vectors truncated to each of `dims` and normalised again (arXiv 2205.13147); weights default to 1.
+def matryoshka(
+    loss_of_vectors: Callable[..., Loss], dims: Sequence[int], weights: Sequence[float] | None = None
+) -> Callable[..., Loss]:
+    """The weighted sum of a loss over vectors truncated to each of `dims` and normalised again (arXiv
+    2205.13147); weights default to 1.
 
-    `loss_of_vectors` takes arrays [..., E] only; its scalars come back once for each dimension, as `name_dim`.
-    Raises ValueError for a dimension that the vectors do not have.
+    `loss_of_vectors` takes arrays [..., E] only; its scalars come back once for each dimension, as
+    `name_dim`. Raises ValueError for a dimension that the vectors do not have.
     """
     chosen = [1.0] * len(dims) if weights is None else list(weights)
 

@@ -15,25 +15,28 @@ def cached_value_and_grad(
     encode: Callable[[Pytree, Pytree], tuple[Pytree, Pytree]],
     loss: Callable[..., tuple[jax.Array, Pytree]],
 ) -> Callable[..., tuple[tuple[jax.Array, Pytree], Pytree]]:
-    """A function `(params, *chunked) → ((value, scalars), gradient by params)` that encodes chunk by chunk, and again in the backward pass.
+    """A function `(params, *chunked) → ((value, scalars), gradient by params)` that encodes chunk by chunk,
+    and again in the backward pass.
 
     Args:
-        encode: `(params, chunk) → (vectors, sums)`; vectors is a pytree of [C, ...], sums a pytree of floating arrays that are added over
-            all chunks ({} for none), such as the sums and counts of a language loss.
-        loss: `(sums, *vectors) → (value, scalars)`; vectors are those of all chunks, [number · C, ...] in the order of the chunks, one
-            argument for each of `chunked`. Gradients flow through the sums as well.
+        encode: `(params, chunk) → (vectors, sums)`; vectors is a pytree of [C, ...], sums a pytree of
+            floating arrays that are added over all chunks ({} for none), such as the sums and counts of a
+            language loss.
+        loss: `(sums, *vectors) → (value, scalars)`; vectors are those of all chunks, [number · C, ...] in the
+            order of the chunks, one argument for each of `chunked`. Gradients flow through the sums as well.
 
-    Each of `chunked` is a pytree of arrays [number, C, ...]; queries and documents may differ in number, size and structure. The
-    gradient is that of the whole batch at once: a chunk is a unit of memory, not of the loss. With more than one device lay C, not the
-    number of chunks, across them.
+    Each of `chunked` is a pytree of arrays [number, C, ...]; queries and documents may differ in number, size
+    and structure. The gradient is that of the whole batch at once: a chunk is a unit of memory, not of the
+    loss. With more than one device lay C, not the number of chunks, across them.
     """
     # Inside a scan nothing can be merged with the recomputation, so that no barrier against it is needed.
     again = jax.checkpoint(encode, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
 
     def encode_all(params: Pytree, sums: Pytree, chunked: Pytree) -> tuple[Pytree, Pytree]:
         if jax.tree.leaves(chunked)[0].shape[0] == 1:
-            # A single chunk is the whole batch: nothing is gained by computing it twice. Nor by a loop: JAX would move in front of it what
-            # does not change from round to round, such as all of a frozen model's gathered weights, and keep it.
+            # A single chunk is the whole batch: nothing is gained by computing it twice. Nor by a loop: JAX
+            # would move in front of it what does not change from round to round, such as all of a frozen
+            # model's gathered weights, and keep it.
             vectors, more = encode(params, jax.tree.map(lambda x: x[0], chunked))
             return jax.tree.map(jnp.add, sums, more), vectors
 

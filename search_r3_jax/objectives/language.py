@@ -1,4 +1,5 @@
-"""Token log-probabilities, cross-entropy and the divergence from the base model, in chunks that the backward pass recomputes."""
+"""Token log-probabilities, cross-entropy and the divergence from the base model, in chunks that the backward
+pass recomputes."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ def token_log_probs(
     temperature: float = 1.0,
     chunk: int = 256,
 ) -> tuple[jax.Array, jax.Array]:
-    """`(log-probabilities [M], entropies [M])` float32 in nats of the targets under softmax(logits/temperature).
+    """`(log-probabilities [M], entropies [M])` float32 in nats of the targets under
+    softmax(logits/temperature).
 
     M is cut into chunks that are recomputed in the backward pass: at most `chunk × V` logits exist at a time.
     """
@@ -34,7 +36,9 @@ def token_log_probs(
         entropy = -jnp.sum(jnp.exp(log_probs_cv) * jnp.maximum(log_probs_cv, LOWEST), axis=-1)
         return picked, jax.lax.stop_gradient(entropy)
 
-    def body(_: None, chunk_arguments: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
+    def body(
+        _: None, chunk_arguments: tuple[jax.Array, jax.Array]
+    ) -> tuple[None, tuple[jax.Array, jax.Array]]:
         return None, one_chunk(*chunk_arguments)
 
     M = hidden_md.shape[0]
@@ -42,23 +46,24 @@ def token_log_probs(
     return _joined(log_probs, M), _joined(entropies, M)
 
 
-def live_token_log_probs(
+def masked_token_log_probs(
     logits_of: Callable[[jax.Array], jax.Array],
     hidden_md: jax.Array,
     targets_m: jax.Array,
-    live_m: jax.Array,
+    mask_m: jax.Array,
     *,
     temperature: float = 1.0,
     chunk: int = 256,
 ) -> tuple[jax.Array, jax.Array]:
     """`token_log_probs` where `live_m` bool [M], 0 elsewhere: the head runs on no chunk without a live token.
 
-    One compiled shape whatever was sampled, and a time that follows it. For one device: rows are brought together from all of M.
+    One compiled shape whatever was sampled, and a time that follows it. For one device: rows are brought
+    together from all of M.
     """
     M, D = hidden_md.shape
     chunk = min(chunk, M)
     # Live rows first, in their order, so that chunks are full of them or empty.
-    order_m = jnp.argsort(~live_m, stable=True)
+    order_m = jnp.argsort(~mask_m, stable=True)
     padded = -(-M // chunk) * chunk
     hidden = jnp.pad(hidden_md[order_m], ((0, padded - M), (0, 0))).reshape(-1, chunk, D)
     targets = jnp.pad(targets_m[order_m], (0, padded - M)).reshape(-1, chunk)
@@ -70,15 +75,17 @@ def live_token_log_probs(
     def nothing(hidden_cd: jax.Array, targets_c: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jnp.zeros(chunk, jnp.float32), jnp.zeros(chunk, jnp.float32)
 
-    def body(_: None, part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
+    def body(
+        _: None, part: tuple[jax.Array, jax.Array, jax.Array]
+    ) -> tuple[None, tuple[jax.Array, jax.Array]]:
         hidden_cd, targets_c, start = part
-        return None, jax.lax.cond(start < jnp.sum(live_m), compute, nothing, hidden_cd, targets_c)
+        return None, jax.lax.cond(start < jnp.sum(mask_m), compute, nothing, hidden_cd, targets_c)
 
     _, found = jax.lax.scan(body, None, (hidden, targets, first))
 
     def back(values_nc: jax.Array) -> jax.Array:
         values_m = jnp.zeros(M, values_nc.dtype).at[order_m].set(values_nc.reshape(-1)[:M])
-        return jnp.where(live_m, values_m, 0)
+        return jnp.where(mask_m, values_m, 0)
 
     return back(found[0]), back(found[1])
 
@@ -91,7 +98,8 @@ def cross_entropy(log_probs_m: jax.Array, mask_m: jax.Array) -> tuple[jax.Array,
 def _cut(x_m: jax.Array, chunk: int) -> jax.Array:
     """[M, ...] → [number, chunk, ...], padded with zeros.
 
-    A chunk takes every number-th row, not neighbours: where M lies across devices, all of them work on each chunk.
+    A chunk takes every number-th row, not neighbours: where M lies across devices, all of them work on each
+    chunk.
     """
     M = x_m.shape[0]
     chunk = min(chunk, M)
@@ -109,9 +117,11 @@ class Head:
     """The matrix that makes logits of hidden states, for reading in slices of the vocabulary.
 
     Attributes:
-        weight: [V,D] (a tied head: the embedding) or [D,V] (a free one); used in the hidden states' dtype, as the decoder does.
+        weight: [V,D] (a tied head: the embedding) or [D,V] (a free one); used in the hidden states' dtype, as
+            the decoder does.
         vocab_axis: which axis of the weight is V.
-        row_d: the vector [D] that stands for the weight of token `row_id`, where one token's row is a parameter of its own.
+        row_d: the vector [D] that stands for the weight of token `row_id`, where one token's row is a
+            parameter of its own.
     """
 
     weight: jax.Array
@@ -129,7 +139,8 @@ class Head:
 
 
 class _Slice(NamedTuple):
-    """A part of a head: `weight` [S,D] or [D,S] and the vector of the one token that has its own; both get gradients."""
+    """A part of a head: `weight` [S,D] or [D,S] and the vector of the one token that has its own; both get
+    gradients."""
 
     weight: jax.Array
     row_d: jax.Array | None
@@ -145,8 +156,12 @@ def _logits(hidden_cd: jax.Array, part: _Slice, head: Head, start: jax.Array) ->
     over_d = (((1,), (1 - head.vocab_axis,)), ((), ()))
     logits_cs = jax.lax.dot_general(hidden_cd, weight, over_d, preferred_element_type=jnp.float32)
     if part.row_d is not None:
-        column_c = jnp.matmul(hidden_cd, part.row_d.astype(hidden_cd.dtype), preferred_element_type=jnp.float32)
-        logits_cs = jnp.where(start + jnp.arange(logits_cs.shape[-1]) == head.row_id, column_c[:, None], logits_cs)
+        column_c = jnp.matmul(
+            hidden_cd, part.row_d.astype(hidden_cd.dtype), preferred_element_type=jnp.float32
+        )
+        logits_cs = jnp.where(
+            start + jnp.arange(logits_cs.shape[-1]) == head.row_id, column_c[:, None], logits_cs
+        )
     return jnp.maximum(logits_cs, LOWEST)
 
 
@@ -155,23 +170,33 @@ def _starts(V: int, size: int) -> jax.Array:
 
 
 def _fitted(start: jax.Array, V: int, size: int) -> tuple[jax.Array, jax.Array]:
-    """Where a slice of full size begins that holds the tokens from `start` on, and which of its columns [S] are these."""
+    """Where a slice of full size begins that holds the tokens from `start` on, and which of its columns [S]
+    are these."""
     first = jnp.minimum(start, V - size)
     return first, first + jnp.arange(size) >= start
 
 
 def token_kl(
-    hidden_md: jax.Array, head: Head, base_hidden_md: jax.Array, base_head: Head, *, chunk: int = 256, vocab_chunk: int = 16384
+    hidden_md: jax.Array,
+    head: Head,
+    base_hidden_md: jax.Array,
+    base_head: Head,
+    *,
+    chunk: int = 256,
+    vocab_chunk: int = 16384,
 ) -> jax.Array:
-    """KL(current ‖ base) [M] float32 in nats of the next-token distributions at each hidden state, over the whole vocabulary.
+    """KL(current ‖ base) [M] float32 in nats of the next-token distributions at each hidden state, over the
+    whole vocabulary.
 
-    Gradients flow into `hidden_md` and `head` only. At most `chunk × vocab_chunk` logits of each model exist at a time, forward and
-    backward. Raises ValueError where the two vocabularies differ in size.
+    Gradients flow into `hidden_md` and `head` only. At most `chunk × vocab_chunk` logits of each model exist
+    at a time, forward and backward. Raises ValueError where the two vocabularies differ in size.
     """
     V = head.vocab_size
     if base_head.vocab_size != V:
         raise ValueError(f"the vocabularies differ in size: {V} and {base_head.vocab_size}")
-    kl_nc = jnp.asarray(_kl(min(vocab_chunk, V), _cut(hidden_md, chunk), head, _cut(base_hidden_md, chunk), base_head))
+    kl_nc = jnp.asarray(
+        _kl(min(vocab_chunk, V), _cut(hidden_md, chunk), head, _cut(base_hidden_md, chunk), base_head)
+    )
     return _joined(kl_nc, hidden_md.shape[0])
 
 
@@ -192,12 +217,15 @@ def kl_to_base(
     return jnp.sum(jnp.where(mask_m, kl_m, 0.0)), jnp.sum(mask_m, dtype=jnp.float32)
 
 
-def _kl_value(size: int, hidden_ncd: jax.Array, head: Head, base_hidden_ncd: jax.Array, base_head: Head) -> jax.Array:
+def _kl_value(
+    size: int, hidden_ncd: jax.Array, head: Head, base_hidden_ncd: jax.Array, base_head: Head
+) -> jax.Array:
     return _kl_forward(size, hidden_ncd, head, base_hidden_ncd, base_head)[0]
 
 
 class _Normaliser(NamedTuple):
-    """log Σ exp of all logits as the largest of them and the rest: subtracted one after the other they cost no digits."""
+    """log Σ exp of all logits as the largest of them and the rest: subtracted one after the other they cost
+    no digits."""
 
     top: jax.Array
     rest: jax.Array
@@ -209,7 +237,9 @@ class _Normaliser(NamedTuple):
 def _normaliser(size: int, hidden_ncd: jax.Array, head: Head) -> _Normaliser:
     """Of every state, [n,C] each."""
 
-    def add_slice(carry: tuple[jax.Array, jax.Array], start: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
+    def add_slice(
+        carry: tuple[jax.Array, jax.Array], start: jax.Array
+    ) -> tuple[tuple[jax.Array, jax.Array], None]:
         first, fresh_s = _fitted(start, head.vocab_size, size)
         part = _slice(head, first, size)
 
@@ -222,7 +252,10 @@ def _normaliser(size: int, hidden_ncd: jax.Array, head: Head) -> _Normaliser:
 
         return jax.lax.map(of_chunk, (hidden_ncd, *carry)), None
 
-    nothing = jnp.full(hidden_ncd.shape[:2], LOWEST, jnp.float32), jnp.zeros(hidden_ncd.shape[:2], jnp.float32)
+    nothing = (
+        jnp.full(hidden_ncd.shape[:2], LOWEST, jnp.float32),
+        jnp.zeros(hidden_ncd.shape[:2], jnp.float32),
+    )
     (top_nc, sum_nc), _ = jax.lax.scan(add_slice, nothing, _starts(head.vocab_size, size))
     return _Normaliser(top_nc, jnp.log(sum_nc))
 
@@ -261,8 +294,11 @@ def _kl_terms(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
     return jnp.where(near, close, p * difference - p + jnp.exp(log_q))
 
 
-def _kl_backward(size: int, saved: tuple[Any, ...], gradient_nc: jax.Array) -> tuple[jax.Array, Head, None, None]:
-    """d KL / d logit = p·(log p − log q − KL), pulled back through the logits of one slice and one chunk at a time."""
+def _kl_backward(
+    size: int, saved: tuple[Any, ...], gradient_nc: jax.Array
+) -> tuple[jax.Array, Head, None, None]:
+    """d KL / d logit = p·(log p − log q − KL), pulled back through the logits of one slice and one chunk at a
+    time."""
     hidden_ncd, head, base_hidden_ncd, base_head, log_z, base_log_z, kl_nc = saved
     V = head.vocab_size
 
@@ -284,11 +320,16 @@ def _kl_backward(size: int, saved: tuple[Any, ...], gradient_nc: jax.Array) -> t
         d_part, more_ncd = jax.lax.scan(add_chunk, jax.tree.map(jnp.zeros_like, part), xs)
         # The last slice overlaps the one before it: add, do not replace.
         before = jax.lax.dynamic_slice_in_dim(d_head.weight, first, size, axis=head.vocab_axis)
-        d_weight = jax.lax.dynamic_update_slice_in_dim(d_head.weight, before + d_part.weight, first, axis=head.vocab_axis)
+        d_weight = jax.lax.dynamic_update_slice_in_dim(
+            d_head.weight, before + d_part.weight, first, axis=head.vocab_axis
+        )
         d_row = None if d_head.row_d is None or d_part.row_d is None else d_head.row_d + d_part.row_d
         return (d_hidden_ncd + more_ncd, _Slice(d_weight, d_row)), None
 
-    nothing = (jnp.zeros(hidden_ncd.shape, jnp.float32), jax.tree.map(jnp.zeros_like, _Slice(head.weight, head.row_d)))
+    nothing = (
+        jnp.zeros(hidden_ncd.shape, jnp.float32),
+        jax.tree.map(jnp.zeros_like, _Slice(head.weight, head.row_d)),
+    )
     (d_hidden_ncd, d_head), _ = jax.lax.scan(add_slice, nothing, _starts(V, size))
     d_head = Head(weight=d_head.weight, vocab_axis=head.vocab_axis, row_d=d_head.row_d, row_id=head.row_id)
     return d_hidden_ncd.astype(hidden_ncd.dtype), d_head, None, None

@@ -1,4 +1,5 @@
-"""Group-relative policy optimisation: advantages, the clipped surrogate in four variants, KL to a reference."""
+"""Group-relative policy optimisation: advantages, the clipped surrogate in four variants, KL to a
+reference."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ class PolicyStatistics(NamedTuple):
         ratios: importance ratios: one a token, with `gspo` one a row.
         clipped_low, clipped_high: ratios below and above the clip whose gradient the clip takes away.
         zero_advantages: rows whose advantage is exactly 0.
-        kl, entropy, capped: sums over tokens; None where the loss was not given what they need. `capped` counts truncated weights.
+        kl, entropy, capped: sums over tokens; None where the loss was not given what they need. `capped`
+            counts truncated weights.
     """
 
     tokens: jax.Array
@@ -40,7 +42,8 @@ class PolicyStatistics(NamedTuple):
     def merged(self, other: PolicyStatistics) -> PolicyStatistics:
         """The statistics of both micro-batches together."""
         return jax.tree.map(jnp.add, self, other)._replace(
-            ratio_min=jnp.minimum(self.ratio_min, other.ratio_min), ratio_max=jnp.maximum(self.ratio_max, other.ratio_max)
+            ratio_min=jnp.minimum(self.ratio_min, other.ratio_min),
+            ratio_max=jnp.maximum(self.ratio_max, other.ratio_max),
         )
 
     def scalars(self) -> dict[str, jax.Array]:
@@ -74,13 +77,19 @@ def policy_count(mask_bt: jax.Array, variant: Variant, *, max_tokens: int = 0) -
 
 
 def group_advantages(
-    rewards_b: jax.Array, group_id_b: jax.Array, *, groups: int, scale: RewardScale = "group", eps: float = 1e-4
+    rewards_b: jax.Array,
+    group_id_b: jax.Array,
+    *,
+    groups: int,
+    scale: RewardScale = "group",
+    eps: float = 1e-4,
 ) -> tuple[jax.Array, jax.Array]:
-    """Advantages [B] and the share [] of groups whose rewards are all equal; rows in any order, groups of any size.
+    """Advantages [B] and the share [] of groups whose rewards are all equal; rows in any order, groups of any
+    size.
 
-    Reward minus the mean of its group, over (sample standard deviation + eps) of the group, of the whole batch, or neither.
-    `group_id_b` int32 in 0 … groups − 1. Rows of a group of equal rewards, or of one row, get exactly 0. For the whole batch at
-    once, before it is cut into micro-batches.
+    Reward minus the mean of its group, over (sample standard deviation + eps) of the group, of the whole
+    batch, or neither. `group_id_b` int32 in 0 … groups − 1. Rows of a group of equal rewards, or of one row,
+    get exactly 0. For the whole batch at once, before it is cut into micro-batches.
     """
     dtype = jnp.promote_types(rewards_b.dtype, jnp.float32)
     rewards_b = rewards_b.astype(dtype)
@@ -93,7 +102,8 @@ def group_advantages(
     lowest_g = jax.ops.segment_min(rewards_b, group_id_b, groups)
     # Not by the deviation: rounding of the mean leaves one where there is none, and scaling blows it up.
     constant_g = highest_g == lowest_g
-    # Differences of near rewards are exact, and so is their mean to the digits that scaling by a small deviation brings up.
+    # Differences of near rewards are exact, and so is their mean to the digits that scaling by a small
+    # deviation brings up.
     above_b = rewards_b - lowest_g[group_id_b]
     centred_b = above_b - (group_sums(above_b) / jnp.maximum(size_g, 1))[group_id_b]
     if scale == "group":
@@ -125,21 +135,24 @@ def policy_loss(
     importance_cap: float = 0.0,
     entropies_bt: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, PolicyStatistics]:
-    """`(sum [], count [], statistics)` of the clipped surrogate plus β·KL; a batch's loss is Σ sums / Σ counts of its micro-batches.
+    """`(sum [], count [], statistics)` of the clipped surrogate plus β·KL; a batch's loss is Σ sums / Σ
+    counts of its micro-batches.
 
-    A token's loss is −min(r·A, clip(r, 1 − clip_low, 1 + clip_high)·A) · w + β·KL, with r = exp(log_probs − old_log_probs).
-      grpo (arXiv 2402.03300): mean over each row's tokens; count = rows.
-      dr_grpo (2503.20783): sum over tokens; count = rows · `max_tokens`, the budget of a reply, so that length earns nothing.
-      dapo (2503.14476): sum over tokens; count = tokens. Clip-higher is `clip_high` above `clip_low`.
-      gspo (2507.18071): one r a row, exp of the mean log-ratio of its tokens; aggregated as grpo; clips are far tighter, about 3e-4.
-    `mask_bt` bool is true on tokens that the policy sampled: never on prompt, padding or forced tokens, and what the arrays hold
-    there is not looked at. Rows without any count as nothing, so that they may pad a micro-batch; where no row has any, sum and count
-    are 0.
-    `old_log_probs_bt`: of the first pass over the batch; None takes the current ones, stopped, so that r is 1 with r's gradient.
-    `reference_log_probs_bt` is needed if β > 0; with β = 0 it is measured alone.
-    `sampler_log_probs_bt` with `importance_cap` > 0 weighs the surrogate, not the KL, by w = min(exp(old − sampler), cap) without
-    gradient (truncated importance sampling): what drew the tokens need not compute exactly what is trained.
-    Raises ValueError on an unknown variant or estimator, β without a reference, `dr_grpo` without `max_tokens`, a cap without
+    A token's loss is −min(r·A, clip(r, 1 − clip_low, 1 + clip_high)·A) · w + β·KL, with r = exp(log_probs −
+    old_log_probs).
+      grpo (arXiv 2402.03300): mean over each row's tokens; count = rows. dr_grpo (2503.20783): sum over
+      tokens; count = rows · `max_tokens`, the budget of a reply, so that length earns nothing. dapo
+      (2503.14476): sum over tokens; count = tokens. Clip-higher is `clip_high` above `clip_low`. gspo
+      (2507.18071): one r a row, exp of the mean log-ratio of its tokens; aggregated as grpo; clips are far
+      tighter, about 3e-4.
+    `mask_bt` bool is true on tokens that the policy sampled: never on prompt, padding or forced tokens, and
+    what the arrays hold there is not looked at. Rows without any count as nothing, so that they may pad a
+    micro-batch; where no row has any, sum and count are 0. `old_log_probs_bt`: of the first pass over the
+    batch; None takes the current ones, stopped, so that r is 1 with r's gradient. `reference_log_probs_bt` is
+    needed if β > 0; with β = 0 it is measured alone. `sampler_log_probs_bt` with `importance_cap` > 0 weighs
+    the surrogate, not the KL, by w = min(exp(old − sampler), cap) without gradient (truncated importance
+    sampling): what drew the tokens need not compute exactly what is trained. Raises ValueError on an unknown
+    variant or estimator, β without a reference, `dr_grpo` without `max_tokens`, a cap without
     log-probabilities of the sampler or the reverse, and clips outside of 0 ≤ clip_low < 1, 0 ≤ clip_high.
     """
     if beta and reference_log_probs_bt is None:
@@ -147,7 +160,9 @@ def policy_loss(
     if variant == "dr_grpo" and max_tokens < 1:
         raise ValueError(f"dr_grpo: max_tokens {max_tokens} must be the budget of a reply")
     if (sampler_log_probs_bt is None) != (importance_cap <= 0):
-        raise ValueError(f"importance_cap {importance_cap}: a cap above 0 and the sampler's log-probabilities go together")
+        raise ValueError(
+            f"importance_cap {importance_cap}: a cap above 0 and the sampler's log-probabilities go together"
+        )
     if not (0 <= clip_low < 1 and clip_high >= 0):
         raise ValueError(f"clip_low {clip_low} must be in [0, 1) and clip_high {clip_high} at least 0")
 
@@ -210,11 +225,15 @@ def policy_loss(
     raise ValueError(f"unknown variant {variant!r} of the policy loss")
 
 
-def kl_to_reference(log_probs: jax.Array, reference_log_probs: jax.Array, estimator: KlEstimator) -> jax.Array:
-    """KL(policy ‖ reference) of each sampled token, any shape, by one of Schulman's estimators (joschu.net/blog/kl-approx.html).
+def kl_to_reference(
+    log_probs: jax.Array, reference_log_probs: jax.Array, estimator: KlEstimator
+) -> jax.Array:
+    """KL(policy ‖ reference) of each sampled token, any shape, by one of Schulman's estimators
+    (joschu.net/blog/kl-approx.html).
 
-    With d = log_probs − reference: k1 = d, k2 = d²/2, k3 = exp(−d) + d − 1. As a loss on tokens that the policy drew itself, k2 has
-    the expected gradient of the KL; that of k1 is 0 and that of k3 is near it while the two are close.
+    With d = log_probs − reference: k1 = d, k2 = d²/2, k3 = exp(−d) + d − 1. As a loss on tokens that the
+    policy drew itself, k2 has the expected gradient of the KL; that of k1 is 0 and that of k3 is near it
+    while the two are close.
     """
     difference = log_probs - reference_log_probs
     if estimator == "k1":

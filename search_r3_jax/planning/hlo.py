@@ -11,7 +11,21 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
+_BYTES = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "s16": 2,
+    "u16": 2,
+    "f16": 2,
+    "bf16": 2,
+    "s32": 4,
+    "u32": 4,
+    "f32": 4,
+    "s64": 8,
+    "u64": 8,
+    "f64": 8,
+}
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _SHAPE = re.compile(r"\b(pred|bf16|[suf]\d+)\[([\d,]*)\]")
@@ -21,12 +35,15 @@ _BETWEEN_SLICES = re.compile(r"^(.*?) send\(.*xla_megascale_runtime")
 _COUNT = re.compile(r"([\w.\-]+) = [su]\d+\[\]\S* constant\((\d+)\)")
 _WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _CALLED = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"(?:branch_computations=\{([^}]*)\}|true_computation=%?([\w.\-]+), false_computation=%?([\w.\-]+))")
+_BRANCHES = re.compile(
+    r"(?:branch_computations=\{([^}]*)\}|true_computation=%?([\w.\-]+), false_computation=%?([\w.\-]+))"
+)
 _CONVOLUTION = re.compile(r"^(\S+) (?:convolution|dot)\(%([\w.\-]+), %([\w.\-]+)\)(.*)$")
 
 
 class Collective(NamedTuple):
-    """One exchange: how often it runs, over which mesh axes, and the bytes that each chip has to send for all of its runs."""
+    """One exchange: how often it runs, over which mesh axes, and the bytes that each chip has to send for all
+    of its runs."""
 
     kind: str
     runs: int
@@ -55,11 +72,13 @@ class LoopError(ValueError):
     """A loop whose number of rounds cannot be read."""
 
 
-def read_program(compiled: jax.stages.Compiled, mesh_shape: Mapping[str, int], *, open_rounds: int | None = None) -> Program:
+def read_program(
+    compiled: jax.stages.Compiled, mesh_shape: Mapping[str, int], *, open_rounds: int | None = None
+) -> Program:
     """What a compiled program does on each chip of a mesh; device ids count through the mesh in its order.
 
-    An exchange may be spread over the products that it overlaps with, and counts once. A loop that ends when its work is done is taken to
-    have `open_rounds`; raises LoopError where there is one and None is given.
+    An exchange may be spread over the products that it overlaps with, and counts once. A loop that ends when
+    its work is done is taken to have `open_rounds`; raises LoopError where there is one and None is given.
     """
     computations, entry = _computations(compiled.as_text() or "")
     flops, product_bytes, attention_flops = 0.0, 0.0, 0.0
@@ -78,7 +97,8 @@ def read_program(compiled: jax.stages.Compiled, mesh_shape: Mapping[str, int], *
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """Each computation's instructions, a line each without the indentation, and the name of the one that the program begins with."""
+    """Each computation's instructions, a line each without the indentation, and the name of the one that the
+    program begins with."""
     computations = dict[str, list[str]]()
     entry, current = "", None
     for line in text.splitlines():
@@ -97,7 +117,9 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return computations, entry
 
 
-def _visits(computations: Mapping[str, Sequence[str]], entry: str, open_rounds: int | None) -> Iterator[tuple[str, int, str]]:
+def _visits(
+    computations: Mapping[str, Sequence[str]], entry: str, open_rounds: int | None
+) -> Iterator[tuple[str, int, str]]:
     """`(computation, how often it runs, the instruction that calls it)` through loops, calls and branches."""
     waiting = [(entry, 1, "")]
     while waiting:
@@ -106,10 +128,16 @@ def _visits(computations: Mapping[str, Sequence[str]], entry: str, open_rounds: 
         for line in computations[name]:
             loop = _WHILE.search(line)
             if loop is not None:
-                waiting.append((loop.group(2), runs * _rounds(computations[loop.group(1)], open_rounds), line))
+                waiting.append(
+                    (loop.group(2), runs * _rounds(computations[loop.group(1)], open_rounds), line)
+                )
                 continue
             branches = _BRANCHES.search(line)
-            called = _CALLED.findall(line) if branches is None else re.findall(r"[\w.\-]+", ",".join(filter(None, branches.groups())))
+            called = (
+                _CALLED.findall(line)
+                if branches is None
+                else re.findall(r"[\w.\-]+", ",".join(filter(None, branches.groups())))
+            )
             waiting.extend((each, runs, line) for each in called if each in computations)
 
 
@@ -151,7 +179,13 @@ def _collective(line: str, runs: int, caller: str, mesh_shape: Mapping[str, int]
     sent = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(kind, share) * whole
     if group == 1:
         return None
-    return Collective(kind, runs, axes, runs * sent, " ".join(f"{dtype}[{dims}]" for dtype, dims in _SHAPE.findall(match.group(1))))
+    return Collective(
+        kind,
+        runs,
+        axes,
+        runs * sent,
+        " ".join(f"{dtype}[{dims}]" for dtype, dims in _SHAPE.findall(match.group(1))),
+    )
 
 
 def _carried(caller: str) -> bool:
@@ -171,11 +205,15 @@ def _groups(line: str, mesh_shape: Mapping[str, int]) -> tuple[tuple[str, ...], 
     count = math.prod(sizes)
     group = _first_group(line, count)
     places = np.array(np.unravel_index(np.array(group), sizes))
-    return tuple(name for name, row in zip(names, places, strict=True) if len(set(row.tolist())) > 1), len(group)
+    return tuple(name for name, row in zip(names, places, strict=True) if len(set(row.tolist())) > 1), len(
+        group
+    )
 
 
 def _first_group(line: str, count: int) -> list[int]:
-    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", line) or re.search(r"source_target_pairs=\{\{([\d,]*)\}", line)
+    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", line) or re.search(
+        r"source_target_pairs=\{\{([\d,]*)\}", line
+    )
     if listed is not None:
         return [int(each) for each in listed.group(1).split(",")]
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
@@ -200,7 +238,8 @@ class _Product(NamedTuple):
 
 
 def _product(line: str, lines: Sequence[str]) -> _Product:
-    """2 FLOPs for each multiplication of a matrix product, which a TPU's compiler writes as a convolution, and the bytes of its arrays."""
+    """2 FLOPs for each multiplication of a matrix product, which a TPU's compiler writes as a convolution,
+    and the bytes of its arrays."""
     _, _, right = line.partition(" = ")
     match = _CONVOLUTION.match(right)
     if match is None:
@@ -225,7 +264,8 @@ def _product(line: str, lines: Sequence[str]) -> _Product:
     return _Product(flops, moved)
 
 
-# Matrix products of queries by keys, or alike, in each kernel: forward 2, backward 3 for queries and 4 for keys and values.
+# Matrix products of queries by keys, or alike, in each kernel: forward 2, backward 3 for queries and 4 for
+# keys and values.
 _ATTENTION = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
 
 
@@ -236,12 +276,16 @@ def _attention_flops(line: str) -> float:
     if not products:
         return 0.0
     operands = line.partition("operand_layout_constraints={")[2]
-    queries, keys = ([int(dim) for dim in dims.split(",")] for _, dims in re.findall(r"(bf16|f32)\[(\d+,\d+,\d+)\]", operands)[:2])
+    queries, keys = (
+        [int(dim) for dim in dims.split(",")]
+        for _, dims in re.findall(r"(bf16|f32)\[(\d+,\d+,\d+)\]", operands)[:2]
+    )
     return 2.0 * products * math.prod(queries) * keys[1]
 
 
 def _pairs(outputs: int, inputs: int, kernel: int, window: Mapping[str, int]) -> int:
-    """How many (output, kernel) positions of one dimension meet an input that is neither padding nor a gap."""
+    """How many (output, kernel) positions of one dimension meet an input that is neither padding nor a
+    gap."""
     stride, low = window.get("stride", 1), window.get("pad", 0)
     dilated, gap = window.get("rhs_dilate", 1), window.get("lhs_dilate", 1)
     meets = 0

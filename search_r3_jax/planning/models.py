@@ -1,4 +1,5 @@
-"""A model of which only the sizes are known: its architecture, shapes for its parameters, and a tokenizer for prompts."""
+"""A model of which only the sizes are known: its architecture, shapes for its parameters, and a tokenizer for
+prompts."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from search_r3_jax.config import EMBED_TOKEN, ModelConfig, RunConfig
-from search_r3_jax.hub.checkpoint import model_config
+from search_r3_jax.hub.load_model import model_config
 from search_r3_jax.models.decoder import Decoder
 from search_r3_jax.text.prompts import CLOSING, DIRECT_SYSTEM, REASON_SYSTEM, Prompter
 
@@ -46,7 +47,13 @@ PUBLISHED = {
     ),
     "Qwen/Qwen2.5-1.5B-Instruct": _QWEN25,
     "Qwen/Qwen2.5-7B-Instruct": dataclasses.replace(
-        _QWEN25, vocab_size=152_064, hidden_size=3584, feed_forward=18_944, heads=28, kv_heads=4, tied_embeddings=False
+        _QWEN25,
+        vocab_size=152_064,
+        hidden_size=3584,
+        feed_forward=18_944,
+        heads=28,
+        kv_heads=4,
+        tied_embeddings=False,
     ),
     "Qwen/Qwen3-8B": ModelConfig(
         family="qwen3",
@@ -65,7 +72,8 @@ PUBLISHED = {
     ),
 }
 _TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + "
+    "'<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
@@ -78,7 +86,8 @@ class PlannedModel(NamedTuple):
 
 
 def planned_model(config: RunConfig, *, adapters: bool = True) -> PlannedModel:
-    """The model that a config trains, with its adapters or without; raises UserError where its architecture cannot be found out."""
+    """The model that a config trains, with its adapters or without; raises UserError where its architecture
+    cannot be found out."""
     architecture = PUBLISHED.get(config.model) or model_config(config.model)
     prompter = Prompter(stand_in_tokenizer())
 
@@ -100,9 +109,13 @@ def stand_in_tokenizer() -> PreTrainedTokenizerFast:
     """A token a word: for plans, which need to know how long prompts are and not what they say."""
     words = Tokenizer(models.WordLevel(vocab={}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?\w+|\n| ?[^\w\s]"), "isolated")
-    text = "\n".join((DIRECT_SYSTEM, REASON_SYSTEM, CLOSING, "system", "user", "assistant", " text", ".", "|"))
+    text = "\n".join(
+        (DIRECT_SYSTEM, REASON_SYSTEM, CLOSING, "system", "user", "assistant", " text", ".", "|")
+    )
     pieces = sorted({piece for piece, _ in words.pre_tokenizer.pre_tokenize_str(text)})
-    words.model = models.WordLevel(vocab={piece: i for i, piece in enumerate(["<unk>", *pieces])}, unk_token="<unk>")
+    words.model = models.WordLevel(
+        vocab={piece: i for i, piece in enumerate(["<unk>", *pieces])}, unk_token="<unk>"
+    )
     special = ["<|im_start|>", "<|im_end|>", EMBED_TOKEN]
     words.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|im_end|>")

@@ -1,4 +1,5 @@
-"""A plan: memory, work, exchanges and the least time of a stage on a TPU slice, from the program that its compiler makes."""
+"""A plan: memory, work, exchanges and the least time of a stage on a TPU slice, from the program that its
+compiler makes."""
 
 from __future__ import annotations
 
@@ -27,7 +28,16 @@ _TOPOLOGY = re.compile(r"(v4|v5e|v5p|v6e):(\d+x\d+(?:x\d+)?)")
 _SLICE = re.compile(r"(v4|v5e|v5p|v6e)-(\d+)")
 # Shapes of slices that are offered, by the number of chips.
 _FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
-_DEEP = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"}
+_DEEP = {
+    4: "2x2x1",
+    8: "2x2x2",
+    16: "2x2x4",
+    32: "2x4x4",
+    64: "4x4x4",
+    128: "4x4x8",
+    256: "4x8x8",
+    512: "8x8x8",
+}
 
 
 class Slice(NamedTuple):
@@ -40,7 +50,8 @@ class Slice(NamedTuple):
 
 
 def open_slice(topology: str, slices: int = 1) -> Slice:
-    """A slice, or several, named by shape (`v5p:2x2x2`) or as Google Cloud does (`v5p-16`, which are 16 cores and 8 chips).
+    """A slice, or several, named by shape (`v5p:2x2x2`) or as Google Cloud does (`v5p-16`, which are 16 cores
+    and 8 chips).
 
     Raises UserError for a name that means none, and where the TPU compiler is not installed.
     """
@@ -62,7 +73,10 @@ def open_slice(topology: str, slices: int = 1) -> Slice:
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         if "libtpu" in reason or "Unable to initialize" in reason or "not found" in reason.lower():
-            raise UserError(f"plan: the TPU compiler is not installed ({reason}); pip install 'search_r3_jax[plan]', on Linux") from None
+            raise UserError(
+                f"plan: the TPU compiler is not installed ({reason}); pip install 'search_r3_jax[plan]', on "
+                "Linux"
+            ) from None
         raise UserError(f"--topology: {topology}: the TPU compiler knows no such slice ({reason})") from None
     return Slice(CHIPS[generation], shaped, slices, list(found.devices))
 
@@ -72,25 +86,33 @@ def _shaped(topology: str) -> str:
         return topology
     named = _SLICE.fullmatch(topology)
     if named is None:
-        raise UserError(f"--topology: {topology}: give a shape, such as v5e:4x4, or a slice's name, such as v5p-16; of {', '.join(CHIPS)}")
+        raise UserError(
+            f"--topology: {topology}: give a shape, such as v5e:4x4, or a slice's name, such as v5p-16; of "
+            f"{', '.join(CHIPS)}"
+        )
     generation, count = named.group(1), int(named.group(2)) // CHIPS[named.group(1)].cores
     shapes = _FLAT if generation in ("v5e", "v6e") else _DEEP
     if count not in shapes:
         sizes = ", ".join(f"{generation}-{chips * CHIPS[generation].cores}" for chips in shapes)
-        raise UserError(f"--topology: {topology}: no such slice; there are {sizes}; or give a shape, such as {generation}:{shapes[16]}")
+        raise UserError(
+            f"--topology: {topology}: no such slice; there are {sizes}; or give a shape, such as "
+            f"{generation}:{shapes[16]}"
+        )
     return f"{generation}:{shapes[count]}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a stage needs and what it can reach; bytes, FLOPs and seconds of one run of it, on one chip where not said otherwise.
+    """What a stage needs and what it can reach; bytes, FLOPs and seconds of one run of it, on one chip where
+    not said otherwise.
 
     Attributes:
         settings: those of the experiment that the stage's size depends on.
         mesh: the size of each axis.
         chips: how many.
         fits: the memory is enough with 5 % to spare.
-        hbm: bytes by kind: what lies there between runs by kind, the rest of what is handed over, what is needed meanwhile, the program.
+        hbm: bytes by kind: what lies there between runs by kind, the rest of what is handed over, what is
+            needed meanwhile, the program.
         hbm_used, hbm_limit, hbm_spare: their sum, what the chip has, and the share that is left.
         counted_bytes: parameters and optimiser as their shapes count.
         shardings: of each parameter its shape, and over which mesh axes each dimension lies.
@@ -101,9 +123,11 @@ class Plan:
         attention_flops: the attention kernels' part of it, if no tile were left out.
         collective_bytes: sent, by mesh axes.
         collectives: the largest exchanges.
-        fsdp_bound_bytes: what fully sharded parameters cost at least: gathered in bfloat16 for the forward and for the backward pass, once
-            more for a reference model, and gradients scattered; `collective_ratio` is how many times that is sent, None on one chip.
-        seconds: the least time by compute, hbm and ici (dcn with several slices) at the published peaks; the longest binds.
+        fsdp_bound_bytes: what fully sharded parameters cost at least: gathered in bfloat16 for the forward
+            and for the backward pass, once more for a reference model, and gradients scattered;
+            `collective_ratio` is how many times that is sent, None on one chip.
+        seconds: the least time by compute, hbm and ici (dcn with several slices) at the published peaks; the
+            longest binds.
         tokens_per_second: bound, all chips together.
         mfu_bound: bound, the share of the chips' peak.
         compile_seconds: on the machine that made the plan.
@@ -141,8 +165,11 @@ class Plan:
     compile_seconds: float
 
 
-def make_plan(config: RunConfig, stage: Stage, slices: Slice, *, mesh_config: MeshConfig | None = None) -> Plan:
-    """The plan of a stage on a slice; raises UserError where the mesh does not fit, or the memory is too little for the compiler."""
+def make_plan(
+    config: RunConfig, stage: Stage, slices: Slice, *, mesh_config: MeshConfig | None = None
+) -> Plan:
+    """The plan of a stage on a slice; raises UserError where the mesh does not fit, or the memory is too
+    little for the compiler."""
     mesh = make_mesh(**dataclasses.asdict(mesh_config or config.mesh), devices=slices.devices)
     lowered = lower_stage(config, stage, mesh)
     started = time.perf_counter()
@@ -152,14 +179,26 @@ def make_plan(config: RunConfig, stage: Stage, slices: Slice, *, mesh_config: Me
         needed = re.search(r"\(([\d.]+)([MG])\) exceeds available HBM|Used ([\d.]+)([MG]) of", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        amount = f"{needed.group(1) or needed.group(3)} {needed.group(2) or needed.group(4)}iB" if needed else "more"
-        raise UserError(f"{stage} on {slices.topology}: needs {amount} of {slices.chip.hbm / 2**30:.2f} GiB a chip") from None
+        amount = (
+            f"{needed.group(1) or needed.group(3)} {needed.group(2) or needed.group(4)}iB"
+            if needed
+            else "more"
+        )
+        raise UserError(
+            f"{stage} on {slices.topology}: needs {amount} of {slices.chip.hbm / 2**30:.2f} GiB a chip"
+        ) from None
     seconds = time.perf_counter() - started
     return _plan(config, stage, slices, mesh, lowered, compiled, seconds)
 
 
 def _plan(
-    config: RunConfig, stage: Stage, slices: Slice, mesh: Mesh, lowered: LoweredStage, compiled: jax.stages.Compiled, seconds: float
+    config: RunConfig,
+    stage: Stage,
+    slices: Slice,
+    mesh: Mesh,
+    lowered: LoweredStage,
+    compiled: jax.stages.Compiled,
+    seconds: float,
 ) -> Plan:
     chip, chips = slices.chip, mesh.size
     program = read_program(compiled, dict(mesh.shape), open_rounds=lowered.open_rounds)
@@ -191,7 +230,9 @@ def _plan(
         hbm_used=used,
         hbm_limit=chip.hbm,
         hbm_spare=1 - used / chip.hbm,
-        counted_bytes=sum(_bytes_on_chip(lowered.kept[kind]) for kind in ("parameters", "optimizer") if kind in lowered.kept),
+        counted_bytes=sum(
+            _bytes_on_chip(lowered.kept[kind]) for kind in ("parameters", "optimizer") if kind in lowered.kept
+        ),
         shardings=_shardings(lowered.kept["parameters"]),
         arguments_bytes=_argument_bytes(lowered, compiled),
         tokens=lowered.tokens,
@@ -219,19 +260,27 @@ def _plan(
 
 
 def _settings(config: RunConfig, stage: Stage) -> dict[str, Any]:
-    found: dict[str, Any] = {"text": dataclasses.asdict(config.text), "lora_rank": config.lora.rank, "remat": config.remat}
+    found: dict[str, Any] = {
+        "text": dataclasses.asdict(config.text),
+        "lora_rank": config.lora.rank,
+        "remat": config.remat,
+    }
     found |= {"attention": config.attention, "compute_dtype": config.compute_dtype}
     if stage == "sft":
         names = ("global_batch", "encode_chunk", "negatives", "reasoned_share", "kl_weight")
         found |= {name: getattr(config.sft, name) for name in names}
     if stage in ("rl", "decode"):
-        found |= {name: getattr(config.rl, name) for name in ("global_queries", "group_size", "micro_queries", "beta", "inner_epochs")}
+        found |= {
+            name: getattr(config.rl, name)
+            for name in ("global_queries", "group_size", "micro_queries", "beta", "inner_epochs")
+        }
         found["max_think_tokens"] = config.rl.sampler.max_think_tokens
     return found
 
 
 def _memory(lowered: LoweredStage, compiled: jax.stages.Compiled) -> dict[str, float]:
-    """Bytes on a chip by kind, as the compiler lays them out; results that take the place of arguments are counted once."""
+    """Bytes on a chip by kind, as the compiler lays them out; results that take the place of arguments are
+    counted once."""
     found = compiled.memory_analysis()
     assert found is not None
     kept = {kind: _bytes_on_chip(tree) for kind, tree in lowered.kept.items()}
@@ -264,7 +313,9 @@ def _shardings(params: Any) -> dict[str, Any]:
 
 
 def _bytes_on_chip(tree: Any) -> float:
-    return float(sum(np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)))
+    return float(
+        sum(np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    )
 
 
 def _optimizer_traffic(lowered: LoweredStage) -> float:
@@ -273,7 +324,8 @@ def _optimizer_traffic(lowered: LoweredStage) -> float:
 
 
 def _fsdp_bound(lowered: LoweredStage, mesh: Mesh) -> float:
-    """Bytes that a chip sends at least: parts of a tensor-parallel group's weights are gathered within, gradients summed across copies."""
+    """Bytes that a chip sends at least: parts of a tensor-parallel group's weights are gathered within,
+    gradients summed across copies."""
     whole, reference, trained = lowered.gathered
     shards, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
     copies = mesh.size // (shards * tensor)
@@ -289,4 +341,7 @@ def _largest(collectives: Sequence[Collective], count: int = 8) -> list[dict[str
         entry[0] += each.runs
         entry[1] += each.bytes
     ordered = sorted(merged.items(), key=lambda item: -item[1][1])[:count]
-    return [{"kind": kind, "axes": axes, "shape": shape, "runs": runs, "bytes": size} for (kind, axes, shape), (runs, size) in ordered]
+    return [
+        {"kind": kind, "axes": axes, "shape": shape, "runs": runs, "bytes": size}
+        for (kind, axes, shape), (runs, size) in ordered
+    ]

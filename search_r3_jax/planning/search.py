@@ -1,4 +1,5 @@
-"""Tries programs until one is the best: the largest chunk that fits a chip's memory, and the meshes that make sense."""
+"""Tries programs until one is the best: the largest chunk that fits a chip's memory, and the meshes that make
+sense."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ _MOST_TENSOR = 8
 
 
 def largest_chunk(config: RunConfig, stage: Stage, slices: Slice, *, say: Callable[[str], object]) -> Plan:
-    """The plan with the largest `sft.encode_chunk`, or `rl.micro_queries`, that fits; the number of pairs or queries is kept.
+    """The plan with the largest `sft.encode_chunk`, or `rl.micro_queries`, that fits; the number of pairs or
+    queries is kept.
 
     Raises UserError where not even one row a chip fits, and for a stage that has no such setting.
     """
@@ -31,26 +33,44 @@ def largest_chunk(config: RunConfig, stage: Stage, slices: Slice, *, say: Callab
         fits = plan is not None and plan.fits
         say(
             f"{sizes[middle]}: "
-            + ("too large" if plan is None else f"{plan.hbm_used / 2**30:.2f} of {plan.hbm_limit / 2**30:.2f} GiB a chip")
+            + (
+                "too large"
+                if plan is None
+                else f"{plan.hbm_used / 2**30:.2f} of {plan.hbm_limit / 2**30:.2f} GiB a chip"
+            )
         )
         if fits:
             low, best = middle + 1, plan
         else:
             high = middle - 1
     if best is None:
-        raise UserError(f"{stage} on {slices.topology}: not even a chunk of {sizes[0]} fits; take more chips, or adapters (--lora.rank 16)")
+        raise UserError(
+            f"{stage} on {slices.topology}: not even a chunk of {sizes[0]} fits; take more chips, or "
+            "adapters (--lora.rank 16)"
+        )
     return best
 
 
-def try_meshes(config: RunConfig, stage: Stage, slices: Slice, *, say: Callable[[str], object]) -> list[tuple[MeshConfig, Plan | None]]:
-    """Each sensible mesh with its plan, None where the memory is too little; those that fit first, the fastest of them first."""
+def try_meshes(
+    config: RunConfig, stage: Stage, slices: Slice, *, say: Callable[[str], object]
+) -> list[tuple[MeshConfig, Plan | None]]:
+    """Each sensible mesh with its plan, None where the memory is too little; those that fit first, the
+    fastest of them first."""
     tried = list[tuple[MeshConfig, Plan | None]]()
     for mesh in sensible_meshes(config, slices):
         plan = _tried(dataclasses.replace(config, mesh=mesh), stage, slices)
-        say(f"{_named(mesh)}: " + ("does not fit" if plan is None else f"{plan.tokens_per_second:,.0f} tokens/s at most"))
+        say(
+            f"{_named(mesh)}: "
+            + ("does not fit" if plan is None else f"{plan.tokens_per_second:,.0f} tokens/s at most")
+        )
         tried.append((mesh, plan))
     return sorted(
-        tried, key=lambda pair: (pair[1] is None, pair[1] is not None and not pair[1].fits, -pair[1].tokens_per_second if pair[1] else 0)
+        tried,
+        key=lambda pair: (
+            pair[1] is None,
+            pair[1] is not None and not pair[1].fits,
+            -pair[1].tokens_per_second if pair[1] else 0,
+        ),
     )
 
 
@@ -70,9 +90,13 @@ def sensible_meshes(config: RunConfig, slices: Slice) -> list[MeshConfig]:
 
 def _chunked(config: RunConfig, stage: Stage) -> tuple[int, Callable[[int], RunConfig]]:
     if stage == "sft":
-        return config.sft.global_batch, lambda size: dataclasses.replace(config, sft=dataclasses.replace(config.sft, encode_chunk=size))
+        return config.sft.global_batch, lambda size: dataclasses.replace(
+            config, sft=dataclasses.replace(config.sft, encode_chunk=size)
+        )
     if stage == "rl":
-        return config.rl.global_queries, lambda size: dataclasses.replace(config, rl=dataclasses.replace(config.rl, micro_queries=size))
+        return config.rl.global_queries, lambda size: dataclasses.replace(
+            config, rl=dataclasses.replace(config.rl, micro_queries=size)
+        )
     raise UserError(f"--largest: {stage} has no chunk to find; it is for sft and rl")
 
 
@@ -86,4 +110,7 @@ def _tried(config: RunConfig, stage: Stage, slices: Slice) -> Plan | None:
 
 
 def _named(mesh: MeshConfig) -> str:
-    return " × ".join(f"{axis} {size}" for axis, size in dataclasses.asdict(mesh).items() if size != 1) or "one chip"
+    return (
+        " × ".join(f"{axis} {size}" for axis, size in dataclasses.asdict(mesh).items() if size != 1)
+        or "one chip"
+    )

@@ -1,4 +1,5 @@
-"""Each stage as its own code lowers it for a mesh, with shapes in place of arrays, and what the mathematics of it asks for."""
+"""Each stage as its own code lowers it for a mesh, with shapes in place of arrays, and what the mathematics
+of it asks for."""
 
 from __future__ import annotations
 
@@ -38,12 +39,13 @@ class LoweredStage(NamedTuple):
     """A stage ready to be compiled.
 
     Attributes:
-        tokens: texts' tokens that one run reads or writes, on all chips together; every text as long as the config allows.
+        tokens: texts' tokens that one run reads or writes, on all chips together; every text as long as the
+            config allows.
         model_flops: what the mathematics asks for, on all chips together; nothing twice, no padding.
         kept: what lies on the chips between runs, by kind: shapes with their shardings.
         batch: what is handed over for one run.
-        gathered: parameters that a pass through the layers has to gather, those that another model's pass has to, and those that get a
-            gradient.
+        gathered: parameters that a pass through the layers has to gather, those that another model's pass has
+            to, and those that get a gradient.
         beside: what else lies there, by kind, and is not handed over.
         open_rounds: of a loop that ends when its work is done: the most that it can take.
     """
@@ -90,10 +92,14 @@ def _sft(config: RunConfig, mesh: Mesh) -> LoweredStage:
     sft = config.sft
     trained = _trained(config, mesh, make_optimizer(sft.optimizer, sft.steps))
     full = dataclasses.replace(sft, reasoning="off" if sft.reasoned_share == 0 else "column")
-    pipeline = make_pipeline(dataclasses.replace(config, sft=full), [_longest_texts(config)], trained.prompter)
+    pipeline = make_pipeline(
+        dataclasses.replace(config, sft=full), [_longest_texts(config)], trained.prompter
+    )
     batch = pipeline.batch(0).padded(axis_size(mesh, BATCH_AXES))
     reference = trained.state.params if sft.kl_weight > 0 and config.lora.rank == 0 else None
-    key = _placed(jax.eval_shape(lambda: jax.random.key(0)), _whole(mesh)) if config.lora.dropout > 0 else None
+    key = (
+        _placed(jax.eval_shape(lambda: jax.random.key(0)), _whole(mesh)) if config.lora.dropout > 0 else None
+    )
     step = make_step(trained.graph, trained.prompter, trained.optimizer, sft, trained.shardings, donate=True)
     placed = _placed(batch, sharding.batch_shardings(batch, mesh))
     lowered = step.lower(trained.state, trained.frozen, placed, reference, key)
@@ -101,7 +107,12 @@ def _sft(config: RunConfig, mesh: Mesh) -> LoweredStage:
     of_step = counted.of(batch.queries, batch.documents, 1.0)
     kept = trained.kept | ({"reference": reference} if reference is not None else {})
     return LoweredStage(
-        lowered, round(of_step["tokens_per_second"]), of_step["mfu"], kept, placed, _to_gather(trained, reference is not None)
+        lowered,
+        round(of_step["tokens_per_second"]),
+        of_step["mfu"],
+        kept,
+        placed,
+        _to_gather(trained, reference is not None),
     )
 
 
@@ -109,7 +120,10 @@ def _rl(config: RunConfig, mesh: Mesh) -> LoweredStage:
     rl, text = config.rl, config.text
     trained = _trained(config, mesh, make_optimizer(rl.optimizer, rl.steps))
     prompt, Q, G = trained.prompter.reason, rl.global_queries, rl.group_size
-    S, T = bucket_length(text.max_query_tokens + len(prompt.suffix)), rl.sampler.max_think_tokens + len(prompt.closing)
+    S, T = (
+        bucket_length(text.max_query_tokens + len(prompt.suffix)),
+        rl.sampler.max_think_tokens + len(prompt.closing),
+    )
     rollout = Rollout(
         prompt_ids=np.zeros((Q, S), np.int32),
         prompt_lengths=np.zeros(Q, np.int32),
@@ -124,11 +138,21 @@ def _rl(config: RunConfig, mesh: Mesh) -> LoweredStage:
     # One document a query to tell it from the others by, and the candidates.
     P = Q + rl.infonce_negatives
     documents = np.zeros((P, trained.model.hidden_size), np.float32)
-    own_rows = rl_step.own_document_rows(trained.prompter, [""] * Q, text.max_document_tokens) if rl.infonce_train_documents else None
-    batch = rl_step.make_batch(rollout, np.zeros(Q * G), documents, np.zeros((Q, P)), own=own_rows, micro_queries=rl.micro_queries)
+    own_rows = (
+        rl_step.tokenize_documents(trained.prompter, [""] * Q, text.max_document_tokens)
+        if rl.infonce_train_documents
+        else None
+    )
+    batch = rl_step.make_batch(
+        rollout, np.zeros(Q * G), documents, np.zeros((Q, P)), own=own_rows, micro_queries=rl.micro_queries
+    )
     placed = _placed(batch, rl_step.batch_shardings(batch, mesh))
-    log_probs = jax.ShapeDtypeStruct(batch.replies.ids.shape, np.float32, sharding=placed.replies.ids.sharding)
-    update = rl_step.make_update(trained.graph, trained.prompter, trained.optimizer, rl, trained.shardings, donate=True)
+    log_probs = jax.ShapeDtypeStruct(
+        batch.replies.ids.shape, np.float32, sharding=placed.replies.ids.sharding
+    )
+    update = rl_step.make_update(
+        trained.graph, trained.prompter, trained.optimizer, rl, trained.shardings, donate=True
+    )
     old, reference = (log_probs if rl.inner_epochs > 1 else None), (log_probs if rl.beta > 0 else None)
     lowered = update.lower(trained.state, trained.frozen, placed, old, reference)
     prefix, own = len(prompt.prefix), text.max_query_tokens + len(prompt.suffix)
@@ -151,11 +175,19 @@ def _decode(config: RunConfig, mesh: Mesh) -> LoweredStage:
     graph, state = nnx.split(nnx.merge(trained.graph, trained.state.params, trained.frozen))
     state = _placed(state, sharding.params_shardings(state, mesh))
     Q, G = rl.global_queries, rl.group_size
-    lowered = make_sampler(graph, trained.prompter, rl, mesh).lower(state, Q, G, max_tokens=text.max_query_tokens)
+    lowered = make_sampler(graph, trained.prompter, rl, mesh).lower(
+        state, Q, G, max_tokens=text.max_query_tokens
+    )
     prompt = trained.prompter.reason
-    prefix, own, T = len(prompt.prefix), text.max_query_tokens + len(prompt.suffix), rl.sampler.max_think_tokens + len(prompt.closing)
+    prefix, own, T = (
+        len(prompt.prefix),
+        text.max_query_tokens + len(prompt.suffix),
+        rl.sampler.max_think_tokens + len(prompt.closing),
+    )
     attended = Q * _seen(prefix, own) + Q * G * _seen(prefix + own, T)
-    flops = layers_flops(trained.model, Q * own + Q * G * T, attended) + head_flops(trained.model, Q + Q * G * T)
+    flops = layers_flops(trained.model, Q * own + Q * G * T, attended) + head_flops(
+        trained.model, Q + Q * G * T
+    )
     return LoweredStage(
         lowered,
         Q * G * T,
@@ -175,7 +207,9 @@ def _encode(config: RunConfig, mesh: Mesh) -> LoweredStage:
     state = _placed(state, sharding.params_shardings(state, mesh))
     prompt = model.prompter.direct
     own = config.text.max_document_tokens + len(prompt.suffix) + len(prompt.closing)
-    lowered = Encoder(graph, model.prompter, mesh=mesh).lower(state, length=bucket_length(own), batch_tokens=BATCH_TOKENS)
+    lowered = Encoder(graph, model.prompter, mesh=mesh).lower(
+        state, length=bucket_length(own), batch_tokens=BATCH_TOKENS
+    )
     rows = lowered.in_avals[0][2].shape[0]
     flops = layers_flops(model.decoder.config, rows * own, rows * _seen(len(prompt.prefix), own))
     layers = _size(nnx.to_pure_dict(state)["layers"])
@@ -183,9 +217,13 @@ def _encode(config: RunConfig, mesh: Mesh) -> LoweredStage:
 
 
 def _longest_texts(config: RunConfig) -> Collection:
-    """A collection in which every text is as long as the config allows, and every query has its positive and its negatives."""
+    """A collection in which every text is as long as the config allows, and every query has its positive and
+    its negatives."""
     text, count = config.text, config.sft.global_batch
-    words = {kind: " text" * tokens for kind, tokens in (("query", text.max_query_tokens), ("document", text.max_document_tokens))}
+    words = {
+        kind: " text" * tokens
+        for kind, tokens in (("query", text.max_query_tokens), ("document", text.max_document_tokens))
+    }
     ids = [str(i) for i in range(count * (1 + config.sft.negatives))]
     queries = tuple(
         Query(
@@ -216,7 +254,9 @@ def _seen(before: int, own: int) -> int:
 
 
 def _placed(tree: Any, shardings: Any) -> Any:
-    return jax.tree.map(lambda x, lies: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies), tree, shardings)
+    return jax.tree.map(
+        lambda x, sharding_of: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding_of), tree, shardings
+    )
 
 
 def _whole(mesh: Mesh) -> NamedSharding:

@@ -13,16 +13,18 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from search_r3_jax.compiler import compiler_options
-from search_r3_jax.mesh import BATCH_AXES, axis_size, in_use
-from search_r3_jax.models.attention import KVBlock
+from search_r3_jax.mesh import BATCH_AXES, axis_size, use_mesh
 from search_r3_jax.models.decoder import Decoder, Text, positions_from_lengths
 from search_r3_jax.models.embedding import pool_embedding
+from search_r3_jax.models.kv_block import KVBlock
 from search_r3_jax.text.packing import PaddedBatch, length_batches
 from search_r3_jax.text.prompts import Mode, Prompter
 
-# Padded tokens a batch and device. A CPU's caches like small ones: a decoder of 135M parameters ran 5 % faster at 1,024 than at 2,048.
+# Padded tokens a batch and device. A CPU's caches like small ones: a decoder of 135M parameters ran 5 %
+# faster at 1,024 than at 2,048.
 CPU_BATCH_TOKENS, BATCH_TOKENS = 1024, 8192
-# Batches handed to the device before the first result is asked for: it never waits for the host to pad the next one.
+# Batches handed to the device before the first result is asked for: it never waits for the host to pad the
+# next one.
 BATCHES_AHEAD = 2
 
 
@@ -33,7 +35,9 @@ def prefix_block(decoder: Decoder, prefix: Sequence[int], *, adapters: bool = Tr
 
 def prefix_text(prefix: Sequence[int], *, adapters: bool = True) -> Text:
     """A prompt prefix [1,S] as a text that others may stand behind."""
-    return Text(jnp.asarray([prefix], jnp.int32), jnp.arange(len(prefix), dtype=jnp.int32)[None], adapters=adapters)
+    return Text(
+        jnp.asarray([prefix], jnp.int32), jnp.arange(len(prefix), dtype=jnp.int32)[None], adapters=adapters
+    )
 
 
 def both_prefixes(prompter: Prompter, *, adapters: bool = True) -> Text:
@@ -41,25 +45,34 @@ def both_prefixes(prompter: Prompter, *, adapters: bool = True) -> Text:
     prefixes = (prompter.direct.prefix, prompter.reason.prefix)
     ids = jnp.asarray([[token for prefix in prefixes for token in prefix]], jnp.int32)
     positions = jnp.concatenate([jnp.arange(len(prefix), dtype=jnp.int32) for prefix in prefixes])[None]
-    segments = jnp.concatenate([jnp.full(len(prefix), i, jnp.int32) for i, prefix in enumerate(prefixes)])[None]
+    segments = jnp.concatenate([jnp.full(len(prefix), i, jnp.int32) for i, prefix in enumerate(prefixes)])[
+        None
+    ]
     return Text(ids, positions, segments, adapters=adapters)
 
 
 class RowEncoder:
-    """Encodes what follows a mode's prefix with whatever parameters it is handed; compiled once per (rows, length) bucket.
+    """Encodes what follows a mode's prefix with whatever parameters it is handed; compiled once per (rows,
+    length) bucket.
 
-    On a mesh, of this process's devices or of all processes', the rows of a batch lie across `BATCH_AXES`, and the parameters as the caller
-    laid them out; every process gives the same texts and has all vectors.
+    On a mesh, of this process's devices or of all processes', the rows of a batch lie across `BATCH_AXES`,
+    and the parameters as the caller laid them out; every process gives the same texts and has all vectors.
     """
 
     def __init__(
-        self, graph: nnx.GraphDef[Decoder], prompter: Prompter, mode: Mode, *, batch_tokens: int | None = None, mesh: Mesh | None = None
+        self,
+        graph: nnx.GraphDef[Decoder],
+        prompter: Prompter,
+        mode: Mode,
+        *,
+        batch_tokens: int | None = None,
+        mesh: Mesh | None = None,
     ):
         prefix, embed_id = prompter.of(mode).prefix, prompter.embed_id
 
         @functools.partial(jax.jit, compiler_options=compiler_options(mesh))
         def prefix_of(state: nnx.State) -> KVBlock:
-            with in_use(mesh):
+            with use_mesh(mesh):
                 return prefix_block(nnx.merge(graph, state), prefix)
 
         # On all devices: each process reads the vectors from its own.
@@ -69,18 +82,21 @@ class RowEncoder:
         def encode(state: nnx.State, shared: KVBlock, ids: jax.Array, lengths: jax.Array) -> jax.Array:
             decoder = nnx.merge(graph, state)
             positions = positions_from_lengths(lengths, ids.shape[1], len(prefix))
-            with in_use(mesh):
+            with use_mesh(mesh):
                 hidden, _ = decoder(ids, positions, contexts=[shared])
             return pool_embedding(hidden, ids, embed_id).vectors
 
         self._prefix_of, self._encode = prefix_of, encode
         self._graph, self._mesh = graph, mesh
-        self._batch_tokens = batch_tokens or (CPU_BATCH_TOKENS if jax.default_backend() == "cpu" else BATCH_TOKENS)
+        self._batch_tokens = batch_tokens or (
+            CPU_BATCH_TOKENS if jax.default_backend() == "cpu" else BATCH_TOKENS
+        )
         if mesh is not None:
             self._batch_tokens *= axis_size(mesh, BATCH_AXES)
 
     def compile_rows(self, state: nnx.State, rows: Sequence[Sequence[int]]) -> None:
-        """Compile what `encode_rows` of these rows runs, and run none of it but the prefix: what follows can be timed."""
+        """Compile what `encode_rows` of these rows runs, and run none of it but the prefix: what follows can
+        be timed."""
         if not rows:
             return
         shared = self._prefix_of(state)
@@ -92,19 +108,29 @@ class RowEncoder:
                 self._encode.lower(state, shared, *self._put(batch)).compile()
 
     def lower(self, state: nnx.State, *, length: int, batch_tokens: int) -> jax.stages.Lowered:
-        """What encodes a batch of so many padded tokens a device in rows of `length`, to be compiled; the state may be one of shapes."""
+        """What encodes a batch of so many padded tokens a device in rows of `length`, to be compiled; the
+        state may be one of shapes."""
         shares = 1 if self._mesh is None else axis_size(self._mesh, BATCH_AXES)
         rows = max(1, batch_tokens // length) * shares
         placed = None if self._mesh is None else NamedSharding(self._mesh, PartitionSpec(BATCH_AXES))
         everywhere = None if self._mesh is None else NamedSharding(self._mesh, PartitionSpec())
         ids = jax.ShapeDtypeStruct((rows, length), np.int32, sharding=placed)
-        shared = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), jax.eval_shape(self._prefix_of, state))
-        return self._encode.lower(state, shared, ids, jax.ShapeDtypeStruct((rows,), np.int32, sharding=placed))
+        shared = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
+            jax.eval_shape(self._prefix_of, state),
+        )
+        return self._encode.lower(
+            state, shared, ids, jax.ShapeDtypeStruct((rows,), np.int32, sharding=placed)
+        )
 
     def encode_rows(
-        self, state: nnx.State, rows: Sequence[Sequence[int]], on_progress: Callable[[int], object] | None = None
+        self,
+        state: nnx.State,
+        rows: Sequence[Sequence[int]],
+        on_progress: Callable[[int], object] | None = None,
     ) -> np.ndarray:
-        """Unit vectors [N,E] float32 of token rows, each with one embed token; `on_progress` hears how many were finished."""
+        """Unit vectors [N,E] float32 of token rows, each with one embed token; `on_progress` hears how many
+        were finished."""
         vectors = np.zeros((len(rows), nnx.merge(self._graph, state).config.hidden_size), np.float32)
         if not rows:
             return vectors
@@ -130,7 +156,8 @@ class RowEncoder:
         return length_batches(rows, tokens=self._batch_tokens, pad_id=0)
 
     def _put(self, batch: PaddedBatch) -> tuple[jax.typing.ArrayLike, jax.typing.ArrayLike]:
-        """Ids [B,T] and lengths [B] of a batch, on a mesh filled up with rows of length 0 so that all devices have as many."""
+        """Ids [B,T] and lengths [B] of a batch, on a mesh filled up with rows of length 0 so that all devices
+        have as many."""
         if self._mesh is None:
             return batch.ids, batch.lengths
         missing = -len(batch.ids) % axis_size(self._mesh, BATCH_AXES)
@@ -143,7 +170,14 @@ class RowEncoder:
 class Encoder(RowEncoder):
     """Encodes texts directly."""
 
-    def __init__(self, graph: nnx.GraphDef[Decoder], prompter: Prompter, *, batch_tokens: int | None = None, mesh: Mesh | None = None):
+    def __init__(
+        self,
+        graph: nnx.GraphDef[Decoder],
+        prompter: Prompter,
+        *,
+        batch_tokens: int | None = None,
+        mesh: Mesh | None = None,
+    ):
         super().__init__(graph, prompter, "direct", batch_tokens=batch_tokens, mesh=mesh)
         self._prompter = prompter
 
@@ -164,13 +198,23 @@ class Encoder(RowEncoder):
 
 
 class ReasonedEncoder(RowEncoder):
-    """Encodes queries whose reasoning is given, by teacher forcing: for a sampler's own replies it gives the sampler's vectors."""
+    """Encodes queries whose reasoning is given, by teacher forcing: for a sampler's own replies it gives the
+    sampler's vectors."""
 
-    def __init__(self, graph: nnx.GraphDef[Decoder], prompter: Prompter, *, batch_tokens: int | None = None, mesh: Mesh | None = None):
+    def __init__(
+        self,
+        graph: nnx.GraphDef[Decoder],
+        prompter: Prompter,
+        *,
+        batch_tokens: int | None = None,
+        mesh: Mesh | None = None,
+    ):
         super().__init__(graph, prompter, "reason", batch_tokens=batch_tokens, mesh=mesh)
         self._prompter = prompter
 
-    def compile(self, state: nnx.State, texts: Sequence[str], replies: Sequence[Sequence[int]], *, max_tokens: int) -> None:
+    def compile(
+        self, state: nnx.State, texts: Sequence[str], replies: Sequence[Sequence[int]], *, max_tokens: int
+    ) -> None:
         """Compile what `encode` of these texts and replies runs."""
         self.compile_rows(state, self._prompter.replied_rows(texts, replies, max_tokens))
 
@@ -183,7 +227,8 @@ class ReasonedEncoder(RowEncoder):
         max_tokens: int,
         on_progress: Callable[[int], object] | None = None,
     ) -> np.ndarray:
-        """Unit vectors [N,E] float32 of texts [N], each cut to `max_tokens`, with complete replies [N] as `Prompter.thought_ids` gives.
+        """Unit vectors [N,E] float32 of texts [N], each cut to `max_tokens`, with complete replies [N] as
+        `Prompter.thought_ids` gives.
 
         Raises ValueError for a reply that does not end with its only embed token.
         """

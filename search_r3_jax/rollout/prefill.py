@@ -1,4 +1,5 @@
-"""Prompts into the key/value cache, a chunk at a time, so that a long prompt needs the memory of a chunk's scores only."""
+"""Prompts into the key/value cache, a chunk at a time, so that a long prompt needs the memory of a chunk's
+scores only."""
 
 from __future__ import annotations
 
@@ -7,8 +8,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from search_r3_jax.models.attention import NOTHING, KVBlock
 from search_r3_jax.models.decoder import Decoder
+from search_r3_jax.models.kv_block import EMPTY_POSITION, KVBlock
 
 
 def prefill(
@@ -30,11 +31,13 @@ def prefill(
     padding = -T % chunk
     chunks = (T + padding) // chunk
     ids_cbt = jnp.moveaxis(jnp.pad(ids_bt, ((0, 0), (0, padding))).reshape(B, chunks, chunk), 1, 0)
-    positions = jnp.pad(positions_bt, ((0, 0), (0, padding)), constant_values=NOTHING)
+    positions = jnp.pad(positions_bt, ((0, 0), (0, padding)), constant_values=EMPTY_POSITION)
     positions_cbt = jnp.moveaxis(positions.reshape(B, chunks, chunk), 1, 0)
     config = decoder.config
-    empty = jnp.zeros((config.layers, B, T + padding, config.kv_heads, config.head_dim), decoder.compute_dtype)
-    cache = KVBlock(empty, empty, jnp.full((B, T + padding), NOTHING, jnp.int32))
+    empty = jnp.zeros(
+        (config.layers, B, T + padding, config.kv_heads, config.head_dim), decoder.compute_dtype
+    )
+    cache = KVBlock(empty, empty, jnp.full((B, T + padding), EMPTY_POSITION, jnp.int32))
 
     def body(cache: KVBlock, part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[KVBlock, jax.Array]:
         number, ids, positions = part

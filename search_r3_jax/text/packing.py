@@ -13,7 +13,8 @@ SHORTEST_SHARE = 0.75
 
 @dataclass(frozen=True, kw_only=True)
 class PaddedBatch:
-    """`ids` [B,T] int32, `lengths` [B] int32 (0 for a filler row), `rows`: which input rows these are, without the fillers."""
+    """`ids` [B,T] int32, `lengths` [B] int32 (0 for a filler row), `rows`: which input rows these are,
+    without the fillers."""
 
     ids: np.ndarray
     lengths: np.ndarray
@@ -21,13 +22,17 @@ class PaddedBatch:
 
 
 def bucket_length(length: int) -> int:
-    """The padded length of a row: a multiple of 16 up to 256, then of a sixteenth of the next power of two."""
+    """The padded length of a row: a multiple of 16 up to 256, then of a sixteenth of the next power of
+    two."""
     step = max(LENGTH_STEP, 1 << max(0, (length - 1).bit_length() - 4))
     return max(1, -(-length // step)) * step
 
 
-def pad_rows(rows: Sequence[Sequence[int]], *, length: int, pad_id: int, count: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """`(ids [count,length] int32, lengths [count] int32)` of right-padded rows; missing rows are fillers of length 0."""
+def pad_rows(
+    rows: Sequence[Sequence[int]], *, length: int, pad_id: int, count: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """`(ids [count,length] int32, lengths [count] int32)` of right-padded rows; missing rows are fillers of
+    length 0."""
     ids = np.full((count or len(rows), length), pad_id, dtype=np.int32)
     lengths = np.zeros(ids.shape[0], dtype=np.int32)
     for i, row in enumerate(rows):
@@ -38,7 +43,8 @@ def pad_rows(rows: Sequence[Sequence[int]], *, length: int, pad_id: int, count: 
 
 @dataclass(frozen=True, kw_only=True)
 class PackedRows:
-    """Several texts a row, [R,T] int32 each; `segments` numbers the texts (−1: padding), `starts` [N,2]: row and column of each text."""
+    """Several texts a row, [R,T] int32 each; `segments` numbers the texts (−1: padding), `starts` [N,2]: row
+    and column of each text."""
 
     ids: np.ndarray
     positions: np.ndarray
@@ -46,8 +52,16 @@ class PackedRows:
     starts: np.ndarray
 
 
-def pack_rows(rows: Sequence[Sequence[int]], first_positions: Sequence[int], *, length: int, pad_id: int, row_multiple: int) -> PackedRows:
-    """First-fit, longest first; text i counts its positions from `first_positions[i]`. Raises ValueError for a text longer than a row."""
+def pack_rows(
+    rows: Sequence[Sequence[int]],
+    first_positions: Sequence[int],
+    *,
+    length: int,
+    pad_id: int,
+    row_multiple: int,
+) -> PackedRows:
+    """First-fit, longest first; text i counts its positions from `first_positions[i]`. Raises ValueError for
+    a text longer than a row."""
     used: list[int] = []
     starts = np.zeros((len(rows), 2), dtype=np.int32)
     for i in sorted(range(len(rows)), key=lambda i: -len(rows[i])):
@@ -71,15 +85,21 @@ def pack_rows(rows: Sequence[Sequence[int]], first_positions: Sequence[int], *, 
 
 
 def length_batches(rows: Sequence[Sequence[int]], *, tokens: int, pad_id: int) -> Iterator[PaddedBatch]:
-    """Batches of similar length, longest first, each at most `tokens` padded tokens (or one row); few shapes, most of them full."""
+    """Batches of similar length, longest first, each at most `tokens` padded tokens (or one row); few shapes,
+    most of them full."""
     lengths = np.array([len(row) for row in rows], dtype=np.int64)
     order = np.argsort(-lengths, kind="stable")
     start = 0
     while start < len(order):
         length = bucket_length(int(lengths[order[start]]))
         capacity = max(1, tokens // length)
-        # Sorted neighbours are nearly as long; a row that is much shorter waits, or its padding would cost more than a batch of its own.
-        taken = [i for i in order[start : start + capacity] if bucket_length(int(lengths[i])) >= SHORTEST_SHARE * length]
+        # Sorted neighbours are nearly as long; a row that is much shorter waits, or its padding would cost
+        # more than a batch of its own.
+        taken = [
+            i
+            for i in order[start : start + capacity]
+            if bucket_length(int(lengths[i])) >= SHORTEST_SHARE * length
+        ]
         count = min(capacity, 1 << (len(taken) - 1).bit_length())
         ids, row_lengths = pad_rows([rows[i] for i in taken], length=length, pad_id=pad_id, count=count)
         yield PaddedBatch(ids=ids, lengths=row_lengths, rows=np.array(taken))

@@ -1,4 +1,5 @@
-"""Token ids of a string's parts that join to the ids of the whole, also where a tokenizer puts a space before every string."""
+"""Token ids of a string's parts that join to the ids of the whole, also where a tokenizer puts a space before
+every string."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 
 class PieceTokenizer:
-    """Tokenises parts; one that `begins` a string may get the space that SentencePiece puts there (`▁`), any other must not."""
+    """Tokenises parts; one that `begins` a string may get the space that SentencePiece puts there (`▁`), any
+    other must not."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._tokenizer = tokenizer
@@ -19,9 +21,14 @@ class PieceTokenizer:
         self._inner_plain: Tokenizer | None = None
         if isinstance(tokenizer, PreTrainedTokenizerFast):
             written = json.loads(tokenizer.backend_tokenizer.to_str())
-            changed = written | {part: _without_prefix(written[part]) for part in ("normalizer", "pre_tokenizer")}
+            changed = written | {
+                part: _without_prefix(written[part]) for part in ("normalizer", "pre_tokenizer")
+            }
             if changed != written:
-                self._inner, self._inner_plain = Tokenizer.from_str(json.dumps(changed)), Tokenizer.from_str(json.dumps(changed))
+                self._inner, self._inner_plain = (
+                    Tokenizer.from_str(json.dumps(changed)),
+                    Tokenizer.from_str(json.dumps(changed)),
+                )
                 self._inner_plain.encode_special_tokens = True
 
     def ids(self, text: str, *, begins: bool) -> list[int]:
@@ -33,16 +40,24 @@ class PieceTokenizer:
     def plain_ids(self, texts: Sequence[str], *, begins: bool) -> list[list[int]]:
         """Ids of parts in which a special token's name is plain text."""
         if begins or self._inner_plain is None:
-            return self._tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        return [encoding.ids for encoding in self._inner_plain.encode_batch(list(texts), add_special_tokens=False)]
+            return self._tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)[
+                "input_ids"
+            ]
+        return [
+            encoding.ids for encoding in self._inner_plain.encode_batch(list(texts), add_special_tokens=False)
+        ]
 
     def begins_after(self, before: str) -> bool:
-        """Whether the tokenizer treats what follows `before` as the beginning of a string, as some do after a special token."""
-        return self.ids(f"{before}a", begins=True) == self.ids(before, begins=True) + self.ids("a", begins=True)
+        """Whether the tokenizer treats what follows `before` as the beginning of a string, as some do after a
+        special token."""
+        return self.ids(f"{before}a", begins=True) == self.ids(before, begins=True) + self.ids(
+            "a", begins=True
+        )
 
 
 def _without_prefix(part: Any) -> Any:
-    """A normaliser or pre-tokenizer of tokenizer.json that adds nothing to the front of a text; None is no such step."""
+    """A normaliser or pre-tokenizer of tokenizer.json that adds nothing to the front of a text; None is no
+    such step."""
     if not isinstance(part, dict) or part.get("type") == "Prepend":
         return None if isinstance(part, dict) else part
     changed = dict(part)

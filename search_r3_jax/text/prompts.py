@@ -16,7 +16,10 @@ from search_r3_jax.text.pieces import PieceTokenizer
 Mode = Literal["direct", "reason"]
 
 DIRECT_SYSTEM = "Please represent user queries."
-REASON_SYSTEM = "Analyze the user query before you represent it: its intent, its key terms, and what a relevant passage contains. Be brief."
+REASON_SYSTEM = (
+    "Analyze the user query before you represent it: its intent, its key terms, and what a "
+    "relevant passage contains. Be brief."
+)
 CLOSING = f"The embedding is {EMBED_TOKEN}"
 _SLOT = "\ufffctext\ufffc"
 
@@ -37,18 +40,26 @@ class PromptIds:
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, system: str) -> tuple[str, str]:
-    """What stands before and after a user's text, up to where the assistant begins to write; raises UserError when the template fails."""
+    """What stands before and after a user's text, up to where the assistant begins to write; raises UserError
+    when the template fails."""
     messages = [{"role": "system", "content": system}, {"role": "user", "content": _SLOT}]
     if tokenizer.chat_template:
         try:
-            rendered = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            rendered = str(
+                tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            )
         except (TemplateError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
-            raise UserError(f"tokenizer: chat_template: fails on a system prompt and a user's text ({reason}); mend the template") from None
+            raise UserError(
+                f"tokenizer: chat_template: fails on a system prompt and a user's text ({reason}); mend the "
+                "template"
+            ) from None
     else:
         rendered = f"{system}\n\n{_SLOT}\n\n"
     if rendered.count(_SLOT) != 1:
-        raise UserError("tokenizer: chat_template: does not repeat the user's text once and unchanged; mend the template")
+        raise UserError(
+            "tokenizer: chat_template: does not repeat the user's text once and unchanged; mend the template"
+        )
     before, after = rendered.split(_SLOT)
     return before, after
 
@@ -58,9 +69,14 @@ class Prompter:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         if EMBED_TOKEN not in tokenizer.get_vocab():
-            raise UserError(f"tokenizer: {EMBED_TOKEN}: not in the vocabulary; add it before building prompts")
+            raise UserError(
+                f"tokenizer: {EMBED_TOKEN}: not in the vocabulary; add it before building prompts"
+            )
         if tokenizer.eos_token is None or str(tokenizer.eos_token) not in tokenizer.get_vocab():
-            raise UserError("tokenizer: eos_token: not in the vocabulary; name the token that ends a turn in tokenizer_config.json")
+            raise UserError(
+                "tokenizer: eos_token: not in the vocabulary; name the token that ends a turn in "
+                "tokenizer_config.json"
+            )
         self.tokenizer = tokenizer
         self.embed_id = int(tokenizer.get_vocab()[EMBED_TOKEN])
         self.eos_id = int(tokenizer.get_vocab()[str(tokenizer.eos_token)])
@@ -87,7 +103,8 @@ class Prompter:
         return self.direct if mode == "direct" else self.reason
 
     def text_ids(self, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
-        """Ids of the user's texts alone, cut to `max_tokens`; a special token written in a text stays plain text."""
+        """Ids of the user's texts alone, cut to `max_tokens`; a special token written in a text stays plain
+        text."""
         if not texts:
             return []
         # Trimmed: a leading newline would merge with the prompt's own and change the shared prefix.
@@ -95,7 +112,8 @@ class Prompter:
         return [row[:max_tokens] for row in self._pieces.plain_ids(plain, begins=self._text_begins)]
 
     def direct_rows(self, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
-        """What follows the shared prefix in direct mode: text, suffix, closing; truncation never reaches the embed token."""
+        """What follows the shared prefix in direct mode: text, suffix, closing; truncation never reaches the
+        embed token."""
         tail = [*self.direct.suffix, *self.direct.closing]
         return [ids + tail for ids in self.text_ids(texts, max_tokens)]
 
@@ -103,11 +121,16 @@ class Prompter:
         """What follows the shared prefix in reasoned mode, up to where the assistant begins to write."""
         return [ids + list(self.reason.suffix) for ids in self.text_ids(texts, max_tokens)]
 
-    def replied_rows(self, texts: Sequence[str], replies: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
+    def replied_rows(
+        self, texts: Sequence[str], replies: Sequence[Sequence[int]], max_tokens: int
+    ) -> list[list[int]]:
         """`reason_rows` with each text's complete reply behind it; `max_tokens` cuts the texts alone."""
-        return [[*row, *reply] for row, reply in zip(self.reason_rows(texts, max_tokens), replies, strict=True)]
+        return [
+            [*row, *reply] for row, reply in zip(self.reason_rows(texts, max_tokens), replies, strict=True)
+        ]
 
     def thought_ids(self, thought: str, max_tokens: int | None = None) -> list[int]:
-        """A complete reasoned reply: the thought, cut to `max_tokens`, then the closing with the embed token."""
+        """A complete reasoned reply: the thought, cut to `max_tokens`, then the closing with the embed
+        token."""
         ids = self._pieces.ids(thought.strip().replace(EMBED_TOKEN, "") + "\n", begins=self._reply_begins)
         return [*ids[:max_tokens], *self.reason.closing]

@@ -16,13 +16,20 @@ from search_r3_jax.errors import UserError
 
 _ROW_MULTIPLE = 128
 # The word patterns of Qwen2 and Llama 3, from their published tokenizer.json.
-_QWEN2_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA3_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| "
+    r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| "
+    r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _RESERVED = re.compile(r"<\|?(?:reserved|unused)\w*\|?>")
 
 
 class EmbedToken(NamedTuple):
-    """Where `<|embed_token|>` is: `tokenizer` knows it, `vocab_size` rows hold it; `fresh`: the row was not its own before."""
+    """Where `<|embed_token|>` is: `tokenizer` knows it, `vocab_size` rows hold it; `fresh`: the row was not
+    its own before."""
 
     tokenizer: PreTrainedTokenizerBase
     embed_id: int
@@ -33,29 +40,38 @@ class EmbedToken(NamedTuple):
 def tokenizer_from_folder(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face folder; raises UserError when there is none."""
     if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer_config.json").is_file():
-        raise UserError(f"{folder}: tokenizer.json: missing; a checkpoint needs its tokenizer beside the weights")
+        raise UserError(
+            f"{folder}: tokenizer.json: missing; a checkpoint needs its tokenizer beside the weights"
+        )
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     # The tokenizers library raises bare `Exception` for a file that it cannot read.
     except Exception as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{folder}: tokenizer.json: cannot be read ({reason[:300]}); download it again") from None
+        raise UserError(
+            f"{folder}: tokenizer.json: cannot be read ({reason[:300]}); download it again"
+        ) from None
 
 
 def tokenizer_from_gguf(fields: dict[str, Any], where: str) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer from the fields of a GGUF file (`GgufFile.tokenizer_fields`); raises UserError when they do not fit."""
+    """A byte-level BPE tokenizer from the fields of a GGUF file (`GgufFile.tokenizer_fields`); raises
+    UserError when they do not fit."""
     tokens: list[str] = fields["tokens"]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ")) for merge in fields["merges"]]
     if not all(len(merge) == 2 and {*merge, "".join(merge)} <= vocabulary.keys() for merge in merges):
-        raise UserError(f"{where}: tokenizer.ggml.merges: not pairs of the file's tokens; download the file again")
+        raise UserError(
+            f"{where}: tokenizer.ggml.merges: not pairs of the file's tokens; download the file again"
+        )
     pre = fields["pre"]
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre == "llama-bpe"))
     tokenizer.pre_tokenizer = _pre_tokenizer(pre, where)
     if pre == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(tokens[i], normalized=False, special=True) for i in fields["special"]])
+    tokenizer.add_special_tokens(
+        [AddedToken(tokens[i], normalized=False, special=True) for i in fields["special"]]
+    )
     tokenizer.add_tokens([AddedToken(tokens[i], normalized=False, special=False) for i in fields["whole"]])
     pad = fields["pad"] if fields["pad"] >= 0 else fields["eos"]
     fast = PreTrainedTokenizerFast(
@@ -76,14 +92,20 @@ def _pre_tokenizer(name: str, where: str) -> pre_tokenizers.PreTokenizer:
     if name in ("qwen2", "llama-bpe"):
         pattern = _QWEN2_WORDS if name == "qwen2" else _LLAMA3_WORDS
         words = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
-        return pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        return pre_tokenizers.Sequence(
+            [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
     if name == "default":
         return pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raise UserError(f"{where}: tokenizer.ggml.pre: {name!r} is not supported; use the Hugging Face folder of this model instead")
+    raise UserError(
+        f"{where}: tokenizer.ggml.pre: {name!r} is not supported; use the Hugging Face folder of this model "
+        "instead"
+    )
 
 
 def add_embed_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> EmbedToken:
-    """Give `<|embed_token|>` an id: a padded row of the matrix, else a reserved token's, else the matrix grows to a multiple of 128.
+    """Give `<|embed_token|>` an id: a padded row of the matrix, else a reserved token's, else the matrix
+    grows to a multiple of 128.
 
     Raises UserError when the tokenizer's ids leave no room for it.
     """
@@ -101,7 +123,10 @@ def add_embed_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Embe
     tokenizer.add_tokens(token, special_tokens=True)
     embed_id = int(tokenizer.get_vocab()[EMBED_TOKEN])
     if embed_id in vocabulary.values():
-        raise UserError(f"tokenizer: {EMBED_TOKEN}: id {embed_id} is taken, for the ids have gaps; add the token to tokenizer.json by hand")
+        raise UserError(
+            f"tokenizer: {EMBED_TOKEN}: id {embed_id} is taken, for the ids have gaps; add the token to "
+            "tokenizer.json by hand"
+        )
     return EmbedToken(tokenizer, embed_id, _rows(embed_id, vocab_size), True)
 
 
@@ -111,16 +136,25 @@ def _rows(embed_id: int, vocab_size: int) -> int:
 
 def _reserved_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """The first special token that its makers left free, such as Llama 3's `<|reserved_special_token_0|>`."""
-    used = {str(token) for token in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)}
+    used = {
+        str(token)
+        for token in (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)
+    }
     template = str(tokenizer.chat_template or "")
     for _, token in sorted(tokenizer.added_tokens_decoder.items()):
-        if token.special and _RESERVED.fullmatch(token.content) and token.content not in used and token.content not in template:
+        if (
+            token.special
+            and _RESERVED.fullmatch(token.content)
+            and token.content not in used
+            and token.content not in template
+        ):
             return token.content
     return None
 
 
 def _renamed(tokenizer: PreTrainedTokenizerBase, old: str) -> PreTrainedTokenizerBase:
-    """The tokenizer with `old` called `<|embed_token|>`, under the same id: written out, changed in its files, and read again."""
+    """The tokenizer with `old` called `<|embed_token|>`, under the same id: written out, changed in its
+    files, and read again."""
 
     def rename(value: Any) -> Any:
         if isinstance(value, dict):
@@ -132,5 +166,8 @@ def _renamed(tokenizer: PreTrainedTokenizerBase, old: str) -> PreTrainedTokenize
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         for file in Path(folder).glob("*.json"):
-            file.write_text(json.dumps(rename(json.loads(file.read_text(encoding="utf-8"))), ensure_ascii=False), encoding="utf-8")
+            file.write_text(
+                json.dumps(rename(json.loads(file.read_text(encoding="utf-8"))), ensure_ascii=False),
+                encoding="utf-8",
+            )
         return tokenizer_from_folder(Path(folder))

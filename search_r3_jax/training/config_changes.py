@@ -8,8 +8,9 @@ from typing import Any
 
 MISSING = "nothing"
 
-# Fields, or sections, that leave what is computed as it is (but for the order of additions, where the devices are others), or only say
-# when checkpoints, evaluations and new indexes are made: the record of index versions keeps what was.
+# Fields, or sections, that leave what is computed as it is (but for the order of additions, where the devices
+# are others), or only say when checkpoints, evaluations and new indexes are made: the record of index
+# versions keeps what was.
 HARMLESS = (
     # Where the data lies; what it is stands in `data_version`.
     "data",
@@ -52,7 +53,8 @@ HARMLESS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """One field of a run's record that has another value now; `field` is its path, `config.sft.steps` for one."""
+    """One field of a run's record that has another value now; `field` is its path, `config.sft.steps` for
+    one."""
 
     field: str
     before: Any

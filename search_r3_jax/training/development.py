@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from search_r3_jax.config import RunConfig
 from search_r3_jax.data.collection import Collection
-from search_r3_jax.distributed import is_first
+from search_r3_jax.distributed.runtime import is_first
 from search_r3_jax.evaluation.evaluate import Evaluator, ModeResult, exact_index, search_result
 from search_r3_jax.files import write_json
 from search_r3_jax.models.decoder import Decoder
@@ -24,7 +24,8 @@ SHOWN_DOCUMENTS = 3
 
 
 class Development:
-    """Evaluates parameters on every development collection, direct, and reasoned where `reasoned` asks for it.
+    """Evaluates parameters on every development collection, direct, and reasoned where `reasoned` asks for
+    it.
 
     With `probe` the queries also exchange their reasoning: `dev_swap_gain` is what nDCG@10 loses by that.
     """
@@ -43,8 +44,11 @@ class Development:
         self._evaluator = Evaluator(graph, prompter, config.text, config.rl.sampler, mesh=mesh)
         self._collections, self._reasoned, self._probe, self._seed = collections, reasoned, probe, config.seed
 
-    def evaluate(self, state: nnx.State, step: int, folder: Path) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Scalars named `dev_…` (means over the collections) and a few searches; all of it goes to `eval/dev_<step>.json` of the run."""
+    def evaluate(
+        self, state: nnx.State, step: int, folder: Path
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Scalars named `dev_…` (means over the collections) and a few searches; all of it goes to
+        `eval/dev_<step>.json` of the run."""
         results: dict[str, dict[str, Any]] = {}
         scalars: dict[str, list[float]] = {}
         samples = []
@@ -56,11 +60,15 @@ class Development:
                 queries = self._evaluator.reasoned_queries(state, collection)
                 modes["reason"] = search_result(collection, index, queries)
                 if self._probe and len(collection.queries) > 1:
-                    exchanged = self._evaluator.control_queries(state, collection, queries, seed=self._seed, names=["swapped"])
+                    exchanged = self._evaluator.control_queries(
+                        state, collection, queries, seed=self._seed, names=["swapped"]
+                    )
                     found = _swap(modes["reason"], search_result(collection, index, exchanged["swapped"]))
                     for name, value in found.items():
                         scalars.setdefault(f"dev_{name}", []).append(value)
-            results[collection.name] = {mode: result.as_dict() | {"per_query": _per_query(result)} for mode, result in modes.items()}
+            results[collection.name] = {
+                mode: result.as_dict() | {"per_query": _per_query(result)} for mode, result in modes.items()
+            }
             for mode, result in modes.items():
                 for name, value in result.as_dict().items():
                     scalars.setdefault(f"dev_{mode}_{name}", []).append(value)
@@ -94,7 +102,10 @@ def _samples(collection: Collection, mode: str, result: ModeResult) -> list[dict
                 "query": query.text,
                 "reasoning": result.thoughts[i] if result.thoughts else "",
                 "ndcg@10": result.of_query[query.query_id].ndcg_at_10,
-                "top": [{"document": doc_id, "score": score, "relevant": doc_id in query.positives} for doc_id, score in ranked],
+                "top": [
+                    {"document": doc_id, "score": score, "relevant": doc_id in query.positives}
+                    for doc_id, score in ranked
+                ],
             }
         )
     return found

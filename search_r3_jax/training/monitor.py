@@ -1,4 +1,5 @@
-"""How a run of stage 2 fares beyond its reward, which falls last: the replies, the embeddings, and what reasoning is worth."""
+"""How a run of stage 2 fares beyond its reward, which falls last: the replies, the embeddings, and what
+reasoning is worth."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ REPEATED_NGRAM = 4
 def rollout_health(rollout: Rollout) -> dict[str, float]:
     """Named scalars of a rollout; text and entropy are of the tokens that the policy chose.
 
-    `valid_rate`, `reply_tokens` (mean length), `distinct_1`, `distinct_2`, `repetition` (all in [0, 1] but the length), `entropy` (mean, in
-    nats a token), `effective_rank` (of the embeddings, 1 to min(B, E)).
+    `valid_rate`, `reply_tokens` (mean length), `distinct_1`, `distinct_2`, `repetition` (all in [0, 1] but
+    the length), `entropy` (mean, in nats a token), `effective_rank` (of the embeddings, 1 to min(B, E)).
     """
     chosen = [row[sampled].tolist() for row, sampled in zip(rollout.ids, rollout.sampled, strict=True)]
     return {
@@ -26,19 +27,23 @@ def rollout_health(rollout: Rollout) -> dict[str, float]:
         "distinct_1": distinct(chosen, 1),
         "distinct_2": distinct(chosen, 2),
         "repetition": repetition(chosen, REPEATED_NGRAM),
-        "entropy": float(rollout.entropies[rollout.sampled].mean(dtype=np.float64)) if rollout.sampled.any() else 0.0,
+        "entropy": float(rollout.entropies[rollout.sampled].mean(dtype=np.float64))
+        if rollout.sampled.any()
+        else 0.0,
         "effective_rank": effective_rank(rollout.vectors),
     }
 
 
 def distinct(replies: Sequence[Sequence[int]], n: int) -> float:
-    """Different n-grams of all replies over n-grams (distinct-n, arXiv 1510.03055), in [0, 1]; 0 where there are none."""
+    """Different n-grams of all replies over n-grams (distinct-n, arXiv 1510.03055), in [0, 1]; 0 where there
+    are none."""
     grams = [gram for reply in replies for gram in _ngrams(reply, n)]
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
 def repetition(replies: Sequence[Sequence[int]], n: int) -> float:
-    """Share of a reply's n-grams that it wrote before, in [0, 1], averaged over the replies that have any; 0 where none has."""
+    """Share of a reply's n-grams that it wrote before, in [0, 1], averaged over the replies that have any; 0
+    where none has."""
     of_reply = [_ngrams(reply, n) for reply in replies if len(reply) >= n]
     return float(np.mean([1 - len(set(grams)) / len(grams) for grams in of_reply])) if of_reply else 0.0
 
@@ -48,7 +53,8 @@ def _ngrams(reply: Sequence[int], n: int) -> list[tuple[int, ...]]:
 
 
 def effective_rank(vectors_be: np.ndarray) -> float:
-    """exp of the entropy of the singular values' shares (Roy & Vetterli, 2007), 1 to min(B,E); 0 where all vectors are zero."""
+    """exp of the entropy of the singular values' shares (Roy & Vetterli, 2007), 1 to min(B,E); 0 where all
+    vectors are zero."""
     singular = np.linalg.svd(vectors_be.astype(np.float64), compute_uv=False)
     if not singular.any():
         return 0.0
@@ -58,10 +64,12 @@ def effective_rank(vectors_be: np.ndarray) -> float:
 
 
 def log_prob_mismatch(trainer: np.ndarray, sampler: np.ndarray, sampled: np.ndarray) -> dict[str, float]:
-    """`sampler_ratio_min` and `_max` of exp(trainer − sampler) where `sampled`, all of one shape: about 1 while both are one policy.
+    """`sampler_ratio_min` and `_max` of exp(trainer − sampler) where `sampled`, all of one shape: about 1
+    while both are one policy.
 
-    A log-probability in float32 hangs on the order of additions: on SmolLM2 a cached decoder and a teacher-forced pass are within 1 ± 5e-5.
-    Old log-probabilities of a policy gradient therefore come from the trainer's own forward; these show that both are one policy.
+    A log-probability in float32 hangs on the order of additions: on SmolLM2 a cached decoder and a
+    teacher-forced pass are within 1 ± 5e-5. Old log-probabilities of a policy gradient therefore come from
+    the trainer's own forward; these show that both are one policy.
     """
     ratio = np.exp(trainer.astype(np.float64) - sampler)[sampled]
     low, high = (float(ratio.min()), float(ratio.max())) if ratio.size else (1.0, 1.0)
@@ -86,7 +94,8 @@ class CollapseGuard:
     entropy_low: int = 0
 
     def observe(self, step: int, *, valid_rate: float, entropy: float) -> None:
-        """Count a step; raises UserError when it is the last of `steps` low ones. A value that is no number is low."""
+        """Count a step; raises UserError when it is the last of `steps` low ones. A value that is no number
+        is low."""
         # Both are counted before either is judged: the state is whole when this raises.
         self.valid_low = 0 if valid_rate >= self.valid_below else self.valid_low + 1
         self.entropy_low = 0 if entropy >= self.entropy_below else self.entropy_low + 1
@@ -97,8 +106,10 @@ class CollapseGuard:
         for name, value, threshold, low in seen:
             if self.steps > 0 and low >= self.steps:
                 raise UserError(
-                    f"stage 2, step {step}: {name}: below {threshold:g} for {low} steps in a row ({value:.3g} now); "
-                    "go on from an earlier checkpoint with a lower rl.optimizer.learning_rate or a higher rl.beta"
+                    f"stage 2, step {step}: {name}: below {threshold:g} for {low} steps in a row "
+                    f"({value:.3g} now); "
+                    "go on from an earlier checkpoint with a lower rl.optimizer.learning_rate or a higher "
+                    "rl.beta"
                 )
 
     def state(self) -> dict[str, int]:
@@ -111,10 +122,12 @@ class CollapseGuard:
 
 
 def swap_probe(own_qg: np.ndarray, exchanged_qg: np.ndarray) -> dict[str, float]:
-    """What a query's own reasoning is worth to it, from rewards [Q,G] with its own and with another query's (by a `derangement`).
+    """What a query's own reasoning is worth to it, from rewards [Q,G] with its own and with another query's
+    (by a `derangement`).
 
-    `swap_gain` (mean of own − exchanged), `swap_gain_error` (its standard error over queries, whose samples are no independent draws) and
-    `swap_wins` (queries that do better with their own; a tie counts half). A gain near 0: the reasoning is decoration.
+    `swap_gain` (mean of own − exchanged), `swap_gain_error` (its standard error over queries, whose samples
+    are no independent draws) and `swap_wins` (queries that do better with their own; a tie counts half). A
+    gain near 0: the reasoning is decoration.
     """
     gain_q = (own_qg.astype(np.float64) - exchanged_qg).mean(axis=-1)
     error = float(gain_q.std(ddof=1) / np.sqrt(len(gain_q))) if len(gain_q) > 1 else float("nan")

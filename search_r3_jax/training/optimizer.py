@@ -29,13 +29,20 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity(),
-        optax.adamw(make_schedule(config, steps), b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=decayed),
+        optax.adamw(
+            make_schedule(config, steps),
+            b1=config.b1,
+            b2=config.b2,
+            weight_decay=config.weight_decay,
+            mask=decayed,
+        ),
         optax.stateless(scale_rows),
     )
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Step → learning rate: a line up over `warmup_steps`, then the schedule down to `final_share` of the peak at step `steps`."""
+    """Step → learning rate: a line up over `warmup_steps`, then the schedule down to `final_share` of the
+    peak at step `steps`."""
     peak, final = config.learning_rate, config.learning_rate * config.final_share
     left = max(steps - config.warmup_steps, 1)
     if config.schedule == "cosine":
@@ -49,10 +56,13 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         after = optax.constant_schedule(peak)
     if config.warmup_steps == 0:
         return after
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, config.warmup_steps), after], [config.warmup_steps])
+    return optax.join_schedules(
+        [optax.linear_schedule(0.0, peak, config.warmup_steps), after], [config.warmup_steps]
+    )
 
 
 def _names(path: tuple[Any, ...]) -> list[str]:
-    """The names along a parameter's path; a leaf of an NNX state ends in its variable's value, which has none."""
+    """The names along a parameter's path; a leaf of an NNX state ends in its variable's value, which has
+    none."""
     keys = [jax.tree_util.keystr((key,)).strip("[]'.") for key in path]
     return [key for key in keys if key != "value"]

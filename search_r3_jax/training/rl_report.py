@@ -1,4 +1,5 @@
-"""What is told of a step of stage 2: scalars, rollouts to read, and terms of the reward that teach nothing."""
+"""What is told of a step of stage 2: scalars, rollouts to read, and terms of the reward that teach
+nothing."""
 
 from __future__ import annotations
 
@@ -8,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from search_r3_jax.data.collection import Collection, Query
-from search_r3_jax.retrieval.environment import StepResult
-from search_r3_jax.retrieval.rewards import constant_terms, within_group_variance
+from search_r3_jax.retrieval.environment.environment import StepResult
+from search_r3_jax.retrieval.environment.rewards import constant_terms, within_group_variance
 from search_r3_jax.rollout.sampler import Rollout, rollout_throughput
 from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training.monitor import log_prob_mismatch, rollout_health
@@ -19,10 +20,13 @@ CONSTANT_STEPS = 5
 
 
 def reward_scalars(result: StepResult) -> dict[str, float]:
-    """`reward`, its spread within groups, the share of groups without any, and each term's mean and variance within groups."""
+    """`reward`, its spread within groups, the share of groups without any, and each term's mean and variance
+    within groups."""
     Q, G = result.rewards.shape
     within = result.rewards.std(axis=-1)
-    variances = within_group_variance({name: term.reshape(-1) for name, term in result.terms.items()}, np.repeat(np.arange(Q), G))
+    variances = within_group_variance(
+        {name: term.reshape(-1) for name, term in result.terms.items()}, np.repeat(np.arange(Q), G)
+    )
     return {
         "reward": float(result.rewards.mean()),
         "reward_best": float(result.rewards.max(axis=-1).mean()),
@@ -33,7 +37,9 @@ def reward_scalars(result: StepResult) -> dict[str, float]:
     }
 
 
-def step_scalars(rollout: Rollout, result: StepResult, log_probs_bt: np.ndarray, rollout_seconds: float) -> dict[str, float]:
+def step_scalars(
+    rollout: Rollout, result: StepResult, log_probs_bt: np.ndarray, rollout_seconds: float
+) -> dict[str, float]:
     """Everything about a step's rollouts; `log_probs_bt` are the trainer's, before the update."""
     return {
         **rollout_health(rollout),
@@ -45,20 +51,28 @@ def step_scalars(rollout: Rollout, result: StepResult, log_probs_bt: np.ndarray,
 
 
 class ConstantTerms:
-    """Names, once, each term of the reward that has not varied within any group for `CONSTANT_STEPS` steps: advantages cancel it."""
+    """Names, once, each term of the reward that has not varied within any group for `CONSTANT_STEPS` steps:
+    advantages cancel it."""
 
     def __init__(self, say: Callable[[str], object]):
         self._say, self._steps, self._named = say, dict[str, int](), set[str]()
 
     def observe(self, step: int, scalars: Mapping[str, float]) -> None:
         """Look at what `reward_scalars` gave."""
-        variances = {name.removesuffix("_variance"): value for name, value in scalars.items() if name.endswith("_variance")}
+        variances = {
+            name.removesuffix("_variance"): value
+            for name, value in scalars.items()
+            if name.endswith("_variance")
+        }
         constant = set(constant_terms(variances))
         self._steps = {name: self._steps.get(name, 0) + 1 for name in constant}
         for name in sorted(constant - self._named):
             if self._steps[name] == CONSTANT_STEPS:
                 self._named.add(name)
-                self._say(f"warning: step {step}: {name} was constant within every group for {CONSTANT_STEPS} steps: it teaches nothing")
+                self._say(
+                    f"warning: step {step}: {name} was constant within every group for {CONSTANT_STEPS} "
+                    "steps: it teaches nothing"
+                )
 
 
 def sample_records(
@@ -70,7 +84,8 @@ def sample_records(
     prompter: Prompter,
     collection: Collection,
 ) -> list[dict[str, Any]]:
-    """Every `every`-th rollout of a run, counted from its first: query, reply, what it earned and for what, the best documents."""
+    """Every `every`-th rollout of a run, counted from its first: query, reply, what it earned and for what,
+    the best documents."""
     B, G = len(rollout.lengths), result.rewards.shape[1]
     records = []
     for b in range(-(step * B) % every, B, every):
@@ -88,7 +103,10 @@ def sample_records(
                 "reward": float(result.rewards[q, g]),
                 "terms": {name: float(term[q, g]) for name, term in result.terms.items()},
                 "top": [
-                    {"document": collection.documents[row].doc_id, "relevant": collection.documents[row].doc_id in queries[q].positives}
+                    {
+                        "document": collection.documents[row].doc_id,
+                        "relevant": collection.documents[row].doc_id in queries[q].positives,
+                    }
                     for row in top
                 ],
             }

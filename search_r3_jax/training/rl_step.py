@@ -1,4 +1,5 @@
-"""The update of stage 2: the policy gradient and an auxiliary InfoNCE, in the memory of one micro-batch and on any mesh."""
+"""The update of stage 2: the policy gradient and an auxiliary InfoNCE, in the memory of one micro-batch and
+on any mesh."""
 
 from __future__ import annotations
 
@@ -15,11 +16,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from search_r3_jax.compiler import compiler_options
 from search_r3_jax.config import RlConfig
-from search_r3_jax.mesh import BATCH_AXES, axis_size, in_use, laid
+from search_r3_jax.mesh import BATCH_AXES, axis_size, constrain, use_mesh
 from search_r3_jax.models.decoder import Decoder, Text, positions_from_lengths
 from search_r3_jax.models.embedding import unit
 from search_r3_jax.objectives.contrastive import info_nce
-from search_r3_jax.objectives.language import live_token_log_probs, token_log_probs
+from search_r3_jax.objectives.language import masked_token_log_probs, token_log_probs
 from search_r3_jax.objectives.policy_gradient import PolicyStatistics, policy_count, policy_loss
 from search_r3_jax.rollout.encoder import prefix_text
 from search_r3_jax.rollout.sampler import Rollout
@@ -33,10 +34,12 @@ Scorer = Callable[..., jax.Array]
 
 
 class Replies(NamedTuple):
-    """Prompts and their replies in K micro-batches of q whole groups, b = q·G rows; what an update needs of each.
+    """Prompts and their replies in K micro-batches of q whole groups, b = q·G rows; what an update needs of
+    each.
 
-    `prompt_ids` [K,q,S], `prompt_lengths` [K,q], `ids` [K,b,T], `lengths` [K,b] int32; `sampled` [K,b,T] bool, tokens that the policy
-    chose; `sampler_log_probs` [K,b,T] and `advantages` [K,b] float32; `relevance` [K,q,P] float32, above 0 where document p is relevant.
+    `prompt_ids` [K,q,S], `prompt_lengths` [K,q], `ids` [K,b,T], `lengths` [K,b] int32; `sampled` [K,b,T]
+    bool, tokens that the policy chose; `sampler_log_probs` [K,b,T] and `advantages` [K,b] float32;
+    `relevance` [K,q,P] float32, above 0 where document p is relevant.
     """
 
     prompt_ids: Any
@@ -50,9 +53,11 @@ class Replies(NamedTuple):
 
 
 class RlBatch(NamedTuple):
-    """The replies of a step, and `documents` [P,E] float32: unit vectors under current parameters that queries are told apart by.
+    """The replies of a step, and `documents` [P,E] float32: unit vectors under current parameters that
+    queries are told apart by.
 
-    Where documents are trained too (`rl.infonce_train_documents`), `own_ids` [Q,S] and `own_lengths` [Q] int32 are the rows of the first Q.
+    Where documents are trained too (`rl.infonce_train_documents`), `own_ids` [Q,S] and `own_lengths` [Q]
+    int32 are the rows of the first Q.
     """
 
     replies: Replies
@@ -78,11 +83,12 @@ def make_batch(
     own: tuple[np.ndarray, np.ndarray] | None = None,
     micro_queries: int = 0,
 ) -> RlBatch:
-    """The arrays of an update, in one shape whatever was sampled; `micro_queries` queries a micro-batch, 0 is all of them.
+    """The arrays of an update, in one shape whatever was sampled; `micro_queries` queries a micro-batch, 0 is
+    all of them.
 
-    Advantages [B] are those of the whole batch: a micro-batch holds whole groups and changes nothing of them. `own` are ids and lengths
-    of the queries' own documents, where these are trained.
-    Raises ValueError where `micro_queries` does not divide the queries.
+    Advantages [B] are those of the whole batch: a micro-batch holds whole groups and changes nothing of them.
+    `own` are ids and lengths of the queries' own documents, where these are trained. Raises ValueError where
+    `micro_queries` does not divide the queries.
     """
     Q = len(rollout.prompt_lengths)
     q = micro_queries or Q
@@ -105,17 +111,25 @@ def make_batch(
     return RlBatch(Replies(*map(cut, replies)), documents.astype(np.float32), *(own or ()))
 
 
-def own_document_rows(prompter: Prompter, bodies: Sequence[str], max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids [Q,S] and lengths [Q] int32 of documents, each cut to `max_tokens`, in one shape whatever they are."""
+def tokenize_documents(
+    prompter: Prompter, bodies: Sequence[str], max_tokens: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids [Q,S] and lengths [Q] int32 of documents, each cut to `max_tokens`, in one shape whatever they
+    are."""
     longest = max_tokens + len(prompter.direct.suffix) + len(prompter.direct.closing)
     return pad_rows(prompter.direct_rows(bodies, max_tokens), length=bucket_length(longest), pad_id=0)
 
 
 def put_batch(batch: RlBatch, mesh: Mesh | None) -> RlBatch:
-    """A batch on its mesh: each micro-batch's rows, and its queries, across `BATCH_AXES` where they divide, all else everywhere."""
+    """A batch on its mesh: each micro-batch's rows, and its queries, across `BATCH_AXES` where they divide,
+    all else everywhere."""
     if mesh is None:
         return batch
-    return jax.tree.map(lambda x, lies: jax.make_array_from_callback(x.shape, lies, x.__getitem__), batch, batch_shardings(batch, mesh))
+    return jax.tree.map(
+        lambda x, sharding_of: jax.make_array_from_callback(x.shape, sharding_of, x.__getitem__),
+        batch,
+        batch_shardings(batch, mesh),
+    )
 
 
 def batch_shardings(batch: RlBatch, mesh: Mesh) -> RlBatch:
@@ -123,7 +137,9 @@ def batch_shardings(batch: RlBatch, mesh: Mesh) -> RlBatch:
     devices = axis_size(mesh, BATCH_AXES)
 
     def of(x: Any) -> NamedSharding:
-        return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES) if x.shape[1] % devices == 0 else PartitionSpec())
+        return NamedSharding(
+            mesh, PartitionSpec(None, BATCH_AXES) if x.shape[1] % devices == 0 else PartitionSpec()
+        )
 
     everywhere = NamedSharding(mesh, PartitionSpec())
     placed = RlBatch(replies=Replies(*map(of, batch.replies)), documents=everywhere)
@@ -133,17 +149,22 @@ def batch_shardings(batch: RlBatch, mesh: Mesh) -> RlBatch:
     return placed._replace(own_ids=rows, own_lengths=rows)
 
 
-def make_scorer(graph: nnx.GraphDef[Decoder], prompter: Prompter, config: RlConfig, shardings: TrainState | None = None) -> Scorer:
-    """`(params, frozen, replies, adapters) → [K,b,T]`: log-probabilities of the sampled tokens; `adapters=False` is the frozen base."""
+def make_scorer(
+    graph: nnx.GraphDef[Decoder], prompter: Prompter, config: RlConfig, shardings: TrainState | None = None
+) -> Scorer:
+    """`(params, frozen, replies, adapters) → [K,b,T]`: log-probabilities of the sampled tokens;
+    `adapters=False` is the frozen base."""
     mesh = _mesh_of(shardings)
 
     @partial(jax.jit, static_argnames="adapters", compiler_options=compiler_options(mesh))
     def score(params: nnx.State, frozen: nnx.State, replies: Replies, adapters: bool) -> jax.Array:
         def one(part: Replies) -> jax.Array:
             decoder = nnx.merge(graph, params, frozen)
-            return _read(decoder, prompter, part, temperature=config.sampler.temperature, adapters=adapters, mesh=mesh)[0]
+            return _read(
+                decoder, prompter, part, temperature=config.sampler.temperature, adapters=adapters, mesh=mesh
+            )[0]
 
-        with in_use(mesh):
+        with use_mesh(mesh):
             return jax.lax.map(one, jax.tree.map(jnp.asarray, replies))
 
     return score
@@ -158,29 +179,41 @@ def make_update(
     *,
     donate: bool = False,
 ) -> Update:
-    """One jitted update `(state, frozen, batch, old=None, reference=None) → (state, scalars, log_probs [K,b,T])`.
+    """One jitted update `(state, frozen, batch, old=None, reference=None) → (state, scalars, log_probs
+    [K,b,T])`.
 
-    `old` and `reference` [K,b,T]: log-probabilities before the first epoch, None where there is but one, and of the reference, None
-    where β is 0. The log-probabilities that come back are those before the update. On a mesh see `sft_step.make_step`.
+    `old` and `reference` [K,b,T]: log-probabilities before the first epoch, None where there is but one, and
+    of the reference, None where β is 0. The log-probabilities that come back are those before the update. On
+    a mesh see `sft_step.make_step`.
     """
     mesh = _mesh_of(shardings)
 
     def loss_and_gradient(
-        params: nnx.State, frozen: nnx.State, batch: RlBatch, old: jax.Array | None, reference: jax.Array | None
+        params: nnx.State,
+        frozen: nnx.State,
+        batch: RlBatch,
+        old: jax.Array | None,
+        reference: jax.Array | None,
     ) -> tuple[jax.Array, dict[str, jax.Array], jax.Array, nnx.State]:
         replies = batch.replies
         G = replies.ids.shape[1] // replies.prompt_ids.shape[1]
         # Known before the batch is cut: each micro-batch divides by what the whole of it counts.
         tokens_kbt = replies.sampled.reshape(-1, replies.sampled.shape[-1])
-        policy_total = jnp.maximum(policy_count(tokens_kbt, config.variant, max_tokens=config.sampler.max_think_tokens), 1)
-        infonce_total = jnp.maximum(G * jnp.sum(jnp.any(replies.relevance > 0, axis=-1), dtype=jnp.float32), 1)
+        policy_total = jnp.maximum(
+            policy_count(tokens_kbt, config.variant, max_tokens=config.sampler.max_think_tokens), 1
+        )
+        infonce_total = jnp.maximum(
+            G * jnp.sum(jnp.any(replies.relevance > 0, axis=-1), dtype=jnp.float32), 1
+        )
 
         def part_loss(
             params: nnx.State, part: Replies, old_bt: jax.Array | None, reference_bt: jax.Array | None
         ) -> tuple[jax.Array, tuple[_Part, jax.Array]]:
             decoder = nnx.merge(graph, params, frozen)
             temperature = config.sampler.temperature
-            log_probs_bt, entropies_bt, embeds_bd = _read(decoder, prompter, part, temperature=temperature, adapters=True, mesh=mesh)
+            log_probs_bt, entropies_bt, embeds_bd = _read(
+                decoder, prompter, part, temperature=temperature, adapters=True, mesh=mesh
+            )
             policy, _, statistics = policy_loss(
                 log_probs_bt,
                 part.advantages,
@@ -205,7 +238,13 @@ def make_update(
                 if config.infonce_train_documents:
                     own_qe = _embedded(decoder, prompter, batch.own_ids, batch.own_lengths)
                     documents_pe = jnp.concatenate([own_qe, documents_pe[len(own_qe) :]])
-                infonce, _, _ = info_nce(unit(embeds_bd), documents_pe, relevance_bp, excluded_bp, temperature=config.infonce_temperature)
+                infonce, _, _ = info_nce(
+                    unit(embeds_bd),
+                    documents_pe,
+                    relevance_bp,
+                    excluded_bp,
+                    temperature=config.infonce_temperature,
+                )
             loss = policy / policy_total + config.infonce_weight * infonce / infonce_total
             return loss, (_Part(policy, infonce, statistics), log_probs_bt)
 
@@ -217,19 +256,33 @@ def make_update(
         gradients, (losses, parts, log_probs) = jax.lax.scan(body, start, (replies, old, reference))
         each = [jax.tree.map(lambda x, k=k: x[k], parts.statistics) for k in range(len(losses))]
         scalars = reduce(PolicyStatistics.merged, each).scalars()
-        scalars |= {"policy": jnp.sum(parts.policy) / policy_total, "infonce": jnp.sum(parts.infonce) / infonce_total}
+        scalars |= {
+            "policy": jnp.sum(parts.policy) / policy_total,
+            "infonce": jnp.sum(parts.infonce) / infonce_total,
+        }
         return jnp.sum(losses), scalars, log_probs, gradients
 
     replicated = None if shardings is None else shardings.skipped
     out_shardings = None if shardings is None else (shardings, replicated, replicated)
 
-    @partial(jax.jit, donate_argnums=0 if donate else (), out_shardings=out_shardings, compiler_options=compiler_options(mesh))
+    @partial(
+        jax.jit,
+        donate_argnums=0 if donate else (),
+        out_shardings=out_shardings,
+        compiler_options=compiler_options(mesh),
+    )
     def update(
-        state: TrainState, frozen: nnx.State, batch: RlBatch, old: jax.Array | None = None, reference: jax.Array | None = None
+        state: TrainState,
+        frozen: nnx.State,
+        batch: RlBatch,
+        old: jax.Array | None = None,
+        reference: jax.Array | None = None,
     ) -> tuple[TrainState, dict[str, jax.Array], jax.Array]:
         batch = jax.tree.map(jnp.asarray, batch)
-        with in_use(mesh):
-            loss, scalars, log_probs, gradients = loss_and_gradient(state.params, frozen, batch, old, reference)
+        with use_mesh(mesh):
+            loss, scalars, log_probs, gradients = loss_and_gradient(
+                state.params, frozen, batch, old, reference
+            )
         state, about_update = updated(state, gradients, loss, optimizer)
         return state, {"loss": loss, **scalars, **about_update}, log_probs
 
@@ -237,16 +290,26 @@ def make_update(
 
 
 def _read(
-    decoder: Decoder, prompter: Prompter, part: Replies, *, temperature: float, adapters: bool, mesh: Mesh | None
+    decoder: Decoder,
+    prompter: Prompter,
+    part: Replies,
+    *,
+    temperature: float,
+    adapters: bool,
+    mesh: Mesh | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Log-probabilities [b,T] and entropies [b,T] of a micro-batch's sampled tokens, 0 elsewhere, and the states [b,D] at the embed token.
+    """Log-probabilities [b,T] and entropies [b,T] of a micro-batch's sampled tokens, 0 elsewhere, and the
+    states [b,D] at the embed token.
 
-    Prefix and prompt run once per query and are shared by the group, with gradients; the replies attend to them.
+    Prefix and prompt run once per query and are shared by the group, with gradients; the replies attend to
+    them.
     """
     prompt, (B, T) = prompter.reason, part.ids.shape
     G = B // part.prompt_ids.shape[0]
     positions_qs = positions_from_lengths(part.prompt_lengths, part.prompt_ids.shape[1], len(prompt.prefix))
-    positions_bt = positions_from_lengths(part.lengths, T, jnp.repeat(part.prompt_lengths + len(prompt.prefix), G))
+    positions_bt = positions_from_lengths(
+        part.lengths, T, jnp.repeat(part.prompt_lengths + len(prompt.prefix), G)
+    )
     texts = [
         prefix_text(prompt.prefix, adapters=adapters),
         Text(part.prompt_ids, positions_qs, behind=(0,), adapters=adapters),
@@ -254,20 +317,22 @@ def _read(
     ]
     _, (prompt_hidden, _), (hidden_btd, _) = decoder.read(texts)
     last_qd = jnp.take_along_axis(prompt_hidden, part.prompt_lengths[:, None, None] - 1, axis=1)[:, 0]
-    hidden_btd = laid(hidden_btd, BATCH_AXES)
+    hidden_btd = constrain(hidden_btd, BATCH_AXES)
 
     # The state that predicts token t is the one before it; the first is predicted by the prompt's last state.
     predicting = jnp.concatenate([jnp.repeat(last_qd, G, axis=0)[:, None], hidden_btd[:, :-1]], axis=1)
     hidden_md = states_for_head(predicting.reshape(B * T, -1))
-    ids_m, live_m = part.ids.reshape(-1), part.sampled.reshape(-1)
+    ids_m, mask_m = part.ids.reshape(-1), part.sampled.reshape(-1)
     states, _ = head_chunks(decoder.config.vocab_size, mesh)
     head = head_of(decoder, adapters=adapters)
 
     if mesh is None:
-        found = live_token_log_probs(head.logits, hidden_md, ids_m, live_m, temperature=temperature, chunk=states)
+        found = masked_token_log_probs(
+            head.logits, hidden_md, ids_m, mask_m, temperature=temperature, chunk=states
+        )
     else:
         found = token_log_probs(head.logits, hidden_md, ids_m, temperature=temperature, chunk=states)
-    log_probs, entropies = (jnp.where(live_m, values_m, 0).reshape(B, T) for values_m in found)
+    log_probs, entropies = (jnp.where(mask_m, values_m, 0).reshape(B, T) for values_m in found)
     embeds = jnp.take_along_axis(hidden_btd, (part.lengths - 1)[:, None, None], axis=1)[:, 0]
     return log_probs, entropies, embeds
 
@@ -277,8 +342,10 @@ def _embedded(decoder: Decoder, prompter: Prompter, ids_qs: jax.Array, lengths_q
     prefix = prompter.direct.prefix
     positions_qs = positions_from_lengths(lengths_q, ids_qs.shape[1], len(prefix))
     _, (hidden_qsd, _) = decoder.read([prefix_text(prefix), Text(ids_qs, positions_qs, behind=(0,))])
-    embeds = jnp.take_along_axis(laid(hidden_qsd, BATCH_AXES), (lengths_q - 1)[:, None, None], axis=1)[:, 0]
-    return laid(unit(embeds), None)
+    embeds = jnp.take_along_axis(constrain(hidden_qsd, BATCH_AXES), (lengths_q - 1)[:, None, None], axis=1)[
+        :, 0
+    ]
+    return constrain(unit(embeds), None)
 
 
 def _mesh_of(shardings: TrainState | None) -> Mesh | None:

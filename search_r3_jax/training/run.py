@@ -19,8 +19,8 @@ from search_r3_jax.data.collection import Collection
 from search_r3_jax.data.dataset import queries_hash
 from search_r3_jax.errors import UserError
 from search_r3_jax.files import append_line, complete_lines, hold_lock, write_json, write_text
-from search_r3_jax.hub.checkpoint import pinned_step
-from search_r3_jax.hub.snapshots import latest_snapshot, read_run
+from search_r3_jax.hub.checkpoint_reader import latest_checkpoint, read_run
+from search_r3_jax.hub.load_model import pinned_step
 from search_r3_jax.training.config_changes import changes_of, told
 
 LOCK, HISTORY = "trainer.lock", "changes"
@@ -28,10 +28,12 @@ Say = Callable[[str], object]
 
 
 class Run:
-    """An open run directory, which no other trainer may write to meanwhile; opening it again with the same config resumes it.
+    """An open run directory, which no other trainer may write to meanwhile; opening it again with the same
+    config resumes it.
 
-    Of several processes only process 0 writes. Raises UserError for a bucket, when another trainer has the directory open, or when it holds
-    a run whose config differs in more than harmless fields; with `allow_change` these are taken over, after `on_change` was called.
+    Of several processes only process 0 writes. Raises UserError for a bucket, when another trainer has the
+    directory open, or when it holds a run whose config differs in more than harmless fields; with
+    `allow_change` these are taken over, after `on_change` was called.
     """
 
     def __init__(
@@ -48,7 +50,8 @@ class Run:
         if path.parts and path.parts[0].endswith(":"):
             # What a path makes of gs://BUCKET/…: it would be a local folder of that name.
             raise UserError(
-                f"--run: {path}: a run lies in a folder that all its processes see, not in a bucket; its index may (index.folder)"
+                f"--run: {path}: a run lies in a folder that all its processes see, not in a bucket; its "
+                "index may (index.folder)"
             )
         self.path = path
         self._first = jax.process_index() == 0
@@ -59,9 +62,16 @@ class Run:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = hold_lock(path / LOCK)
             if self._lock is None:
-                raise UserError(f"{path}: another trainer has this run open; stop it first, or give another --run")
+                raise UserError(
+                    f"{path}: another trainer has this run open; stop it first, or give another --run"
+                )
             try:
-                self._claim({"stage": stage, "config": dataclasses.asdict(config), **(extra or {})}, allow_change, on_change, say)
+                self._claim(
+                    {"stage": stage, "config": dataclasses.asdict(config), **(extra or {})},
+                    allow_change,
+                    on_change,
+                    say,
+                )
             except BaseException:
                 self.close()
                 raise
@@ -69,8 +79,11 @@ class Run:
         if jax.default_backend() != "cpu":
             keep_programs(path / "compiled")
 
-    def _claim(self, record: dict[str, Any], allow_change: bool, on_change: Callable[[], object], say: Say) -> None:
-        """Write down what this run is, where another call has not, or say what has changed since; raises UserError where it may not."""
+    def _claim(
+        self, record: dict[str, Any], allow_change: bool, on_change: Callable[[], object], say: Say
+    ) -> None:
+        """Write down what this run is, where another call has not, or say what has changed since; raises
+        UserError where it may not."""
         file, record = self.path / "config.json", json.loads(json.dumps(record))
         if not file.is_file():
             write_json(file, record)
@@ -91,12 +104,15 @@ class Run:
             say(f"changed since this run was started, as allowed: {told(harmful)}")
             # Before the change is on record: who is interrupted here is asked again.
             on_change()
-        history += [{"step": latest_snapshot(self.path) or 0, **dataclasses.asdict(change)} for change in changes]
+        history += [
+            {"step": latest_checkpoint(self.path) or 0, **dataclasses.asdict(change)} for change in changes
+        ]
         if changes:
             write_json(file, record | {HISTORY: history})
 
     def start_at(self, step: int) -> None:
-        """Forget metrics and samples of steps from `step` on: they will be computed again, and each step must stand once."""
+        """Forget metrics and samples of steps from `step` on: they will be computed again, and each step must
+        stand once."""
         if not self._first:
             return
         for file in (self._metrics, self._samples):
@@ -147,11 +163,15 @@ class Run:
         try:
             append_line(file, json.dumps(record, ensure_ascii=False))
         except OSError as error:
-            raise UserError(f"{file}: cannot be written ({error.strerror or error}); make room, then the same command goes on") from error
+            raise UserError(
+                f"{file}: cannot be written ({error.strerror or error}); make room, then the same command "
+                "goes on"
+            ) from error
 
 
 def start_record(run: Path, config: RunConfig) -> dict[str, Any]:
-    """What a run has to record of the model it starts from: `start`, relative to it, where that is a run, and `start_step`.
+    """What a run has to record of the model it starts from: `start`, relative to it, where that is a run, and
+    `start_step`.
 
     The checkpoint is chosen once: a run that goes on keeps to it, whatever the earlier stage has saved since.
     """
@@ -170,6 +190,7 @@ def data_version(collection: Collection) -> dict[str, str]:
 
 
 def _with_all_settings(run: Path) -> dict[str, Any]:
-    """The record of a run; settings that are newer than it have their defaults. Raises UserError where it cannot be read."""
+    """The record of a run; settings that are newer than it have their defaults. Raises UserError where it
+    cannot be read."""
     config, record = read_run(run)
     return record | {"config": json.loads(json.dumps(dataclasses.asdict(config)))}

@@ -15,19 +15,19 @@ from flax import nnx
 from search_r3_jax.config import RunConfig
 from search_r3_jax.data.collection import Collection
 from search_r3_jax.data.development import TrainingSet
-from search_r3_jax.data.key_terms import KeyTerms
 from search_r3_jax.data.mixture import Mixture
 from search_r3_jax.data.pipeline import PairPipeline
+from search_r3_jax.data.tfidf_reasoning import TfidfReasoning
 from search_r3_jax.errors import UserError
-from search_r3_jax.hub.checkpoint import LoadedModel
-from search_r3_jax.hub.snapshot_writer import SnapshotWriter, newest_sound_snapshot
+from search_r3_jax.hub.checkpoint_writer import CheckpointWriter, latest_valid_checkpoint
+from search_r3_jax.hub.load_model import LoadedModel
 from search_r3_jax.models.lora import trainable_filter
 from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training import sharding
 from search_r3_jax.training.development import Development
 from search_r3_jax.training.optimizer import make_optimizer
-from search_r3_jax.training.own_reasoning import with_own_reasoning
 from search_r3_jax.training.run import Run, data_version
+from search_r3_jax.training.self_generated_reasoning import with_self_generated_reasoning
 from search_r3_jax.training.sft_step import make_step
 from search_r3_jax.training.state import TrainState, init_state, state_shardings
 from search_r3_jax.training.stopping import StopRequest
@@ -48,10 +48,11 @@ def train_sft(
     say: Say,
     allow_change: bool = False,
 ) -> nnx.State:
-    """Run stage 1 to its last step, from the newest sound checkpoint where there is one; returns the trained parameters.
+    """Run stage 1 to its last step, from the newest sound checkpoint where there is one; returns the trained
+    parameters.
 
-    `on_step(steps done, steps in all, scalars)`; `allow_change` as in `Run`. Raises UserError when too many steps in a row were not finite,
-    and StoppedError when it was asked to stop (`StopRequest`), saved.
+    `on_step(steps done, steps in all, scalars)`; `allow_change` as in `Run`. Raises UserError when too many
+    steps in a row were not finite, and StoppedError when it was asked to stop (`StopRequest`), saved.
     """
     # Act 1: what is needed.
     sft = config.sft
@@ -60,14 +61,17 @@ def train_sft(
     pipeline = make_pipeline(config, [each.train for each in sets], prompter)
     graph, params, frozen = nnx.split(model.decoder, trainable_filter(model.decoder), ...)
     optimizer = make_optimizer(sft.optimizer, sft.steps)
-    # Orbax reads the arrays of a save before it returns, except on CPU, where it writes from their own memory in the background.
+    # Orbax reads the arrays of a save before it returns, except on CPU, where it writes from their own memory
+    # in the background.
     donate = jax.default_backend() != "cpu"
     shardings = None if model.mesh is None else state_shardings(params, optimizer, model.mesh)
     state = init_state(params, optimizer, shardings, copy=donate)
     # Under LoRA the base itself is the reference; full fine-tuning keeps a copy of where it began.
     reference = params if sft.kl_weight > 0 and config.lora.rank == 0 else None
     step_function = make_step(graph, prompter, optimizer, sft, shardings, donate=donate)
-    throughput = Throughput(model=model.decoder.config, lora=config.lora, peak=peak_flops(), with_base=sft.kl_weight > 0)
+    throughput = Throughput(
+        model=model.decoder.config, lora=config.lora, peak=peak_flops(), with_base=sft.kl_weight > 0
+    )
     development = _make_development(config, sets, model, prompter)
 
     # Act 2: the run directory, and where to begin.
@@ -75,12 +79,12 @@ def train_sft(
     run = Run(folder, config, stage="sft", say=say, extra=extra, allow_change=allow_change)
     run.save_tokenizer(model.tokenizer)
     if sft.reasoning == "self":
-        pipeline = _own_reasoning(config, folder, pipeline, model, say)
-    first, skipped = newest_sound_snapshot(folder, say) or 0, 0
-    snapshots = SnapshotWriter(folder, keep=sft.keep, keep_every=sft.keep_every)
-    with StopRequest(say) as request, closing(run), closing(snapshots):
+        pipeline = _self_generated_reasoning(config, folder, pipeline, model, say)
+    first, skipped = latest_valid_checkpoint(folder, say) or 0, 0
+    checkpoints = CheckpointWriter(folder, keep=sft.keep, keep_every=sft.keep_every)
+    with StopRequest(say) as request, closing(run), closing(checkpoints):
         if first:
-            restored = snapshots.restore(first, state.params, state.optimizer)
+            restored = checkpoints.restore(first, state.params, state.optimizer)
             skipped = restored.meta["skipped"]
             in_a_row = jax.device_put(np.int32(restored.meta["skipped_in_a_row"]), state.skipped.sharding)
             state = TrainState(restored.params, restored.optimizer, in_a_row)
@@ -101,13 +105,21 @@ def train_sft(
             values = {name: float(value) for name, value in found.items()}
             in_a_row = int(values.pop("skipped_in_a_row"))
             skipped += in_a_row > 0
-            values |= {"skipped": skipped, "padding_share": batch.padding_share(), "seconds": time.perf_counter() - started}
+            values |= {
+                "skipped": skipped,
+                "padding_share": batch.padding_share(),
+                "seconds": time.perf_counter() - started,
+            }
             # What the save before this step kept the loop from going on.
             values["save_seconds"], saving = saving, 0.0
             values |= throughput.of(batch.queries, batch.documents, values["seconds"])
             batch, done = following, step + 1
 
-            looked = development is not None and sft.eval_every > 0 and (done % sft.eval_every == 0 or done == sft.steps)
+            looked = (
+                development is not None
+                and sft.eval_every > 0
+                and (done % sft.eval_every == 0 or done == sft.steps)
+            )
             if development is not None and looked:
                 scalars, samples = development.evaluate(nnx.merge_state(state.params, frozen), done, folder)
                 values |= scalars
@@ -117,21 +129,28 @@ def train_sft(
             run.log(step, values)
             on_step(done, sft.steps, values)
             stop = request.asked()
-            if looked or stop or done % sft.save_every == 0 or done == sft.steps or in_a_row >= sft.max_skipped:
+            if (
+                looked
+                or stop
+                or done % sft.save_every == 0
+                or done == sft.steps
+                or in_a_row >= sft.max_skipped
+            ):
                 started = time.perf_counter()
                 run.make_durable()
                 meta = {"skipped": skipped, "skipped_in_a_row": in_a_row}
-                snapshots.save(done, state.params, state.optimizer, meta, score=values.get(BEST_BY))
+                checkpoints.save(done, state.params, state.optimizer, meta, score=values.get(BEST_BY))
                 saving = time.perf_counter() - started
             if in_a_row >= sft.max_skipped:
                 raise UserError(
-                    f"sft.optimizer.learning_rate: step {step}: {in_a_row} steps in a row were not finite; lower the rate, and "
+                    f"sft.optimizer.learning_rate: step {step}: {in_a_row} steps in a row were not finite; "
+                    "lower the rate, and "
                     f"give another --run (the last good parameters are in {folder})"
                 )
             if stop and done < sft.steps:
-                snapshots.wait()
+                checkpoints.wait()
                 request.stop(folder, done)
-            snapshots.check()
+            checkpoints.check()
     return state.params
 
 
@@ -140,19 +159,31 @@ def _check(config: RunConfig, sets: Sequence[TrainingSet]) -> None:
     sft = config.sft
     pairs = sum(len(query.positives) for each in sets for query in each.train.queries)
     if sft.global_batch > pairs:
-        raise UserError(f"sft.global_batch: {sft.global_batch}: there are {pairs} pairs to train on; give that many or fewer")
+        raise UserError(
+            f"sft.global_batch: {sft.global_batch}: there are {pairs} pairs to train on; give that many or "
+            "fewer"
+        )
     if sft.encode_chunk < 0 or (sft.encode_chunk and sft.global_batch % sft.encode_chunk):
-        raise UserError(f"sft.encode_chunk: {sft.encode_chunk}: does not divide sft.global_batch {sft.global_batch}; 0 is the whole batch")
+        raise UserError(
+            f"sft.encode_chunk: {sft.encode_chunk}: does not divide sft.global_batch {sft.global_batch}; 0 "
+            "is the whole batch"
+        )
     if "query_to_document" not in sft.directions or len(set(sft.directions)) != len(sft.directions):
-        raise UserError(f"sft.directions: {' '.join(sft.directions)}: name each once, query_to_document among them")
+        raise UserError(
+            f"sft.directions: {' '.join(sft.directions)}: name each once, query_to_document among them"
+        )
     if sft.partition == "per_direction" and {"query_to_query", "document_to_document"} & set(sft.directions):
-        raise UserError("sft.partition: per_direction: has no place for query_to_query and document_to_document; choose joint")
+        raise UserError(
+            "sft.partition: per_direction: has no place for query_to_query and document_to_document; choose "
+            "joint"
+        )
     if sft.reasoning == "column" and sft.reasoned_share > 0:
         for each in sets:
             for query in each.train.queries:
                 if query.positives and not query.reasoning:
                     raise UserError(
-                        f"sft.reasoning: column: {each.train.name}, query {query.query_id!r} has no reasoning; "
+                        f"sft.reasoning: column: {each.train.name}, query {query.query_id!r} has no "
+                        "reasoning; "
                         "give it one in the data set, or choose key_terms or self"
                     )
 
@@ -176,16 +207,21 @@ def make_pipeline(config: RunConfig, collections: Sequence[Collection], prompter
         max_thought_tokens=config.text.max_thought_tokens,
         reasoned=round(sft.reasoned_share * chunk) if sft.reasoning != "off" else 0,
         negatives=sft.negatives,
-        key_terms=tuple(KeyTerms(each, count=sft.key_terms) for each in collections) if sft.reasoning == "key_terms" else (),
+        key_terms=tuple(TfidfReasoning(each, count=sft.key_terms) for each in collections)
+        if sft.reasoning == "key_terms"
+        else (),
     )
 
 
-def _own_reasoning(
+def _self_generated_reasoning(
     config: RunConfig, folder: Path, pipeline: PairPipeline, model: LoadedModel, say: Callable[[str], object]
 ) -> PairPipeline:
-    """The pipeline with the model's own text as the reasoning of just the queries that are trained in the reasoned format."""
-    wanted = {(pair.set, pair.query) for step in range(config.sft.steps) for pair in pipeline.reasoned_pairs(step)}
-    collections = with_own_reasoning(
+    """The pipeline with the model's own text as the reasoning of just the queries that are trained in the
+    reasoned format."""
+    wanted = {
+        (pair.set, pair.query) for step in range(config.sft.steps) for pair in pipeline.reasoned_pairs(step)
+    }
+    collections = with_self_generated_reasoning(
         config,
         folder / "own_reasoning.jsonl",
         pipeline.mixture.collections,
@@ -193,15 +229,21 @@ def _own_reasoning(
         model,
         lambda done, total: say(f"the model writes its own reasoning: {done}/{total} queries"),
     )
-    return dataclasses.replace(pipeline, mixture=dataclasses.replace(pipeline.mixture, collections=collections))
+    return dataclasses.replace(
+        pipeline, mixture=dataclasses.replace(pipeline.mixture, collections=collections)
+    )
 
 
-def _make_development(config: RunConfig, sets: Sequence[TrainingSet], model: LoadedModel, prompter: Prompter) -> Development | None:
+def _make_development(
+    config: RunConfig, sets: Sequence[TrainingSet], model: LoadedModel, prompter: Prompter
+) -> Development | None:
     collections = [each.dev for each in sets if each.dev is not None]
     if not collections or config.sft.eval_every == 0:
         return None
     reasoned = config.sft.reasoning != "off" and config.sft.reasoned_share > 0
-    return Development(config, collections, nnx.split(model.decoder)[0], prompter, reasoned=reasoned, mesh=model.mesh)
+    return Development(
+        config, collections, nnx.split(model.decoder)[0], prompter, reasoned=reasoned, mesh=model.mesh
+    )
 
 
 def _told(scalars: dict[str, float]) -> str:
@@ -210,6 +252,7 @@ def _told(scalars: dict[str, float]) -> str:
     if "dev_reason_ndcg@10" in scalars:
         told += (
             f", {scalars['dev_reason_ndcg@10']:.3f} reasoned ({scalars['dev_reason_valid_rate']:.0%} valid,"
-            f" {scalars['dev_reason_reply_tokens']:.0f} tokens and {scalars['dev_reason_milliseconds_per_query']:.0f} ms a query)"
+            f" {scalars['dev_reason_reply_tokens']:.0f} tokens and "
+            f"{scalars['dev_reason_milliseconds_per_query']:.0f} ms a query)"
         )
     return told

@@ -13,7 +13,7 @@ from flax import nnx
 from search_r3_jax.compiler import compiler_options
 from search_r3_jax.config import SftConfig
 from search_r3_jax.data.pipeline import PairBatch, TextChunks
-from search_r3_jax.mesh import BATCH_AXES, in_use, laid
+from search_r3_jax.mesh import BATCH_AXES, constrain, use_mesh
 from search_r3_jax.models.decoder import Decoder, Text
 from search_r3_jax.models.embedding import unit
 from search_r3_jax.objectives.contrastive import Loss, exclusions, info_nce, matryoshka, triplet_margin
@@ -37,29 +37,46 @@ def make_step(
     *,
     donate: bool = False,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """One jitted update `(state, frozen, batch, reference=None, dropout_key=None) → (state, scalars)` of the trainable parameters.
+    """One jitted update `(state, frozen, batch, reference=None, dropout_key=None) → (state, scalars)` of the
+    trainable parameters.
 
-    `reference` are the starting values of the trainable parameters, for the KL term of full fine-tuning; under LoRA the base is at hand.
-    On a mesh the batch comes from `put_batch`, and the new state lies as the old one did, by `shardings`; with `donate` it also takes the
-    old one's memory.
+    `reference` are the starting values of the trainable parameters, for the KL term of full fine-tuning;
+    under LoRA the base is at hand. On a mesh the batch comes from `put_batch`, and the new state lies as the
+    old one did, by `shardings`; with `donate` it also takes the old one's memory.
     """
     mesh = None if shardings is None else jax.tree.leaves(shardings)[0].mesh
 
     def loss_and_gradient(
-        params: nnx.State, frozen: nnx.State, batch: PairBatch, reference: nnx.State | None, key: jax.Array | None
+        params: nnx.State,
+        frozen: nnx.State,
+        batch: PairBatch,
+        reference: nnx.State | None,
+        key: jax.Array | None,
     ) -> tuple[tuple[jax.Array, dict[str, jax.Array]], nnx.State]:
         base = nnx.merge(graph, params if reference is None else reference, frozen)
 
-        def encode(params: nnx.State, pairs: Pairs) -> tuple[tuple[jax.Array, jax.Array], dict[str, jax.Array]]:
-            """Unit vectors of one chunk's queries [N,E] and of its documents, and the sums of the losses on its replies."""
+        def encode(
+            params: nnx.State, pairs: Pairs
+        ) -> tuple[tuple[jax.Array, jax.Array], dict[str, jax.Array]]:
+            """Unit vectors of one chunk's queries [N,E] and of its documents, and the sums of the losses on
+            its replies."""
             decoder = nnx.merge(graph, params, frozen)
-            # Every chunk drops other inputs, and the same ones when it is encoded again: the sum of its ids tells it apart.
-            keys = [None if key is None else jax.random.fold_in(key, jnp.sum(chunk.ids.astype(jnp.uint32))) for chunk in pairs]
+            # Every chunk drops other inputs, and the same ones when it is encoded again: the sum of its ids
+            # tells it apart.
+            keys = [
+                None if key is None else jax.random.fold_in(key, jnp.sum(chunk.ids.astype(jnp.uint32)))
+                for chunk in pairs
+            ]
             # Under adapters the base is beside them, and reads the queries in the same pass.
             with_base = config.kl_weight > 0 and reference is None
-            hidden_md, of_documents_md, *base_md = _hidden(decoder, prompter, pairs, keys=keys, with_base=with_base)
+            hidden_md, of_documents_md, *base_md = _hidden(
+                decoder, prompter, pairs, keys=keys, with_base=with_base
+            )
             chunk, documents = pairs
-            vectors = laid(unit(hidden_md[chunk.embed_at]), None), laid(unit(of_documents_md[documents.embed_at]), None)
+            vectors = (
+                constrain(unit(hidden_md[chunk.embed_at]), None),
+                constrain(unit(of_documents_md[documents.embed_at]), None),
+            )
             # The reply's tokens, each predicted by the state before it; the head runs nowhere else.
             mask_m, reply_at = jnp.asarray(chunk.reply_at) >= 0, jnp.maximum(chunk.reply_at, 1)
             read_md = states_for_head(hidden_md[reply_at - 1])
@@ -68,18 +85,28 @@ def make_step(
             head = head_of(decoder)
             log_probs, _ = token_log_probs(head.logits, read_md, targets_m, chunk=states)
             language, count = cross_entropy(log_probs, mask_m)
-            sums = {"language": language, "reply_tokens": count, "kl": jnp.zeros(()), "kl_tokens": jnp.zeros(())}
+            sums = {
+                "language": language,
+                "reply_tokens": count,
+                "kl": jnp.zeros(()),
+                "kl_tokens": jnp.zeros(()),
+            }
             if config.kl_weight > 0:
                 if not with_base:
                     base_md = _hidden(base, prompter, [chunk], adapters=False)
                 base_md = states_for_head(jax.lax.stop_gradient(base_md[0])[reply_at - 1])
                 base_head = head_of(base, adapters=False)
-                # The base knows nothing of the embed token: where that is due, staying close to it would mean not to write it.
+                # The base knows nothing of the embed token: where that is due, staying close to it would mean
+                # not to write it.
                 mask_m = mask_m & (targets_m != prompter.embed_id)
-                sums["kl"], sums["kl_tokens"] = kl_to_base(read_md, head, base_md, base_head, mask_m, chunk=states, vocab_chunk=columns)
+                sums["kl"], sums["kl_tokens"] = kl_to_base(
+                    read_md, head, base_md, base_head, mask_m, chunk=states, vocab_chunk=columns
+                )
             return vectors, sums
 
-        def loss(sums: dict[str, jax.Array], vectors: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        def loss(
+            sums: dict[str, jax.Array], vectors: tuple[jax.Array, jax.Array]
+        ) -> tuple[jax.Array, dict[str, jax.Array]]:
             queries_be, documents_pe = vectors
             contrast, triplet, scalars = contrastive_losses(queries_be, documents_pe, batch, config)
             scalars["language"] = sums["language"] / jnp.maximum(sums["reply_tokens"], 1)
@@ -90,7 +117,8 @@ def make_step(
 
         return cached_value_and_grad(encode, loss)(params, (batch.queries, batch.documents))
 
-    # Left to XLA, a parameter may end up elsewhere than it began, and the next step would be compiled again and move it.
+    # Left to XLA, a parameter may end up elsewhere than it began, and the next step would be compiled again
+    # and move it.
     @partial(
         jax.jit,
         donate_argnums=0 if donate else (),
@@ -105,8 +133,10 @@ def make_step(
         dropout_key: jax.Array | None = None,
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         batch = jax.tree.map(jnp.asarray, batch)
-        with in_use(mesh):
-            (value, scalars), gradients = loss_and_gradient(state.params, frozen, batch, reference, dropout_key)
+        with use_mesh(mesh):
+            (value, scalars), gradients = loss_and_gradient(
+                state.params, frozen, batch, reference, dropout_key
+            )
         state, about_update = updated(state, gradients, value, optimizer)
         return state, scalars | about_update
 
@@ -119,10 +149,13 @@ def contrastive_losses(
     """`(InfoNCE, triplet margin, scalars)` of a batch, each a mean over its queries."""
     # Every document of the batch that is known to be relevant is a positive, whichever query it came with.
     same_bpk = batch.known_ids[:, None, :] == batch.document_ids[None, :, None]
-    relevance_bp = jnp.sum(jnp.where(same_bpk & (batch.known_ids >= 0)[:, None, :], batch.known_relevance[:, None, :], 0.0), axis=-1)
+    relevance_bp = jnp.sum(
+        jnp.where(same_bpk & (batch.known_ids >= 0)[:, None, :], batch.known_relevance[:, None, :], 0.0),
+        axis=-1,
+    )
     excluded_bp = exclusions(jnp.asarray(batch.document_ids), jnp.asarray(batch.known_ids))
     # Negatives that came with a query are near its positive on purpose.
-    own_bp = jnp.any(jnp.asarray(batch.mined)[:, :, None] == jnp.arange(len(batch.document_ids)), axis=1)
+    mined_bp = jnp.any(jnp.asarray(batch.mined)[:, :, None] == jnp.arange(len(batch.document_ids)), axis=1)
 
     def contrast(queries_be: jax.Array, documents_pe: jax.Array) -> Loss:
         return info_nce(
@@ -133,21 +166,27 @@ def contrastive_losses(
             temperature=config.temperature,
             directions=config.directions,
             partition=config.partition,
-            own_bp=own_bp,
+            mined_bp=mined_bp,
             false_negative_margin=config.false_negative_margin,
         )
 
     def triplet(queries_be: jax.Array, documents_pe: jax.Array) -> Loss:
         mined = jnp.asarray(batch.mined) if config.negatives else None
-        return triplet_margin(queries_be, documents_pe, relevance_bp, excluded_bp, margin=config.triplet_margin, mined_bk=mined)
+        return triplet_margin(
+            queries_be, documents_pe, relevance_bp, excluded_bp, margin=config.triplet_margin, mined_bk=mined
+        )
 
     def mean(loss: Callable[..., Loss]) -> tuple[jax.Array, dict[str, jax.Array]]:
-        total, count, named = (matryoshka(loss, config.matryoshka) if config.matryoshka else loss)(queries_be, documents_pe)
+        total, count, named = (matryoshka(loss, config.matryoshka) if config.matryoshka else loss)(
+            queries_be, documents_pe
+        )
         count = jnp.maximum(count, 1)
         return total / count, {name: value / count for name, value in named.items()}
 
     infonce, about_infonce = mean(contrast)
-    scalars = {"infonce": infonce} | {name.replace("hits", "in_batch_accuracy"): value for name, value in about_infonce.items()}
+    scalars = {"infonce": infonce} | {
+        name.replace("hits", "in_batch_accuracy"): value for name, value in about_infonce.items()
+    }
     margin = jnp.zeros(())
     if config.triplet_weight > 0:
         margin, about_triplet = mean(triplet)
@@ -164,13 +203,16 @@ def _hidden(
     keys: Sequence[jax.Array | None] = (None,),
     with_base: bool = False,
 ) -> list[jax.Array]:
-    """Final hidden states [R·T,D] of each chunk's packed texts, read together behind the prefixes that they share.
+    """Final hidden states [R·T,D] of each chunk's packed texts, read together behind the prefixes that they
+    share.
 
     `with_base` adds those of the first chunk without adapters.
     """
 
     def behind(prefix: int, chunk: TextChunks, adapters: bool, key: jax.Array | None) -> Text:
-        ids, positions, segments, prefixes = (jnp.asarray(x) for x in (chunk.ids, chunk.positions, chunk.segments, chunk.prefixes))
+        ids, positions, segments, prefixes = (
+            jnp.asarray(x) for x in (chunk.ids, chunk.positions, chunk.segments, chunk.prefixes)
+        )
         return Text(ids, positions, segments, (), (prefix,), prefixes, adapters, key)
 
     texts = [both_prefixes(prompter, adapters=adapters)]
@@ -180,4 +222,4 @@ def _hidden(
         texts += [both_prefixes(prompter, adapters=False), behind(len(texts), chunks[0], False, None)]
         asked.append(len(texts) - 1)
     read = decoder.read(texts)
-    return [laid(read[i][0], BATCH_AXES).reshape(-1, read[i][0].shape[-1]) for i in asked]
+    return [constrain(read[i][0], BATCH_AXES).reshape(-1, read[i][0].shape[-1]) for i in asked]

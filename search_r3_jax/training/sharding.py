@@ -1,4 +1,5 @@
-"""Where a training step's arrays lie on a mesh: the batch, the state and the activations; a mesh of None is one device."""
+"""Where a training step's arrays lie on a mesh: the batch, the state and the activations; a mesh of None is
+one device."""
 
 from __future__ import annotations
 
@@ -16,14 +17,19 @@ ROWS = PartitionSpec(None, BATCH_AXES)
 
 
 def put_batch(batch: PairBatch, mesh: Mesh | None) -> PairBatch:
-    """A batch on its mesh: each chunk's rows across `BATCH_AXES`, padded to share them equally, all else everywhere.
+    """A batch on its mesh: each chunk's rows across `BATCH_AXES`, padded to share them equally, all else
+    everywhere.
 
     Every process gives the same batch, and its devices are handed no rows but their own.
     """
     if mesh is None:
         return batch
     padded = batch.padded(axis_size(mesh, BATCH_AXES))
-    return jax.tree.map(lambda x, lies: jax.make_array_from_callback(x.shape, lies, x.__getitem__), padded, batch_shardings(padded, mesh))
+    return jax.tree.map(
+        lambda x, sharding_of: jax.make_array_from_callback(x.shape, sharding_of, x.__getitem__),
+        padded,
+        batch_shardings(padded, mesh),
+    )
 
 
 def batch_shardings(batch: PairBatch, mesh: Mesh) -> PairBatch:

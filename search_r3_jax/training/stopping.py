@@ -17,12 +17,14 @@ from jax.experimental import multihost_utils
 
 from search_r3_jax.errors import StoppedError
 
-# SIGTERM is what a machine that is taken away sends, SIGINT the keyboard; SIGUSR1 is what SLURM is mostly told to send ahead of its limit.
+# SIGTERM is what a machine that is taken away sends, SIGINT the keyboard; SIGUSR1 is what SLURM is mostly
+# told to send ahead of its limit.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """While entered, the first of `SIGNALS` asks training to stop at its next step boundary, and a second ends the process at once.
+    """While entered, the first of `SIGNALS` asks training to stop at its next step boundary, and a second
+    ends the process at once.
 
     Outside the main thread, where Python knows no signals, nothing changes.
     """
@@ -34,7 +36,8 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            # Python's own handlers wait until a call into XLA returns, which may compile for minutes; a thread reading this pipe does not.
+            # Python's own handlers wait until a call into XLA returns, which may compile for minutes; a
+            # thread reading this pipe does not.
             self._heard, self._wake = os.pipe()
             os.set_blocking(self._wake, False)
             self._previous_wake = signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
@@ -42,7 +45,9 @@ class StopRequest:
             threading.Thread(target=self._listen, name="signals", daemon=True).start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._previous:
             for number, handler in self._previous.items():
                 signal.signal(number, handler)
@@ -58,9 +63,14 @@ class StopRequest:
         return bool(np.any(multihost_utils.process_allgather(np.array(own))))
 
     def stop(self, run: Path, step: int) -> None:
-        """Raises StoppedError, which says that `step` of `run` is saved and how long after the signal that was."""
-        grace = "" if self._asked_at is None else f", {time.monotonic() - self._asked_at:.1f} s after the signal"
-        raise StoppedError(f"{run}: stopped and saved at step {step}{grace}; the same command goes on from there")
+        """Raises StoppedError, which says that `step` of `run` is saved and how long after the signal that
+        was."""
+        grace = (
+            "" if self._asked_at is None else f", {time.monotonic() - self._asked_at:.1f} s after the signal"
+        )
+        raise StoppedError(
+            f"{run}: stopped and saved at step {step}{grace}; the same command goes on from there"
+        )
 
     def stop_waiting(self, run: Path, step: int) -> None:
         """`stop`, if this process was asked to: for who waits at a step that is saved."""
@@ -71,11 +81,17 @@ class StopRequest:
         with os.fdopen(self._heard, "rb", buffering=0) as heard:
             while number := heard.read(1):
                 if self._asked_at is not None:
-                    os.write(sys.stderr.fileno(), b"search-r3: leaving at once; the same command goes on from the last checkpoint\n")
+                    os.write(
+                        sys.stderr.fileno(),
+                        b"search-r3: leaving at once; the same command goes on from the last checkpoint\n",
+                    )
                     os._exit(128 + number[0])
                 if number[0] in SIGNALS:
                     self._asked_at = time.monotonic()
-                    self._say(f"{signal.Signals(number[0]).name}: saving at the end of this step; once more leaves at once")
+                    self._say(
+                        f"{signal.Signals(number[0]).name}: saving at the end of this step; once more leaves "
+                        "at once"
+                    )
 
 
 def _nothing(number: int, frame: FrameType | None) -> None:

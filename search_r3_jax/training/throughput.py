@@ -18,7 +18,8 @@ PROBE_SIZE = 1536
 
 
 def peak_flops() -> float:
-    """What all devices together can do, FLOP/s: published for a TPU; elsewhere what a float32 matrix product reaches, measured now."""
+    """What all devices together can do, FLOP/s: published for a TPU; elsewhere what a float32 matrix product
+    reaches, measured now."""
     chip = chip_of(jax.devices()[0].device_kind)
     if chip is not None:
         return chip.flops * jax.device_count()
@@ -48,7 +49,8 @@ class Throughput:
     with_base: bool
 
     def of(self, queries: TextChunks, documents: TextChunks, seconds: float) -> dict[str, float]:
-        """`tokens_per_second`, `tflops` (model FLOPs a second, in 10¹²) and `mfu` (their share of the peak, in [0, 1])."""
+        """`tokens_per_second`, `tflops` (model FLOPs a second, in 10¹²) and `mfu` (their share of the peak,
+        in [0, 1])."""
         tokens, attended = 0, 0
         for chunks in (queries, documents):
             real = chunks.segments >= 0
@@ -58,6 +60,12 @@ class Throughput:
         flops = training_flops(self.model, self.lora, tokens, attended, read)
         if self.with_base:
             real = queries.segments >= 0
-            flops += layers_flops(self.model, int(real.sum()), int(np.sum(queries.positions[real].astype(np.int64) + 1)))
+            flops += layers_flops(
+                self.model, int(real.sum()), int(np.sum(queries.positions[real].astype(np.int64) + 1))
+            )
             flops += head_flops(self.model, read)
-        return {"tokens_per_second": tokens / seconds, "tflops": flops / seconds / 1e12, "mfu": flops / seconds / self.peak}
+        return {
+            "tokens_per_second": tokens / seconds,
+            "tflops": flops / seconds / 1e12,
+            "mfu": flops / seconds / self.peak,
+        }

@@ -1,9 +1,11 @@
-"""Ours and torch on the same work in turn: encoding, LoRA step, full step, generation. Prints ratios of medians, and peak memory.
+"""Ours and torch on the same work in turn: encoding, LoRA step, full step, generation. Prints ratios of
+medians, and peak memory.
 
-Command: python tests/benchmarks/against_torch.py --data FOLDER [--tasks encode lora full generate]
-`--data` is a BEIR folder (MedQuAD for the figures in the README); nothing else may run on the machine meanwhile.
+Command: python tests/benchmarks/against_torch.py --data FOLDER [--tasks encode lora full generate] `--data`
+is a BEIR folder (MedQuAD for the figures in the README); nothing else may run on the machine meanwhile.
 
-Each side is a process of its own: it loads, warms up on the shapes it will see, then works portion by portion as it is told to.
+Each side is a process of its own: it loads, warms up on the shapes it will see, then works portion by portion
+as it is told to.
 """
 
 from __future__ import annotations
@@ -61,8 +63,8 @@ def main() -> None:
     """Run each task on both sides in turn and print a line for it."""
     arguments = tyro.cli(Arguments, description=__doc__)
     from search_r3_jax.data.beir import read_beir
-    from search_r3_jax.hub.checkpoint import load_model
     from search_r3_jax.hub.export import export_model
+    from search_r3_jax.hub.load_model import load_model
 
     collection = read_beir(arguments.data, "train")
     bodies = {document.doc_id: document.body for document in collection.documents}
@@ -93,12 +95,14 @@ def describe(result: dict[str, Any]) -> str:
     mine, other = (statistics.median(side["seconds"]) for side in (ours, theirs))
     return (
         f"ours {mine:7.2f} s  torch {other:7.2f} s  ratio {result['ratio']:.2f}  "
-        f"peak memory {ours['peak_mib']:.0f} / {theirs['peak_mib']:.0f} MiB  start {min(ours['start']):.0f} / {min(theirs['start']):.0f} s"
+        f"peak memory {ours['peak_mib']:.0f} / {theirs['peak_mib']:.0f} MiB  start {min(ours['start']):.0f} "
+        f"/ {min(theirs['start']):.0f} s"
     )
 
 
 def measure(task: Task, folder: Path, file: Path, arguments: Arguments) -> dict[str, Any]:
-    """Both sides in turn, `sessions` times; one process at a time, because each may want most of the machine's memory."""
+    """Both sides in turn, `sessions` times; one process at a time, because each may want most of the
+    machine's memory."""
     result: dict[str, Any] = {side: {"seconds": [], "peak_mib": 0.0, "start": []} for side in SIDES}
     for session in range(arguments.sessions):
         for side in SIDES if session % 2 == 0 else reversed(SIDES):
@@ -114,7 +118,7 @@ def measure(task: Task, folder: Path, file: Path, arguments: Arguments) -> dict[
 
 def worker(side: str, task: str, folder: str, file: str) -> None:
     """Load, warm up, say so; then one portion of work a line."""
-    from search_r3_jax.quiet import quiet
+    from search_r3_jax.runtime_env import quiet
 
     quiet()
     given = json.loads(Path(file).read_text())
@@ -151,7 +155,9 @@ def our_encoding(folder: str, given: dict[str, Any]) -> Work:
     from search_r3_jax import Embedder
 
     embedder = Embedder.load(folder, max_tokens=given["max_tokens"])
-    return lambda i: embedder.encode(portion(given["texts"], i, given["rounds"]), kind="document", progress=False)
+    return lambda i: embedder.encode(
+        portion(given["texts"], i, given["rounds"]), kind="document", progress=False
+    )
 
 
 def torch_encoding(folder: str, given: dict[str, Any]) -> Work:
@@ -163,7 +169,10 @@ def torch_encoding(folder: str, given: dict[str, Any]) -> Work:
     # The folder is exported for 512 tokens of text.
     model.max_seq_length = room - 512 + given["max_tokens"]
     return lambda i: model.encode(
-        portion(given["texts"], i, given["rounds"]), prompt_name="document", batch_size=given["torch_batch"], show_progress_bar=False
+        portion(given["texts"], i, given["rounds"]),
+        prompt_name="document",
+        batch_size=given["torch_batch"],
+        show_progress_bar=False,
     )
 
 
@@ -173,7 +182,7 @@ def our_training(folder: str, given: dict[str, Any], lora: bool) -> Work:
 
     from search_r3_jax.config import LoraConfig, OptimizerConfig, RunConfig, SftConfig, TextConfig
     from search_r3_jax.data.collection import Collection, Document, Query
-    from search_r3_jax.hub.checkpoint import load_model, with_lora
+    from search_r3_jax.hub.load_model import load_model, with_lora
     from search_r3_jax.models.lora import trainable_filter
     from search_r3_jax.text.prompts import Prompter
     from search_r3_jax.training.optimizer import make_optimizer
@@ -186,7 +195,9 @@ def our_training(folder: str, given: dict[str, Any], lora: bool) -> Work:
         name="pairs",
         split="train",
         documents=tuple(Document(doc_id=str(i), title="", text=text) for i, (_, text) in enumerate(pairs)),
-        queries=tuple(Query(query_id=str(i), text=text, positives={str(i): 1}) for i, (text, _) in enumerate(pairs)),
+        queries=tuple(
+            Query(query_id=str(i), text=text, positives={str(i): 1}) for i, (text, _) in enumerate(pairs)
+        ),
     )
     config = RunConfig(
         compute_dtype="float32",
@@ -203,7 +214,9 @@ def our_training(folder: str, given: dict[str, Any], lora: bool) -> Work:
             optimizer=OptimizerConfig(learning_rate=LEARNING_RATE),
         ),
     )
-    model = with_lora(load_model(folder, compute_dtype=config.compute_dtype, remat=config.remat), config.lora, seed=0)
+    model = with_lora(
+        load_model(folder, compute_dtype=config.compute_dtype, remat=config.remat), config.lora, seed=0
+    )
     prompter = Prompter(model.tokenizer)
     pipeline = make_pipeline(config, [collection], prompter)
     graph, params, frozen = nnx.split(model.decoder, trainable_filter(model.decoder), ...)
@@ -231,7 +244,12 @@ def torch_training(folder: str, given: dict[str, Any], lora: bool) -> Work:
     if lora:
         from peft import LoraConfig, get_peft_model
 
-        model = get_peft_model(model, LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"))
+        model = get_peft_model(
+            model,
+            LoraConfig(
+                r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"
+            ),
+        )
     base = model.get_base_model() if lora else model
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
@@ -247,7 +265,10 @@ def torch_training(folder: str, given: dict[str, Any], lora: bool) -> Work:
     def work(i: int) -> None:
         pairs = portion(given["pairs"], i, given["rounds"])
         hidden, vectors, batches = [], [], []
-        for texts, tokens in (([q for q, _ in pairs], QUERY_TOKENS), ([d for _, d in pairs], given["train_tokens"])):
+        for texts, tokens in (
+            ([q for q, _ in pairs], QUERY_TOKENS),
+            ([d for _, d in pairs], given["train_tokens"]),
+        ):
             ids, mask, lengths = padded(texts, tokens)
             states = base.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
             vectors.append(torch.nn.functional.normalize(states[torch.arange(len(ids)), lengths - 1], dim=-1))
@@ -272,7 +293,7 @@ def torch_training(folder: str, given: dict[str, Any], lora: bool) -> Work:
 def our_generation(folder: str, given: dict[str, Any]) -> Work:
     from flax import nnx
 
-    from search_r3_jax.hub.checkpoint import load_model
+    from search_r3_jax.hub.load_model import load_model
     from search_r3_jax.rollout.sampler import Sampler, rollout_seeds
     from search_r3_jax.text.prompts import Prompter
 

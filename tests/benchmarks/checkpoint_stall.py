@@ -1,9 +1,11 @@
-"""Is training held up by its checkpoints? Stage 1 of SmolLM2-135M with one every 20 steps: adapters, and all parameters.
+"""Is training held up by its checkpoints? Stage 1 of SmolLM2-135M with one every 20 steps: adapters, and all
+parameters.
 
     python tests/benchmarks/checkpoint_stall.py [--out FOLDER]
 
-`blocked` is what the loop waited for its saves (which is logged as `save_seconds`), as a share of all time; `slowdown` compares the two
-steps after a save, beside which it is written, with the others. Small batches: the shorter the steps, the larger both are.
+`blocked` is what the loop waited for its saves (which is logged as `save_seconds`), as a share of all time;
+`slowdown` compares the two steps after a save, beside which it is written, with the others. Small batches:
+the shorter the steps, the larger both are.
 """
 
 from __future__ import annotations
@@ -19,13 +21,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tiny import word_collection
+from helpers.tiny_models import word_collection
 
 from search_r3_jax.config import LoraConfig
 from search_r3_jax.configs.smollm2 import config as smollm2
 from search_r3_jax.data.development import TrainingSet
 from search_r3_jax.files import write_json
-from search_r3_jax.hub.checkpoint import load_model, with_lora
+from search_r3_jax.hub.load_model import load_model, with_lora
 from search_r3_jax.training.sft import train_sft
 
 RESULT = Path(__file__).with_suffix(".json")
@@ -40,7 +42,13 @@ def measured(run: Path, rank: int) -> dict[str, Any]:
         lora=LoraConfig(rank=rank),
         text=dataclasses.replace(smollm2.text, max_query_tokens=16, max_document_tokens=32),
         sft=dataclasses.replace(
-            smollm2.sft, steps=EVERY * PERIODS + BESIDE, global_batch=4, reasoned_share=0.0, reasoning="off", eval_every=0, save_every=EVERY
+            smollm2.sft,
+            steps=EVERY * PERIODS + BESIDE,
+            global_batch=4,
+            reasoned_share=0.0,
+            reasoning="off",
+            eval_every=0,
+            save_every=EVERY,
         ),
     )
     collection = word_collection(documents=200, queries=200)
@@ -67,7 +75,9 @@ def measured(run: Path, rank: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=RESULT, help="file for the result")
     arguments = parser.parse_args()
     found = {}

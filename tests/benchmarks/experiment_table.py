@@ -1,7 +1,7 @@
 """The tables of the recorded experiment, as Markdown: `python tests/benchmarks/experiment_table.py`.
 
-Reads what `experiment.py record` wrote. With several seeds of stage 2 a query's value is its mean over them: an interval is one over
-queries; what each seed gave alone stands beside it.
+Reads what `experiment.py record` wrote. With several seeds of stage 2 a query's value is its mean over them:
+an interval is one over queries; what each seed gave alone stands beside it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,12 @@ from search_r3_jax.evaluation.report import SAMPLES
 from search_r3_jax.evaluation.significance import bootstrap_interval, sign_flip_p_value
 
 SETS = ("cosqa", "medquad", "conala", "mbpp", "entailmentbank", "strategyqa", "scifact", "squad_sent")
-BASELINES = (("bm25", "BM25"), ("bm25-split", "BM25, identifiers split"), ("minilm", "all-MiniLM-L6-v2"), ("untrained", "untrained"))
+BASELINES = (
+    ("bm25", "BM25"),
+    ("bm25-split", "BM25, identifiers split"),
+    ("minilm", "all-MiniLM-L6-v2"),
+    ("untrained", "untrained"),
+)
 OURS = (
     (("sft", "direct"), "stage 1"),
     (("sft", "reason"), "stage 1, reasoned"),
@@ -26,13 +31,20 @@ OURS = (
     (("rl", "reason"), "stage 2, reasoned"),
     (("rl", "average"), "stage 2, mean of both"),
 )
-CONTROLS = (("empty", "no reasoning"), ("repeated", "query repeated"), ("random", "random words"), ("swapped", "another query's reasoning"))
+CONTROLS = (
+    ("empty", "no reasoning"),
+    ("repeated", "query repeated"),
+    ("random", "random words"),
+    ("swapped", "another query's reasoning"),
+)
 # The results of each system on each collection; of stage 2 a system a seed.
 Results = dict[str, dict[str, Any]]
 
 
 def main() -> None:
-    results: Results = {file.stem: json.loads(file.read_text())["results"] for file in sorted(RECORDS.glob("*.json"))}
+    results: Results = {
+        file.stem: json.loads(file.read_text())["results"] for file in sorted(RECORDS.glob("*.json"))
+    }
     print("\n".join([*all_systems(results), "", *stage_2_over_stage_1(results), "", *swap_probe(results)]))
 
 
@@ -42,10 +54,13 @@ def values_of(text: str) -> np.ndarray:
 
 
 def measured(results: Results, name: str, stage: str, mode: str, control: str = "") -> np.ndarray:
-    """nDCG@10 [S,Q] of one collection in one mode of a stage, or with a control's reasoning, in all seeds that were measured."""
+    """nDCG@10 [S,Q] of one collection in one mode of a stage, or with a control's reasoning, in all seeds
+    that were measured."""
     rows = []
     for system, found_in in results.items():
-        found = found_in.get(name, {}).get("modes", {}).get(mode) if system.split("_seed")[0] == stage else None
+        found = (
+            found_in.get(name, {}).get("modes", {}).get(mode) if system.split("_seed")[0] == stage else None
+        )
         if found is not None and (not control or "controls" in found):
             rows.append(values_of((found["controls"][control] if control else found)["of_query"]))
     return np.array(rows)
@@ -79,15 +94,35 @@ def all_systems(results: Results) -> list[str]:
 
 def stage_2_over_stage_1(results: Results) -> list[str]:
     """What stage 2, reasoned and direct, has over stage 1's direct embedding, query by query."""
-    lines = heading("stage 2, reasoned − stage 1", "p", "each seed", "stage 2, direct − stage 1", "stage 2, reasoned − direct")
+    lines = heading(
+        "stage 2, reasoned − stage 1",
+        "p",
+        "each seed",
+        "stage 2, direct − stage 1",
+        "stage 2, reasoned − direct",
+    )
     for name in AIMED_AT:
-        reasoned, direct, before = (measured(results, name, *which) for which in (("rl", "reason"), ("rl", "direct"), ("sft", "direct")))
+        reasoned, direct, before = (
+            measured(results, name, *which)
+            for which in (("rl", "reason"), ("rl", "direct"), ("sft", "direct"))
+        )
         if not len(reasoned) or not len(before):
             continue
         gains = reasoned - before
         p = sign_flip_p_value(gains.mean(axis=0), samples=SAMPLES, seed=0)
         each = ", ".join(f"{value:+.3f}" for value in gains.mean(axis=1))
-        lines.append(row(name, [difference(gains), f"{p:.4f}", each, difference(direct - before), difference(reasoned - direct)]))
+        lines.append(
+            row(
+                name,
+                [
+                    difference(gains),
+                    f"{p:.4f}",
+                    each,
+                    difference(direct - before),
+                    difference(reasoned - direct),
+                ],
+            )
+        )
     return lines
 
 
@@ -100,13 +135,17 @@ def swap_probe(results: Results) -> list[str]:
     """What another query's reasoning costs, and none, beside the gain over stage 1's direct embedding."""
     lines = heading("gain over stage 1", "exchanged costs", "share of the gain", "leaving it out costs")
     for name in AIMED_AT:
-        own, swapped, empty = (measured(results, name, "rl", "reason", control) for control in ("own", "swapped", "empty"))
+        own, swapped, empty = (
+            measured(results, name, "rl", "reason", control) for control in ("own", "swapped", "empty")
+        )
         before = measured(results, name, "sft", "direct")
         if not len(own) or not len(before):
             continue
         gain, cost = (own - before).mean(), (own - swapped).mean()
         share = f"{cost / gain:.0%}" if gain > 0 else "no gain"
-        lines.append(row(name, [difference(own - before), difference(own - swapped), share, difference(own - empty)]))
+        lines.append(
+            row(name, [difference(own - before), difference(own - swapped), share, difference(own - empty)])
+        )
     return lines
 
 

@@ -1,4 +1,5 @@
-"""trl's side of `rl_step.py`: GRPOTrainer with a reward function that does what our environment does, through torch."""
+"""trl's side of `rl_step.py`: GRPOTrainer with a reward function that does what our environment does, through
+torch."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ class TorchIndex:
     def __init__(self, vectors: np.ndarray) -> None:
         import torch
 
-        from search_r3_jax.retrieval.index import hash_of_ids
+        from search_r3_jax.retrieval.index.protocol import hash_of_ids
 
         self.shape: tuple[int, int] = (len(vectors), vectors.shape[1])
         self.ids_hash: str = hash_of_ids([str(row) for row in range(len(vectors))])
@@ -46,7 +47,7 @@ def trl_steps(given: dict[str, Any]) -> None:
     from trl.trainer.grpo_config import GRPOConfig
     from trl.trainer.grpo_trainer import GRPOTrainer
 
-    from search_r3_jax.retrieval.environment import Environment
+    from search_r3_jax.retrieval.environment.environment import Environment
     from search_r3_jax.text.prompts import REASON_SYSTEM, Prompter, prompt_text
 
     Q, G, rows = given["queries"], given["group"], given["trl_rows"]
@@ -69,26 +70,43 @@ def trl_steps(given: dict[str, Any]) -> None:
                 ids = torch.tensor([row + [0] * (longest - len(row)) for row in part])
                 mask = (torch.arange(longest)[None] < lengths[:, None]).long()
                 states = decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-                found.append(torch.nn.functional.normalize(states[torch.arange(len(part)), lengths - 1], dim=-1))
+                found.append(
+                    torch.nn.functional.normalize(states[torch.arange(len(part)), lengths - 1], dim=-1)
+                )
         return torch.cat(found).numpy()
 
     def encode_documents(documents: np.ndarray) -> np.ndarray:
         texts = [given["bodies"][row] for row in documents]
-        found = [[*prompter.direct.prefix, *row] for row in prompter.direct_rows(texts, given["document_tokens"])]
+        found = [
+            [*prompter.direct.prefix, *row] for row in prompter.direct_rows(texts, given["document_tokens"])
+        ]
         return vectors_of(found, given["torch_documents"])
 
     environment = Environment(
-        TorchIndex(given["vectors"]), encode_documents, candidates=given["candidates"], refresh_budget=given["refresh"]
+        TorchIndex(given["vectors"]),
+        encode_documents,
+        candidates=given["candidates"],
+        refresh_budget=given["refresh"],
     )
 
-    def retrieval(prompts: list[str], completion_ids: list[list[int]], positive: list[int], **_: Any) -> list[float | None]:
+    def retrieval(
+        prompts: list[str], completion_ids: list[list[int]], positive: list[int], **_: Any
+    ) -> list[float | None]:
         nonlocal answer
         prompt_ids = tokenizer(text=prompts)["input_ids"]
-        replies = [[*p, *c, *prompter.reason.closing] for p, c in zip(prompt_ids, completion_ids, strict=True)]
+        replies = [
+            [*p, *c, *prompter.reason.closing] for p, c in zip(prompt_ids, completion_ids, strict=True)
+        ]
         vectors = vectors_of(replies, rows).reshape(Q, G, -1)
-        result = environment.score(trainer.state.global_step, [{row: 1.0} for row in positive[::G]], vectors, np.ones((Q, G), bool))
+        result = environment.score(
+            trainer.state.global_step, [{row: 1.0} for row in positive[::G]], vectors, np.ones((Q, G), bool)
+        )
         written = float(np.mean([len(row) for row in completion_ids]))
-        answer = {"reply_tokens": written, "mean_reward": float(result.rewards.mean()), "reencoded": result.stats["reencoded"]}
+        answer = {
+            "reply_tokens": written,
+            "mean_reward": float(result.rewards.mean()),
+            "reencoded": result.stats["reencoded"],
+        }
         return result.rewards.reshape(-1).tolist()
 
     class Timed(GRPOTrainer):
@@ -125,7 +143,9 @@ def trl_steps(given: dict[str, Any]) -> None:
     texts, positives = (given[name] + given[name][:Q] for name in ("texts", "positives"))
     prompts = [before + text + after for text in texts]
     for prompt, row in zip(prompts, prompter.reason_rows(texts, given["query_tokens"]), strict=True):
-        assert tokenizer(text=prompt)["input_ids"] == [*prompter.reason.prefix, *row], f"trl reads another prompt: {prompt}"
+        assert tokenizer(text=prompt)["input_ids"] == [*prompter.reason.prefix, *row], (
+            f"trl reads another prompt: {prompt}"
+        )
     trainer: Any = Timed(
         model=AutoModelForCausalLM.from_pretrained(given["model"], dtype=torch.float32),
         reward_funcs=retrieval,
@@ -157,7 +177,12 @@ def trl_steps(given: dict[str, Any]) -> None:
         ),
         train_dataset=Dataset.from_dict({"prompt": prompts, "positive": positives}),
         processing_class=tokenizer,
-        peft_config=LoraConfig(r=given["lora_rank"], lora_alpha=given["lora_alpha"], target_modules="all-linear", task_type="CAUSAL_LM"),
+        peft_config=LoraConfig(
+            r=given["lora_rank"],
+            lora_alpha=given["lora_alpha"],
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        ),
         callbacks=[Turns()],
     )
     trainer.train()

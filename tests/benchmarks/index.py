@@ -1,19 +1,23 @@
-"""The index beside exact search on real vectors: recall, seconds, bytes; and what a billion passages would take.
+"""The index beside exact search on real vectors: recall, seconds, bytes; and what a billion passages would
+take.
 
 Command: python tests/benchmarks/index.py --data FOLDER [FOLDER …] [--decoder-data FOLDER] [--work DIR]
-`--data` are BEIR folders or built sets, of 100,000 different texts together; nothing else may run on the machine meanwhile.
+`--data` are BEIR folders or built sets, of 100,000 different texts together; nothing else may run on the
+machine meanwhile.
 
-Real vectors: the documents of --data, then their queries, each text once and cut to 32 tokens, from all-MiniLM-L6-v2; 1,000 test queries
-that are none of them search. With --decoder-data also the documents of a collection from --model, and 1,000 of its queries. Vectors stay
-in --work, so that a second call encodes nothing.
+Real vectors: the documents of --data, then their queries, each text once and cut to 32 tokens, from
+all-MiniLM-L6-v2; 1,000 test queries that are none of them search. With --decoder-data also the documents of a
+collection from --model, and 1,000 of its queries. Vectors stay in --work, so that a second call encodes
+nothing.
 
-An index is built by its default settings, written and opened again, as readers of a run's index have it. Beside it stand the same with
-bfloat16 vectors, our exact search, and exact search by NumPy: a float32 product, `argpartition`, the ten sorted, in blocks of queries of
-the fastest size. All search in turn in one process, after a warm-up; medians count. Files are read while still in the page cache. What is
-measured replaces what --out says of the same vectors.
+An index is built by its default settings, written and opened again, as readers of a run's index have it.
+Beside it stand the same with bfloat16 vectors, our exact search, and exact search by NumPy: a float32
+product, `argpartition`, the ten sorted, in blocks of queries of the fastest size. All search in turn in one
+process, after a warm-up; medians count. Files are read while still in the page cache. What is measured
+replaces what --out says of the same vectors.
 
-`--sweep` tries other settings on the real vectors and prints a table. `--plan` measures nothing: from what --out holds it computes what
-`--assumed.passages` would take, and prints that as a table.
+`--sweep` tries other settings on the real vectors and prints a table. `--plan` measures nothing: from what
+--out holds it computes what `--assumed.passages` would take, and prints that as a table.
 """
 
 from __future__ import annotations
@@ -37,11 +41,11 @@ from index_plan import Assumptions, plan
 from real_vectors import Embedded, embed_decoder, embed_real
 
 from search_r3_jax.files import write_json
-from search_r3_jax.quiet import quiet
-from search_r3_jax.retrieval.exact import ExactIndex
-from search_r3_jax.retrieval.index import Index, probe_recall, recall_at_k
-from search_r3_jax.retrieval.scann_index import ScannIndex, ScannSettings
-from search_r3_jax.retrieval.versions import CALLER_FIELDS, open_version, publish_version
+from search_r3_jax.retrieval.index.exact import ExactIndex
+from search_r3_jax.retrieval.index.protocol import Index, probe_recall, recall_at_k
+from search_r3_jax.retrieval.index.scann import ScannIndex, ScannSettings
+from search_r3_jax.retrieval.store.versions import CALLER_FIELDS, open_version, publish_version
+from search_r3_jax.runtime_env import quiet
 
 K = 10
 CLOCKS = ("seconds", "cpu_seconds")
@@ -97,7 +101,9 @@ def main() -> None:
         return
     arguments.work.mkdir(parents=True, exist_ok=True)
     if arguments.data:
-        real = embed_real(arguments.data, arguments.work, vectors=arguments.vectors, queries=arguments.queries)
+        real = embed_real(
+            arguments.data, arguments.work, vectors=arguments.vectors, queries=arguments.queries
+        )
         record["real"] = measure(real, arguments)
         write_json(arguments.out, record)
         print(described("real", record["real"]), flush=True)
@@ -148,8 +154,11 @@ def measure(embedded: Embedded, arguments: Arguments) -> dict[str, Any]:
     }
 
 
-def written(root: Path, step: int, vectors: np.ndarray, ids: Sequence[str], settings: ScannSettings) -> tuple[Index, dict[str, Any]]:
-    """A version of the index as it comes from its files, with vectors of the settings' dtype; its bytes and seconds."""
+def written(
+    root: Path, step: int, vectors: np.ndarray, ids: Sequence[str], settings: ScannSettings
+) -> tuple[Index, dict[str, Any]]:
+    """A version of the index as it comes from its files, with vectors of the settings' dtype; its bytes and
+    seconds."""
     fields: dict[str, Any] = {name: 0 for name in CALLER_FIELDS}
     # Whatever its recall is: that is to be measured.
     info = publish_version(
@@ -167,7 +176,11 @@ def written(root: Path, step: int, vectors: np.ndarray, ids: Sequence[str], sett
     opened = time.perf_counter()
     index = open_version(root, step)
     verified = time.perf_counter()
-    sizes = {file.relative_to(info.path).as_posix(): file.stat().st_size for file in Path(info.path).rglob("*") if file.is_file()}
+    sizes = {
+        file.relative_to(info.path).as_posix(): file.stat().st_size
+        for file in Path(info.path).rglob("*")
+        if file.is_file()
+    }
     return index, {
         "kind": index.kind,
         "settings": info.manifest["settings"],
@@ -184,11 +197,17 @@ def written(root: Path, step: int, vectors: np.ndarray, ids: Sequence[str], sett
 def recalls(index: Index, exact: Index, queries: np.ndarray) -> dict[str, float]:
     """Recall@10 as a version's gate has it, where ties count, and of the very rows."""
     rows = recall_at_k(index.search(queries, K)[1], exact.search(queries, K)[1], K)
-    return {"recall@10": round(probe_recall(index, exact, queries, K), 5), "recall@10_of_rows": round(rows, 5)}
+    return {
+        "recall@10": round(probe_recall(index, exact, queries, K), 5),
+        "recall@10_of_rows": round(rows, 5),
+    }
 
 
-def numpy_search(vectors: np.ndarray, queries: np.ndarray, k: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-    """Exact search of queries [Q,E], `block` at a time, in vectors [N,E]: inner products [Q,k], descending, and rows [Q,k]."""
+def numpy_search(
+    vectors: np.ndarray, queries: np.ndarray, k: int, block: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Exact search of queries [Q,E], `block` at a time, in vectors [N,E]: inner products [Q,k], descending,
+    and rows [Q,k]."""
     found: list[tuple[np.ndarray, np.ndarray]] = []
     for start in range(0, len(queries), block):
         scores = queries[start : start + block] @ vectors.T
@@ -200,7 +219,8 @@ def numpy_search(vectors: np.ndarray, queries: np.ndarray, k: int, block: int) -
 
 
 def timed(searches: Mapping[str, Callable[[], object]], runs: int) -> dict[str, dict[str, list[float]]]:
-    """Every run's seconds, of the clock and of the processor, by search: all take turns, so that what disturbs one disturbs the others."""
+    """Every run's seconds, of the clock and of the processor, by search: all take turns, so that what
+    disturbs one disturbs the others."""
     for search in searches.values():
         search()
     spent: dict[str, dict[str, list[float]]] = {clock: {name: [] for name in searches} for clock in CLOCKS}
@@ -220,28 +240,40 @@ def summary(spent: Mapping[str, list[float]]) -> dict[str, dict[str, float]]:
     best = min(value for name, value in medians.items() if name.startswith("numpy"))
     return {
         "median": medians,
-        "numpy_by": {name: round(best / value, 2) for name, value in medians.items() if not name.startswith("numpy")},
+        "numpy_by": {
+            name: round(best / value, 2) for name, value in medians.items() if not name.startswith("numpy")
+        },
     }
 
 
 def described(name: str, found: dict[str, Any]) -> str:
     """A few lines for the terminal."""
-    lines = [f"{name}: {found['rows']:,} vectors of {found['dimension']}, {found['queries']:,} queries, encoding {found['encoding']}"]
+    lines = [
+        f"{name}: {found['rows']:,} vectors of {found['dimension']}, {found['queries']:,} queries, encoding "
+        f"{found['encoding']}"
+    ]
     for dtype, version in found["index"].items():
         lines.append(
-            f"  {dtype:<9} {version['kind']} {version['settings']['method']}  recall@10 {version['recall@10']:.4f}"
-            f" (rows {version['recall@10_of_rows']:.4f})  build {version['build_seconds']:.1f} s  open {version['open_seconds']:.2f} s,"
-            f" with checksums {version['verify_and_open_seconds']:.2f} s  vectors {version['vector_bytes'] / 2**20:.0f} MiB,"
+            f"  {dtype:<9} {version['kind']} {version['settings']['method']}  recall@10 "
+            f"{version['recall@10']:.4f}"
+            f" (rows {version['recall@10_of_rows']:.4f})  build {version['build_seconds']:.1f} s  open "
+            f"{version['open_seconds']:.2f} s,"
+            f" with checksums {version['verify_and_open_seconds']:.2f} s  vectors "
+            f"{version['vector_bytes'] / 2**20:.0f} MiB,"
             f" ScaNN {version['scann_bytes'] / 2**20:.0f} MiB"
         )
     cpu = found["cpu_seconds"]["median"]
-    lines += [f"  {search:<15} {seconds:8.4f} s  (cpu {cpu[search]:8.4f} s)" for search, seconds in found["seconds"]["median"].items()]
+    lines += [
+        f"  {search:<15} {seconds:8.4f} s  (cpu {cpu[search]:8.4f} s)"
+        for search, seconds in found["seconds"]["median"].items()
+    ]
     lines += [f"  NumPy's {clock} by theirs: {found[clock]['numpy_by']}" for clock in CLOCKS]
     return "\n".join(lines)
 
 
 def sweep(embedded: Embedded, runs: int) -> Iterator[str]:
-    """Markdown, a line for each of other settings: the bases are built, leaves to search and candidates are chosen at every search."""
+    """Markdown, a line for each of other settings: the bases are built, leaves to search and candidates are
+    chosen at every search."""
     vectors, queries = embedded.vectors, embedded.queries
     ids = [str(row) for row in range(len(vectors))]
     exact_rows = numpy_search(vectors, queries, K, NUMPY_BLOCKS[1])[1]
@@ -259,7 +291,10 @@ def sweep(embedded: Embedded, runs: int) -> Iterator[str]:
         # ScaNN takes it for none.
         dataclasses.replace(tree, anisotropic_threshold=math.nan),
     ]
-    yield "| method | leaves | searched | spherical | SOAR | reorder | dims | threshold | build s | recall@10 | s | NumPy by it | cpu |"
+    yield (
+        "| method | leaves | searched | spherical | SOAR | reorder | dims | threshold | build s | "
+        "recall@10 | s | NumPy by it | cpu |"
+    )
     yield "|---" * 13 + "|"
     for base in bases:
         started = time.perf_counter()
@@ -277,14 +312,20 @@ def sweep(embedded: Embedded, runs: int) -> Iterator[str]:
         for name, settings in variants.items():
             recall = recall_at_k(searches[name]()[1], exact_rows, K)
             yield (
-                f"| {base.method} | {base.leaves} | {settings.leaves_to_search} | {base.spherical} | {base.soar_lambda:g}"
-                f" | {settings.reorder} | {base.dims_per_block} | {base.anisotropic_threshold} | {built:.1f} | {recall:.4f}"
-                f" | {seconds['median'][name]:.4f} | {seconds['numpy_by'][name]:.1f} | {cpu_seconds['numpy_by'][name]:.1f} |"
+                f"| {base.method} | {base.leaves} | {settings.leaves_to_search} | {base.spherical} | "
+                f"{base.soar_lambda:g}"
+                f" | {settings.reorder} | {base.dims_per_block} | {base.anisotropic_threshold} | {built:.1f} "
+                f"| {recall:.4f}"
+                f" | {seconds['median'][name]:.4f} | {seconds['numpy_by'][name]:.1f} | "
+                f"{cpu_seconds['numpy_by'][name]:.1f} |"
             )
 
 
-def search_by(index: ScannIndex, settings: ScannSettings, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A search of queries [Q,E] with other settings of searching than those the index was built by: scores and rows [Q,k]."""
+def search_by(
+    index: ScannIndex, settings: ScannSettings, queries: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """A search of queries [Q,E] with other settings of searching than those the index was built by: scores
+    and rows [Q,k]."""
     index.settings = settings
     return index.search(queries, K)
 

@@ -43,10 +43,14 @@ class Assumptions:
 
 
 def plan(record: Mapping[str, Any], assumed: Assumptions) -> Iterator[str]:
-    """A Markdown table with a column a model, and what it rests on; raises SystemExit where a measurement is missing."""
+    """A Markdown table with a column a model, and what it rests on; raises SystemExit where a measurement is
+    missing."""
     missing = [name for name in ("real", "decoder") if name not in record]
     if missing:
-        raise SystemExit(f"--plan: nothing measured of {' and '.join(missing)} vectors; measure first, with --data and --decoder-data")
+        raise SystemExit(
+            f"--plan: nothing measured of {' and '.join(missing)} vectors; measure first, with --data and "
+            "--decoder-data"
+        )
     columns = [dict(rows_of(config, record, assumed)) for config in MODELS.values()]
     yield f"| {assumed.passages:,} passages of {assumed.passage_tokens} tokens | {' | '.join(MODELS)} |"
     yield "|---" * (1 + len(columns)) + "|"
@@ -56,7 +60,9 @@ def plan(record: Mapping[str, Any], assumed: Assumptions) -> Iterator[str]:
     yield from grounds(record, assumed)
 
 
-def rows_of(config: ModelConfig, record: Mapping[str, Any], assumed: Assumptions) -> Iterator[tuple[str, str]]:
+def rows_of(
+    config: ModelConfig, record: Mapping[str, Any], assumed: Assumptions
+) -> Iterator[tuple[str, str]]:
     """Name and value of each row of a model's column."""
     real, encoding = record["real"], record["decoder"]["encoding"]
     measured = real["rows"] * real["dimension"]
@@ -68,18 +74,33 @@ def rows_of(config: ModelConfig, record: Mapping[str, Any], assumed: Assumptions
         yield f"ScaNN's files, {dtype} candidates", terabytes(scann)
         host = assumed.host_gb * 1e9
         yield f"hosts of {assumed.host_gb:g} GB for ScaNN's files, {dtype}", f"{math.ceil(scann / host):,}"
-        yield f"hosts of {assumed.host_gb:g} GB for these and the vectors, {dtype}", f"{math.ceil((scann + vectors) / host):,}"
+        yield (
+            f"hosts of {assumed.host_gb:g} GB for these and the vectors, {dtype}",
+            f"{math.ceil((scann + vectors) / host):,}",
+        )
     shards = math.ceil(assumed.passages / assumed.shard_passages)
-    built = real["index"]["float32"]["build_seconds"] / measured * assumed.shard_passages * config.hidden_size / SECONDS_AN_HOUR
+    built = (
+        real["index"]["float32"]["build_seconds"]
+        / measured
+        * assumed.shard_passages
+        * config.hidden_size
+        / SECONDS_AN_HOUR
+    )
     growth = math.sqrt(assumed.shard_passages / real["rows"])
-    yield f"build of one of {shards:,} shards, {real['cores']} cores", f"{built:.1f} to {built * growth:.0f} h"
+    yield (
+        f"build of one of {shards:,} shards, {real['cores']} cores",
+        f"{built:.1f} to {built * growth:.0f} h",
+    )
     prompt = {name: encoding[name] for name in ("prefix_tokens", "tail_tokens")}
     flops = row_flops(config, assumed.passage_tokens, **prompt)
     chips_flops = assumed.chips * assumed.chip_tflops * 1e12 * assumed.share_of_peak
     yield "FLOPs a passage", f"{flops / 1e9:,.1f} · 10⁹"
     here = assumed.passages * flops / encoding["flops_per_second"] / SECONDS_AN_HOUR
     yield f"encoding all here, {record['decoder']['cores']} cores", f"{here / HOURS_A_YEAR:,.1f} years"
-    yield f"encoding all on {assumed.chips} chips", f"{assumed.passages * flops / chips_flops / SECONDS_AN_HOUR:,.2f} h"
+    yield (
+        f"encoding all on {assumed.chips} chips",
+        f"{assumed.passages * flops / chips_flops / SECONDS_AN_HOUR:,.2f} h",
+    )
     budget = IndexConfig().refresh_budget
     yield "passages encoded anew in a step, at most", f"{budget:,} ({budget / assumed.passages:.1e} of all)"
     yield "that takes, on one chip", f"{1000 * budget * flops / chips_flops * assumed.chips:,.1f} ms"
@@ -95,24 +116,34 @@ def grounds(record: Mapping[str, Any], assumed: Assumptions) -> Iterator[str]:
     real, decoder = record["real"], record["decoder"]
     index, encoding = real["index"]["float32"], decoder["encoding"]
     yield (
-        f"- Bytes and build seconds: measured on {real['rows']:,} vectors of {real['dimension']} ({index['settings']['method']},"
+        f"- Bytes and build seconds: measured on {real['rows']:,} vectors of {real['dimension']} "
+        f"({index['settings']['method']},"
         f" {index['build_seconds']:.0f} s), taken to grow with passages times dimension."
     )
     yield (
-        "- Building grows with passages alone where training on a sample dominates, and with passages^1.5 where assigning each of N to √N"
+        "- Building grows with passages alone where training on a sample dominates, and with passages^1.5 "
+        "where assigning each of N to √N"
         " partitions does: both ends are given. Shards are built one by one or on as many hosts as there are."
     )
     yield (
-        "- Memory: ScaNN's files hold the hashed vectors and a copy of the vectors for scoring candidates; the vectors themselves are"
+        "- Memory: ScaNN's files hold the hashed vectors and a copy of the vectors for scoring candidates; "
+        "the vectors themselves are"
         " mapped from disk, or in memory too. Ids, and the memory of building, are not counted."
     )
     yield (
-        f"- FLOPs: matrix products and attention of one forward pass of {assumed.passage_tokens} tokens and the prompt's"
-        f" {encoding['tail_tokens']} behind them, which attend to a shared prefix of {encoding['prefix_tokens']}."
+        f"- FLOPs: matrix products and attention of one forward pass of {assumed.passage_tokens} tokens and "
+        "the prompt's"
+        f" {encoding['tail_tokens']} behind them, which attend to a shared prefix of "
+        f"{encoding['prefix_tokens']}."
     )
     yield (
-        f"- Here: {encoding['flops_per_second'] / 1e9:,.0f} · 10⁹ FLOP/s, measured at {encoding['documents_per_second']:,.0f} documents a"
-        f" second of {encoding['tokens_per_document']:.0f} tokens, the same for both models. Chips: {assumed.share_of_peak:.0%} of"
+        f"- Here: {encoding['flops_per_second'] / 1e9:,.0f} · 10⁹ FLOP/s, measured at "
+        f"{encoding['documents_per_second']:,.0f} documents a"
+        f" second of {encoding['tokens_per_document']:.0f} tokens, the same for both models. Chips: "
+        f"{assumed.share_of_peak:.0%} of"
         f" {assumed.chip_tflops:g} TFLOP/s each, not measured."
     )
-    yield "- Anew in a step: `index.refresh_budget`; the rest of the index keeps its vectors until the next version."
+    yield (
+        "- Anew in a step: `index.refresh_budget`; the rest of the index keeps its vectors until the next "
+        "version."
+    )

@@ -1,11 +1,12 @@
-"""Whether a finished reply should make room for a waiting one: `python tests/benchmarks/sampling.py [--rounds N] [--out FILE]`.
+"""Whether a finished reply should make room for a waiting one: `python tests/benchmarks/sampling.py [--rounds
+N] [--out FILE]`.
 
-SmolLM2-135M, float32, temperature 1. All rows at once, a fixed number of slots that are refilled, and one pass after the other of as many
-rows, in turns within each round, so that other work on the machine meets all of them; the medians of seconds and of ratios count, of
-wall-clock and of processor time.
-`even`: 8 queries × 8 samples × 32 tokens, which hardly anybody ends early. `uneven`: as many rows of up to 128 tokens, where the head is
-biased towards the embed token, so that a reply ends with one chance in 32 a token.
-`choice`: seconds of drawing a token for 64 rows, beside those of a whole step.
+SmolLM2-135M, float32, temperature 1. All rows at once, a fixed number of slots that are refilled, and one
+pass after the other of as many rows, in turns within each round, so that other work on the machine meets all
+of them; the medians of seconds and of ratios count, of wall-clock and of processor time. `even`: 8 queries ×
+8 samples × 32 tokens, which hardly anybody ends early. `uneven`: as many rows of up to 128 tokens, where the
+head is biased towards the embed token, so that a reply ends with one chance in 32 a token. `choice`: seconds
+of drawing a token for 64 rows, beside those of a whole step.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from search_r3_jax.hub.checkpoint import load_model
+from search_r3_jax.hub.load_model import load_model
 from search_r3_jax.models.decoder import Decoder
 from search_r3_jax.rollout import sampler as sampler_module
-from search_r3_jax.rollout.choice import Choice, choose
 from search_r3_jax.rollout.sampler import Rollout, Sampler, rollout_seeds, rollout_throughput
+from search_r3_jax.rollout.token_sampling import SampledToken, sample_token
 from search_r3_jax.text.prompts import Prompter
 
 QUERIES = [
@@ -43,15 +44,18 @@ QUERIES = [
 ]
 GROUP, SLOTS, QUERY_TOKENS = 8, 16, 32
 SHORTER = 4
-"""How much shorter than the budget the replies of the uneven case are on average, but for those that the budget cuts."""
+"""How much shorter than the budget the replies of the uneven case are on average, but for those that the
+budget cuts."""
 
 
-def ending(embed_id: int, chance: float) -> Callable[..., Choice]:
+def ending(embed_id: int, chance: float) -> Callable[..., SampledToken]:
     """`choose`, with a logit of the embed token that gives it this chance."""
 
-    def choose_or_end(logits_bv: jax.Array, *arguments: jax.Array, **settings: Any) -> Choice:
+    def choose_or_end(logits_bv: jax.Array, *arguments: jax.Array, **settings: Any) -> SampledToken:
         others = jax.nn.logsumexp(logits_bv.at[:, embed_id].set(-jnp.inf), axis=-1)
-        return choose(logits_bv.at[:, embed_id].set(others + np.log(chance / (1 - chance))), *arguments, **settings)
+        return sample_token(
+            logits_bv.at[:, embed_id].set(others + np.log(chance / (1 - chance))), *arguments, **settings
+        )
 
     return choose_or_end
 
@@ -59,12 +63,18 @@ def ending(embed_id: int, chance: float) -> Callable[..., Choice]:
 def replies_case(decoder: Decoder, prompter: Prompter, budget: int, rounds: int) -> dict[str, Any]:
     """Seconds of each way to write the same replies."""
     graph, state = nnx.split(decoder)
-    at_once, slotted = (Sampler(graph, prompter, max_think_tokens=budget, temperature=1.0, slots=slots) for slots in (0, SLOTS))
+    at_once, slotted = (
+        Sampler(graph, prompter, max_think_tokens=budget, temperature=1.0, slots=slots)
+        for slots in (0, SLOTS)
+    )
 
     def passes(seeds: np.ndarray) -> list[Rollout]:
         queries = SLOTS // GROUP
         starts = range(0, len(QUERIES), queries)
-        return [at_once.sample(state, QUERIES[i : i + queries], seeds[i : i + queries], max_tokens=QUERY_TOKENS) for i in starts]
+        return [
+            at_once.sample(state, QUERIES[i : i + queries], seeds[i : i + queries], max_tokens=QUERY_TOKENS)
+            for i in starts
+        ]
 
     ways: dict[str, Callable[[np.ndarray], list[Rollout]]] = {
         "at_once": lambda seeds: [at_once.sample(state, QUERIES, seeds, max_tokens=QUERY_TOKENS)],
@@ -89,11 +99,23 @@ def replies_case(decoder: Decoder, prompter: Prompter, budget: int, rounds: int)
             if number:
                 seconds[name].append(taken)
                 busy[name].append(worked)
-                rates[name].append(sum(rollout_throughput(rollout, taken)["rollout_tokens_per_second"] for rollout in rollouts))
+                rates[name].append(
+                    sum(
+                        rollout_throughput(rollout, taken)["rollout_tokens_per_second"]
+                        for rollout in rollouts
+                    )
+                )
                 same[name].append(float(np.mean(np.all(ids == first, axis=-1))))
         if number:
             lengths.append(np.concatenate([rollout.lengths for rollout in rollouts]))
-            print(number, {name: (round(seconds[name][-1], 2), round(busy[name][-1], 2), same[name][-1]) for name in ways}, flush=True)
+            print(
+                number,
+                {
+                    name: (round(seconds[name][-1], 2), round(busy[name][-1], 2), same[name][-1])
+                    for name in ways
+                },
+                flush=True,
+            )
     written = np.concatenate(lengths)
     return {
         "tokens": {"mean": round(float(written.mean()), 1), "longest": int(written.max())},
@@ -101,8 +123,12 @@ def replies_case(decoder: Decoder, prompter: Prompter, budget: int, rounds: int)
             name: {
                 "seconds": round(median(seconds[name]), 3),
                 "tokens_per_second": round(median(rates[name]), 1),
-                "times_at_once": round(median(a / b for a, b in zip(seconds[name], seconds["at_once"], strict=True)), 3),
-                "processor_times_at_once": round(median(a / b for a, b in zip(busy[name], busy["at_once"], strict=True)), 3),
+                "times_at_once": round(
+                    median(a / b for a, b in zip(seconds[name], seconds["at_once"], strict=True)), 3
+                ),
+                "processor_times_at_once": round(
+                    median(a / b for a, b in zip(busy[name], busy["at_once"], strict=True)), 3
+                ),
                 "same_replies": min(same[name]),
             }
             for name in ways
@@ -125,7 +151,7 @@ def choice_case(vocabulary: int, rows: int, rounds: int) -> dict[str, float]:
 
     def drawing(temperature: float, top_k: int, top_p: float, entropy: bool) -> Callable[..., Any]:
         def draw(logits: jax.Array, keys: jax.Array, steps: jax.Array) -> Any:
-            choice = choose(logits, keys, steps, temperature=temperature, top_k=top_k, top_p=top_p)
+            choice = sample_token(logits, keys, steps, temperature=temperature, top_k=top_k, top_p=top_p)
             return choice if entropy else choice[:2]
 
         return jax.jit(draw)
@@ -150,7 +176,9 @@ def main() -> None:
     arguments = parser.parse_args()
     model = load_model("smollm2")
     prompter = Prompter(model.tokenizer)
-    found: dict[str, Any] = {"choice_ms": choice_case(model.decoder.config.vocab_size, len(QUERIES) * GROUP, 5 * arguments.rounds)}
+    found: dict[str, Any] = {
+        "choice_ms": choice_case(model.decoder.config.vocab_size, len(QUERIES) * GROUP, 5 * arguments.rounds)
+    }
     print(found, flush=True)
     found["even"] = replies_case(model.decoder, prompter, arguments.even, arguments.rounds)
     print(found["even"], flush=True)

@@ -1,4 +1,5 @@
-"""Two sides of a benchmark as processes: each loads, warms up, says so, and then does one portion of work a line that it is told."""
+"""Two sides of a benchmark as processes: each loads, warms up, says so, and then does one portion of work a
+line that it is told."""
 
 import json
 import subprocess
@@ -39,7 +40,8 @@ def dismissed(side: subprocess.Popen[str]) -> float:
 
 
 def numbers() -> Iterator[int]:
-    """In a side: says that it is ready, then gives the numbers of portions as they come; the last answer is the peak memory."""
+    """In a side: says that it is ready, then gives the numbers of portions as they come; the last answer is
+    the peak memory."""
     answer({})
     for line in sys.stdin:
         if int(line) == END:

@@ -1,9 +1,11 @@
-"""Stage 1 of SmolLM2 on real collections beside its baselines: `python tests/benchmarks/stage1.py --data FOLDER --out FOLDER`.
+"""Stage 1 of SmolLM2 on real collections beside its baselines: `python tests/benchmarks/stage1.py --data
+FOLDER --out FOLDER`.
 
-Each collection, a BEIR folder in --data, gets a run of `search-r3 sft --config smollm2`, one of them another without the KL term. Its test
-queries search a corpus cut to all judged documents and random others, 3,000 in all, the same for every system; beside the runs stand BM25,
-all-MiniLM-L6-v2 and the untrained model. General ability is the perplexity on plain sentences of another collection. What is there
-already is not done again. Writes stage1.json and stage1.png into --out, and the table to standard output.
+Each collection, a BEIR folder in --data, gets a run of `search-r3 sft --config smollm2`, one of them another
+without the KL term. Its test queries search a corpus cut to all judged documents and random others, 3,000 in
+all, the same for every system; beside the runs stand BM25, all-MiniLM-L6-v2 and the untrained model. General
+ability is the perplexity on plain sentences of another collection. What is there already is not done again.
+Writes stage1.json and stage1.png into --out, and the table to standard output.
 """
 
 from __future__ import annotations
@@ -38,14 +40,37 @@ def train(run: Path, data: Path, *settings: str) -> None:
 def evaluate(file: Path, model: str, data: Path, *options: str) -> dict[str, Any]:
     """The result of `eval`, from the file where it is there."""
     if not file.is_file():
-        search_r3("eval", "--model", model, "--data", str(data), "--max-documents", str(MAX_DOCUMENTS), "--out", str(file), *options)
+        search_r3(
+            "eval",
+            "--model",
+            model,
+            "--data",
+            str(data),
+            "--max-documents",
+            str(MAX_DOCUMENTS),
+            "--out",
+            str(file),
+            *options,
+        )
     return json.loads(file.read_text())
 
 
 def perplexity(file: Path, model: str, data: Path) -> float:
     """On 500 sentences, from the file where it is there."""
     if not file.is_file():
-        search_r3("perplexity", "--model", model, "--data", str(data), "--max-documents", "500", "--max-tokens", "128", "--out", str(file))
+        search_r3(
+            "perplexity",
+            "--model",
+            model,
+            "--data",
+            str(data),
+            "--max-documents",
+            "500",
+            "--max-tokens",
+            "128",
+            "--out",
+            str(file),
+        )
     return json.loads(file.read_text())["perplexity"]
 
 
@@ -71,7 +96,12 @@ def trained(out: Path, name: str, data: Path, plain: Path, mode: str, *settings:
     found = numbers(evaluate(out / f"{name}.json", str(run), data, "--mode", mode, *LIMITS))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     minutes = round(sum(line["seconds"] for line in lines) / 60, 1)
-    return {**found, "perplexity": perplexity(out / f"{name}_ppl.json", str(run), plain), "steps": len(lines), "minutes": minutes}
+    return {
+        **found,
+        "perplexity": perplexity(out / f"{name}_ppl.json", str(run), plain),
+        "steps": len(lines),
+        "minutes": minutes,
+    }
 
 
 def main() -> None:
@@ -92,7 +122,11 @@ def main() -> None:
         systems["untrained"]["perplexity"] = untrained
         systems["stage 1"] = trained(out, name, data, plain, MODES[name], "--sft.steps", str(STEPS[name]))
         of_data = results["untrained"]["data"]
-        record["collections"][name] = {"cut": of_data["cut"], "queries": of_data["queries"], "systems": systems}
+        record["collections"][name] = {
+            "cut": of_data["cut"],
+            "queries": of_data["queries"],
+            "systems": systems,
+        }
     for name in WITHOUT_KL:
         settings = ["--sft.steps", str(STEPS[name]), "--sft.kl-weight", "0", "--sft.eval-every", "0"]
         found = trained(out, f"{name}_nokl", given.data / name, plain, "direct", *settings)
@@ -109,7 +143,9 @@ def table(record: dict[str, Any]) -> list[str]:
         for system, found in collection["systems"].items():
             for mode in [mode for mode in ("direct", "reason") if mode in found]:
                 label = f"{system}, reasoned" if mode == "reason" else system
-                scores = " | ".join(f"{found[mode][metric]:.3f}" for metric in ("ndcg@10", "recall@10", "mrr"))
+                scores = " | ".join(
+                    f"{found[mode][metric]:.3f}" for metric in ("ndcg@10", "recall@10", "mrr")
+                )
                 shown = f"{found['perplexity']:.1f}" if "perplexity" in found else ""
                 lines.append(f"| {name} | {label} | {scores} | {shown} |")
     return lines

@@ -1,9 +1,11 @@
-"""Stage 2 of SmolLM2 on a real collection, from stage 1 on: `python tests/benchmarks/stage2.py --data FOLDER --out FOLDER`.
+"""Stage 2 of SmolLM2 on a real collection, from stage 1 on: `python tests/benchmarks/stage2.py --data FOLDER
+--out FOLDER`.
 
 StrategyQA, a BEIR folder in --data: stage 1, a quarter of its queries in the reasoned format, then stage 2 on
-600 of its queries over 3,000 documents. On the development queries, which neither stage trains on, what came out is compared with what went
-in, query by query; then `search-r3 budget` and `eval --controls` on the test queries. What is there already is not done again. Writes
-stage2.json and stage2.png into --out, and the table to standard output.
+600 of its queries over 3,000 documents. On the development queries, which neither stage trains on, what came
+out is compared with what went in, query by query; then `search-r3 budget` and `eval --controls` on the test
+queries. What is there already is not done again. Writes stage2.json and stage2.png into --out, and the table
+to standard output.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ RL = [
     str(RL_STEPS),
     "--rl.eval-every",
     "20",
-    "--rl.snapshot-every",
+    "--rl.checkpoint-every",
     "20",
     "--data.rl-queries",
     "600",
@@ -64,14 +66,29 @@ def compared(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
         first, last = (np.array([each[mode]["per_query"][i] for i in ids]) for each in (before, after))
         gain = bootstrap_interval(last - first, samples=SAMPLES, seed=0)
         numbers = [{name: each[mode][name] for name in kept} for each in (before, after)]
-        found[mode] = {"before": numbers[0], "after": numbers[1], "gain": dataclasses.asdict(gain), "queries": len(ids)}
+        found[mode] = {
+            "before": numbers[0],
+            "after": numbers[1],
+            "gain": dataclasses.asdict(gain),
+            "queries": len(ids),
+        }
     return found
 
 
 def course(run: Path) -> dict[str, Any]:
     """The first and the last ten steps of a run of stage 2, on average, and what all of it took."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    names = ("reward", "valid_rate", "reply_tokens", "entropy", "kl", "repetition", "zero_group_share", "effective_rank", "index_age")
+    names = (
+        "reward",
+        "valid_rate",
+        "reply_tokens",
+        "entropy",
+        "kl",
+        "repetition",
+        "zero_group_share",
+        "effective_rank",
+        "index_age",
+    )
     phases = ("rollout_seconds", "environment_seconds", "update_seconds")
     seconds = sum(line["seconds"] for line in lines)
 
@@ -105,7 +122,19 @@ def main() -> None:
         picture = ["--picture", str(out / "budget.png")]
         search_r3("budget", "--model", str(rl), "--data", str(data), *LIMITS, "--out", str(budget), *picture)
     if not controls.is_file():
-        search_r3("eval", "--model", str(rl), "--data", str(data), "--mode", "both", "--controls", *LIMITS, "--out", str(controls))
+        search_r3(
+            "eval",
+            "--model",
+            str(rl),
+            "--data",
+            str(data),
+            "--mode",
+            "both",
+            "--controls",
+            *LIMITS,
+            "--out",
+            str(controls),
+        )
     shown = ("ndcg@10", "valid_rate", "reply_tokens", "milliseconds_per_query")
     curve = json.loads(budget.read_text())
     probes = json.loads(controls.read_text())["modes"]["reason"]["controls"]
@@ -113,12 +142,17 @@ def main() -> None:
         "collection": COLLECTION,
         "dev": compared(watched(rl, 0), watched(rl, RL_STEPS)),
         "course": course(rl),
-        "test_direct": {name: curve["direct"][name] for name in shown} | {"interval": curve["direct"]["ndcg@10_interval"]},
+        "test_direct": {name: curve["direct"][name] for name in shown}
+        | {"interval": curve["direct"]["ndcg@10_interval"]},
         "test_budgets": [
-            {name: each[name] for name in ("max_think_tokens", *shown)} | {"interval": each["ndcg@10_interval"]}
+            {name: each[name] for name in ("max_think_tokens", *shown)}
+            | {"interval": each["ndcg@10_interval"]}
             for each in curve["budgets"]
         ],
-        "test_controls": {name: {key: each[key] for key in ("ndcg@10", "reply_tokens", "own_minus_this")} for name, each in probes.items()},
+        "test_controls": {
+            name: {key: each[key] for key in ("ndcg@10", "reply_tokens", "own_minus_this")}
+            for name, each in probes.items()
+        },
     }
     (out / "stage2.json").write_text(json.dumps(record, indent=1) + "\n")
     print("| development queries | before | after | gain, 95 % interval |\n|---|---|---|---|")

@@ -1,14 +1,17 @@
-"""What a stale index costs: rewards held against full re-encoding, and what is learned, by the index's age, with and without the overlay.
+"""What a stale index costs: rewards held against full re-encoding, and what is learned, by the index's age,
+with and without the overlay.
 
-    python tests/benchmarks/staleness.py planted --out FOLDER            a tiny model learns a planted table; one training a setting
-    python tests/benchmarks/staleness.py real --data FOLDER --out FOLDER     SmolLM2-135M on a real collection; one training in all
-    python tests/benchmarks/staleness.py varied --out FOLDER             the same run's ends, on replies that differ more
-    python tests/benchmarks/staleness.py picture                         staleness.json to staleness.png
+    python tests/benchmarks/staleness.py planted --out FOLDER            a tiny model learns a planted table;
+    one training a setting python tests/benchmarks/staleness.py real --data FOLDER --out FOLDER
+    SmolLM2-135M on a real collection; one training in all python tests/benchmarks/staleness.py varied --out
+    FOLDER             the same run's ends, on replies that differ more python tests/benchmarks/staleness.py
+    picture                         staleness.json to staleness.png
 
-Ages are those of the running system: while an index of period A is in use, the next one is being made, from the snapshot of the step at
-which this one came into use. So its age runs from A to 2A − 1 steps; at age 0 the whole corpus is encoded at every step. The periods are
-0, 1, 10 and 30 times `PERIOD`. Agreement is Kendall's τ-b between the rewards and those of the same completions when the whole corpus has
-been encoded with the current parameters: over all completions of a step, and within groups, where GRPO compares.
+Ages are those of the running system: while an index of period A is in use, the next one is being made, from
+the checkpoint of the step at which this one came into use. So its age runs from A to 2A − 1 steps; at age 0
+the whole corpus is encoded at every step. The periods are 0, 1, 10 and 30 times `PERIOD`. Agreement is
+Kendall's τ-b between the rewards and those of the same completions when the whole corpus has been encoded
+with the current parameters: over all completions of a step, and within groups, where GRPO compares.
 """
 
 from __future__ import annotations
@@ -32,17 +35,17 @@ from search_r3_jax.configs.smollm2 import config as smollm2
 from search_r3_jax.data.dataset import build_dataset, load_collection
 from search_r3_jax.data.development import TrainingSet, for_stage_2, load_training_sets
 from search_r3_jax.files import write_json
-from search_r3_jax.hub.checkpoint import load_model, with_lora
-from search_r3_jax.hub.snapshots import latest_snapshot, read_run, read_snapshot
+from search_r3_jax.hub.checkpoint_reader import latest_checkpoint, read_checkpoint, read_run
+from search_r3_jax.hub.load_model import load_model, with_lora
 from search_r3_jax.models.lora import trainable_filter
-from search_r3_jax.retrieval.drift import measure_drift, probe_rows
-from search_r3_jax.retrieval.environment import EncodeDocuments, Environment, StepResult
-from search_r3_jax.retrieval.exact import ExactIndex
+from search_r3_jax.retrieval.environment.drift import measure_drift, probe_rows
+from search_r3_jax.retrieval.environment.environment import EncodeDocuments, Environment, StepResult
+from search_r3_jax.retrieval.index.exact import ExactIndex
 from search_r3_jax.rollout.encoder import Encoder, ReasonedEncoder
 from search_r3_jax.rollout.sampler import Sampler, rollout_seeds
 from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training import rl, rl_setup
-from search_r3_jax.training.moving_index import reembedded
+from search_r3_jax.training.live_index import reencode_rollout
 from search_r3_jax.training.sft import train_sft
 
 HERE = Path(__file__).parent
@@ -57,7 +60,8 @@ PLANTED_STEPS = 130
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One line of the table: how many steps an index is used for, and how many documents a step may encode anew."""
+    """One line of the table: how many steps an index is used for, and how many documents a step may encode
+    anew."""
 
     times: int
     overlay: bool
@@ -67,7 +71,7 @@ class Setting:
         return self.times * PERIOD
 
     def version_at(self, step: int) -> int:
-        """The snapshot that the index in use at a step was made from."""
+        """The checkpoint that the index in use at a step was made from."""
         return step if self.period == 0 else max(0, step // self.period - 1) * self.period
 
     @property
@@ -76,12 +80,22 @@ class Setting:
 
 
 # With the whole corpus just encoded there is nothing left for an overlay to do.
-SETTINGS = [Setting(times=times, overlay=overlay) for times in TIMES for overlay in (False, True) if times or not overlay]
+SETTINGS = [
+    Setting(times=times, overlay=overlay)
+    for times in TIMES
+    for overlay in (False, True)
+    if times or not overlay
+]
 
 
 def agreement(rewards: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Kendall's τ-b of rewards [Q,G]: over all, and the mean over the groups in which both tell completions apart."""
-    groups = [tau_b(ours, theirs) for ours, theirs in zip(rewards, truth, strict=True) if min(np.ptp(ours), np.ptp(theirs)) > 0]
+    """Kendall's τ-b of rewards [Q,G]: over all, and the mean over the groups in which both tell completions
+    apart."""
+    groups = [
+        tau_b(ours, theirs)
+        for ours, theirs in zip(rewards, truth, strict=True)
+        if min(np.ptp(ours), np.ptp(theirs)) > 0
+    ]
     return {
         "tau": tau_b(rewards.ravel(), truth.ravel()),
         "tau_within_groups": float(np.mean(groups)) if groups else float("nan"),
@@ -113,11 +127,14 @@ class Indexes:
 
     def forget_before(self, step: int) -> None:
         """Drop the indexes that no setting will ask for again."""
-        self._made = {version: index for version, index in self._made.items() if version >= step or version == 0}
+        self._made = {
+            version: index for version, index in self._made.items() if version >= step or version == 0
+        }
 
 
 class Watched(Environment):
-    """An environment that sets its index's age itself, and holds its rewards, and those of other settings, against full re-encoding."""
+    """An environment that sets its index's age itself, and holds its rewards, and those of other settings,
+    against full re-encoding."""
 
     # Set by the command; the trainer makes the environment by its class.
     setting: Setting
@@ -129,16 +146,31 @@ class Watched(Environment):
     def __init__(self, index: Any, encode_documents: EncodeDocuments, **options: Any):
         budget = round(SHARE_A_PERIOD * index.shape[0] / PERIOD)
         self._options = {**options, "overlay_max_age": OVERLAY_MAX_AGE}
-        super().__init__(index, encode_documents, **{**self._options, "refresh_budget": budget if self.setting.overlay else 0})
+        super().__init__(
+            index,
+            encode_documents,
+            **{**self._options, "refresh_budget": budget if self.setting.overlay else 0},
+        )
         self._indexes = Indexes(index.ids, encode_documents)
         self._rows = probe_rows(index.shape[0], 1000)
         self._shadows = {
-            other: Environment(index, encode_documents, **{**self._options, "refresh_budget": budget if other.overlay else 0})
+            other: Environment(
+                index, encode_documents, **{**self._options, "refresh_budget": budget if other.overlay else 0}
+            )
             for other in self.others
         }
 
-    def score(self, step: int, positives: Sequence[Mapping[int, float]], vectors: np.ndarray, valid: np.ndarray, **more: Any) -> StepResult:
-        wanted = {s.version_at(t) for t in self.measured_at for s in (self.setting, *self.others) if t >= step}
+    def score(
+        self,
+        step: int,
+        positives: Sequence[Mapping[int, float]],
+        vectors: np.ndarray,
+        valid: np.ndarray,
+        **more: Any,
+    ) -> StepResult:
+        wanted = {
+            s.version_at(t) for t in self.measured_at for s in (self.setting, *self.others) if t >= step
+        }
         if step in wanted or step == 0 or (self.setting.period and step % self.setting.period == 0):
             self._indexes.make(step)
         measured = step in self.measured_at
@@ -159,10 +191,14 @@ class Watched(Environment):
             found[other] = shadow.score(step, positives, vectors, valid, **more)
         if measured:
             current = self._indexes[step]
-            truth = Environment(current, lambda rows: current.take(rows), **{**self._options, "refresh_budget": 0})
+            truth = Environment(
+                current, lambda rows: current.take(rows), **{**self._options, "refresh_budget": 0}
+            )
             rewards = truth.score(step, positives, vectors, valid, **more).rewards
             for setting, of_setting in found.items():
-                drift = measure_drift(self._indexes[setting.version_at(step)].take(self._rows), current.take(self._rows))
+                drift = measure_drift(
+                    self._indexes[setting.version_at(step)].take(self._rows), current.take(self._rows)
+                )
                 self.log.append(
                     {
                         "setting": setting.name,
@@ -175,33 +211,56 @@ class Watched(Environment):
                         "reencoded_period_share": of_setting.stats["reencoded_period_share"],
                     }
                 )
-        self._indexes.forget_before(min((s.version_at(step) for s in (self.setting, *self.others)), default=step))
+        self._indexes.forget_before(
+            min((s.version_at(step) for s in (self.setting, *self.others)), default=step)
+        )
         return result
 
 
 def summary(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Means over the measured steps of one setting; the least τ too."""
-    names = ("age", "tau", "tau_within_groups", "mean_difference", "drift_cosine", "drift_overlap", "reencoded_share")
+    names = (
+        "age",
+        "tau",
+        "tau_within_groups",
+        "mean_difference",
+        "drift_cosine",
+        "drift_overlap",
+        "reencoded_share",
+    )
     means = {name: round(float(np.nanmean([line[name] for line in lines])), 4) for name in names}
     return {**means, "tau_least": round(min(line["tau"] for line in lines), 4), "measured": len(lines)}
 
 
-def watch(setting: Setting, *, others: Sequence[Setting] = (), measured_at: Sequence[int], lead: int = 0) -> list[dict[str, Any]]:
+def watch(
+    setting: Setting, *, others: Sequence[Setting] = (), measured_at: Sequence[int], lead: int = 0
+) -> list[dict[str, Any]]:
     """Let the trainer make its environment so; returns the list that what is measured goes to."""
     log: list[dict[str, Any]] = []
-    Watched.setting, Watched.others, Watched.measured_at, Watched.lead, Watched.log = setting, others, frozenset(measured_at), lead, log
+    Watched.setting, Watched.others, Watched.measured_at, Watched.lead, Watched.log = (
+        setting,
+        others,
+        frozenset(measured_at),
+        lead,
+        log,
+    )
     rl_setup.Environment = Watched
     return log
 
 
 def planted(out: Path, seeds: Sequence[int], names: Sequence[str]) -> dict[str, Any]:
-    """What stage 2 learns on the planted task over 4,096 documents in each setting; the tests' model, task and settings."""
+    """What stage 2 learns on the planted task over 4,096 documents in each setting; the tests' model, task
+    and settings."""
     sys.path[:0] = [str(HERE.parent), str(HERE.parent / "training")]
     task = importlib.import_module("test_planted")
     results: dict[str, Any] = {}
     for seed in seeds:
         start = task.start_of_stage_2(Path(tempfile.mkdtemp(dir=out)), seed, distractors=4032)
-        start = start._replace(config=dataclasses.replace(start.config, rl=dataclasses.replace(start.config.rl, steps=PLANTED_STEPS)))
+        start = start._replace(
+            config=dataclasses.replace(
+                start.config, rl=dataclasses.replace(start.config.rl, steps=PLANTED_STEPS)
+            )
+        )
         for setting in [each for each in SETTINGS if not names or each.name in names]:
             started = time.perf_counter()
             log = watch(setting, measured_at=range(2 * PERIOD - 1, start.config.rl.steps, 8))
@@ -217,17 +276,27 @@ def planted(out: Path, seeds: Sequence[int], names: Sequence[str]) -> dict[str, 
                 **summary(log),
             }
             results.setdefault(setting.name, {})[str(seed)] = result
-            print(seed, setting.name, {key: value for key, value in result.items() if key != "reward"}, flush=True)
+            print(
+                seed,
+                setting.name,
+                {key: value for key, value in result.items() if key != "reward"},
+                flush=True,
+            )
             write_json(out / "planted.json", results)
     return results
 
 
-def real(out: Path, data: Path, *, model: str, documents: int, learning_rate: float, steps: int) -> dict[str, Any]:
-    """Agreement on a real collection along one training of SmolLM2, of every setting on the same completions."""
+def real(
+    out: Path, data: Path, *, model: str, documents: int, learning_rate: float, steps: int
+) -> dict[str, Any]:
+    """Agreement on a real collection along one training of SmolLM2, of every setting on the same
+    completions."""
     config = dataclasses.replace(
         smollm2,
         model=model,
-        data=dataclasses.replace(smollm2.data, sets=(str(data.resolve()),), dev_queries=0, rl_queries=400, rl_documents=documents),
+        data=dataclasses.replace(
+            smollm2.data, sets=(str(data.resolve()),), dev_queries=0, rl_queries=400, rl_documents=documents
+        ),
         text=dataclasses.replace(smollm2.text, max_query_tokens=32, max_document_tokens=32),
         sft=dataclasses.replace(smollm2.sft, steps=36, eval_every=0),
     )
@@ -243,12 +312,15 @@ def real(out: Path, data: Path, *, model: str, documents: int, learning_rate: fl
         global_queries=4,
         group_size=8,
         eval_every=0,
-        snapshot_every=10**6,
+        save_every=10**6,
         sampler=dataclasses.replace(config.rl.sampler, max_think_tokens=12),
         optimizer=dataclasses.replace(config.rl.optimizer, learning_rate=learning_rate),
     )
     config = dataclasses.replace(
-        config, model=str((out / "sft").resolve()), rl=rl_config, index=dataclasses.replace(config.index, kind="exact", candidates=32)
+        config,
+        model=str((out / "sft").resolve()),
+        rl=rl_config,
+        index=dataclasses.replace(config.index, kind="exact", candidates=32),
     )
     chosen = for_stage_2(load_training_sets(config.data)[0], config.data)
     train = TrainingSet(train=chosen.train, dev=None)
@@ -264,7 +336,8 @@ def real(out: Path, data: Path, *, model: str, documents: int, learning_rate: fl
         "steps": steps,
         "learning_rate": learning_rate,
         "settings": {
-            name: summary(of) | {"reencoded_a_default_period": PERIOD * summary(of)["reencoded_share"]} for name, of in lines.items()
+            name: summary(of) | {"reencoded_a_default_period": PERIOD * summary(of)["reencoded_share"]}
+            for name, of in lines.items()
         },
     }
     write_json(out / "real.json", result)
@@ -272,21 +345,28 @@ def real(out: Path, data: Path, *, model: str, documents: int, learning_rate: fl
 
 
 def varied(out: Path, *, batches: int = 12) -> dict[str, Any]:
-    """Agreement between the first and the last snapshot of `real`'s run, on replies that differ: those of its first policy.
+    """Agreement between the first and the last checkpoint of `real`'s run, on replies that differ: those of
+    its first policy.
 
-    The trained policy writes next to nothing, so that the completions of a group hardly differ. Here 4 queries × 8 replies a batch are
-    sampled with the first snapshot's parameters, embedded with the last one's, and rewarded by the index of the first.
+    The trained policy writes next to nothing, so that the completions of a group hardly differ. Here 4
+    queries × 8 replies a batch are sampled with the first checkpoint's parameters, embedded with the last
+    one's, and rewarded by the index of the first.
     """
     config, _ = read_run(out / "rl")
     collection = load_collection(out / "data", "train")
     model = with_lora(load_model(out / "sft", compute_dtype="float32", remat="dots"), config.lora, seed=0)
     _, params, frozen = nnx.split(model.decoder, trainable_filter(model.decoder), ...)
     full, prompter = nnx.split(model.decoder)[0], Prompter(model.tokenizer)
-    last = latest_snapshot(out / "rl") or 0
-    first_state, last_state = (nnx.merge_state(read_snapshot(out / "rl", step, params), frozen) for step in (0, last))
+    last = latest_checkpoint(out / "rl") or 0
+    first_state, last_state = (
+        nnx.merge_state(read_checkpoint(out / "rl", step, params), frozen) for step in (0, last)
+    )
     encoder, reasoned = Encoder(full, prompter), ReasonedEncoder(full, prompter)
     sampler = Sampler(full, prompter, max_think_tokens=config.rl.sampler.max_think_tokens, temperature=1.0)
-    ids, bodies = [document.doc_id for document in collection.documents], [document.body for document in collection.documents]
+    ids, bodies = (
+        [document.doc_id for document in collection.documents],
+        [document.body for document in collection.documents],
+    )
     stale, current = (
         ExactIndex(encoder.encode(state, bodies, max_tokens=config.text.max_document_tokens), ids, step)
         for state, step in ((first_state, 0), (last_state, last))
@@ -297,29 +377,53 @@ def varied(out: Path, *, batches: int = 12) -> dict[str, Any]:
     for batch in range(batches):
         chosen = [batch * Q + q for q in range(Q)]
         texts = [collection.queries[i].text for i in chosen]
-        rollout = sampler.sample(first_state, texts, rollout_seeds(1, batch, chosen, G), max_tokens=config.text.max_query_tokens)
+        rollout = sampler.sample(
+            first_state, texts, rollout_seeds(1, batch, chosen, G), max_tokens=config.text.max_query_tokens
+        )
         # Where the budget ran out the embed token was forced; such a reply serves as well here.
         rollout = dataclasses.replace(rollout, valid=np.ones_like(rollout.valid))
-        vectors = reembedded(reasoned, last_state, texts, rollout, config.text.max_query_tokens).reshape(Q, G, -1)
-        positives = [{collection.row_of[doc_id]: grade for doc_id, grade in collection.queries[i].positives.items()} for i in chosen]
+        vectors = reencode_rollout(
+            reasoned, last_state, texts, rollout, config.text.max_query_tokens
+        ).reshape(Q, G, -1)
+        positives = [
+            {collection.row_of[doc_id]: grade for doc_id, grade in collection.queries[i].positives.items()}
+            for i in chosen
+        ]
         valid = np.ones((Q, G), bool)
 
-        def score(index: ExactIndex, refresh_budget: int, at: Any = (positives, vectors, valid)) -> StepResult:
+        def score(
+            index: ExactIndex, refresh_budget: int, at: Any = (positives, vectors, valid)
+        ) -> StepResult:
             return Environment(index, current.take, refresh_budget=refresh_budget, **options).score(last, *at)
 
         truth = score(current, 0).rewards
         for name, allowed in (("index alone", 0), ("overlay", budget)):
             result = score(stale, allowed)
-            lines[name].append(agreement(result.rewards, truth) | {"reencoded_share": result.stats["reencoded_share"]})
+            lines[name].append(
+                agreement(result.rewards, truth) | {"reencoded_share": result.stats["reencoded_share"]}
+            )
         print(batch, {name: round(of[-1]["tau"], 3) for name, of in lines.items()}, flush=True)
     rows = probe_rows(len(ids), 1000)
     drift = measure_drift(stale.take(rows), current.take(rows))
-    means = {name: {key: round(float(np.nanmean([line[key] for line in of])), 4) for key in of[0]} for name, of in lines.items()}
-    return {"steps": last, "batches": batches, "drift_cosine": drift.cosine, "drift_overlap": drift.overlap, **means}
+    means = {
+        name: {key: round(float(np.nanmean([line[key] for line in of])), 4) for key in of[0]}
+        for name, of in lines.items()
+    }
+    return {
+        "steps": last,
+        "batches": batches,
+        "drift_cosine": drift.cosine,
+        "drift_overlap": drift.overlap,
+        **means,
+    }
 
 
 def report(done: int, total: int, values: dict[str, float]) -> None:
-    told = {name: round(values[name], 3) for name in ("loss", "reward", "valid_rate", "reencoded_share", "seconds") if name in values}
+    told = {
+        name: round(values[name], 3)
+        for name in ("loss", "reward", "valid_rate", "reencoded_share", "seconds")
+        if name in values
+    }
     print(f"step {done} of {total}", told, flush=True)
 
 
@@ -331,19 +435,36 @@ def picture(result: dict[str, Any], file: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), constrained_layout=True)
-    tables = {"planted task, tiny model": planted_means(result["planted"]), "real collection, SmolLM2-135M": result["real"]["settings"]}
+    tables = {
+        "planted task, tiny model": planted_means(result["planted"]),
+        "real collection, SmolLM2-135M": result["real"]["settings"],
+    }
     for axis, (title, table) in zip(axes, tables.items(), strict=False):
         for overlay, label, style in ((False, "index alone", "o--"), (True, "with the overlay", "o-")):
             chosen = [s for s in SETTINGS if s.overlay == overlay or s.times == 0]
-            axis.plot([str(s.times) + "×" for s in chosen], [table[s.name]["tau"] for s in chosen], style, label=label)
+            axis.plot(
+                [str(s.times) + "×" for s in chosen],
+                [table[s.name]["tau"] for s in chosen],
+                style,
+                label=label,
+            )
         axis.axhline(0.98, color="grey", linewidth=0.8, linestyle=":")
-        axis.set(title=f"rewards: {title}", xlabel="age of the index", ylabel="Kendall τ with full re-encoding")
+        axis.set(
+            title=f"rewards: {title}", xlabel="age of the index", ylabel="Kendall τ with full re-encoding"
+        )
         axis.legend(frameon=False)
     means = tables["planted task, tiny model"]
     for overlay, label, style in ((False, "index alone", "o--"), (True, "with the overlay", "o-")):
         chosen = [s for s in SETTINGS if s.overlay == overlay or s.times == 0]
-        axes[2].plot([str(s.times) + "×" for s in chosen], [means[s.name]["after"] for s in chosen], style, label=label)
-    axes[2].set(title="learned on the planted task", xlabel="age of the index", ylabel="nDCG@10 after stage 2", ylim=(0, 1.02))
+        axes[2].plot(
+            [str(s.times) + "×" for s in chosen], [means[s.name]["after"] for s in chosen], style, label=label
+        )
+    axes[2].set(
+        title="learned on the planted task",
+        xlabel="age of the index",
+        ylabel="nDCG@10 after stage 2",
+        ylim=(0, 1.02),
+    )
     axes[2].legend(frameon=False)
     figure.savefig(file, dpi=110)
 
@@ -354,11 +475,16 @@ def planted_means(results: dict[str, Any]) -> dict[str, dict[str, float]]:
         name: {key for key, value in next(iter(seeds.values())).items() if isinstance(value, (int, float))}
         for name, seeds in results.items()
     }
-    return {name: {key: float(np.mean([seed[key] for seed in seeds.values()])) for key in numbers[name]} for name, seeds in results.items()}
+    return {
+        name: {key: float(np.mean([seed[key] for seed in seeds.values()])) for key in numbers[name]}
+        for name, seeds in results.items()
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("planted", "real", "varied", "picture"))
     parser.add_argument("--out", type=Path)
     parser.add_argument("--data", type=Path)

@@ -16,11 +16,20 @@ CORPUS = [
     '{"_id": "d2", "title": "", "text": "Dogs bark."}',
     '{"_id": "d3", "text": "Owls hoot."}',
 ]
-QUERIES = ['{"_id": "q1", "text": "what purrs"}', '{"_id": "q2", "text": "what barks"}', '{"_id": "q3", "text": "unjudged"}']
+QUERIES = [
+    '{"_id": "q1", "text": "what purrs"}',
+    '{"_id": "q2", "text": "what barks"}',
+    '{"_id": "q3", "text": "unjudged"}',
+]
 QRELS = ["query-id\tcorpus-id\tscore", "q2\td2\t2", "q2\td1\t0", "q1\td1\t1"]
 
 
-def write(folder: Path, corpus: Sequence[str] = CORPUS, queries: Sequence[str] = QUERIES, qrels: Sequence[str] = QRELS) -> Path:
+def write(
+    folder: Path,
+    corpus: Sequence[str] = CORPUS,
+    queries: Sequence[str] = QUERIES,
+    qrels: Sequence[str] = QRELS,
+) -> Path:
     (folder / "qrels").mkdir(parents=True)
     (folder / "corpus.jsonl").write_text("\n".join(corpus) + "\n", encoding="utf-8")
     (folder / "queries.jsonl").write_text("\n".join(queries) + "\n", encoding="utf-8")
@@ -31,7 +40,11 @@ def write(folder: Path, corpus: Sequence[str] = CORPUS, queries: Sequence[str] =
 def test_reads_only_judged_queries_and_takes_zero_scores_as_negatives(tmp_path: Path) -> None:
     collection = read_beir(write(tmp_path / "pets"), "test")
     assert (collection.name, collection.split) == ("pets", "test")
-    assert [document.body for document in collection.documents] == ["Cats\nA cat\u2028purrs.", "Dogs bark.", "Owls hoot."]
+    assert [document.body for document in collection.documents] == [
+        "Cats\nA cat\u2028purrs.",
+        "Dogs bark.",
+        "Owls hoot.",
+    ]
     assert [query.query_id for query in collection.queries] == ["q1", "q2"]
     assert collection.qrels() == {"q1": {"d1": 1}, "q2": {"d2": 2}}
     assert [query.negatives for query in collection.queries] == [(), ("d1",)]
@@ -54,7 +67,9 @@ def test_a_header_may_be_missing_or_of_other_words(tmp_path: Path, header: list[
 
 def test_a_repeated_row_says_nothing_new(tmp_path: Path) -> None:
     expected = read_beir(write(tmp_path / "a" / "pets"), "test")
-    assert read_beir(write(tmp_path / "b" / "pets", qrels=[*QRELS, QRELS[1], "q2\td1\t-1"]), "test") == expected
+    assert (
+        read_beir(write(tmp_path / "b" / "pets", qrels=[*QRELS, QRELS[1], "q2\td1\t-1"]), "test") == expected
+    )
 
 
 def test_negatives_are_read_for_the_queries_of_the_split(tmp_path: Path) -> None:
@@ -63,7 +78,10 @@ def test_negatives_are_read_for_the_queries_of_the_split(tmp_path: Path) -> None
     (folder / "neg" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td3\t0\nq3\td1\t0\nq1\td2\t0\n")
     assert [query.negatives for query in read_beir(folder, "test").queries] == [("d3", "d2"), ("d1",)]
     (folder / "neg" / "test.tsv").write_text("q2\td3\t0\nq1\td1\t0\n")
-    with pytest.raises(UserError, match=r"neg/test\.tsv, line 2: the pair 'q1', 'd1' is judged twice, 1 and 0; remove one row"):
+    with pytest.raises(
+        UserError,
+        match=r"neg/test\.tsv, line 2: the pair 'q1', 'd1' is judged twice, 1 and 0; remove one row",
+    ):
         read_beir(folder, "test")
     (folder / "neg" / "test.tsv").write_text("q2\td3\t1\n")
     with pytest.raises(UserError, match=r"neg/test\.tsv, line 1: field 'score': 1 in a file of negatives"):
@@ -74,7 +92,9 @@ def test_corpus_hash_sees_order_and_field_borders(tmp_path: Path) -> None:
     original = read_beir(write(tmp_path / "a"), "test").corpus_hash()
     moved = read_beir(write(tmp_path / "b", corpus=CORPUS[::-1]), "test").corpus_hash()
     border = [line.replace('"d2"', '"d2D"').replace("Dogs", "ogs") for line in CORPUS]
-    shifted = read_beir(write(tmp_path / "c", corpus=border, qrels=[*QRELS[:1], "q1\td1\t1"]), "test").corpus_hash()
+    shifted = read_beir(
+        write(tmp_path / "c", corpus=border, qrels=[*QRELS[:1], "q1\td1\t1"]), "test"
+    ).corpus_hash()
     assert len({original, moved, shifted}) == 3
 
 
@@ -85,22 +105,54 @@ def test_corpus_hash_sees_order_and_field_borders(tmp_path: Path) -> None:
         ("corpus", [*CORPUS, "[]"], r"corpus\.jsonl, line 4: expected a JSON object"),
         ("corpus", [*CORPUS, '{"_id": "d9"}'], r"corpus\.jsonl, line 4: field 'text' is missing"),
         ("corpus", [*CORPUS, '{"text": "x"}'], r"corpus\.jsonl, line 4: field '_id' is missing"),
-        ("corpus", [*CORPUS, '{"_id": 7, "text": "x"}'], r"corpus\.jsonl, line 4: field '_id' must be a string"),
+        (
+            "corpus",
+            [*CORPUS, '{"_id": 7, "text": "x"}'],
+            r"corpus\.jsonl, line 4: field '_id' must be a string",
+        ),
         ("corpus", [*CORPUS, '{"_id": "d9", "text": " "}'], r"corpus\.jsonl, line 4: .*empty"),
         ("corpus", [*CORPUS, CORPUS[0]], r"corpus\.jsonl, line 4: field '_id': 'd1' appears twice"),
-        ("corpus", [*CORPUS, '{"_id": "d9", "text": "\\ud800"}'], r"corpus\.jsonl, line 4: field 'text' holds an unpaired"),
-        ("queries", [*QUERIES, '{"_id": "q9", "text": ""}'], r"queries\.jsonl, line 4: field 'text' is empty"),
+        (
+            "corpus",
+            [*CORPUS, '{"_id": "d9", "text": "\\ud800"}'],
+            r"corpus\.jsonl, line 4: field 'text' holds an unpaired",
+        ),
+        (
+            "queries",
+            [*QUERIES, '{"_id": "q9", "text": ""}'],
+            r"queries\.jsonl, line 4: field 'text' is empty",
+        ),
         ("queries", [*QUERIES, QUERIES[1]], r"queries\.jsonl, line 4: field '_id': 'q2' appears twice"),
         ("queries", [" "], r"queries\.jsonl: no queries"),
         ("corpus", [""], r"corpus\.jsonl: no documents"),
         ("qrels", [""], r"test\.tsv: no row with score > 0"),
         ("qrels", ["q1\td1\thigh", *QRELS[1:]], r"test\.tsv, line 1: field 'score': expected an integer"),
         ("qrels", [*QRELS, "q1\td2\t1_0"], r"test\.tsv, line 5: field 'score': expected an integer"),
-        ("qrels", [*QRELS, f"q1\td2\t{'9' * 5000}"], r"test\.tsv, line 5: field 'score': expected an integer"),
-        ("qrels", [*QRELS, "q1\td2\t2147483648"], r"test\.tsv, line 5: field 'score': expected an integer of 32 bits"),
-        ("qrels", [*QRELS, QRELS[0]], r"test\.tsv, line 5: field 'query-id': 'query-id' is not in queries\.jsonl"),
-        ("qrels", [*QRELS, "q1\td9\t1"], r"test\.tsv, line 5: field 'corpus-id': 'd9' is not in corpus\.jsonl"),
-        ("qrels", [*QRELS, "q9\td1\t1"], r"test\.tsv, line 5: field 'query-id': 'q9' is not in queries\.jsonl"),
+        (
+            "qrels",
+            [*QRELS, f"q1\td2\t{'9' * 5000}"],
+            r"test\.tsv, line 5: field 'score': expected an integer",
+        ),
+        (
+            "qrels",
+            [*QRELS, "q1\td2\t2147483648"],
+            r"test\.tsv, line 5: field 'score': expected an integer of 32 bits",
+        ),
+        (
+            "qrels",
+            [*QRELS, QRELS[0]],
+            r"test\.tsv, line 5: field 'query-id': 'query-id' is not in queries\.jsonl",
+        ),
+        (
+            "qrels",
+            [*QRELS, "q1\td9\t1"],
+            r"test\.tsv, line 5: field 'corpus-id': 'd9' is not in corpus\.jsonl",
+        ),
+        (
+            "qrels",
+            [*QRELS, "q9\td1\t1"],
+            r"test\.tsv, line 5: field 'query-id': 'q9' is not in queries\.jsonl",
+        ),
         ("qrels", [*QRELS, "q1\td1\t2"], r"test\.tsv, line 5: the pair 'q1', 'd1' is judged twice, 1 and 2"),
         ("qrels", [*QRELS, "q1\td2"], r"test\.tsv, line 5: expected 3 tab-separated fields"),
         ("qrels", [*QRELS, "q1\td2\thigh"], r"test\.tsv, line 5: field 'score': expected an integer"),
@@ -138,7 +190,9 @@ def test_real_folder_agrees_with_a_plain_reading(name: str, split: str) -> None:
         pytest.skip(f"no {name} in SEARCH_R3_DATA")
     collection = read_beir(folder, split)
     with gzip.open(folder / "corpus.jsonl.gz", "rt", encoding="utf-8") as file:
-        assert [document.doc_id for document in collection.documents] == [json.loads(line)["_id"] for line in file]
+        assert [document.doc_id for document in collection.documents] == [
+            json.loads(line)["_id"] for line in file
+        ]
     expected: dict[str, dict[str, int]] = {}
     for line in (folder / "qrels" / f"{split}.tsv").read_text().splitlines()[1:]:
         query_id, doc_id, score = line.split("\t")

@@ -1,4 +1,5 @@
-"""Building data sets: what is in them, that a rebuild is the same bytes, and that bad input leaves nothing behind."""
+"""Building data sets: what is in them, that a rebuild is the same bytes, and that bad input leaves nothing
+behind."""
 
 import gzip
 import hashlib
@@ -20,15 +21,23 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def write_beir(folder: Path, *, documents: int = 40, zipped: bool = False, header: bool = True) -> Path:
-    """Documents d0 …, queries q0 …; `train` judges even queries, `dev` odd ones: 2 for their own document, 0 for the next."""
-    corpus = [{"_id": f"d{i}", "title": f"title {i}" * (i % 2), "text": f"text {i * 7 % documents} é"} for i in range(documents)]
+    """Documents d0 …, queries q0 …; `train` judges even queries, `dev` odd ones: 2 for their own document, 0
+    for the next."""
+    corpus = [
+        {"_id": f"d{i}", "title": f"title {i}" * (i % 2), "text": f"text {i * 7 % documents} é"}
+        for i in range(documents)
+    ]
     queries = [{"_id": f"q{i}", "text": f"query {i}"} for i in range(10)]
     contents = {
         "corpus.jsonl": [json.dumps(each) for each in corpus],
         "queries.jsonl": [json.dumps(each) for each in queries],
         **{
             f"qrels/{split}.tsv": ["query-id\tcorpus-id\tscore"] * header
-            + [f"q{i}\td{(i + other) % documents}\t{2 - 2 * other}" for i in range(first, 10, 2) for other in (0, 1)]
+            + [
+                f"q{i}\td{(i + other) % documents}\t{2 - 2 * other}"
+                for i in range(first, 10, 2)
+                for other in (0, 1)
+            ]
             for split, first in (("train", 0), ("dev", 1))
         },
     }
@@ -48,11 +57,17 @@ def append(file: Path, line: bytes) -> None:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.rglob("*") if file.is_file()}
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
 
 
 @pytest.mark.parametrize(("zipped", "header"), [(False, True), (True, False)])
-def test_a_beir_folder_becomes_a_data_set_of_all_its_splits(tmp_path: Path, zipped: bool, header: bool) -> None:
+def test_a_beir_folder_becomes_a_data_set_of_all_its_splits(
+    tmp_path: Path, zipped: bool, header: bool
+) -> None:
     folder = write_beir(tmp_path / "made", zipped=zipped, header=header)
     built = build_beir(folder, tmp_path / "set")
     assert list(built) == ["dev", "train"]
@@ -62,7 +77,9 @@ def test_a_beir_folder_becomes_a_data_set_of_all_its_splits(tmp_path: Path, zipp
         assert collection.name == "made"
         assert [document.doc_id for document in collection.documents] == [f"d{i}" for i in range(40)]
         assert collection.qrels() == {f"q{i}": {f"d{i}": 2} for i in range(first, 10, 2)}
-        assert [query.negatives for query in collection.queries] == [(f"d{i + 1}",) for i in range(first, 10, 2)]
+        assert [query.negatives for query in collection.queries] == [
+            (f"d{i + 1}",) for i in range(first, 10, 2)
+        ]
     manifest = json.loads((tmp_path / "set" / "dataset.json").read_text())
     assert {each["corpus_split"] for each in manifest["splits"].values()} == {"shared"}
     assert (manifest["format_version"], manifest["source"], manifest["skipped"]) == (2, {"kind": "beir"}, {})
@@ -77,7 +94,9 @@ def test_chosen_splits_alone_are_built(tmp_path: Path) -> None:
         load_collection(tmp_path / "set", "train")
     with pytest.raises(UserError, match=r"no qrels/other\.tsv; splits found: dev, test, train"):
         build_beir(folder, tmp_path / "more", splits=["other"])
-    (tmp_path / "a.jsonl").write_text('{"query": "a", "positive": "b", "split": "dev"}\n{"query": "a", "positive": "c"}\n')
+    (tmp_path / "a.jsonl").write_text(
+        '{"query": "a", "positive": "b", "split": "dev"}\n{"query": "a", "positive": "c"}\n'
+    )
     built = build_jsonl(tmp_path / "a.jsonl", tmp_path / "of_lines", splits=["dev"])
     assert {split: len(each.documents) for split, each in built.items()} == {"dev": 2}
     with pytest.raises(UserError, match=r"--split: .*a\.jsonl has no split 'test'; splits found: dev, train"):
@@ -86,7 +105,13 @@ def test_chosen_splits_alone_are_built(tmp_path: Path) -> None:
 
 def test_a_jsonl_file_becomes_a_data_set(tmp_path: Path) -> None:
     lines = [
-        {"query": f"q{i}", "positive": f"text {i}", "instruction": "Find it.", "reasoning": "é\n" * i, "split": "test" if i % 3 else "dev"}
+        {
+            "query": f"q{i}",
+            "positive": f"text {i}",
+            "instruction": "Find it.",
+            "reasoning": "é\n" * i,
+            "split": "test" if i % 3 else "dev",
+        }
         for i in range(9)
     ]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -113,9 +138,13 @@ def test_python_packages_become_a_data_set(tmp_path: Path) -> None:
     for number, word in enumerate(["alpha", "bravo", "cedar"]):
         (tmp_path / "packages" / word).mkdir(parents=True)
         names = f"def {word}_sum(numbers):\n    '''Sum up the {word} of all numbers given.'''\n"
-        (tmp_path / "packages" / word / "__init__.py").write_text(f"{names}{body.replace('step', word)}    return {word}_{number}\n")
+        (tmp_path / "packages" / word / "__init__.py").write_text(
+            f"{names}{body.replace('step', word)}    return {word}_{number}\n"
+        )
     counts = FunctionCounts(seed=1, train_functions=1, dev_functions=1, test_functions=1)
-    built = build_python_functions(tmp_path / "packages", tmp_path / "set", counts=counts, splits=["train", "test"])
+    built = build_python_functions(
+        tmp_path / "packages", tmp_path / "set", counts=counts, splits=["train", "test"]
+    )
     assert list(built) == ["test", "train"]
     assert {split: load_collection(tmp_path / "set", split) for split in built} == built
     assert json.loads((tmp_path / "set" / "dataset.json").read_text())["source"]["train_functions"] == 1
@@ -136,7 +165,12 @@ build_jsonl(Path(sys.argv[2]), Path(sys.argv[4]), skip_bad=True)
 def test_a_rebuild_elsewhere_later_in_another_process_is_the_same_bytes(tmp_path: Path) -> None:
     folder, file = write_beir(tmp_path / "in" / "made", documents=3000), tmp_path / "in" / "pairs.jsonl"
     append(folder / "corpus.jsonl", b"{")
-    file.write_text("".join(json.dumps({"query": f"q{i}", "positive": [f"p{i}", "x"], "split": f"s{i % 3}"}) + "\n" for i in range(300)))
+    file.write_text(
+        "".join(
+            json.dumps({"query": f"q{i}", "positive": [f"p{i}", "x"], "split": f"s{i % 3}"}) + "\n"
+            for i in range(300)
+        )
+    )
     append(file, b"\xff")
     build_beir(folder, tmp_path / "beir", skip_bad=True)
     build_jsonl(file, tmp_path / "jsonl", skip_bad=True)
@@ -144,8 +178,19 @@ def test_a_rebuild_elsewhere_later_in_another_process_is_the_same_bytes(tmp_path
     for seed in ("1", "2"):
         elsewhere = tmp_path / f"elsewhere{seed}" / "a longer way down"
         shutil.copytree(tmp_path / "in", elsewhere / "in")
-        environment = {**os.environ, "PYTHONHASHSEED": seed, "TZ": "Asia/Tokyo", "PYTHONPATH": str(REPOSITORY), "TMPDIR": str(elsewhere)}
-        paths = [elsewhere / "in" / "made", elsewhere / "in" / "pairs.jsonl", elsewhere / "other", elsewhere / "names"]
+        environment = {
+            **os.environ,
+            "PYTHONHASHSEED": seed,
+            "TZ": "Asia/Tokyo",
+            "PYTHONPATH": str(REPOSITORY),
+            "TMPDIR": str(elsewhere),
+        }
+        paths = [
+            elsewhere / "in" / "made",
+            elsewhere / "in" / "pairs.jsonl",
+            elsewhere / "other",
+            elsewhere / "names",
+        ]
         command = [sys.executable, "-c", PROGRAM, *map(str, paths)]
         subprocess.run(command, env=environment, cwd=elsewhere, check=True, capture_output=True)
         assert (hashes(paths[2]), hashes(paths[3])) == expected
@@ -175,22 +220,86 @@ def empty_qrels(folder: Path) -> None:
 DEEP = b'{"_id": "x", "text": ' + b"[" * 10_000 + b"]" * 10_000 + b"}"
 # (what is done to the folder, the error, what --skip-bad counts; None where nothing is left to skip to)
 BAD_BEIR: list[tuple[Callable[[Path], object], str, dict[str, int] | None]] = [
-    (lambda f: append(f / "corpus.jsonl", b'{"_id"'), "corpus.jsonl, line 41: not valid JSON", {"malformed JSON": 1}),
-    (lambda f: append(f / "corpus.jsonl", b'{"_id": "x"}'), "corpus.jsonl, line 41: field 'text' is missing", {"missing field": 1}),
-    (lambda f: append(f / "corpus.jsonl", b'{"_id": 1, "text": "a"}'), "corpus.jsonl, line 41: field '_id' must be", {"wrong type": 1}),
-    (lambda f: append(f / "corpus.jsonl", b'{"_id": "x", "text": ""}'), "corpus.jsonl, line 41: fields 'title' and", {"empty text": 1}),
-    (lambda f: append(f / "corpus.jsonl", b'{"_id": "d0", "text": "a"}'), "corpus.jsonl, line 41: field '_id': 'd0'", {"duplicate id": 1}),
-    (lambda f: append(f / "corpus.jsonl", b'{"_id": "x", "text": "\xff"}'), "corpus.jsonl, line 41: not UTF-8", {"not UTF-8": 1}),
-    (lambda f: append(f / "corpus.jsonl", b"\0" * 9), "corpus.jsonl, line 41: holds a NUL byte", {"NUL byte": 1}),
-    (lambda f: append(f / "corpus.jsonl", DEEP), "corpus.jsonl, line 41: not valid JSON", {"malformed JSON": 1}),
-    (lambda f: append(f / "queries.jsonl", b'{"_id": "q0", "text": "a"}'), "queries.jsonl, line 11: field '_id'", {"duplicate id": 1}),
-    (lambda f: append(f / "queries.jsonl", b'{"_id": "x", "text": "\\ud800"}'), "queries.jsonl, line 11:", {"unpaired surrogate": 1}),
-    (lambda f: append(f / "queries.jsonl", b"1" * 5000), "queries.jsonl, line 11: not valid JSON", {"malformed JSON": 1}),
-    (lambda f: append(f / "qrels/dev.tsv", b"q1\tx\t1"), "dev.tsv, line 12: field 'corpus-id': 'x'", {"unknown or skipped document": 1}),
-    (lambda f: append(f / "qrels/dev.tsv", b"x\td1\t1"), "dev.tsv, line 12: field 'query-id': 'x'", {"unknown or skipped query": 1}),
-    (lambda f: append(f / "qrels/dev.tsv", b"q1\td1\t1"), "dev.tsv, line 12: the pair", {"contradictory judgement": 1}),
-    (lambda f: append(f / "qrels/dev.tsv", b"q1 0 d1 1"), "dev.tsv, line 12: expected 3", {"wrong number of fields": 1}),
-    (lambda f: append(f / "qrels/dev.tsv", b"q1\td9\t" + b"1" * 99), "dev.tsv, line 12: field 'score'", {"bad score": 1}),
+    (
+        lambda f: append(f / "corpus.jsonl", b'{"_id"'),
+        "corpus.jsonl, line 41: not valid JSON",
+        {"malformed JSON": 1},
+    ),
+    (
+        lambda f: append(f / "corpus.jsonl", b'{"_id": "x"}'),
+        "corpus.jsonl, line 41: field 'text' is missing",
+        {"missing field": 1},
+    ),
+    (
+        lambda f: append(f / "corpus.jsonl", b'{"_id": 1, "text": "a"}'),
+        "corpus.jsonl, line 41: field '_id' must be",
+        {"wrong type": 1},
+    ),
+    (
+        lambda f: append(f / "corpus.jsonl", b'{"_id": "x", "text": ""}'),
+        "corpus.jsonl, line 41: fields 'title' and",
+        {"empty text": 1},
+    ),
+    (
+        lambda f: append(f / "corpus.jsonl", b'{"_id": "d0", "text": "a"}'),
+        "corpus.jsonl, line 41: field '_id': 'd0'",
+        {"duplicate id": 1},
+    ),
+    (
+        lambda f: append(f / "corpus.jsonl", b'{"_id": "x", "text": "\xff"}'),
+        "corpus.jsonl, line 41: not UTF-8",
+        {"not UTF-8": 1},
+    ),
+    (
+        lambda f: append(f / "corpus.jsonl", b"\0" * 9),
+        "corpus.jsonl, line 41: holds a NUL byte",
+        {"NUL byte": 1},
+    ),
+    (
+        lambda f: append(f / "corpus.jsonl", DEEP),
+        "corpus.jsonl, line 41: not valid JSON",
+        {"malformed JSON": 1},
+    ),
+    (
+        lambda f: append(f / "queries.jsonl", b'{"_id": "q0", "text": "a"}'),
+        "queries.jsonl, line 11: field '_id'",
+        {"duplicate id": 1},
+    ),
+    (
+        lambda f: append(f / "queries.jsonl", b'{"_id": "x", "text": "\\ud800"}'),
+        "queries.jsonl, line 11:",
+        {"unpaired surrogate": 1},
+    ),
+    (
+        lambda f: append(f / "queries.jsonl", b"1" * 5000),
+        "queries.jsonl, line 11: not valid JSON",
+        {"malformed JSON": 1},
+    ),
+    (
+        lambda f: append(f / "qrels/dev.tsv", b"q1\tx\t1"),
+        "dev.tsv, line 12: field 'corpus-id': 'x'",
+        {"unknown or skipped document": 1},
+    ),
+    (
+        lambda f: append(f / "qrels/dev.tsv", b"x\td1\t1"),
+        "dev.tsv, line 12: field 'query-id': 'x'",
+        {"unknown or skipped query": 1},
+    ),
+    (
+        lambda f: append(f / "qrels/dev.tsv", b"q1\td1\t1"),
+        "dev.tsv, line 12: the pair",
+        {"contradictory judgement": 1},
+    ),
+    (
+        lambda f: append(f / "qrels/dev.tsv", b"q1 0 d1 1"),
+        "dev.tsv, line 12: expected 3",
+        {"wrong number of fields": 1},
+    ),
+    (
+        lambda f: append(f / "qrels/dev.tsv", b"q1\td9\t" + b"1" * 99),
+        "dev.tsv, line 12: field 'score'",
+        {"bad score": 1},
+    ),
     (lambda f: cut_short(f / "queries.jsonl"), "queries.jsonl.gz, after line", None),
     (lambda f: cut_short(f / "qrels/train.tsv"), "train.tsv.gz, after line", None),
     (lambda f: (f / "corpus.jsonl").write_bytes(b""), "corpus.jsonl: no documents", None),
@@ -202,9 +311,15 @@ BAD_BEIR: list[tuple[Callable[[Path], object], str, dict[str, int] | None]] = [
 ]
 
 
-@pytest.mark.parametrize(("spoil", "message", "skipped"), BAD_BEIR, ids=[message for _, message, _ in BAD_BEIR])
+@pytest.mark.parametrize(
+    ("spoil", "message", "skipped"), BAD_BEIR, ids=[message for _, message, _ in BAD_BEIR]
+)
 def test_bad_beir_folders(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], spoil: Callable[[Path], object], message: str, skipped: dict[str, int] | None
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    spoil: Callable[[Path], object],
+    message: str,
+    skipped: dict[str, int] | None,
 ) -> None:
     expected = build_beir(write_beir(tmp_path / "good" / "made"), tmp_path / "good" / "set")
     folder = write_beir(tmp_path / "bad" / "made")
@@ -226,10 +341,14 @@ def test_bad_beir_folders(
         assert capsys.readouterr() == ("", f"skipped: {caught.value}\nskipped 1 in all: {reason} {count}\n")
 
 
-def test_judgements_of_what_was_skipped_are_skipped_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_judgements_of_what_was_skipped_are_skipped_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = write_beir(tmp_path / "made")
     corpus = (folder / "corpus.jsonl").read_bytes().split(b"\n")
-    (folder / "corpus.jsonl").write_bytes(b"\n".join([b"{", *corpus[1:4], b'{"_id": "d4", "text": " "}', *corpus[5:]]))
+    (folder / "corpus.jsonl").write_bytes(
+        b"\n".join([b"{", *corpus[1:4], b'{"_id": "d4", "text": " "}', *corpus[5:]])
+    )
     queries = (folder / "queries.jsonl").read_bytes().split(b"\n")
     (folder / "queries.jsonl").write_bytes(b"\n".join([*queries[:2], b'{"_id": "q2"}', *queries[3:]]))
     built = build_beir(folder, tmp_path / "set", skip_bad=True)
@@ -246,16 +365,22 @@ def test_judgements_of_what_was_skipped_are_skipped_too(tmp_path: Path, capsys: 
     assert "skipped 8 in all: " in capsys.readouterr().err
 
 
-def test_the_first_twenty_are_listed_and_all_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_first_twenty_are_listed_and_all_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = write_beir(tmp_path / "made")
     append(folder / "corpus.jsonl", b"\n".join([b"{"] * 30))
     build_beir(folder, tmp_path / "set", skip_bad=True)
     shown = capsys.readouterr().err.splitlines()
-    assert [line.split(": ")[:2] for line in shown[:-1]] == [["skipped", f"{folder}/corpus.jsonl, line {n}"] for n in range(41, 61)]
+    assert [line.split(": ")[:2] for line in shown[:-1]] == [
+        ["skipped", f"{folder}/corpus.jsonl, line {n}"] for n in range(41, 61)
+    ]
     assert shown[-1] == "skipped 30 in all: malformed JSON 30"
 
 
-def test_when_nothing_is_left_the_list_still_comes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_when_nothing_is_left_the_list_still_comes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = write_beir(tmp_path / "made")
     (folder / "queries.jsonl").write_text('{"_id": "x", "text": "unjudged"}\n')
     with pytest.raises(UserError, match="no row with score > 0"):
@@ -283,10 +408,13 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     folder = write_beir(tmp_path / "made", documents=3000)
     program = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000));"
-        f"sys.argv[1:] = ['data', 'build', '--source', 'beir', '--input', {str(folder)!r}, '--out', {str(tmp_path / 'set')!r}];"
+        f"sys.argv[1:] = ['data', 'build', '--source', 'beir', '--input', {str(folder)!r}, '--out', "
+        f"{str(tmp_path / 'set')!r}];"
         "from search_r3_jax.cli import main; main()"
     )
-    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY, check=False)
+    shown = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY, check=False
+    )
     assert (shown.returncode, shown.stdout) == (2, "")
     assert "cannot be written (write() failed: File too large" in shown.stderr
     assert shown.stderr.count("\n") == 1

@@ -15,16 +15,23 @@ from search_r3_jax.errors import UserError
 IDS = st.sampled_from(["a", "b", "c", "", "é", "query-id"])
 TEXTS = st.one_of(st.sampled_from(["", " ", "text", "a\tb\r\n\u2028", "\0", "\ud800"]), st.text(max_size=8))
 VALUES = st.recursive(
-    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), TEXTS), lambda inner: st.lists(inner, max_size=3), max_leaves=4
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), TEXTS),
+    lambda inner: st.lists(inner, max_size=3),
+    max_leaves=4,
 )
 DOCUMENTS = st.one_of(
     TEXTS,
-    st.fixed_dictionaries({"text": st.one_of(TEXTS, VALUES)}, optional={"title": VALUES | TEXTS, "relevance": st.integers(-1, 3) | VALUES}),
+    st.fixed_dictionaries(
+        {"text": st.one_of(TEXTS, VALUES)},
+        optional={"title": VALUES | TEXTS, "relevance": st.integers(-1, 3) | VALUES},
+    ),
 )
 BYTES = st.one_of(
     st.binary(max_size=20),
     st.text(alphabet='{}[]":,\\u0d8_idtextqry \t\r', max_size=30).map(lambda text: text.encode()),
-    st.sampled_from([b"", b"\0", b"\xff", b"\xef\xbb\xbf{}", b"[" * 5000, b'{"a": ' + b"9" * 5000 + b"}", b"x" * 300_000]),
+    st.sampled_from(
+        [b"", b"\0", b"\xff", b"\xef\xbb\xbf{}", b"[" * 5000, b'{"a": ' + b"9" * 5000 + b"}", b"x" * 300_000]
+    ),
 )
 
 
@@ -38,13 +45,17 @@ def sometimes_wrong(right: st.SearchStrategy[object], chance: int = 12) -> st.Se
 
 def file_of(records: st.SearchStrategy[bytes], good: list[bytes]) -> st.SearchStrategy[bytes]:
     """Good lines, then mostly records, now and then other bytes; or nothing but bytes."""
-    lines = st.lists(st.integers(0, 15).flatmap(lambda draw: BYTES if draw == 0 else records), max_size=5).map(lambda each: [*good, *each])
+    lines = st.lists(
+        st.integers(0, 15).flatmap(lambda draw: BYTES if draw == 0 else records), max_size=5
+    ).map(lambda each: [*good, *each])
     whole = st.one_of(lines.map(b"\n".join), lines.map(lambda each: b"\r\n".join(each) + b"\n"))
     return st.integers(0, 15).flatmap(lambda draw: st.binary(max_size=60) if draw == 0 else whole)
 
 
 CORPUS = file_of(
-    st.fixed_dictionaries({"_id": sometimes_wrong(IDS)}, optional={"title": sometimes_wrong(TEXTS), "text": TEXTS}).map(line),
+    st.fixed_dictionaries(
+        {"_id": sometimes_wrong(IDS)}, optional={"title": sometimes_wrong(TEXTS), "text": TEXTS}
+    ).map(line),
     [b'{"_id": "a", "text": "x"}', b'{"_id": "b", "title": "y", "text": ""}'],
 )
 QUERIES = file_of(
@@ -68,7 +79,9 @@ PAIRS = file_of(
     ).map(line),
     [b'{"query": "x", "positive": "y"}'],
 )
-PLENTY = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+PLENTY = settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
 
 
 def write(file: Path, content: bytes, zipped: bool, cut: int) -> None:
@@ -106,11 +119,17 @@ def check(build, source: Path, out: Path, skip_bad: bool) -> None:
     cut=st.integers(0, 9),
     skip=st.booleans(),
 )
-def test_any_beir_folder(corpus: bytes, queries: bytes, qrels: bytes, negatives: bytes | None, zipped: bool, cut: int, skip: bool) -> None:
+def test_any_beir_folder(
+    corpus: bytes, queries: bytes, qrels: bytes, negatives: bytes | None, zipped: bool, cut: int, skip: bool
+) -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "made"
         folder.mkdir()
-        for name, content in {"corpus.jsonl": corpus, "queries.jsonl": queries, "qrels/train.tsv": qrels}.items():
+        for name, content in {
+            "corpus.jsonl": corpus,
+            "queries.jsonl": queries,
+            "qrels/train.tsv": qrels,
+        }.items():
             write(folder / name, content, zipped, cut if cut < 2 and name == "corpus.jsonl" else 0)
         if negatives is not None:
             write(folder / "neg" / "train.tsv", negatives, False, 0)

@@ -22,7 +22,11 @@ def collection(split: str, *, documents: int = 2500, queries: int = 30, prefix: 
         name="made",
         split=split,
         documents=tuple(
-            Document(doc_id=f"{prefix}{documents - row}", title="é" * (row % 3), text=f"\u2028text {row * 7919 % 1000}\n")
+            Document(
+                doc_id=f"{prefix}{documents - row}",
+                title="é" * (row % 3),
+                text=f"\u2028text {row * 7919 % 1000}\n",
+            )
             for row in range(documents)
         ),
         queries=tuple(
@@ -49,11 +53,17 @@ def test_round_trip_with_a_shared_corpus(tmp_path: Path) -> None:
     for split, expected in collections.items():
         loaded = load_collection(out, split)
         assert loaded == expected
-        assert [list(query.positives) for query in loaded.queries] == [list(query.positives) for query in expected.queries]
+        assert [list(query.positives) for query in loaded.queries] == [
+            list(query.positives) for query in expected.queries
+        ]
     manifest = json.loads((out / "dataset.json").read_text())
     assert {each["corpus_split"] for each in manifest["splits"].values()} == {"shared"}
     assert manifest["splits"]["train"]["corpus_hash"] == collections["train"].corpus_hash()
-    assert (manifest["name"], manifest["source"], manifest["splits"]["test"]["queries"]) == ("made", SOURCE, 30)
+    assert (manifest["name"], manifest["source"], manifest["splits"]["test"]["queries"]) == (
+        "made",
+        SOURCE,
+        30,
+    )
     assert list(tmp_path.iterdir()) == [out]
 
 
@@ -80,7 +90,10 @@ def test_equal_data_set_is_reused_and_others_are_refused(tmp_path: Path) -> None
     for change in ({"text": "changed"}, {"instruction": "changed"}, {"reasoning": "changed"}):
         queries = (replace(collections["train"].queries[0], **change), *collections["train"].queries[1:])
         changed = {"train": replace(collections["train"], queries=queries)}
-        with pytest.raises(UserError, match=r"holds another data set \(differs in splits\); remove it or choose another --out"):
+        with pytest.raises(
+            UserError,
+            match=r"holds another data set \(differs in splits\); remove it or choose another --out",
+        ):
             build_dataset(changed, out, name="made", source=SOURCE)
     with pytest.raises(UserError, match=r"differs in skipped"):
         build_dataset(collections, out, name="made", source=SOURCE, skipped={"not UTF-8": 1})
@@ -98,7 +111,12 @@ def test_failed_build_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr("tensorflow_datasets.core.DatasetInfo.write_to_directory", fail)
     with pytest.raises(OSError, match="disk full"):
-        build_dataset({"train": collection("train", documents=3, queries=1)}, tmp_path / "set", name="made", source=SOURCE)
+        build_dataset(
+            {"train": collection("train", documents=3, queries=1)},
+            tmp_path / "set",
+            name="made",
+            source=SOURCE,
+        )
     assert list(tmp_path.iterdir()) == []
 
 

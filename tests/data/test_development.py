@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from tiny import word_collection
+from helpers.tiny_models import word_collection
 
 from search_r3_jax.config import DataConfig
 from search_r3_jax.data.collection import Collection
@@ -22,7 +22,9 @@ def test_a_development_split_is_used_and_its_questions_leave_the_training(tmp_pa
     dev = dataclasses.replace(collection, split="dev", queries=collection.queries[30:])
     # Query 30 to 34 are in both, under the same text.
     train = dataclasses.replace(collection, queries=collection.queries[:35])
-    config = DataConfig(sets=(built(tmp_path / "set", {"train": train, "dev": dev}),), dev_queries=8, dev_documents=12)
+    config = DataConfig(
+        sets=(built(tmp_path / "set", {"train": train, "dev": dev}),), dev_queries=8, dev_documents=12
+    )
     (found,) = load_training_sets(config)
     assert found.dev is not None
     assert (len(found.dev.queries), len(found.dev.documents)) == (8, 12)
@@ -34,11 +36,15 @@ def test_a_development_split_is_used_and_its_questions_leave_the_training(tmp_pa
 
 def test_without_one_a_tenth_is_held_out(tmp_path: Path) -> None:
     collection = word_collection(documents=60, queries=60)
-    config = DataConfig(sets=(built(tmp_path / "set", {"train": collection}),), dev_queries=50, dev_documents=20)
+    config = DataConfig(
+        sets=(built(tmp_path / "set", {"train": collection}),), dev_queries=50, dev_documents=20
+    )
     (found,) = load_training_sets(config)
     assert found.dev is not None
     assert (len(found.dev.queries), len(found.train.queries)) == (6, 54)
-    assert not {query.query_id for query in found.dev.queries} & {query.query_id for query in found.train.queries}
+    assert not {query.query_id for query in found.dev.queries} & {
+        query.query_id for query in found.train.queries
+    }
     # It hangs on the ids, not on their order.
     turned = dataclasses.replace(collection, queries=collection.queries[::-1])
     config = dataclasses.replace(config, sets=(built(tmp_path / "turned", {"train": turned}),))
@@ -56,5 +62,7 @@ def test_nothing_is_watched_where_nothing_is_asked_for(tmp_path: Path) -> None:
 
 
 def test_no_set_is_the_users_mistake() -> None:
-    with pytest.raises(UserError, match=r"data\.sets: no data set; name one or more folders: --data\.sets FOLDER"):
+    with pytest.raises(
+        UserError, match=r"data\.sets: no data set; name one or more folders: --data\.sets FOLDER"
+    ):
         load_training_sets(DataConfig())

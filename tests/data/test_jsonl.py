@@ -15,7 +15,10 @@ GOOD = {"query": "what purrs", "positive": "A cat purrs."}
 
 
 def write(path: Path, *records: object) -> Path:
-    path.write_text("".join((record if isinstance(record, str) else json.dumps(record)) + "\n" for record in records), encoding="utf-8")
+    path.write_text(
+        "".join((record if isinstance(record, str) else json.dumps(record)) + "\n" for record in records),
+        encoding="utf-8",
+    )
     return path
 
 
@@ -24,8 +27,17 @@ def test_every_field_and_form(tmp_path: Path) -> None:
         tmp_path / "pets.jsonl",
         {**GOOD, "query_id": "q1", "negative": ["Dogs bark.", {"title": "Owl", "text": "hoots"}]},
         {
-            **{"query": "what barks", "split": "dev", "instruction": "Find the animal.", "reasoning": "Dogs do.", "other": 1},
-            **{"positive": [{"text": "Dogs bark.", "relevance": 3}, "A wolf.", "A wolf."], "negative": "A cat purrs."},
+            **{
+                "query": "what barks",
+                "split": "dev",
+                "instruction": "Find the animal.",
+                "reasoning": "Dogs do.",
+                "other": 1,
+            },
+            **{
+                "positive": [{"text": "Dogs bark.", "relevance": 3}, "A wolf.", "A wolf."],
+                "negative": "A cat purrs.",
+            },
         },
     )
     collections = read_jsonl(path, Problems())
@@ -52,7 +64,9 @@ def test_every_field_and_form(tmp_path: Path) -> None:
 
 
 def test_ids_come_from_the_content_alone(tmp_path: Path) -> None:
-    one = read_jsonl(write(tmp_path / "a.jsonl", GOOD, {"query": "x", "positive": {**GOOD}["positive"]}), Problems())["train"]
+    one = read_jsonl(
+        write(tmp_path / "a.jsonl", GOOD, {"query": "x", "positive": {**GOOD}["positive"]}), Problems()
+    )["train"]
     two = read_jsonl(write(tmp_path / "b.jsonl", {"query": "y", "positive": "z"}, GOOD), Problems())["train"]
     assert len(one.documents) == 1
     assert one.documents[0] in two.documents
@@ -93,15 +107,47 @@ BAD = [
     ({**GOOD, "positive": ["a", 4]}, r"field 'positive\[1\]' must be a string, got int", "wrong type"),
     ({**GOOD, "positive": [["a"]]}, r"field 'positive\[0\]' must be a string, got list", "wrong type"),
     ({**GOOD, "positive": [{"title": "a"}]}, r"field 'positive\[0\].text' is missing", "missing field"),
-    ({**GOOD, "positive": [{"text": "a", "title": 1}]}, r"field 'positive\[0\].title' must be a string", "wrong type"),
-    ({**GOOD, "positive": [{"text": "a", "relevance": 0}]}, r"field 'positive\[0\].relevance' must be 1 to", "bad relevance"),
-    ({**GOOD, "positive": [{"text": "a", "relevance": 2**31}]}, r"field 'positive\[0\].relevance' must be 1 to", "bad relevance"),
-    ({**GOOD, "positive": [{"text": "a", "relevance": True}]}, r"field 'positive\[0\].relevance' must be an integer", "wrong type"),
-    ({**GOOD, "positive": [{"text": "a", "relevance": 1.0}]}, r"field 'positive\[0\].relevance' must be an integer", "wrong type"),
-    ({**GOOD, "negative": [{"text": "a", "relevance": 1}]}, r"field 'negative\[0\].relevance' must be 0;", "bad relevance"),
+    (
+        {**GOOD, "positive": [{"text": "a", "title": 1}]},
+        r"field 'positive\[0\].title' must be a string",
+        "wrong type",
+    ),
+    (
+        {**GOOD, "positive": [{"text": "a", "relevance": 0}]},
+        r"field 'positive\[0\].relevance' must be 1 to",
+        "bad relevance",
+    ),
+    (
+        {**GOOD, "positive": [{"text": "a", "relevance": 2**31}]},
+        r"field 'positive\[0\].relevance' must be 1 to",
+        "bad relevance",
+    ),
+    (
+        {**GOOD, "positive": [{"text": "a", "relevance": True}]},
+        r"field 'positive\[0\].relevance' must be an integer",
+        "wrong type",
+    ),
+    (
+        {**GOOD, "positive": [{"text": "a", "relevance": 1.0}]},
+        r"field 'positive\[0\].relevance' must be an integer",
+        "wrong type",
+    ),
+    (
+        {**GOOD, "negative": [{"text": "a", "relevance": 1}]},
+        r"field 'negative\[0\].relevance' must be 0;",
+        "bad relevance",
+    ),
     ({**GOOD, "negative": ["b", GOOD["positive"]]}, "is judged twice, 1 and 0", "contradictory judgement"),
-    ({**GOOD, "positive": ["a", {"text": "a", "relevance": 2}]}, "is judged twice, 1 and 2", "contradictory judgement"),
-    ({"query": "first", "positive": ["only here", {"text": "a", "relevance": 2}]}, "is judged twice, 1 and 2", "contradictory judgement"),
+    (
+        {**GOOD, "positive": ["a", {"text": "a", "relevance": 2}]},
+        "is judged twice, 1 and 2",
+        "contradictory judgement",
+    ),
+    (
+        {"query": "first", "positive": ["only here", {"text": "a", "relevance": 2}]},
+        "is judged twice, 1 and 2",
+        "contradictory judgement",
+    ),
     ({**GOOD, "instruction": None}, "field 'instruction' must be a string", "wrong type"),
     ({**GOOD, "reasoning": ["x"]}, "field 'reasoning' must be a string", "wrong type"),
     ({**GOOD, "split": 0}, "field 'split' must be a string", "wrong type"),
@@ -109,17 +155,40 @@ BAD = [
     ({**GOOD, "split": "a/b"}, "field 'split': 'a/b' is not usable", "bad split name"),
     ({**GOOD, "query_id": ""}, "field 'query_id' is empty", "empty text"),
     ({**GOOD, "query_id": "taken"}, "field 'query_id': 'taken' appears twice", "duplicate id"),
-    ('{"query": "\\ud800", "positive": "a"}', "field 'query' holds an unpaired surrogate", "unpaired surrogate"),
-    ('{"query": "a", "positive": ["\\udc00"]}', r"field 'positive\[0\]' holds an unpaired surrogate", "unpaired surrogate"),
+    (
+        '{"query": "\\ud800", "positive": "a"}',
+        "field 'query' holds an unpaired surrogate",
+        "unpaired surrogate",
+    ),
+    (
+        '{"query": "a", "positive": ["\\udc00"]}',
+        r"field 'positive\[0\]' holds an unpaired surrogate",
+        "unpaired surrogate",
+    ),
     ('{"query": "a\\u0000", "positive": "a"}', "field 'query' holds a NUL byte", "NUL byte"),
-    ('{"query": "a", "positive": [{"text": "a", "relevance": ' + "1" * 5000 + "}]}", "too many digits", "malformed JSON"),
-    ('{"query": "a", "positive": ' + "[" * 10_000 + "]" * 10_000 + "}", "nested too deeply", "malformed JSON"),
+    (
+        '{"query": "a", "positive": [{"text": "a", "relevance": ' + "1" * 5000 + "}]}",
+        "too many digits",
+        "malformed JSON",
+    ),
+    (
+        '{"query": "a", "positive": ' + "[" * 10_000 + "]" * 10_000 + "}",
+        "nested too deeply",
+        "malformed JSON",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("line", "message", "reason"), BAD, ids=[f"{index}-{reason}" for index, (_, _, reason) in enumerate(BAD)])
-def test_a_bad_line_is_named_or_leaves_no_trace(tmp_path: Path, line: object, message: str, reason: str) -> None:
-    good = [{"query": "first", "positive": "a"}, {"query": "second", "positive": "b", "query_id": "taken", "split": "dev"}]
+@pytest.mark.parametrize(
+    ("line", "message", "reason"), BAD, ids=[f"{index}-{reason}" for index, (_, _, reason) in enumerate(BAD)]
+)
+def test_a_bad_line_is_named_or_leaves_no_trace(
+    tmp_path: Path, line: object, message: str, reason: str
+) -> None:
+    good = [
+        {"query": "first", "positive": "a"},
+        {"query": "second", "positive": "b", "query_id": "taken", "split": "dev"},
+    ]
     path = write(tmp_path / "a.jsonl", *good, line, GOOD)
     with pytest.raises(UserError, match=rf"a\.jsonl, line 3: .*{message}") as caught:
         read_jsonl(path, Problems())

@@ -31,7 +31,9 @@ def test_lines_end_at_newlines_only_and_blank_ones_count(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("ending", [b"\n", b""])
 @pytest.mark.parametrize("excess", [1, 2, 100, 101, 102, 350])
-def test_a_long_line_is_refused_or_skipped_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, excess: int, ending: bytes) -> None:
+def test_a_long_line_is_refused_or_skipped_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, excess: int, ending: bytes
+) -> None:
     monkeypatch.setattr(lines, "MAX_LINE_BYTES", 100)
     fits, long = b"f" * 99, b"x" * (100 + excess - len(ending))
     file = tmp_path / "a.txt"

@@ -1,4 +1,5 @@
-"""Batches of stage 1: a pure function of the step, whatever the chunks; negatives, judgements, and how little is padding."""
+"""Batches of stage 1: a pure function of the step, whatever the chunks; negatives, judgements, and how little
+is padding."""
 
 import dataclasses
 import os
@@ -8,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny import byte_tokenizer, word_collection
+from helpers.tiny_models import byte_tokenizer, word_collection
 
 from search_r3_jax.data.beir import read_beir
 from search_r3_jax.data.collection import Collection
 from search_r3_jax.data.mixture import Mixture
-from search_r3_jax.data.pipeline import FILLER, PairBatch, PairPipeline, TextChunks
+from search_r3_jax.data.pipeline import PAD, PairBatch, PairPipeline, TextChunks
 from search_r3_jax.errors import UserError
 from search_r3_jax.text.prompts import Prompter
 
@@ -36,9 +37,16 @@ def judged_collection() -> Collection:
     return dataclasses.replace(collection, queries=queries)
 
 
-def pipeline(collections: tuple[Collection, ...], *, weights: tuple[float, ...] = (), **options: int) -> PairPipeline:
+def pipeline(
+    collections: tuple[Collection, ...], *, weights: tuple[float, ...] = (), **options: int
+) -> PairPipeline:
     mixture = Mixture(collections=collections, weights=weights, seed=7)
-    sizes: dict[str, Any] = {"global_batch": 8, "encode_chunk": 8, "max_query_tokens": 24, "max_document_tokens": 40} | options
+    sizes: dict[str, Any] = {
+        "global_batch": 8,
+        "encode_chunk": 8,
+        "max_query_tokens": 24,
+        "max_document_tokens": 40,
+    } | options
     return PairPipeline(mixture=mixture, prompter=PROMPTER, **sizes)
 
 
@@ -74,7 +82,10 @@ def test_every_pair_comes_once_an_epoch_and_epochs_differ() -> None:
     mixture = Mixture(collections=(collection,), seed=3)
     size = mixture.size()
     assert size == sum(len(query.positives) for query in collection.queries)
-    epochs = [[(pair.query, pair.document) for pair in mixture.pairs(range(e * size, (e + 1) * size))] for e in range(2)]
+    epochs = [
+        [(pair.query, pair.document) for pair in mixture.pairs(range(e * size, (e + 1) * size))]
+        for e in range(2)
+    ]
     assert sorted(epochs[0]) == sorted(epochs[1])
     assert len(set(epochs[0])) == size
     assert epochs[0] != epochs[1]
@@ -99,7 +110,10 @@ def test_pairs_that_stand_together_are_of_one_set() -> None:
     for number, alone in enumerate((small, large)):
         found = [(pair.query, pair.document) for batch in batches for pair in batch if pair.set == number]
         seed = mixture.seed + number
-        assert found == [(pair.query, pair.document) for pair in Mixture(collections=(alone,), seed=seed).pairs(range(len(found)))]
+        assert found == [
+            (pair.query, pair.document)
+            for pair in Mixture(collections=(alone,), seed=seed).pairs(range(len(found)))
+        ]
     assert [pair.place for batch in batches for pair in batch] == list(range(320))
 
 
@@ -115,8 +129,10 @@ def test_chunks_hold_the_texts_of_the_batch_in_order(chunk: int) -> None:
     collection = judged_collection()
     made = pipeline((collection,), negatives=2, encode_chunk=chunk)
     batch, pairs = made.batch(1), made.pairs(1)
-    assert texts_of(batch.queries) == PROMPTER.direct_rows([collection.queries[pair.query].text for pair in pairs], 24)
-    bodies = [collection.documents[row].body if row != FILLER else "" for row in batch.document_ids]
+    assert texts_of(batch.queries) == PROMPTER.direct_rows(
+        [collection.queries[pair.query].text for pair in pairs], 24
+    )
+    bodies = [collection.documents[row].body if row != PAD else "" for row in batch.document_ids]
     assert texts_of(batch.documents) == PROMPTER.direct_rows(bodies, 40)
     for b, pair in enumerate(pairs):
         query = collection.queries[pair.query]
@@ -128,7 +144,9 @@ def test_chunks_hold_the_texts_of_the_batch_in_order(chunk: int) -> None:
         assert known == query.positives
         place = b // chunk * chunk * 3 + b % chunk
         assert batch.document_ids[place] == pair.document
-        mined = [collection.documents[int(batch.document_ids[row])].doc_id for row in batch.mined[b] if row != FILLER]
+        mined = [
+            collection.documents[int(batch.document_ids[row])].doc_id for row in batch.mined[b] if row != PAD
+        ]
         assert set(mined) <= set(query.negatives)
         assert len(set(mined)) == min(2, len(query.negatives))
 
@@ -145,12 +163,16 @@ def test_reply_positions_are_the_queries_closings() -> None:
 
 def test_a_reasoning_of_the_data_set_is_learnt_and_cut_before_its_closing() -> None:
     collection = judged_collection()
-    queries = tuple(dataclasses.replace(query, reasoning=f"words about {query.text} " * 9) for query in collection.queries)
+    queries = tuple(
+        dataclasses.replace(query, reasoning=f"words about {query.text} " * 9) for query in collection.queries
+    )
     made = pipeline((dataclasses.replace(collection, queries=queries),), reasoned=3, max_thought_tokens=20)
     batch, pairs = made.batch(0), made.pairs(0)
     for text, pair in list(zip(texts_of(batch.queries), pairs, strict=True))[5:]:
         thought = PROMPTER.thought_ids(queries[pair.query].reasoning)[:20]
-        assert text == PROMPTER.reason_rows([queries[pair.query].text], 24)[0] + thought + list(PROMPTER.reason.closing)
+        assert text == PROMPTER.reason_rows([queries[pair.query].text], 24)[0] + thought + list(
+            PROMPTER.reason.closing
+        )
     assert (batch.queries.prefixes.max(), batch.documents.prefixes.max()) == (1, 0)
 
 
@@ -167,5 +189,11 @@ def test_two_sets_never_share_a_document_number() -> None:
 def test_little_of_a_real_batch_is_padding(name: str) -> None:
     if not (SHARED / name).is_dir():
         pytest.skip(f"{SHARED / name} is not there")
-    made = pipeline((read_beir(SHARED / name, "train"),), global_batch=64, encode_chunk=64, max_query_tokens=256, max_document_tokens=1024)
+    made = pipeline(
+        (read_beir(SHARED / name, "train"),),
+        global_batch=64,
+        encode_chunk=64,
+        max_query_tokens=256,
+        max_document_tokens=1024,
+    )
     assert np.mean([made.batch(step).padding_share() for step in range(4)]) <= 0.15

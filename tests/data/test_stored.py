@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from tiny import word_collection
+from helpers.tiny_models import word_collection
 
 from search_r3_jax.config import DataConfig
 from search_r3_jax.data.collection import Collection, corpus_hash
@@ -52,8 +52,13 @@ def test_one_document_is_one_read(built: tuple[Path, Collection], monkeypatch: p
 
 
 def test_stage_2_sees_the_same_corpus(built: tuple[Path, Collection]) -> None:
-    for config in (DataConfig(sets=(str(built[0]),)), DataConfig(sets=(str(built[0]),), rl_documents=200, rl_queries=9)):
-        on_disk, in_memory = (for_stage_2(load_training_sets(config, stored=stored)[0], config) for stored in (True, False))
+    for config in (
+        DataConfig(sets=(str(built[0]),)),
+        DataConfig(sets=(str(built[0]),), rl_documents=200, rl_queries=9),
+    ):
+        on_disk, in_memory = (
+            for_stage_2(load_training_sets(config, stored=stored)[0], config) for stored in (True, False)
+        )
         assert on_disk.train.corpus_hash() == in_memory.train.corpus_hash()
         assert on_disk.train.queries == in_memory.train.queries
         assert on_disk.dev is not None

@@ -39,21 +39,47 @@ def test_plain_words_keep_identifiers_whole() -> None:
 
 def collection() -> Collection:
     rng = np.random.default_rng(0)
-    parts = ["readFile", "write_file", "parse", "jsonText", "sort_list", "list", "Graph2", "node", "textNode", "file"]
+    parts = [
+        "readFile",
+        "write_file",
+        "parse",
+        "jsonText",
+        "sort_list",
+        "list",
+        "Graph2",
+        "node",
+        "textNode",
+        "file",
+    ]
     texts = [" ".join(rng.choice(parts, rng.integers(3, 12))) for _ in range(40)]
-    documents = tuple(Document(doc_id=f"d{row}", title="node" if row % 5 == 0 else "", text=text) for row, text in enumerate(texts))
-    queries = ["the file of a node", "parse json text text", "graph2 list", "unknown words only", "write_file"]
+    documents = tuple(
+        Document(doc_id=f"d{row}", title="node" if row % 5 == 0 else "", text=text)
+        for row, text in enumerate(texts)
+    )
+    queries = [
+        "the file of a node",
+        "parse json text text",
+        "graph2 list",
+        "unknown words only",
+        "write_file",
+    ]
     return Collection(
         name="made",
         split="test",
         documents=documents,
-        queries=tuple(Query(query_id=f"q{row}", text=text, positives={"d0": 1}) for row, text in enumerate(queries)),
+        queries=tuple(
+            Query(query_id=f"q{row}", text=text, positives={"d0": 1}) for row, text in enumerate(queries)
+        ),
     )
 
 
 def stemmed_words(text: str) -> list[str]:
     stemmer = Stemmer.Stemmer("english")
-    return [word if word in ("the", "of", "a") else stemmer.stemWord(word) for word in plain_words(text) if len(word) > 1]
+    return [
+        word if word in ("the", "of", "a") else stemmer.stemWord(word)
+        for word in plain_words(text)
+        if len(word) > 1
+    ]
 
 
 def naive_bm25(collection: Collection, words, k1: float, b: float) -> np.ndarray:
@@ -103,7 +129,8 @@ def test_words_meet_in_their_stem() -> None:
     assert bm25_run(made, identifiers=True)["q"] == {}
 
 
-# nDCG@10 of an implementation of its own (Lucene's BM25, k1 = 0.9, b = 0.4, stemmed), as the data sets' table has it.
+# nDCG@10 of an implementation of its own (Lucene's BM25, k1 = 0.9, b = 0.4, stemmed), as the data sets' table
+# has it.
 @pytest.mark.parametrize(("name", "expected"), [("scifact", 0.676), ("conala", 0.491), ("mbpp", 0.102)])
 def test_real_sets_have_their_known_values(name: str, expected: float) -> None:
     if not (REAL_DATA / name).is_dir():

@@ -1,4 +1,5 @@
-"""`search-r3 budget`: each point of the curve is what `eval` gives at that budget, and what is drawn are these numbers."""
+"""`search-r3 budget`: each point of the curve is what `eval` gives at that budget, and what is drawn are
+these numbers."""
 
 import json
 import subprocess
@@ -9,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.tiny_models import word_collection
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.container import ErrorbarContainer
-from tiny import word_collection
 
 from search_r3_jax.config import SamplerConfig, TextConfig
 from search_r3_jax.data.dataset import build_dataset
@@ -41,10 +42,18 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def asked(tiny_folders: dict[str, Path], words: Path, tmp_path_factory: pytest.TempPathFactory) -> BudgetSettings:
+def asked(
+    tiny_folders: dict[str, Path], words: Path, tmp_path_factory: pytest.TempPathFactory
+) -> BudgetSettings:
     out = tmp_path_factory.mktemp("budget")
     return BudgetSettings(
-        model=str(tiny_folders["qwen3"]), data=words, out=out / "b.json", picture=out / "b.png", budgets=BUDGETS, samples=500, **LIMITS
+        model=str(tiny_folders["qwen3"]),
+        data=words,
+        out=out / "b.json",
+        picture=out / "b.png",
+        budgets=BUDGETS,
+        samples=500,
+        **LIMITS,
     )
 
 
@@ -72,12 +81,20 @@ def without_times(values: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
-def test_each_budget_is_what_eval_gives_to_the_last_digit(asked: BudgetSettings, record: dict[str, Any], budget: int) -> None:
-    one = run_evaluation(EvalSettings(model=asked.model, data=asked.data, mode="both", max_think_tokens=budget, **LIMITS))
+def test_each_budget_is_what_eval_gives_to_the_last_digit(
+    asked: BudgetSettings, record: dict[str, Any], budget: int
+) -> None:
+    one = run_evaluation(
+        EvalSettings(model=asked.model, data=asked.data, mode="both", max_think_tokens=budget, **LIMITS)
+    )
     assert one["data"] == record["data"]
     point = record["budgets"][BUDGETS.index(budget)]
     assert point["max_think_tokens"] == budget
-    ours = {name: value for name, value in point.items() if name not in ("max_think_tokens", "ndcg@10_interval", "over_direct")}
+    ours = {
+        name: value
+        for name, value in point.items()
+        if name not in ("max_think_tokens", "ndcg@10_interval", "over_direct")
+    }
     assert without_times(ours) == without_times(one["modes"]["reason"])
     assert set(ours) == set(one["modes"]["reason"])
     direct = {name: value for name, value in record["direct"].items() if name != "ndcg@10_interval"}
@@ -91,7 +108,10 @@ def test_the_budgets_differ_and_share_one_corpus(record: dict[str, Any], encoded
         assert scores[0] != scores[at]
     tokens = {point["max_think_tokens"]: point["reply_tokens"] for point in record["budgets"]}
     assert tokens[0] < tokens[2] < tokens[5]
-    assert all(entry["thought"] == "The embedding is <|embed_token|>" for entry in record["budgets"][1]["per_query"].values())
+    assert all(
+        entry["thought"] == "The embedding is <|embed_token|>"
+        for entry in record["budgets"][1]["per_query"].values()
+    )
     assert record["budgets"][1]["valid_rate"] == 0.0
 
 
@@ -109,17 +129,28 @@ def test_intervals_are_those_of_the_queries(record: dict[str, Any]) -> None:
         assert point["over_direct"] == vars(gain)
 
 
-def test_files_and_table(asked: BudgetSettings, record: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_and_table(
+    asked: BudgetSettings, record: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert json.loads(asked.out.read_text()) == record
     assert sorted(file.name for file in asked.out.parent.iterdir()) == ["b.json", "b.png"]
-    again = run_budget(BudgetSettings(model=asked.model, data=asked.data, out=tmp_path / "b.json", budgets=(2, 0), samples=10, **LIMITS))
+    again = run_budget(
+        BudgetSettings(
+            model=asked.model, data=asked.data, out=tmp_path / "b.json", budgets=(2, 0), samples=10, **LIMITS
+        )
+    )
     shown = capsys.readouterr().out.splitlines()
     assert max(map(len, shown[2:])) <= 80
     rows = {line.split()[0]: line.split() for line in shown if line.strip()}
     assert [name for name in rows if name in ("direct", "2", "0")] == ["direct", "2", "0"]
     for part, name in ((again["direct"], "direct"), (again["budgets"][0], "2"), (again["budgets"][1], "0")):
         interval = part["ndcg@10_interval"]
-        assert rows[name][1:5] == [f"{part['ndcg@10']:.4f}", f"{interval['low']:.3f}", "…", f"{interval['high']:.3f}"]
+        assert rows[name][1:5] == [
+            f"{part['ndcg@10']:.4f}",
+            f"{interval['low']:.3f}",
+            "…",
+            f"{interval['high']:.3f}",
+        ]
         assert rows[name][-3:] == [
             f"{part['valid_rate']:.0%}",
             f"{part['reply_tokens']:.1f}",
@@ -128,7 +159,9 @@ def test_files_and_table(asked: BudgetSettings, record: dict[str, Any], tmp_path
     assert [file.name for file in tmp_path.iterdir()] == ["b.json"]
 
 
-def test_the_picture_shows_the_numbers(record: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_picture_shows_the_numbers(
+    record: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Kept open, so that what was drawn can be read.
     monkeypatch.setattr(pyplot, "close", lambda *_: None)
     draw_budget(record, tmp_path / "b.png")
@@ -138,7 +171,9 @@ def test_the_picture_shows_the_numbers(record: dict[str, Any], tmp_path: Path, m
     (bars,) = [container for container in axis.containers if isinstance(container, ErrorbarContainer)]
     line, _, (segments,) = bars.lines
     assert line is not None
-    np.testing.assert_allclose(np.asarray(line.get_xydata()), [(point["reply_tokens"], point["ndcg@10"]) for point in points])
+    np.testing.assert_allclose(
+        np.asarray(line.get_xydata()), [(point["reply_tokens"], point["ndcg@10"]) for point in points]
+    )
     for drawn, point in zip(segments.get_segments(), points, strict=True):
         ends = [point["ndcg@10_interval"][end] for end in ("low", "high")]
         np.testing.assert_allclose(drawn, [(point["reply_tokens"], end) for end in ends])
@@ -147,7 +182,9 @@ def test_the_picture_shows_the_numbers(record: dict[str, Any], tmp_path: Path, m
 
 
 @pytest.mark.parametrize("compiler", [Sampler, Encoder])
-def test_compiling_is_left_out_of_the_milliseconds(tiny_model, compiler: type, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiling_is_left_out_of_the_milliseconds(
+    tiny_model, compiler: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from flax import nnx
 
     from search_r3_jax.text.prompts import Prompter
@@ -161,7 +198,9 @@ def test_compiling_is_left_out_of_the_milliseconds(tiny_model, compiler: type, m
     monkeypatch.setattr(compiler, "compile", slow)
     graph, state = nnx.split(tiny_model.decoder)
     collection = word_collection(documents=20, queries=10, split="test")
-    evaluator = Evaluator(graph, Prompter(tiny_model.tokenizer), TextConfig(), SamplerConfig(max_think_tokens=2))
+    evaluator = Evaluator(
+        graph, Prompter(tiny_model.tokenizer), TextConfig(), SamplerConfig(max_think_tokens=2)
+    )
     vectors = evaluator.documents(state, collection)
     evaluate = evaluator.reason if compiler is Sampler else evaluator.direct
     result = evaluate(state, collection, vectors)
@@ -209,13 +248,30 @@ def test_mistakes_are_one_line_before_any_model_is_loaded(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_budget_beyond_the_models_positions_is_named(tiny_folders: dict[str, Path], words: Path, tmp_path: Path) -> None:
+def test_a_budget_beyond_the_models_positions_is_named(
+    tiny_folders: dict[str, Path], words: Path, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match="512 leave no room for a query beside 500 tokens of thinking"):
-        run_budget(BudgetSettings(model=str(tiny_folders["llama"]), data=words, out=tmp_path / "b.json", budgets=(0, 500)))
+        run_budget(
+            BudgetSettings(
+                model=str(tiny_folders["llama"]), data=words, out=tmp_path / "b.json", budgets=(0, 500)
+            )
+        )
 
 
 def test_the_command_line(words: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "search_r3_jax", "budget", "--model", "nowhere", "--data", str(words), "--out", str(tmp_path / "b")]
+    command = [
+        sys.executable,
+        "-m",
+        "search_r3_jax",
+        "budget",
+        "--model",
+        "nowhere",
+        "--data",
+        str(words),
+        "--out",
+        str(tmp_path / "b"),
+    ]
     shown = subprocess.run([*command, "--budgets", "4", "-1"], capture_output=True, text=True, timeout=120)
     assert (shown.returncode, shown.stdout, shown.stderr.count("\n")) == (2, "", 1)
     assert "--budgets: -1 is below 0" in shown.stderr

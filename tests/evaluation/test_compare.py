@@ -17,11 +17,21 @@ from search_r3_jax.evaluation.report import FORMAT_VERSION
 
 
 def record(values: list[float], thoughts: list[str] | None = None, mode: str = "direct") -> dict[str, Any]:
-    queries = {f"q{i}": {"text": f"query {i} [bold]x", **dict.fromkeys(METRICS, value)} for i, value in enumerate(values)}
+    queries = {
+        f"q{i}": {"text": f"query {i} [bold]x", **dict.fromkeys(METRICS, value)}
+        for i, value in enumerate(values)
+    }
     for entry, thought in zip(queries.values(), thoughts or (), strict=False):
         entry["thought"] = thought
     cut = {"asked": 5, "ids_sha256": "c"}
-    data = {"split": "test", "documents_sha256": "d", "queries_sha256": "q", "cut": cut, "path": "anywhere", "name": "n"}
+    data = {
+        "split": "test",
+        "documents_sha256": "d",
+        "queries_sha256": "q",
+        "cut": cut,
+        "path": "anywhere",
+        "name": "n",
+    }
     return {"format_version": FORMAT_VERSION, "data": data, "modes": {mode: {"per_query": queries}}}
 
 
@@ -55,7 +65,13 @@ def test_numbers_and_the_queries_that_moved(tmp_path: Path) -> None:
     shown = io.StringIO()
     show_comparison(first, second, found, Console(file=shown, width=80, highlight=False))
     text = shown.getvalue()
-    for expected in ("thought 7 <b>", "(no reasoning)", "query 7 [bold]x", f"{before[9]:.3f} → {after[9]:.3f}  q9", "B better on"):
+    for expected in (
+        "thought 7 <b>",
+        "(no reasoning)",
+        "query 7 [bold]x",
+        f"{before[9]:.3f} → {after[9]:.3f}  q9",
+        "B better on",
+    ):
         assert expected in text
 
 
@@ -63,7 +79,9 @@ def test_one_file_may_hold_both_modes(tmp_path: Path) -> None:
     both = record([0.1, 0.2])
     both["modes"]["reason"] = record([0.3, 0.2], mode="reason")["modes"]["reason"]
     file = write(tmp_path, "a.json", both)
-    found = compare_results(read_result(f"{file}:direct"), read_result(f"{file}:reason"), "mrr", samples=100, seed=0)
+    found = compare_results(
+        read_result(f"{file}:direct"), read_result(f"{file}:reason"), "mrr", samples=100, seed=0
+    )
     assert found.difference.mean == pytest.approx(0.1)
     with pytest.raises(UserError, match=r"has the modes direct and reason; append one"):
         read_result(file)
@@ -80,7 +98,9 @@ def test_results_of_other_data_are_refused(tmp_path: Path, field: str) -> None:
     compare_results(a, read_result(write(tmp_path, "b.json", second)), "mrr", samples=10, seed=0)
     second["data"][field] = None
     b = read_result(write(tmp_path, "c.json", second))
-    with pytest.raises(UserError, match=rf"c\.json, direct: data\.{field}: other .* evaluate both on the same"):
+    with pytest.raises(
+        UserError, match=rf"c\.json, direct: data\.{field}: other .* evaluate both on the same"
+    ):
         compare_results(a, b, "mrr", samples=10, seed=0)
 
 

@@ -12,7 +12,9 @@ from search_r3_jax.errors import UserError
 from search_r3_jax.evaluation.curves import draw_curves
 
 
-def write_run(folder: Path, *, reasoned: bool, steps: int = 12, seed: int = 0) -> tuple[Path, np.ndarray, dict[int, float]]:
+def write_run(
+    folder: Path, *, reasoned: bool, steps: int = 12, seed: int = 0
+) -> tuple[Path, np.ndarray, dict[int, float]]:
     """A run with made-up numbers; its InfoNCE by step and its nDCG@10 by evaluation."""
     generator = np.random.default_rng(seed)
     (folder / "eval").mkdir(parents=True)
@@ -23,7 +25,9 @@ def write_run(folder: Path, *, reasoned: bool, steps: int = 12, seed: int = 0) -
     for step, score in scores.items():
         modes = {"direct": {"ndcg@10": score}} | ({"reason": {"ndcg@10": score / 2}} if reasoned else {})
         other = {mode: {"ndcg@10": 0.5 * values["ndcg@10"]} for mode, values in modes.items()}
-        (folder / "eval" / f"dev_{step:06d}.json").write_text(json.dumps({"step": step, "results": {"a": modes, "b": other}}))
+        (folder / "eval" / f"dev_{step:06d}.json").write_text(
+            json.dumps({"step": step, "results": {"a": modes, "b": other}})
+        )
     return folder, losses, scores
 
 

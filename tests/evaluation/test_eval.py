@@ -1,4 +1,5 @@
-"""`search-r3 eval`: what it reports is what trec_eval says of the files it wrote, and what a plain computation ranks."""
+"""`search-r3 eval`: what it reports is what trec_eval says of the files it wrote, and what a plain
+computation ranks."""
 
 import json
 import os
@@ -10,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import pytrec_eval
-from tiny import word_collection
+from helpers.tiny_models import word_collection
 
 from search_r3_jax.data.beir import read_beir
 from search_r3_jax.embedder import Embedder
@@ -22,11 +23,17 @@ from search_r3_jax.evaluation.report import run_evaluation
 from search_r3_jax.evaluation.settings import EvalSettings
 from search_r3_jax.evaluation.significance import bootstrap_interval
 from search_r3_jax.evaluation.systems import MINILM_PACKAGE
-from search_r3_jax.hub.checkpoint import load_model
 from search_r3_jax.hub.export import export_model
+from search_r3_jax.hub.load_model import load_model
 
 KINDS: tuple[Literal["exact"], Literal["scann"]] = ("exact", "scann")
-TREC = {"ndcg@10": "ndcg_cut_10", "recall@10": "recall_10", "recall@100": "recall_100", "mrr": "recip_rank", "map": "map"}
+TREC = {
+    "ndcg@10": "ndcg_cut_10",
+    "recall@10": "recall_10",
+    "recall@100": "recall_100",
+    "mrr": "recip_rank",
+    "map": "map",
+}
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +43,20 @@ def beir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = word_collection(documents=130, queries=12, split="test")
     (folder / "qrels").mkdir()
     # Of many lengths, so that sorting by length changes the order.
-    texts = {each.doc_id: " ".join([each.text, *["more"] * (row * 7 % 5)]) for row, each in enumerate(made.documents)}
+    texts = {
+        each.doc_id: " ".join([each.text, *["more"] * (row * 7 % 5)])
+        for row, each in enumerate(made.documents)
+    }
     lines = (json.dumps({"_id": doc_id, "title": "", "text": text}) for doc_id, text in texts.items())
     (folder / "corpus.jsonl").write_text("\n".join(lines) + "\n")
-    (folder / "queries.jsonl").write_text("\n".join(json.dumps({"_id": each.query_id, "text": each.text}) for each in made.queries) + "\n")
-    rows = [f"q{i}\t{doc_id}\t{score}" for i in range(12) for doc_id, score in ((f"d{i}", 2), (f"d{i + 40}", 1), (f"d{i + 80}", 0))]
+    (folder / "queries.jsonl").write_text(
+        "\n".join(json.dumps({"_id": each.query_id, "text": each.text}) for each in made.queries) + "\n"
+    )
+    rows = [
+        f"q{i}\t{doc_id}\t{score}"
+        for i in range(12)
+        for doc_id, score in ((f"d{i}", 2), (f"d{i + 40}", 1), (f"d{i + 80}", 0))
+    ]
     (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + "\n".join(rows) + "\n")
     return folder
 
@@ -54,7 +70,9 @@ def read_trec(run_file: Path, qrels_file: Path) -> dict[str, dict[str, float]]:
         assert int(rank) == len(run[query_id])
     with qrels_file.open() as opened:
         qrels = pytrec_eval.parse_qrel(opened)
-    return pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut.10", "recall.10,100", "recip_rank", "map"}).evaluate(run)
+    return pytrec_eval.RelevanceEvaluator(
+        qrels, {"ndcg_cut.10", "recall.10,100", "recip_rank", "map"}
+    ).evaluate(run)
 
 
 def assert_same_as_files(values: dict[str, Any], run_file: Path, qrels_file: Path) -> None:
@@ -66,7 +84,9 @@ def assert_same_as_files(values: dict[str, Any], run_file: Path, qrels_file: Pat
         assert values[name] == np.mean([measured[query_id][TREC[name]] for query_id in values["per_query"]])
 
 
-def test_a_decoder_in_both_modes(tiny_folders: dict[str, Path], beir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_decoder_in_both_modes(
+    tiny_folders: dict[str, Path], beir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = str(tiny_folders["llama"])
     asked = EvalSettings(
         model=model,
@@ -82,10 +102,17 @@ def test_a_decoder_in_both_modes(tiny_folders: dict[str, Path], beir: Path, tmp_
     assert "12 queries" in shown
     assert f"{record['modes']['reason']['ndcg@10']:.4f}" in shown
     (line,) = [line for line in shown.splitlines() if "ms/query" in line]
-    assert line.split()[1:] == [f"{record['modes'][mode]['milliseconds_per_query']:.1f}" for mode in ("direct", "reason")]
+    assert line.split()[1:] == [
+        f"{record['modes'][mode]['milliseconds_per_query']:.1f}" for mode in ("direct", "reason")
+    ]
     assert "controls" not in record["modes"]["reason"]
     assert json.loads((tmp_path / "a.json").read_text()) == record
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.json", "a.run.direct", "a.run.qrels", "a.run.reason"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "a.json",
+        "a.run.direct",
+        "a.run.qrels",
+        "a.run.reason",
+    ]
     for mode in ("direct", "reason"):
         assert_same_as_files(record["modes"][mode], tmp_path / f"a.run.{mode}", tmp_path / "a.run.qrels")
 
@@ -106,20 +133,26 @@ def test_a_decoder_in_both_modes(tiny_folders: dict[str, Path], beir: Path, tmp_
     for entry, thought in zip(record["modes"]["reason"]["per_query"].values(), thoughts, strict=True):
         assert (entry["valid"], entry["tokens"]) == (thought.valid, thought.tokens)
         assert entry["thought"].startswith(thought.text)
-    assert record["modes"]["reason"]["reply_tokens"] == pytest.approx(np.mean([each.tokens for each in thoughts]))
+    assert record["modes"]["reason"]["reply_tokens"] == pytest.approx(
+        np.mean([each.tokens for each in thoughts])
+    )
     assert record["modes"]["direct"]["valid_rate"] == 1.0
     assert record["system"]["max_document_tokens"] == 24
 
 
 def test_the_average_of_both_vectors(tiny_folders: dict[str, Path], beir: Path, tmp_path: Path) -> None:
     model = str(tiny_folders["qwen3"])
-    asked = EvalSettings(model=model, data=beir, mode="all", run_file=tmp_path / "a.run", max_think_tokens=4, controls=True)
+    asked = EvalSettings(
+        model=model, data=beir, mode="all", run_file=tmp_path / "a.run", max_think_tokens=4, controls=True
+    )
     record = run_evaluation(asked)
     assert list(record["modes"]) == ["direct", "reason", "average"]
     average = record["modes"]["average"]
     assert_same_as_files(average, tmp_path / "a.run.average", tmp_path / "a.run.qrels")
     for name in ("reply_tokens", "milliseconds_per_query"):
-        assert average[name] == pytest.approx(record["modes"]["direct"][name] + record["modes"]["reason"][name])
+        assert average[name] == pytest.approx(
+            record["modes"]["direct"][name] + record["modes"]["reason"][name]
+        )
     assert average["valid_rate"] == record["modes"]["reason"]["valid_rate"]
     collection = read_beir(beir, "test")
     embedder = Embedder.load(model, max_think_tokens=4)
@@ -128,7 +161,9 @@ def test_the_average_of_both_vectors(tiny_folders: dict[str, Path], beir: Path, 
     documents = embedder.encode([each.body for each in collection.documents], kind="document")
     scores = both / np.linalg.norm(both, axis=1, keepdims=True) @ documents.T
     for row, entry in enumerate(average["per_query"].values()):
-        assert [score for _, score in entry["top"]] == pytest.approx(np.sort(scores[row])[::-1][:10], abs=1e-5)
+        assert [score for _, score in entry["top"]] == pytest.approx(
+            np.sort(scores[row])[::-1][:10], abs=1e-5
+        )
 
 
 def test_controls_stand_beside_the_reasoning(
@@ -210,17 +245,26 @@ def test_fewer_queries_give_what_each_of_them_gave(beir: Path, capsys: pytest.Ca
 
 
 def test_the_index_chooses_nothing_else(tiny_folders: dict[str, Path], beir: Path) -> None:
-    exact, scann = (run_evaluation(EvalSettings(model=str(tiny_folders["llama"]), data=beir, index=index)) for index in ("exact", "scann"))
+    exact, scann = (
+        run_evaluation(EvalSettings(model=str(tiny_folders["llama"]), data=beir, index=index))
+        for index in ("exact", "scann")
+    )
     assert exact["system"] | {"index": "scann"} == scann["system"]
     assert exact["modes"]["direct"]["ndcg@10"] == pytest.approx(scann["modes"]["direct"]["ndcg@10"], abs=0.02)
 
 
-def test_an_export_evaluates_the_same_in_sentence_transformers(tiny_folders: dict[str, Path], beir: Path, tmp_path: Path) -> None:
+def test_an_export_evaluates_the_same_in_sentence_transformers(
+    tiny_folders: dict[str, Path], beir: Path, tmp_path: Path
+) -> None:
     export_model(load_model(tiny_folders["llama"]), tmp_path / "export", max_tokens=64)
-    ours = run_evaluation(EvalSettings(model=str(tiny_folders["llama"]), data=beir, max_document_tokens=64))["modes"]["direct"]
+    ours = run_evaluation(EvalSettings(model=str(tiny_folders["llama"]), data=beir, max_document_tokens=64))[
+        "modes"
+    ]["direct"]
     theirs = run_evaluation(EvalSettings(model=f"st:{tmp_path / 'export'}", data=beir))["modes"]["direct"]
     for query_id, entry in ours["per_query"].items():
-        assert [score for _, score in theirs["per_query"][query_id]["top"]] == pytest.approx([score for _, score in entry["top"]], abs=1e-5)
+        assert [score for _, score in theirs["per_query"][query_id]["top"]] == pytest.approx(
+            [score for _, score in entry["top"]], abs=1e-5
+        )
     assert theirs["ndcg@10"] == pytest.approx(ours["ndcg@10"], abs=0.02)
 
 
@@ -241,11 +285,22 @@ def test_quickstarts_calls_give_the_same(tiny_model, beir: Path) -> None:
 
     collection = read_beir(beir, "test")
     graph, state = nnx.split(tiny_model.decoder)
-    evaluator = Evaluator(graph, Prompter(tiny_model.tokenizer), TextConfig(), SamplerConfig(max_think_tokens=4))
+    evaluator = Evaluator(
+        graph, Prompter(tiny_model.tokenizer), TextConfig(), SamplerConfig(max_think_tokens=4)
+    )
     vectors = evaluator.documents(state, collection)
-    for result in (evaluator.direct(state, collection, vectors), evaluator.reason(state, collection, vectors)):
+    for result in (
+        evaluator.direct(state, collection, vectors),
+        evaluator.reason(state, collection, vectors),
+    ):
         assert len(result.run) == len(result.tokens) == 12
-        assert set(result.as_dict()) == {*METRICS, "valid_rate", "reply_tokens", "queries_per_second", "milliseconds_per_query"}
+        assert set(result.as_dict()) == {
+            *METRICS,
+            "valid_rate",
+            "reply_tokens",
+            "queries_per_second",
+            "milliseconds_per_query",
+        }
 
 
 @pytest.mark.parametrize(
@@ -292,7 +347,9 @@ def test_pickled_weights_are_refused(beir: Path, tmp_path: Path) -> None:
 def test_the_command_line(beir: Path, tmp_path: Path) -> None:
     def search_r3(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "search_r3_jax", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "COLUMNS": "80"})
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=120, env={**os.environ, "COLUMNS": "80"}
+        )
 
     out = str(tmp_path / "a.json")
     shown = search_r3("eval", "--model", "bm25", "--data", str(beir), "--out", out)

@@ -18,7 +18,9 @@ REAL_DATA = Path(os.environ.get("SEARCH_R3_DATA", Path(__file__).parents[2].pare
 def by_hand(judged: dict[str, int], scores: dict[str, float]) -> dict[str, float]:
     ranked = sorted(scores, key=lambda doc_id: (scores[doc_id], doc_id), reverse=True)
     gain = sum(judged.get(doc_id, 0) / math.log2(rank + 2) for rank, doc_id in enumerate(ranked[:10]))
-    ideal = sum(value / math.log2(rank + 2) for rank, value in enumerate(sorted(judged.values(), reverse=True)[:10]))
+    ideal = sum(
+        value / math.log2(rank + 2) for rank, value in enumerate(sorted(judged.values(), reverse=True)[:10])
+    )
     relevant = {doc_id for doc_id, value in judged.items() if value > 0}
     hits = [rank for rank, doc_id in enumerate(ranked, start=1) if doc_id in relevant]
     first = next((rank for rank, doc_id in enumerate(ranked, start=1) if doc_id in relevant), None)
@@ -80,7 +82,12 @@ def test_trec_run_reads_back_in_rank_order(tmp_path: Path) -> None:
     text = (tmp_path / "new" / "run.txt").read_text()
     with (tmp_path / "new" / "run.txt").open() as file:
         assert pytrec_eval.parse_run(file) == run
-    assert [line.split()[2:4] for line in text.splitlines()] == [["b", "1"], ["c", "2"], ["a", "3"], ["a", "1"]]
+    assert [line.split()[2:4] for line in text.splitlines()] == [
+        ["b", "1"],
+        ["c", "2"],
+        ["a", "3"],
+        ["a", "1"],
+    ]
     with pytest.raises(UserError, match="line 2: 'two words'"):
         write_trec_run(tmp_path / "new" / "run.txt", {"q1": {"a": 1.0, "two words": 0.5}}, "tag")
     assert (tmp_path / "new" / "run.txt").read_text() == text
@@ -94,7 +101,10 @@ def test_real_set_agrees_with_a_hand_computation() -> None:
     collection = read_beir(folder, "test")
     qrels, run = collection.qrels(), bm25_run(collection, identifiers=True, k=50)
     mean, _ = evaluate_run(qrels, run)
-    rounded = {query_id: {doc_id: float(np.float32(value)) for doc_id, value in scores.items()} for query_id, scores in run.items()}
+    rounded = {
+        query_id: {doc_id: float(np.float32(value)) for doc_id, value in scores.items()}
+        for query_id, scores in run.items()
+    }
     expected = [by_hand(judged, rounded[query_id]) for query_id, judged in qrels.items()]
     for key, value in mean.as_dict().items():
         assert value == pytest.approx(np.mean([each[key] for each in expected]), abs=1e-12)

@@ -1,4 +1,5 @@
-"""MTEB on our encoder and on an export: the scores of `eval`, prompts where MTEB's order puts them, results in its own files."""
+"""MTEB on our encoder and on an export: the scores of `eval`, prompts where MTEB's order puts them, results
+in its own files."""
 
 import json
 import os
@@ -9,10 +10,10 @@ from typing import Any
 import mteb
 import numpy as np
 import pytest
+from helpers.tiny_models import word_collection
 from mteb.models.models_protocols import EncoderProtocol
 from mteb.types import PromptType
 from sentence_transformers import SentenceTransformer
-from tiny import word_collection
 
 from search_r3_jax import Embedder
 from search_r3_jax.data.collection import Collection
@@ -22,20 +23,24 @@ from search_r3_jax.evaluation.mteb_encoder import MtebEncoder, mteb_name
 from search_r3_jax.evaluation.mteb_run import collection_task, run_mteb
 from search_r3_jax.evaluation.report import run_evaluation
 from search_r3_jax.evaluation.settings import EvalSettings, MtebSettings
-from search_r3_jax.hub.checkpoint import load_model
 from search_r3_jax.hub.export import export_model
+from search_r3_jax.hub.load_model import load_model
 
 REAL_DATA = Path(os.environ.get("SEARCH_R3_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
 # A text's tokens in all that is held against each other here.
 TOKENS = 48
 THINK_TOKENS = 5
 METRICS = {"ndcg@10": "ndcg_at_10", "recall@10": "recall_at_10", "recall@100": "recall_at_100"}
-TASK = collection_task(word_collection(documents=12, queries=4, split="test"), prompt="Find the words").metadata
+TASK = collection_task(
+    word_collection(documents=12, queries=4, split="test"), prompt="Find the words"
+).metadata
 
 
 @pytest.fixture(scope="module")
 def export(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_model(load_model(tiny_folders["llama"]), tmp_path_factory.mktemp("export") / "llama", max_tokens=TOKENS)
+    return export_model(
+        load_model(tiny_folders["llama"]), tmp_path_factory.mktemp("export") / "llama", max_tokens=TOKENS
+    )
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +53,12 @@ def mbpp() -> Path:
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "words"
-    build_dataset({"test": word_collection(documents=40, queries=12, split="test")}, folder, name="words", source={"kind": "test"})
+    build_dataset(
+        {"test": word_collection(documents=40, queries=12, split="test")},
+        folder,
+        name="words",
+        source={"kind": "test"},
+    )
     return folder
 
 
@@ -58,20 +68,31 @@ def results_file(out: Path, task: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("mode", ["direct", "reason"])
-def test_a_real_collection_scores_as_eval_scores_it(export: Path, mbpp: Path, tmp_path: Path, mode: Any) -> None:
+def test_a_real_collection_scores_as_eval_scores_it(
+    export: Path, mbpp: Path, tmp_path: Path, mode: Any
+) -> None:
     limits: dict[str, Any] = {"max_documents": 600, "max_think_tokens": THINK_TOKENS, "mode": mode}
     run_mteb(MtebSettings(model=str(export), data=(mbpp,), out=tmp_path / "mteb", **limits))
     texts: dict[str, Any] = {"max_query_tokens": TOKENS, "max_document_tokens": TOKENS}
     expected = run_evaluation(EvalSettings(model=str(export), data=mbpp, **limits, **texts))["modes"][mode]
     (found,) = results_file(tmp_path / "mteb", "mbpp")["scores"]["test"]
     # MTEB rounds to five digits.
-    assert {ours: found[theirs] for ours, theirs in METRICS.items()} == {ours: pytest.approx(expected[ours], abs=6e-6) for ours in METRICS}
+    assert {ours: found[theirs] for ours, theirs in METRICS.items()} == {
+        ours: pytest.approx(expected[ours], abs=6e-6) for ours in METRICS
+    }
     assert 0 < found["main_score"] == found["ndcg_at_10"] < 1
 
 
-def test_an_export_scores_the_same_in_sentence_transformers(export: Path, words: Path, tmp_path: Path) -> None:
+def test_an_export_scores_the_same_in_sentence_transformers(
+    export: Path, words: Path, tmp_path: Path
+) -> None:
     (ours,) = run_mteb(MtebSettings(model=str(export), data=(words,), out=tmp_path))
-    result = mteb.evaluate(SentenceTransformer(str(export)), collection_task(load_collection(words, "test")), cache=None, co2_tracker=False)
+    result = mteb.evaluate(
+        SentenceTransformer(str(export)),
+        collection_task(load_collection(words, "test")),
+        cache=None,
+        co2_tracker=False,
+    )
     (theirs,) = result.task_results[0].scores["test"]
     assert 0 < ours.scores["ndcg_at_10"] < 1
     for metric in METRICS.values():
@@ -79,7 +100,11 @@ def test_an_export_scores_the_same_in_sentence_transformers(export: Path, words:
 
 
 def test_what_has_been_evaluated_is_not_evaluated_again(
-    export: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    export: Path,
+    words: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     settings = MtebSettings(model=str(export), data=(words,), out=tmp_path)
     (first,) = run_mteb(settings)
@@ -94,7 +119,11 @@ def test_what_has_been_evaluated_is_not_evaluated_again(
     assert meta["revision"] == Embedder.load(export).parameter_hash()
     # Another mode is another experiment of the same model.
     monkeypatch.undo()
-    run_mteb(MtebSettings(model=str(export), data=(words,), out=tmp_path, mode="reason", max_think_tokens=THINK_TOKENS))
+    run_mteb(
+        MtebSettings(
+            model=str(export), data=(words,), out=tmp_path, mode="reason", max_think_tokens=THINK_TOKENS
+        )
+    )
     metas = [json.loads(file.read_text()) for file in tmp_path.rglob("model_meta.json")]
     assert {json.dumps(meta["experiment_kwargs"], sort_keys=True) for meta in metas} == {
         "null",
@@ -115,7 +144,12 @@ class Batches:
 
 def encoded(encoder: MtebEncoder, prompt_type: PromptType | None, **columns: list[str]) -> np.ndarray:
     return encoder.encode(
-        Batches(**columns), task_metadata=TASK, hf_split="test", hf_subset="default", prompt_type=prompt_type, show_progress_bar=False
+        Batches(**columns),
+        task_metadata=TASK,
+        hf_split="test",
+        hf_subset="default",
+        prompt_type=prompt_type,
+        show_progress_bar=False,
     )
 
 
@@ -137,7 +171,11 @@ def test_only_what_is_searched_for_is_thought_about(export: Path) -> None:
 def test_titles_stand_where_training_put_them(export: Path) -> None:
     titles = ["Kitchen", "", "Oceans"]
     joined = [f"Kitchen\n{TEXTS[0]}", TEXTS[1], f"Oceans\n{TEXTS[2]}"]
-    columns = {"title": titles, "body": TEXTS, "text": [f"{title} {text}" for title, text in zip(titles, TEXTS, strict=True)]}
+    columns = {
+        "title": titles,
+        "body": TEXTS,
+        "text": [f"{title} {text}" for title, text in zip(titles, TEXTS, strict=True)],
+    }
     found = encoded(MtebEncoder(str(export)), PromptType.document, **columns)
     np.testing.assert_array_equal(found, Embedder.load(export).encode(joined, kind="document"))
 
@@ -151,15 +189,21 @@ def test_titles_stand_where_training_put_them(export: Path) -> None:
         ({"Retrieval-query": "rq: ", "Retrieval": "all: ", "document": "d: "}, "rq: ", "all: "),
     ],
 )
-def test_prompts_and_instructions_stand_before_texts(export: Path, prompts: dict[str, str] | None, query: str, document: str) -> None:
+def test_prompts_and_instructions_stand_before_texts(
+    export: Path, prompts: dict[str, str] | None, query: str, document: str
+) -> None:
     encoder = MtebEncoder(str(export), prompts=prompts, instruction_template="Instruct: {instruction}; ")
     embedder = Embedder.load(export)
     found = encoded(encoder, PromptType.query, text=TEXTS)
     np.testing.assert_array_equal(found, embedder.encode([query + text for text in TEXTS]))
     found = encoded(encoder, PromptType.document, text=TEXTS)
-    np.testing.assert_array_equal(found, embedder.encode([document + text for text in TEXTS], kind="document"))
+    np.testing.assert_array_equal(
+        found, embedder.encode([document + text for text in TEXTS], kind="document")
+    )
     # Without any of them texts stand alone.
-    np.testing.assert_array_equal(encoded(MtebEncoder(str(export)), PromptType.query, text=TEXTS), embedder.encode(TEXTS))
+    np.testing.assert_array_equal(
+        encoded(MtebEncoder(str(export)), PromptType.query, text=TEXTS), embedder.encode(TEXTS)
+    )
 
 
 def test_a_task_is_the_collection(words: Path) -> None:
@@ -185,7 +229,10 @@ def test_names_have_an_organisation(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_mistakes_are_one_line(export: Path, words: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="mteb: nothing to evaluate; name tasks with --tasks, or data sets of this machine with --data"):
+    with pytest.raises(
+        UserError,
+        match="mteb: nothing to evaluate; name tasks with --tasks, or data sets of this machine with --data",
+    ):
         run_mteb(MtebSettings(model=str(export), out=tmp_path / "out"))
     with pytest.raises(UserError, match=r"--tasks: .*SciFakt"):
         run_mteb(MtebSettings(model=str(export), tasks=("SciFakt",), out=tmp_path / "out"))

@@ -14,9 +14,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.report_inputs import (
+    HOSTILE,
+    budget_record,
+    eval_record,
+    rollout_sample,
+    search_sample,
+    with_controls,
+    write_json,
+    write_lines,
+    write_run,
+)
+from helpers.tiny_models import word_collection
 from matplotlib import pyplot
-from pages import HOSTILE, budget_record, eval_record, rollout_sample, search_sample, with_controls, write_json, write_lines, write_run
-from tiny import word_collection
 
 from search_r3_jax.data.dataset import build_dataset
 from search_r3_jax.evaluation.compare import compare_results, read_result
@@ -88,7 +98,9 @@ def test_result_tables_are_the_numbers_of_the_files(tmp_path: Path) -> None:
     for name, (words, direct, reason) in values.items():
         record = eval_record({"direct": words}, model="bm25", kind="bm25", name=name)
         files.append(write_json(tmp_path / f"{name}-bm25.json", record))
-        record = eval_record({"direct": direct, "reason": reason}, model="runs/rl", name=name, step=80, max_think_tokens=16)
+        record = eval_record(
+            {"direct": direct, "reason": reason}, model="runs/rl", name=name, step=80, max_think_tokens=16
+        )
         files.append(write_json(tmp_path / f"{name}-rl.json", with_controls(record)))
     write_report([], files, tmp_path / "report.html")
     page = Page(tmp_path / "report.html")
@@ -97,7 +109,11 @@ def test_result_tables_are_the_numbers_of_the_files(tmp_path: Path) -> None:
     systems = {"bm25": 0, "runs/rl, direct, step 80": 1, reasoned: 2}
 
     title = "nDCG@10 of every system on every set"
-    assert page.tables[title][0] == ["nDCG@10", "cosqa (test), 500 documents", "scifact (test), 500 documents"]
+    assert page.tables[title][0] == [
+        "nDCG@10",
+        "cosqa (test), 500 documents",
+        "scifact (test), 500 documents",
+    ]
     assert [row[0] for row in page.tables[title][1:]] == list(systems)
     for system, at in systems.items():
         for of_set, cell in zip(values.values(), page.row(title, system), strict=True):
@@ -106,15 +122,29 @@ def test_result_tables_are_the_numbers_of_the_files(tmp_path: Path) -> None:
 
     title = "30 queries of scifact (test) over 500 documents"
     costs = ["valid", "tokens/query", "ms/query"]
-    assert page.tables[title][0][1:] == ["nDCG@10", "over the first", "recall@10", "recall@100", "MRR", "MAP", *costs]
+    assert page.tables[title][0][1:] == [
+        "nDCG@10",
+        "over the first",
+        "recall@10",
+        "recall@100",
+        "MRR",
+        "MAP",
+        *costs,
+    ]
     words, _, reason = values["scifact"]
     row = page.row(title, reasoned)
     low, high = percentile_interval(reason - words)
     assert row[1] == f"{(reason - words).mean():+.4f}|{low:+.3f} … {high:+.3f}"
     # Each metric of a made-up record is a known part of the first.
-    assert [float(cell.split("|")[0]) for cell in row[2:6]] == pytest.approx([reason.mean() / part for part in (2, 3, 4, 5)], abs=5e-5)
+    assert [float(cell.split("|")[0]) for cell in row[2:6]] == pytest.approx(
+        [reason.mean() / part for part in (2, 3, 4, 5)], abs=5e-5
+    )
     assert row[6:] == ["87.5%", "21.5", "47.2"]
-    controls = next(rows for title, rows in page.tables.items() if title.startswith("What its own reasoning is worth") and "cosqa" in title)
+    controls = next(
+        rows
+        for title, rows in page.tables.items()
+        if title.startswith("What its own reasoning is worth") and "cosqa" in title
+    )
     assert [row[0] for row in controls[1:]] == ["its own", "another query's", "none"]
     own = values["cosqa"][2]
     assert controls[2][1].startswith(f"{0.9 * own.mean():.4f}|")
@@ -135,18 +165,30 @@ def test_queries_are_paired_by_their_ids_as_compare_pairs_them(tmp_path: Path) -
 
 
 def test_what_eval_writes_can_be_shown(tmp_path: Path) -> None:
-    build_dataset({"test": word_collection(documents=40, queries=12, split="test")}, tmp_path / "data", name="words", source={"kind": "w"})
-    record = run_evaluation(EvalSettings(model="bm25", data=tmp_path / "data", out=tmp_path / "bm25.json", max_documents=30))
+    build_dataset(
+        {"test": word_collection(documents=40, queries=12, split="test")},
+        tmp_path / "data",
+        name="words",
+        source={"kind": "w"},
+    )
+    record = run_evaluation(
+        EvalSettings(model="bm25", data=tmp_path / "data", out=tmp_path / "bm25.json", max_documents=30)
+    )
     write_report([], [tmp_path / "bm25.json"], tmp_path / "report.html")
     row = Page(tmp_path / "report.html").row("12 queries of words (test) over 30 documents", "bm25")
     found = record["modes"]["direct"]
     shown = [float(cell.split("|")[0]) for cell in row[:5]]
-    assert shown == pytest.approx([found[metric] for metric in ("ndcg@10", "recall@10", "recall@100", "mrr", "map")], abs=5e-5)
+    assert shown == pytest.approx(
+        [found[metric] for metric in ("ndcg@10", "recall@10", "recall@100", "mrr", "map")], abs=5e-5
+    )
 
 
 def test_two_results_of_one_name_are_told_apart_by_their_files(tmp_path: Path) -> None:
     values = np.array([0.5, 0.25])
-    files = [write_json(tmp_path / f"{seed}.json", eval_record({"direct": values + seed / 10}, model="rl")) for seed in range(2)]
+    files = [
+        write_json(tmp_path / f"{seed}.json", eval_record({"direct": values + seed / 10}, model="rl"))
+        for seed in range(2)
+    ]
     write_report([], files, tmp_path / "report.html")
     table = Page(tmp_path / "report.html").tables["2 queries of words (test) over 500 documents"]
     shown = [(row[0], row[1].split("|")[0]) for row in table[1:]]
@@ -155,7 +197,9 @@ def test_two_results_of_one_name_are_told_apart_by_their_files(tmp_path: Path) -
 
 def test_the_budget_is_drawn_and_its_numbers_stand_below(tmp_path: Path) -> None:
     record = budget_record(np.random.default_rng(0))
-    write_report([], [write_json(tmp_path / "b.json", record)], tmp_path / "report.html", tmp_path / "pictures")
+    write_report(
+        [], [write_json(tmp_path / "b.json", record)], tmp_path / "report.html", tmp_path / "pictures"
+    )
     page = Page(tmp_path / "report.html")
     assert page.sections == ["budget"]
     assert [file.name for file in (tmp_path / "pictures").iterdir()] == ["budget-1.png"]
@@ -164,30 +208,46 @@ def test_the_budget_is_drawn_and_its_numbers_stand_below(tmp_path: Path) -> None
     for row, point in zip(table[1:], [record["direct"], *record["budgets"]], strict=True):
         interval = point["ndcg@10_interval"]
         assert row[1] == f"{point['ndcg@10']:.4f}|{interval['low']:.3f} … {interval['high']:.3f}"
-        assert row[2].split("|")[0] == (f"{point['over_direct']['mean']:+.4f}" if "over_direct" in point else "")
+        assert row[2].split("|")[0] == (
+            f"{point['over_direct']['mean']:+.4f}" if "over_direct" in point else ""
+        )
         assert row[3:] == ["50.0%", f"{point['reply_tokens']:.1f}", f"{point['milliseconds_per_query']:.1f}"]
 
 
 def test_runs_of_a_stage_are_drawn_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     metrics = [write_run(tmp_path / str(seed) / "rl", "rl", seed=seed, steps=30) for seed in range(2)]
-    before = json.loads((tmp_path / "0/rl/eval/dev_000000.json").read_text())["results"]["words"]["direct"]["ndcg@10"]
+    before = json.loads((tmp_path / "0/rl/eval/dev_000000.json").read_text())["results"]["words"]["direct"][
+        "ndcg@10"
+    ]
     # Kept open, so that what was drawn can be read.
     monkeypatch.setattr(pyplot, "close", lambda *_: None)
     monkeypatch.setitem(pyplot.rcParams, "figure.max_open_warning", 0)
     others = set(pyplot.get_fignums())
     write_report([tmp_path / "0/rl", tmp_path / "1/rl"], [], tmp_path / "report.html", tmp_path / "pictures")
-    drawn = {figure.axes[0].get_title(loc="left"): figure for figure in map(pyplot.figure, set(pyplot.get_fignums()) - others)}
+    drawn = {
+        figure.axes[0].get_title(loc="left"): figure
+        for figure in map(pyplot.figure, set(pyplot.get_fignums()) - others)
+    }
     monkeypatch.undo()
     pyplot.close("all")
 
     rewards = np.array([line["reward"] for line in metrics[0]])
     pale, strong, *_ = drawn["reward"].axes[0].get_lines()
     np.testing.assert_allclose(np.asarray(pale.get_xydata()), np.stack([np.arange(1, 31), rewards], axis=1))
-    np.testing.assert_allclose(np.asarray(strong.get_ydata()), [rewards[max(0, i - 4) : i + 1].mean() for i in range(30)])
-    assert [text.get_text() for text in drawn["reward"].legends[0].get_texts()] == ["0/rl", "1/rl", "mean", "best of a group"]
+    np.testing.assert_allclose(
+        np.asarray(strong.get_ydata()), [rewards[max(0, i - 4) : i + 1].mean() for i in range(30)]
+    )
+    assert [text.get_text() for text in drawn["reward"].legends[0].get_texts()] == [
+        "0/rl",
+        "1/rl",
+        "mean",
+        "best of a group",
+    ]
     # The evaluation before the first step stands in no line of the metrics.
     direct = np.asarray(drawn["nDCG@10, development queries"].axes[0].get_lines()[0].get_xydata())
-    np.testing.assert_allclose(direct, [[0, before], *([at, metrics[0][at - 1]["dev_direct_ndcg@10"]] for at in (15, 30))])
+    np.testing.assert_allclose(
+        direct, [[0, before], *([at, metrics[0][at - 1]["dev_direct_ndcg@10"]] for at in (15, 30))]
+    )
 
     pictures = {file.name for file in (tmp_path / "pictures").iterdir()}
     assert {"rl-reward.png", "rl-dev-ndcg.png", "index-index-age.png", "index-drift.png"} <= pictures
@@ -214,13 +274,17 @@ def test_facts_of_stage_2_stand_side_by_side(tmp_path: Path) -> None:
     assert page.row(title, "data") == ["words (train)"] * 2
     assert page.row(title, "steps") == ["30 of 1000"] * 2
     assert page.row(title, "time in steps") == ["1 h 0 min"] * 2
-    assert page.row(title, "reward, last quarter") == [f"{values[-7:].mean():.4f}" for values in column("reward")]
+    assert page.row(title, "reward, last quarter") == [
+        f"{values[-7:].mean():.4f}" for values in column("reward")
+    ]
     title = "How stale the index was"
     assert page.row(title, "age in steps, mean") == [f"{values.mean():.1f}" for values in column("index_age")]
-    swaps = [sum(before != now for before, now in itertools.pairwise(values)) for values in column("index_step")]
+    swaps = [
+        sum(before != now for before, now in itertools.pairwise(values)) for values in column("index_step")
+    ]
     assert page.row(title, "new versions taken in") == [str(count) for count in swaps]
     least = [f"{values.min():.3f}" for values in column("drift_cosine")]
-    assert page.row(title, "drift since the last snapshot, least cosine") == least
+    assert page.row(title, "drift since the last checkpoint, least cosine") == least
 
 
 def test_facts_and_losses_of_stage_1(tmp_path: Path) -> None:
@@ -233,10 +297,14 @@ def test_facts_and_losses_of_stage_1(tmp_path: Path) -> None:
     assert page.sections == ["sft", "samples"]
     assert page.row(title, "skipped updates") == ["2"]
     assert page.row(title, "time in steps") == ["1.7 min"]
-    assert page.row(title, "loss, last quarter") == [f"{np.mean([line['loss'] for line in metrics[-10:]]):.4f}"]
+    assert page.row(title, "loss, last quarter") == [
+        f"{np.mean([line['loss'] for line in metrics[-10:]]):.4f}"
+    ]
     scores = {at: metrics[at - 1]["dev_reason_ndcg@10"] for at in (20, 40)}
     best = max(scores, key=lambda at: scores[at])
-    assert page.row(title, "dev nDCG@10, reasoned") == [f"{scores[best]:.4f} at step {best}; last {scores[40]:.4f}"]
+    assert page.row(title, "dev nDCG@10, reasoned") == [
+        f"{scores[best]:.4f} at step {best}; last {scores[40]:.4f}"
+    ]
     drawn = [str(attributes["alt"]).split(":")[0] for tag, attributes in page.tags if tag == "img"]
     assert {"loss", "InfoNCE", "gradient norm"} <= set(drawn)
     assert "triplet margin loss" not in drawn
@@ -247,15 +315,25 @@ def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
     write_run(run, "rl", steps=3)
     write_run(tmp_path / "other", "rl", steps=3)
     generator = np.random.default_rng(0)
-    rollout = rollout_sample(0, generator) | {"query": HOSTILE, "reply": HOSTILE, "top": [{"document": HOSTILE, "relevant": True}]}
-    search = search_sample(1, "reason", generator) | {"query": HOSTILE, "reasoning": HOSTILE + "x" * 9_000, "set": HOSTILE}
+    rollout = rollout_sample(0, generator) | {
+        "query": HOSTILE,
+        "reply": HOSTILE,
+        "top": [{"document": HOSTILE, "relevant": True}],
+    }
+    search = search_sample(1, "reason", generator) | {
+        "query": HOSTILE,
+        "reasoning": HOSTILE + "x" * 9_000,
+        "set": HOSTILE,
+    }
     write_lines(run / "samples.jsonl", [rollout, search])
     write_lines(tmp_path / "other" / "samples.jsonl", [])
     config = json.loads((run / "config.json").read_text())
     config["config"]["model"] = config["data_version"]["name"] = HOSTILE
     config["changes"] = [{"field": HOSTILE, "before": HOSTILE, "now": 1, "step": 2}]
     write_json(run / "config.json", config)
-    record = eval_record({"direct": np.array([0.5]), "reason": np.array([0.5])}, model=HOSTILE, name=HOSTILE, step=HOSTILE)
+    record = eval_record(
+        {"direct": np.array([0.5]), "reason": np.array([0.5])}, model=HOSTILE, name=HOSTILE, step=HOSTILE
+    )
     files = [write_json(tmp_path / "e.json", with_controls(record))]
     files.append(write_json(tmp_path / "b.json", budget_record(generator, model=HOSTILE)))
     write_report([run, tmp_path / "other"], files, tmp_path / "report.html")
@@ -267,12 +345,25 @@ def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
     assert page.texts["reply"][1].endswith(f"x… ({len(HOSTILE) + 9_000} characters)")
     assert page.row("Settings and outcome", "starts from") == [kept, "smollm2"]
     # Nothing that a browser would run or fetch: no tag, no handler, no address but the pictures' own bytes.
-    assert not {tag for tag, _ in page.tags} & {"script", "iframe", "object", "embed", "link", "base", "form", "svg"}
+    assert not {tag for tag, _ in page.tags} & {
+        "script",
+        "iframe",
+        "object",
+        "embed",
+        "link",
+        "base",
+        "form",
+        "svg",
+    }
     for tag, attributes in page.tags:
         assert not [name for name in attributes if name.startswith("on")]
         for name in {"src", "href"} & attributes.keys():
             assert str(attributes[name]).startswith("data:image/svg+xml;base64," if tag == "img" else "#")
-    policy = next(attributes["content"] for _, attributes in page.tags if attributes.get("http-equiv") == "Content-Security-Policy")
+    policy = next(
+        attributes["content"]
+        for _, attributes in page.tags
+        if attributes.get("http-equiv") == "Content-Security-Policy"
+    )
     assert str(policy).startswith("default-src 'none'")
 
 
@@ -286,7 +377,10 @@ def test_missing_pieces_are_left_out(tmp_path: Path) -> None:
     assert page.row("Settings and outcome", "steps") == ["0 of 1000"]
     assert "No step has been taken yet." in page.text
     # Values that are not finite, and a last line that is being written.
-    lines = [{"step": step, "loss": value, "kl": 0.0} for step, value in enumerate([1.0, float("nan"), float("inf"), 0.5])]
+    lines = [
+        {"step": step, "loss": value, "kl": 0.0}
+        for step, value in enumerate([1.0, float("nan"), float("inf"), 0.5])
+    ]
     lines[2]["in_batch_accuracy"] = 0.0
     write_lines(tmp_path / "sft" / "metrics.jsonl", lines)
     with (tmp_path / "sft" / "metrics.jsonl").open("a") as file:
@@ -302,7 +396,10 @@ def test_missing_pieces_are_left_out(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("error")
 def test_an_index_that_is_always_new_is_drawn_without_a_word(tmp_path: Path) -> None:
     metrics = write_run(tmp_path / "rl", "rl", steps=3)
-    write_lines(tmp_path / "rl" / "metrics.jsonl", [line | {"index_age": 0.0, "reencoded_share": 0.0} for line in metrics])
+    write_lines(
+        tmp_path / "rl" / "metrics.jsonl",
+        [line | {"index_age": 0.0, "reencoded_share": 0.0} for line in metrics],
+    )
     write_report([tmp_path / "rl"], [], tmp_path / "report.html")
     assert Page(tmp_path / "report.html").row("How stale the index was", "age in steps, largest") == ["0"]
 
@@ -342,24 +439,52 @@ def test_a_browser_shows_it_without_scrolling_sideways(tmp_path: Path, width: in
     long = "a_very_long_name_of_a_function_without_any_place_to_break_" * 6
     for seed in range(3):
         write_run(tmp_path / str(seed) / "rl", "rl", seed=seed, steps=20)
-    rollout = rollout_sample(0, np.random.default_rng(0)) | {"query": long, "reply": long, "top": [{"document": long, "relevant": True}]}
+    rollout = rollout_sample(0, np.random.default_rng(0)) | {
+        "query": long,
+        "reply": long,
+        "top": [{"document": long, "relevant": True}],
+    }
     write_lines(tmp_path / "0" / "rl" / "samples.jsonl", [rollout])
     values = np.random.default_rng(0).random(8)
-    files = [write_json(tmp_path / "e.json", eval_record({"direct": values, "reason": values}, model=long, name=long))]
+    files = [
+        write_json(
+            tmp_path / "e.json", eval_record({"direct": values, "reason": values}, model=long, name=long)
+        )
+    ]
     files.append(write_json(tmp_path / "b.json", budget_record(np.random.default_rng(0), model=long)))
     write_report([tmp_path / str(seed) / "rl" for seed in range(3)], files, tmp_path / "report.html")
 
-    # In a frame, because a browser's window cannot be made as narrow as a phone; only the frame around the page has a script.
+    # In a frame, because a browser's window cannot be made as narrow as a phone; only the frame around the
+    # page has a script.
     page = html.escape((tmp_path / "report.html").read_text(encoding="utf-8"))
     script = """onload = () => { const page = document.querySelector("iframe").contentDocument, root = page.documentElement;
         const shown = [...page.images].filter((image) => image.complete && image.naturalWidth > 0).length;
         document.title = [root.scrollWidth, root.clientWidth, page.images.length, shown].join(" "); }"""
-    frame = f'<iframe style="border: 0; width: {width}px; height: 800px" srcdoc="{page}"></iframe><script>{script}</script>'
+    frame = (
+        f'<iframe style="border: 0; width: {width}px; height: 800px" '
+        f'srcdoc="{page}"></iframe><script>{script}</script>'
+    )
     (tmp_path / "frame.html").write_text(f"<!DOCTYPE html><title>not loaded</title>{frame}", encoding="utf-8")
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+    command = [
+        browser,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-background-networking",
+    ]
     command += ["--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'browser'}"]
     command += ["--window-size=1400,900", "--dump-dom", (tmp_path / "frame.html").as_uri()]
-    dumped = subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ | {"HOME": str(tmp_path)}, check=True)
-    scroll_width, client_width, images, shown = map(int, re.findall("<title>(.*?)</title>", dumped.stdout)[0].split())
+    dumped = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | {"HOME": str(tmp_path)},
+        check=True,
+    )
+    scroll_width, client_width, images, shown = map(
+        int, re.findall("<title>(.*?)</title>", dumped.stdout)[0].split()
+    )
     assert scroll_width <= client_width <= width
     assert shown == images > 10

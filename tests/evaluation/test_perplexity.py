@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import byte_tokenizer, torch_model, word_collection, write_tiny_checkpoint
+from helpers.tiny_models import byte_tokenizer, torch_model, word_collection, write_tiny_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from search_r3_jax.data.dataset import build_dataset
 from search_r3_jax.errors import UserError
 from search_r3_jax.evaluation.perplexity import measure_perplexity, perplexity, text_rows
-from search_r3_jax.hub.checkpoint import load_model
+from search_r3_jax.hub.load_model import load_model
 
 
 def torch_perplexity(folder: Path, rows: list[list[int]]) -> float:
@@ -44,7 +44,9 @@ def test_texts_begin_as_the_tokenizer_begins_them(tmp_path: Path) -> None:
     assert text_rows(plain, ["ab", ""], 8) == [plain("ab", add_special_tokens=False)["input_ids"], []]
     from tokenizers.processors import TemplateProcessing
 
-    plain.backend_tokenizer.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+    plain.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    )
     plain.save_pretrained(tmp_path)
     rows = text_rows(AutoTokenizer.from_pretrained(tmp_path), ["ab", "abcd"], 3)
     assert [row[0] for row in rows] == [1, 1]
@@ -60,7 +62,9 @@ def test_the_record_says_what_was_read(tiny_folders: dict[str, Path], tmp_path: 
     made = word_collection(documents=30, queries=5, split="test")
     build_dataset({"test": made}, tmp_path / "data", name="words", source={})
     asked: dict[str, Any] = {"split": "test", "max_documents": 7, "max_tokens": 20, "step": None, "seed": 0}
-    found = measure_perplexity(str(tiny_folders["llama"]), tmp_path / "data", out=tmp_path / "out.json", **asked)
+    found = measure_perplexity(
+        str(tiny_folders["llama"]), tmp_path / "data", out=tmp_path / "out.json", **asked
+    )
     assert json.loads((tmp_path / "out.json").read_text()) == found
     assert (found["texts"], found["tokens"], found["cut"]["documents"]) == (7, 7 * 19, 7)
     with pytest.raises(UserError, match="--step"):

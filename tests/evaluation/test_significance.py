@@ -18,7 +18,9 @@ def differences(count: int, shift: float, seed: int = 0) -> np.ndarray:
 def test_the_interval_is_that_of_scipy(count: int, level: float) -> None:
     values = np.random.default_rng(count).beta(0.5, 0.8, count)
     ours = bootstrap_interval(values, samples=40_000, seed=1, level=level)
-    theirs = bootstrap((values,), np.mean, n_resamples=40_000, confidence_level=level, method="percentile", rng=2).confidence_interval
+    theirs = bootstrap(
+        (values,), np.mean, n_resamples=40_000, confidence_level=level, method="percentile", rng=2
+    ).confidence_interval
     width = theirs.high - theirs.low
     assert ours.mean == pytest.approx(values.mean(), abs=1e-12)
     assert ours.low == pytest.approx(theirs.low, abs=0.02 * width)
@@ -45,7 +47,14 @@ def test_the_same_seed_gives_the_same_interval_in_any_portions(monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    "values", [[0.3], [0.5, -0.1], [0.2, 0.2, 0.2], [0.1, -0.4, 0.0, 0.3, 0.25, -0.05], [0.1, 0.2, -0.3, 0.4, 0.0, 0.0]]
+    "values",
+    [
+        [0.3],
+        [0.5, -0.1],
+        [0.2, 0.2, 0.2],
+        [0.1, -0.4, 0.0, 0.3, 0.25, -0.05],
+        [0.1, 0.2, -0.3, 0.4, 0.0, 0.0],
+    ],
 )
 def test_few_queries_are_counted_exactly(values: list[float]) -> None:
     observed = abs(sum(values))
@@ -60,7 +69,12 @@ def test_few_queries_are_counted_exactly(values: list[float]) -> None:
 @pytest.mark.parametrize("count", [8, 12])
 def test_the_exact_p_value_is_that_of_scipy(count: int) -> None:
     values = differences(count, 0.15, seed=count)
-    theirs = permutation_test((values, np.zeros(count)), lambda x, y: np.mean(x - y), permutation_type="samples", n_resamples=1 << count)
+    theirs = permutation_test(
+        (values, np.zeros(count)),
+        lambda x, y: np.mean(x - y),
+        permutation_type="samples",
+        n_resamples=1 << count,
+    )
     assert sign_flip_p_value(values, samples=10_000, seed=0) == pytest.approx(float(theirs.pvalue), abs=1e-12)
 
 
@@ -77,7 +91,9 @@ def test_the_random_p_value_is_near_that_of_scipy(shift: float) -> None:
     )
     # Four standard errors of two such shares.
     p = float(theirs.pvalue)
-    assert sign_flip_p_value(values, samples=20_000, seed=0) == pytest.approx(p, abs=4 * np.sqrt(2 * max(p, 0.001) / 20_000))
+    assert sign_flip_p_value(values, samples=20_000, seed=0) == pytest.approx(
+        p, abs=4 * np.sqrt(2 * max(p, 0.001) / 20_000)
+    )
 
 
 def test_no_difference_has_p_1_and_a_clear_one_is_never_0() -> None:

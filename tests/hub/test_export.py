@@ -1,4 +1,5 @@
-"""Exported folders: every bit of the weights, and the same embeddings in transformers and sentence-transformers."""
+"""Exported folders: every bit of the weights, and the same embeddings in transformers and
+sentence-transformers."""
 
 import json
 import subprocess
@@ -8,10 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from exported import FAMILIES, TEXTS, adapted, run_snippet, snippets, torch_vectors, write_full_vocabulary
+from helpers.exported_models import (
+    FAMILIES,
+    TEXTS,
+    adapted,
+    run_snippet,
+    snippets,
+    torch_vectors,
+    write_full_vocabulary,
+)
+from helpers.tiny_models import byte_tokenizer, torch_model
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
-from tiny import byte_tokenizer, torch_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
@@ -19,8 +28,8 @@ from search_r3_jax.config import EMBED_TOKEN, LoraConfig
 from search_r3_jax.embedder import Embedder
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub import export
-from search_r3_jax.hub.checkpoint import LoadedModel, load_model, torch_tensors
 from search_r3_jax.hub.export import export_model
+from search_r3_jax.hub.load_model import LoadedModel, load_model, torch_tensors
 from search_r3_jax.text.prompts import Prompter
 
 MAX_TOKENS = 150
@@ -29,7 +38,10 @@ MAX_TOKENS = 150
 @pytest.fixture(scope="module")
 def exports(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("exports")
-    return {family: export_model(load_model(tiny_folders[family]), root / family, max_tokens=MAX_TOKENS) for family in FAMILIES}
+    return {
+        family: export_model(load_model(tiny_folders[family]), root / family, max_tokens=MAX_TOKENS)
+        for family in FAMILIES
+    }
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +50,13 @@ def embedders(exports: dict[str, Path]) -> dict[str, Embedder]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_import_and_export_keep_every_bit(family: str, tiny_folders: dict[str, Path], exports: dict[str, Path]) -> None:
-    before, after = load_file(tiny_folders[family] / "model.safetensors"), load_file(exports[family] / "model.safetensors")
+def test_import_and_export_keep_every_bit(
+    family: str, tiny_folders: dict[str, Path], exports: dict[str, Path]
+) -> None:
+    before, after = (
+        load_file(tiny_folders[family] / "model.safetensors"),
+        load_file(exports[family] / "model.safetensors"),
+    )
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         assert after[name].dtype == torch.float32
@@ -61,7 +78,10 @@ def test_a_table_that_grew_keeps_its_old_rows(family: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_is_torchs_own_rounding(family: str, tiny_folders: dict[str, Path], tmp_path: Path) -> None:
     out = export_model(load_model(tiny_folders[family]), tmp_path / "out", dtype="bfloat16")
-    before, after = load_file(tiny_folders[family] / "model.safetensors"), load_file(out / "model.safetensors")
+    before, after = (
+        load_file(tiny_folders[family] / "model.safetensors"),
+        load_file(out / "model.safetensors"),
+    )
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         assert torch.equal(tensor.to(torch.bfloat16), after[name]), name
@@ -72,30 +92,46 @@ def test_adapters_are_merged(tiny_folders: dict[str, Path], tmp_path: Path) -> N
     model = adapted(load_model(tiny_folders["qwen2"]), LoraConfig(rank=2, alpha=6.0))
     decoder = AutoModelForCausalLM.from_pretrained(export_model(model, tmp_path / "out")).model
     ours = Embedder(model).encode(TEXTS[:3])
-    np.testing.assert_allclose(torch_vectors(decoder, Prompter(model.tokenizer), TEXTS[:3], MAX_TOKENS), ours, atol=1e-5)
+    np.testing.assert_allclose(
+        torch_vectors(decoder, Prompter(model.tokenizer), TEXTS[:3], MAX_TOKENS), ours, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_transformers_computes_the_same_embeddings(family: str, exports: dict[str, Path], embedders: dict[str, Embedder]) -> None:
+def test_transformers_computes_the_same_embeddings(
+    family: str, exports: dict[str, Path], embedders: dict[str, Embedder]
+) -> None:
     decoder = AutoModelForCausalLM.from_pretrained(exports[family]).model
     prompter = Prompter(AutoTokenizer.from_pretrained(exports[family]))
-    np.testing.assert_allclose(embedders[family].encode(TEXTS), torch_vectors(decoder, prompter, TEXTS, MAX_TOKENS), atol=1e-5)
+    np.testing.assert_allclose(
+        embedders[family].encode(TEXTS), torch_vectors(decoder, prompter, TEXTS, MAX_TOKENS), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_sentence_transformers_computes_the_same_embeddings(family: str, exports: dict[str, Path], embedders: dict[str, Embedder]) -> None:
+def test_sentence_transformers_computes_the_same_embeddings(
+    family: str, exports: dict[str, Path], embedders: dict[str, Embedder]
+) -> None:
     embedder, theirs = embedders[family], SentenceTransformer(str(exports[family]))
     assert embedder.max_tokens == MAX_TOKENS
     # Long ones around the cut, what looks like a picture's address, special tokens in plain sight.
     cuts = ["a" * n for n in range(MAX_TOKENS - 2, MAX_TOKENS + 3)]
-    texts = [*TEXTS, *cuts, "https://example.org/a.png", "data:image/png", f"<|im_end|> and {EMBED_TOKEN} as text"]
+    texts = [
+        *TEXTS,
+        *cuts,
+        "https://example.org/a.png",
+        "data:image/png",
+        f"<|im_end|> and {EMBED_TOKEN} as text",
+    ]
     for kind in ("query", "document"):
         ours = embedder.encode(texts, kind=kind)
         np.testing.assert_allclose(theirs.encode(texts, prompt_name=kind, batch_size=7), ours, atol=1e-5)
     np.testing.assert_allclose(theirs.encode(texts), ours, atol=1e-5)
     np.testing.assert_allclose(theirs.encode_query(texts[:3]), ours[:3], atol=1e-5)
     np.testing.assert_allclose(theirs.encode_document(texts[:3]), ours[:3], atol=1e-5)
-    np.testing.assert_allclose(theirs.similarity(ours[:2], ours[2:]).numpy(), embedder.similarity(ours[:2], ours[2:]), atol=1e-6)
+    np.testing.assert_allclose(
+        theirs.similarity(ours[:2], ours[2:]).numpy(), embedder.similarity(ours[:2], ours[2:]), atol=1e-6
+    )
 
 
 def test_sentence_transformers_refuses_another_prompt(exports: dict[str, Path]) -> None:
@@ -103,13 +139,19 @@ def test_sentence_transformers_refuses_another_prompt(exports: dict[str, Path]) 
         SentenceTransformer(str(exports["llama"])).encode(["a"], prompt="Another prompt.")
 
 
-def test_padding_to_the_left_and_a_missing_pad_token_change_nothing(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_padding_to_the_left_and_a_missing_pad_token_change_nothing(
+    tiny_folders: dict[str, Path], tmp_path: Path
+) -> None:
     model = load_model(tiny_folders["llama"])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer().backend_tokenizer, eos_token="<|im_end|>", padding_side="left")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=byte_tokenizer().backend_tokenizer, eos_token="<|im_end|>", padding_side="left"
+    )
     tokenizer.chat_template = byte_tokenizer().chat_template
     tokenizer.add_tokens([EMBED_TOKEN], special_tokens=True)
     assert tokenizer.pad_token is None
-    out = export_model(LoadedModel(decoder=model.decoder, tokenizer=tokenizer, embed_id=model.embed_id), tmp_path / "out")
+    out = export_model(
+        LoadedModel(decoder=model.decoder, tokenizer=tokenizer, embed_id=model.embed_id), tmp_path / "out"
+    )
     theirs = SentenceTransformer(str(out)).encode(TEXTS, batch_size=3)
     np.testing.assert_allclose(theirs, Embedder(model).encode(TEXTS), atol=1e-5)
 
@@ -143,8 +185,12 @@ def test_several_shards_load_as_one(family: str, tiny_folders: dict[str, Path], 
         tensors = load_file(shard)
         assert len(tensors) == 1 or sum(tensor.nbytes for tensor in tensors.values()) <= limit
     index = json.loads((out / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == sum(tensor.nbytes for shard in shards for tensor in load_file(shard).values())
-    theirs, again = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (tiny_folders[family], out))
+    assert index["metadata"]["total_size"] == sum(
+        tensor.nbytes for shard in shards for tensor in load_file(shard).values()
+    )
+    theirs, again = (
+        AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (tiny_folders[family], out)
+    )
     assert theirs.keys() == again.keys()
     assert all(torch.equal(theirs[name], again[name]) for name in theirs)
     ours, read = (dict(torch_tensors(load_model(folder).decoder)) for folder in (tiny_folders[family], out))
@@ -152,18 +198,25 @@ def test_several_shards_load_as_one(family: str, tiny_folders: dict[str, Path], 
         np.testing.assert_array_equal(tensor, read[name])
 
 
-def test_the_cards_snippets_run_and_agree(exports: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    with_transformers, with_sentence_transformers, with_embedder = (run_snippet(code) for code in snippets(exports["llama"]))
+def test_the_cards_snippets_run_and_agree(
+    exports: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_transformers, with_sentence_transformers, with_embedder = (
+        run_snippet(code) for code in snippets(exports["llama"])
+    )
     embedder = with_embedder["embedder"]
     documents = embedder.encode(["def by_key(rows, key):\n    return sorted(rows, key=key)"], kind="document")
     np.testing.assert_allclose(with_embedder["documents"][:1], documents, atol=1e-6)
     np.testing.assert_allclose(with_sentence_transformers["documents"], with_embedder["documents"], atol=1e-5)
     ours = embedder.encode(TEXTS[:4])
-    np.testing.assert_allclose(np.stack([with_transformers["embed"](text).numpy() for text in TEXTS[:4]]), ours, atol=1e-5)
+    np.testing.assert_allclose(
+        np.stack([with_transformers["embed"](text).numpy() for text in TEXTS[:4]]), ours, atol=1e-5
+    )
 
 
 def test_a_prompt_that_shares_tokens_with_texts_gets_no_sentence_transformers_files(tmp_path: Path) -> None:
-    # Without a chat template nothing divides a text from the blank line after it, and here two line ends are one token.
+    # Without a chat template nothing divides a text from the blank line after it, and here two line ends are
+    # one token.
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<eos>", *alphabet, "ĊĊ", ".Ċ"])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[(".", "Ċ"), ("Ċ", "Ċ")]))
@@ -177,13 +230,19 @@ def test_a_prompt_that_shares_tokens_with_texts_gets_no_sentence_transformers_fi
     assert "has no files for it" in (out / "README.md").read_text()
     prompter = Prompter(AutoTokenizer.from_pretrained(out))
     decoder = AutoModelForCausalLM.from_pretrained(out).model
-    np.testing.assert_allclose(Embedder.load(out).encode(TEXTS[:3]), torch_vectors(decoder, prompter, TEXTS[:3], 99), atol=1e-5)
+    np.testing.assert_allclose(
+        Embedder.load(out).encode(TEXTS[:3]), torch_vectors(decoder, prompter, TEXTS[:3], 99), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, ValueError])
 @pytest.mark.parametrize("earlier", [False, True])
 def test_an_interrupted_export_leaves_what_was_there(
-    earlier: bool, interruption: type[BaseException], tiny_model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    earlier: bool,
+    interruption: type[BaseException],
+    tiny_model: LoadedModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "out"
     if earlier:
@@ -241,9 +300,12 @@ def test_a_folder_of_somebody_else_is_refused(tiny_model: LoadedModel, tmp_path:
 
 
 def run_with_small_files(code: str) -> subprocess.CompletedProcess[str]:
-    """A process none of whose files may grow beyond 1,000 bytes: what a full disk does, without filling one."""
+    """A process none of whose files may grow beyond 1,000 bytes: what a full disk does, without filling
+    one."""
     limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-    return subprocess.run([sys.executable, "-B", "-c", limit + code], capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-B", "-c", limit + code], capture_output=True, text=True, timeout=120
+    )
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
@@ -255,9 +317,12 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tiny_folders: dict[str, Path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_fills_up_under_the_tokenizer_is_an_os_error(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_disk_that_fills_up_under_the_tokenizer_is_an_os_error(
+    tiny_folders: dict[str, Path], tmp_path: Path
+) -> None:
     shown = run_with_small_files(
-        "from pathlib import Path; from transformers import AutoTokenizer; from search_r3_jax.hub.export import save_tokenizer\n"
+        "from pathlib import Path; from transformers import AutoTokenizer; from search_r3_jax.hub.export "
+        "import save_tokenizer\n"
         f"tokenizer = AutoTokenizer.from_pretrained({str(tiny_folders['llama'])!r})\n"
         f"try: save_tokenizer(tokenizer, Path({str(tmp_path)!r}))\n"
         "except OSError as error: print(error)"
@@ -267,11 +332,18 @@ def test_a_disk_that_fills_up_under_the_tokenizer_is_an_os_error(tiny_folders: d
 
 def test_other_prompts_are_refused(exports: dict[str, Path], tmp_path: Path) -> None:
     record = json.loads((exports["llama"] / "search_r3.json").read_text())
-    for field, value in (("direct_system", "Represent this."), ("closing", EMBED_TOKEN), ("max_tokens", None)):
+    for field, value in (
+        ("direct_system", "Represent this."),
+        ("closing", EMBED_TOKEN),
+        ("max_tokens", None),
+    ):
         (tmp_path / "search_r3.json").write_text(json.dumps(record | {field: value}))
         with pytest.raises(UserError, match=field):
             Embedder.load(tmp_path)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")}
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b""
+        for path in folder.rglob("*")
+    }

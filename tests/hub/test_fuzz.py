@@ -1,4 +1,5 @@
-"""Damaged weights either load or end in one `UserError`: no other exception, no hang, no memory beyond the file's own size."""
+"""Damaged weights either load or end in one `UserError`: no other exception, no hang, no memory beyond the
+file's own size."""
 
 import json
 import resource
@@ -10,19 +11,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.tiny_gguf import write_gguf
+from helpers.tiny_models import torch_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
-from tiny import torch_model
-from tiny_gguf import write_gguf
 
 from search_r3_jax.errors import UserError
-from search_r3_jax.hub.checkpoint import load_model
 from search_r3_jax.hub.gguf import GgufFile
+from search_r3_jax.hub.load_model import load_model
 from search_r3_jax.hub.safetensors_folder import SafetensorsFolder
 from search_r3_jax.text.tokenizer import tokenizer_from_gguf
 
-fuzz = settings(deadline=2000, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+fuzz = settings(
+    deadline=2000,
+    max_examples=300,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    derandomize=True,
+)
 few = settings(fuzz, deadline=20_000, max_examples=60)
 
 
@@ -42,7 +48,8 @@ def memory_limit(request: pytest.FixtureRequest) -> Any:
 
 
 def loads(read: Callable[[Path], Any], path: Path) -> bool:
-    """Whether a path can be read; any other exception than a `UserError` of one line that names the path escapes."""
+    """Whether a path can be read; any other exception than a `UserError` of one line that names the path
+    escapes."""
     problem = None
     try:
         read(path)
@@ -67,7 +74,8 @@ def all_gguf(file: Path) -> None:
 
 
 def damaged(data: bytes, cut: int, flips: list[tuple[int, int]], header: int) -> bytes:
-    """`data` without its last `cut` bytes and with some bits changed, mostly among the first `header` bytes."""
+    """`data` without its last `cut` bytes and with some bits changed, mostly among the first `header`
+    bytes."""
     changed = bytearray(data[: len(data) - cut])
     for place, bit in flips:
         if changed:
@@ -77,7 +85,13 @@ def damaged(data: bytes, cut: int, flips: list[tuple[int, int]], header: int) ->
 
 flips = st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(0, 7)), max_size=4)
 cuts = st.one_of(st.just(0), st.integers(0, 4000))
-VALID = save({"a": np.arange(12, dtype=np.float32).reshape(3, 4), "b": np.ones(5, np.float16), "c": np.zeros((2, 0), np.float32)})
+VALID = save(
+    {
+        "a": np.arange(12, dtype=np.float32).reshape(3, 4),
+        "b": np.ones(5, np.float16),
+        "c": np.zeros((2, 0), np.float32),
+    }
+)
 
 
 @fuzz
@@ -98,16 +112,23 @@ entries = st.fixed_dictionaries(
     {
         "dtype": st.sampled_from(["F32", "F16", "BF16", "I32", "F8_E4M3", "BOOL", "F64", "nonsense", 3]),
         "shape": st.lists(st.sampled_from([0, 1, 2, 4, 1 << 31, 1 << 62, -1]), max_size=4),
-        "data_offsets": st.lists(st.sampled_from([-8, 0, 4, 8, 16, 64, 1 << 40, (1 << 64) - 1]), min_size=1, max_size=3),
+        "data_offsets": st.lists(
+            st.sampled_from([-8, 0, 4, 8, 16, 64, 1 << 40, (1 << 64) - 1]), min_size=1, max_size=3
+        ),
     }
 )
 
 
 @fuzz
-@given(st.dictionaries(st.sampled_from("abc"), entries, max_size=3), st.sampled_from([None, 0, 7, 1 << 32, (1 << 64) - 1]))
+@given(
+    st.dictionaries(st.sampled_from("abc"), entries, max_size=3),
+    st.sampled_from([None, 0, 7, 1 << 32, (1 << 64) - 1]),
+)
 def test_absurd_safetensors_headers(tmp_path: Path, header: dict[str, Any], length: int | None) -> None:
     text = json.dumps(header).encode()
-    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + bytes(64))
+    (tmp_path / "model.safetensors").write_bytes(
+        struct.pack("<Q", len(text) if length is None else length) + text + bytes(64)
+    )
     loads(all_safetensors, tmp_path)
 
 
@@ -156,7 +177,9 @@ def test_random_bytes_as_gguf(tmp_path: Path, data: bytes, magic: bool) -> None:
 
 @fuzz
 @given(cuts, flips, st.sampled_from([24, 700, 12_000, 1 << 20]))
-def test_damaged_gguf(tmp_path: Path, valid_gguf: bytes, cut: int, flips: list[tuple[int, int]], header: int) -> None:
+def test_damaged_gguf(
+    tmp_path: Path, valid_gguf: bytes, cut: int, flips: list[tuple[int, int]], header: int
+) -> None:
     file = tmp_path / "model.gguf"
     file.write_bytes(damaged(valid_gguf, cut, flips, header))
     loads(all_gguf, file)
@@ -169,7 +192,9 @@ def test_damaged_gguf(tmp_path: Path, valid_gguf: bytes, cut: int, flips: list[t
     st.lists(st.tuples(st.sampled_from([0, 3, 1 << 20, (1 << 64) - 1]), st.integers(0, 14)), max_size=4),
     st.sampled_from([0, 4, 1 << 30, (1 << 64) - 1]),
 )
-def test_absurd_gguf_counts(tmp_path: Path, tensors: int, fields: int, entries: list[tuple[int, int]], count: int) -> None:
+def test_absurd_gguf_counts(
+    tmp_path: Path, tensors: int, fields: int, entries: list[tuple[int, int]], count: int
+) -> None:
     """Counts, lengths and list sizes far beyond the file, lists within lists among them."""
     data = b"GGUF" + struct.pack("<IQQ", 3, tensors, fields)
     for length, kind in entries:
@@ -181,14 +206,20 @@ def test_absurd_gguf_counts(tmp_path: Path, tensors: int, fields: int, entries: 
 
 @few
 @given(cuts, flips)
-def test_damaged_gguf_through_the_whole_import(tmp_path: Path, valid_gguf: bytes, cut: int, flips: list[tuple[int, int]]) -> None:
+def test_damaged_gguf_through_the_whole_import(
+    tmp_path: Path, valid_gguf: bytes, cut: int, flips: list[tuple[int, int]]
+) -> None:
     file = tmp_path / "model.gguf"
     file.write_bytes(damaged(valid_gguf, cut, flips, 12_000))
     loads(load_model, file)
 
 
 @few
-@given(st.integers(0, 500), flips, st.sampled_from(["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"]))
+@given(
+    st.integers(0, 500),
+    flips,
+    st.sampled_from(["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"]),
+)
 def test_damaged_folder_through_the_whole_import(
     tmp_path: Path, tiny_folders: dict[str, Path], cut: int, flips: list[tuple[int, int]], which: str
 ) -> None:
@@ -198,14 +229,33 @@ def test_damaged_folder_through_the_whole_import(
     loads(load_model, tmp_path)
 
 
-FIELDS = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"]
-FIELDS += ["rms_norm_eps", "max_position_embeddings", "tie_word_embeddings", "model_type", "rope_parameters", "quantization_config"]
-junk = st.sampled_from([None, "64", "", -1, 0, 3, 1.5, float("inf"), float("nan"), 10**30, [], [1], {}, {"a": 1}, True])
+FIELDS = [
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+]
+FIELDS += [
+    "rms_norm_eps",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+    "model_type",
+    "rope_parameters",
+    "quantization_config",
+]
+junk = st.sampled_from(
+    [None, "64", "", -1, 0, 3, 1.5, float("inf"), float("nan"), 10**30, [], [1], {}, {"a": 1}, True]
+)
 
 
 @few
 @given(st.dictionaries(st.sampled_from(FIELDS), junk, min_size=1, max_size=3))
-def test_absurd_configs_through_the_whole_import(tmp_path: Path, tiny_folders: dict[str, Path], fields: dict[str, Any]) -> None:
+def test_absurd_configs_through_the_whole_import(
+    tmp_path: Path, tiny_folders: dict[str, Path], fields: dict[str, Any]
+) -> None:
     for file in tiny_folders["llama"].iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text())

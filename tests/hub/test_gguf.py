@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, RopeScalingType
-from tiny import torch_model
-from tiny_gguf import write_gguf
+from helpers.tiny_gguf import write_gguf
+from helpers.tiny_models import torch_model
 from transformers import AutoModelForCausalLM
 from transformers.integrations.gguf.dequant import dequantize as torch_dequantize
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from search_r3_jax.config import RopeScaling
 from search_r3_jax.errors import UserError
-from search_r3_jax.hub.checkpoint import load_model, torch_tensors
 from search_r3_jax.hub.gguf import GgufFile
+from search_r3_jax.hub.load_model import load_model, torch_tensors
 
 
 def whole(file: GgufFile, name: str) -> np.ndarray:
@@ -32,27 +32,45 @@ def test_logits_equal_transformers(tmp_path: Path, family: str, kind: str) -> No
     file = write_gguf(tmp_path / "model.gguf", model, kind=kind)
     ours = load_model(file)
     # The config as well: for Qwen3 `transformers` does not read the head's size from the file.
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, config=model.config, dtype=torch.float32).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file=file.name, config=model.config, dtype=torch.float32
+    ).eval()
     ids = np.random.default_rng(0).integers(3, 259, (2, 24)).astype(np.int32)
     hidden, _ = ours.decoder(jnp.asarray(ids), jnp.broadcast_to(jnp.arange(24, dtype=jnp.int32), ids.shape))
     with torch.no_grad():
         expected = theirs(input_ids=torch.tensor(ids, dtype=torch.long)).logits.numpy()
     assert np.abs(expected).mean() > 0.1
     # The padded row that became the embed token's may differ: it starts at the mean.
-    np.testing.assert_allclose(np.asarray(ours.decoder.logits(hidden))[..., :260], expected[..., :260], atol=1e-4)
+    np.testing.assert_allclose(
+        np.asarray(ours.decoder.logits(hidden))[..., :260], expected[..., :260], atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
 def test_stored_types_come_back_as_written(tmp_path: Path, kind: str) -> None:
     model = torch_model("llama")
     file = GgufFile(write_gguf(tmp_path / "model.gguf", model, kind=kind))
-    step = {"F32": 0.0, "F16": 2**-11, "BF16": 2**-8, "Q4_0": 1 / 8, "Q4_1": 1 / 15, "Q5_0": 1 / 16, "Q5_1": 1 / 31, "Q8_0": 1 / 127}[kind]
-    for name in ("model.embed_tokens.weight", "model.layers.1.self_attn.k_proj.weight", "model.layers.2.mlp.down_proj.weight"):
+    step = {
+        "F32": 0.0,
+        "F16": 2**-11,
+        "BF16": 2**-8,
+        "Q4_0": 1 / 8,
+        "Q4_1": 1 / 15,
+        "Q5_0": 1 / 16,
+        "Q5_1": 1 / 31,
+        "Q8_0": 1 / 127,
+    }[kind]
+    for name in (
+        "model.embed_tokens.weight",
+        "model.layers.1.self_attn.k_proj.weight",
+        "model.layers.2.mlp.down_proj.weight",
+    ):
         expected = model.state_dict()[name].numpy()
         found = whole(file, name)
         blocks = np.abs(expected).reshape(expected.shape[0], -1, 32).max(-1, keepdims=True)
         width = np.broadcast_to(blocks, (*blocks.shape[:2], 32)).reshape(expected.shape)
-        # Half a step, or a whole one at the rim of an unsymmetric range; Q4_1 and Q5_1 span up to twice the largest value.
+        # Half a step, or a whole one at the rim of an unsymmetric range; Q4_1 and Q5_1 span up to twice the
+        # largest value.
         assert np.all(np.abs(found - expected) <= width * step * 1.02)
         assert kind == "F32" or np.abs(found - expected).max() > 0
 
@@ -62,11 +80,15 @@ def half(value: np.ndarray) -> np.ndarray:
 
 
 def decoded_q4_0(blocks: np.ndarray) -> np.ndarray:
-    return half(blocks[:, :2]) * (np.concatenate([blocks[:, 2:] & 15, blocks[:, 2:] >> 4], axis=1).astype(np.float64) - 8)
+    return half(blocks[:, :2]) * (
+        np.concatenate([blocks[:, 2:] & 15, blocks[:, 2:] >> 4], axis=1).astype(np.float64) - 8
+    )
 
 
 def decoded_q4_1(blocks: np.ndarray) -> np.ndarray:
-    return half(blocks[:, :2]) * np.concatenate([blocks[:, 4:] & 15, blocks[:, 4:] >> 4], axis=1).astype(np.float64) + half(blocks[:, 2:4])
+    return half(blocks[:, :2]) * np.concatenate([blocks[:, 4:] & 15, blocks[:, 4:] >> 4], axis=1).astype(
+        np.float64
+    ) + half(blocks[:, 2:4])
 
 
 def decoded_q8_0(blocks: np.ndarray) -> np.ndarray:
@@ -81,11 +103,24 @@ def test_random_blocks_dequantise_as_elsewhere(tmp_path: Path, kind: str) -> Non
     rows, columns = 20, 3 * 256
     data = np.random.default_rng(0).integers(0, 256, (rows * columns // block, size), dtype=np.uint8)
     # Where each type keeps its half-precision numbers.
-    halves = {"Q4_0": [0], "Q4_1": [0, 2], "Q8_0": [0], "Q2_K": [80, 82], "Q3_K": [108], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208]}[
-        kind
-    ]
+    halves = {
+        "Q4_0": [0],
+        "Q4_1": [0, 2],
+        "Q8_0": [0],
+        "Q2_K": [80, 82],
+        "Q3_K": [108],
+        "Q4_K": [0, 2],
+        "Q5_K": [0, 2],
+        "Q6_K": [208],
+    }[kind]
     for at in halves:
-        data[:, at : at + 2] = np.random.default_rng(at).normal(0, 0.01, len(data)).astype(np.float16).view(np.uint8).reshape(-1, 2)
+        data[:, at : at + 2] = (
+            np.random.default_rng(at)
+            .normal(0, 0.01, len(data))
+            .astype(np.float16)
+            .view(np.uint8)
+            .reshape(-1, 2)
+        )
 
     def extra(writer: GGUFWriter) -> None:
         writer.add_tensor("blocks", data.reshape(rows, -1), raw_dtype=stored)
@@ -93,7 +128,9 @@ def test_random_blocks_dequantise_as_elsewhere(tmp_path: Path, kind: str) -> Non
     file = GgufFile(write_gguf(tmp_path / "model.gguf", torch_model("qwen2"), extra=extra))
     assert file.shapes["blocks"] == (rows, columns)
     found = whole(file, "blocks")
-    expected = torch_dequantize(torch.from_numpy(data.reshape(rows, -1)), int(stored)).numpy().reshape(rows, columns)
+    expected = (
+        torch_dequantize(torch.from_numpy(data.reshape(rows, -1)), int(stored)).numpy().reshape(rows, columns)
+    )
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
     by_hand: dict[str, Any] = {"Q4_0": decoded_q4_0, "Q4_1": decoded_q4_1, "Q8_0": decoded_q8_0}
     if kind in by_hand:
@@ -159,11 +196,18 @@ def test_rope_scaling_fields(tmp_path: Path) -> None:
     found = GgufFile(write_gguf(tmp_path / "linear.gguf", model, extra=linear)).config.rope_scaling
     assert found == RopeScaling(kind="linear", factor=2.0)
     found = GgufFile(write_gguf(tmp_path / "yarn.gguf", model, extra=yarn)).config.rope_scaling
-    model.config.rope_parameters = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 128}
+    model.config.rope_parameters = {
+        "rope_type": "yarn",
+        "rope_theta": 10_000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 128,
+    }
     _, attention_factor = ROPE_INIT_FUNCTIONS["yarn"](model.config, torch.device("cpu"))
     assert found is not None
     assert found.attention_factor == pytest.approx(attention_factor)
-    assert replace(found, attention_factor=1.0) == RopeScaling(kind="yarn", factor=4.0, original_positions=128)
+    assert replace(found, attention_factor=1.0) == RopeScaling(
+        kind="yarn", factor=4.0, original_positions=128
+    )
 
 
 def sliding(writer: GGUFWriter) -> None:
@@ -211,7 +255,9 @@ def test_a_truncated_file_is_one_line(tmp_path: Path, keep: float) -> None:
 
 def test_another_architecture_and_pre_tokenizer_are_refused(tmp_path: Path) -> None:
     model = torch_model("llama")
-    with pytest.raises(UserError, match=r"tokenizer\.ggml\.pre: 'tekken' is not supported; use the Hugging Face folder"):
+    with pytest.raises(
+        UserError, match=r"tokenizer\.ggml\.pre: 'tekken' is not supported; use the Hugging Face folder"
+    ):
         load_model(write_gguf(tmp_path / "pre.gguf", model, pre="tekken"))
     model.config.model_type = "gemma3"
     with pytest.raises(UserError, match=r"general\.architecture: 'gemma3' is not supported"):

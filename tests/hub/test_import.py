@@ -1,4 +1,5 @@
-"""Hugging Face folders: what is stored comes back in the right place, and what does not fit is one line that names it."""
+"""Hugging Face folders: what is stored comes back in the right place, and what does not fit is one line that
+names it."""
 
 import json
 import shutil
@@ -10,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from helpers.tiny_models import byte_tokenizer, torch_model
 from huggingface_hub import constants
 from ml_dtypes import bfloat16
 from safetensors.numpy import load_file, save_file
-from tiny import byte_tokenizer, torch_model
 from transformers import AutoModelForCausalLM
 
 from search_r3_jax.errors import UserError
-from search_r3_jax.hub.checkpoint import load_model, resolve, torch_tensors
+from search_r3_jax.hub.load_model import load_model, resolve, torch_tensors
 
 Tensors = dict[str, np.ndarray]
 WEIGHTS = "model.safetensors"
@@ -40,9 +41,16 @@ def change_tensors(folder: Path, change: Callable[[Tensors], Tensors]) -> None:
 
 def shard(folder: Path, count: int = 3) -> dict[str, str]:
     tensors = load_file(folder / WEIGHTS)
-    weight_map = {name: f"model-{i % count + 1:05d}-of-{count:05d}.safetensors" for i, name in enumerate(sorted(tensors))}
+    weight_map = {
+        name: f"model-{i % count + 1:05d}-of-{count:05d}.safetensors"
+        for i, name in enumerate(sorted(tensors))
+    }
     for file in set(weight_map.values()):
-        save_file({name: tensors[name] for name in weight_map if weight_map[name] == file}, folder / file, metadata={"format": "pt"})
+        save_file(
+            {name: tensors[name] for name in weight_map if weight_map[name] == file},
+            folder / file,
+            metadata={"format": "pt"},
+        )
     (folder / WEIGHTS).unlink()
     (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return weight_map
@@ -73,7 +81,9 @@ def test_sharded_folders_of_every_dtype_come_back_bit_for_bit(
         np.testing.assert_array_equal(tensor, expected[name].astype(np.float32))
 
 
-def test_tensors_larger_than_a_chunk_come_back_bit_for_bit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensors_larger_than_a_chunk_come_back_bit_for_bit(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("search_r3_jax.hub.weights._CHUNK_BYTES", 3000)
     expected = load_file(folder / WEIGHTS)
     for name, tensor in torch_tensors(load_model(folder).decoder):
@@ -83,7 +93,10 @@ def test_tensors_larger_than_a_chunk_come_back_bit_for_bit(folder: Path, monkeyp
 def test_a_new_row_starts_at_the_mean(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("search_r3_jax.hub.weights._CHUNK_BYTES", 3000)
     change_config(folder, vocab_size=259)
-    change_tensors(folder, lambda tensors: tensors | {"model.embed_tokens.weight": tensors["model.embed_tokens.weight"][:259]})
+    change_tensors(
+        folder,
+        lambda tensors: tensors | {"model.embed_tokens.weight": tensors["model.embed_tokens.weight"][:259]},
+    )
     old = load_file(folder / WEIGHTS)["model.embed_tokens.weight"]
     model = load_model(folder)
     new = np.asarray(model.decoder.embedding[...])
@@ -121,7 +134,9 @@ def test_known_leftovers_are_harmless(folder: Path) -> None:
     before = dict(torch_tensors(load_model(folder).decoder))
 
     def add(tensors: Tensors) -> Tensors:
-        inverse = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32) for i in range(3)}
+        inverse = {
+            f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32) for i in range(3)
+        }
         return tensors | inverse | {"lm_head.weight": tensors["model.embed_tokens.weight"].copy()}
 
     change_tensors(folder, add)
@@ -131,7 +146,9 @@ def test_known_leftovers_are_harmless(folder: Path) -> None:
 
 
 def test_a_head_that_differs_outweighs_a_tied_config_as_in_transformers(folder: Path) -> None:
-    change_tensors(folder, lambda tensors: tensors | {"lm_head.weight": 2 * tensors["model.embed_tokens.weight"]})
+    change_tensors(
+        folder, lambda tensors: tensors | {"lm_head.weight": 2 * tensors["model.embed_tokens.weight"]}
+    )
     model = load_model(folder)
     theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
     ids = torch.arange(3, 20)[None]
@@ -163,7 +180,10 @@ def test_eight_bit_floats_are_refused(folder: Path) -> None:
     from safetensors.torch import save_file as save_torch
 
     tensors = load_torch(folder / WEIGHTS)
-    save_torch(tensors | {"model.norm.weight": tensors["model.norm.weight"].to(torch.float8_e4m3fn)}, folder / WEIGHTS)
+    save_torch(
+        tensors | {"model.norm.weight": tensors["model.norm.weight"].to(torch.float8_e4m3fn)},
+        folder / WEIGHTS,
+    )
     assert "model.norm.weight: stored as F8_E4M3" in error_of(folder)
 
 
@@ -193,9 +213,15 @@ def test_a_tensor_in_two_shards_is_refused(folder: Path) -> None:
         ({"weight_map": {}}, "weight_map: missing"),
         ({"weight_map": ["model.safetensors"]}, "weight_map: missing"),
         ({"weight_map": {"a": 3}}, "weight_map: missing"),
-        ({"weight_map": {"a": "../x.safetensors"}}, "'../x.safetensors' is not a safetensors file of this folder"),
+        (
+            {"weight_map": {"a": "../x.safetensors"}},
+            "'../x.safetensors' is not a safetensors file of this folder",
+        ),
         ({"weight_map": {"a": "/etc/x.safetensors"}}, "is not a safetensors file of this folder"),
-        ({"weight_map": {"a": "pytorch_model.bin"}}, "'pytorch_model.bin' is not a safetensors file of this folder"),
+        (
+            {"weight_map": {"a": "pytorch_model.bin"}},
+            "'pytorch_model.bin' is not a safetensors file of this folder",
+        ),
         ([], "holds no JSON object"),
     ],
 )
@@ -247,21 +273,27 @@ def test_a_missing_config_or_tokenizer_is_named(folder: Path) -> None:
 def test_a_path_that_is_not_there_and_an_unknown_id(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file or folder"):
         resolve(tmp_path / "nothing")
-    with pytest.raises(UserError, match="model: nobody/nothing: no such folder, and neither in the local Hugging Face cache") as caught:
+    with pytest.raises(
+        UserError, match="model: nobody/nothing: no such folder, and neither in the local Hugging Face cache"
+    ) as caught:
         resolve("nobody/nothing")
     assert "\n" not in str(caught.value)
 
 
-def test_an_id_in_the_local_cache_is_found(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_id_in_the_local_cache_is_found(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cached = tmp_path / "cache" / "models--some-one--tiny"
-    shutil.copytree(folder, cached / "snapshots" / ("0" * 40))
+    shutil.copytree(folder, cached / "checkpoints" / ("0" * 40))
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("0" * 40)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    assert resolve("some-one/tiny") == cached / "snapshots" / ("0" * 40)
+    assert resolve("some-one/tiny") == cached / "checkpoints" / ("0" * 40)
     assert load_model("some-one/tiny").embed_id == 259
 
 
 def test_the_untied_head_is_read(tmp_path: Path, tiny_folders: dict[str, Path]) -> None:
     expected = torch_model("qwen2").state_dict()["lm_head.weight"].numpy()
-    np.testing.assert_array_equal(dict(torch_tensors(load_model(tiny_folders["qwen2"]).decoder))["lm_head.weight"], expected)
+    np.testing.assert_array_equal(
+        dict(torch_tensors(load_model(tiny_folders["qwen2"]).decoder))["lm_head.weight"], expected
+    )

@@ -1,4 +1,5 @@
-"""An import holds one tensor of the file beyond the parameters, whatever the mesh; the figures are printed (`-s`)."""
+"""An import holds one tensor of the file beyond the parameters, whatever the mesh; the figures are printed
+(`-s`)."""
 
 import json
 import os
@@ -7,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from import_memory import write_random_checkpoint
+from helpers.measure_import_memory import write_random_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -24,7 +25,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("kind", ["tall", "wide"])
 @pytest.mark.parametrize("devices", [1, 8])
 def test_peak_memory(checkpoints: Path, kind: str, devices: int) -> None:
-    program = Path(__file__).with_name("import_memory.py")
+    program = Path(__file__).parents[1] / "helpers" / "measure_import_memory.py"
     flags = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     command = [sys.executable, str(program), str(checkpoints / kind), str(devices)]
     run = subprocess.run(command, capture_output=True, text=True, env=flags, timeout=300)

@@ -9,8 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from exported import FAMILIES, adapted, run_snippet, snippets, torch_vectors, write_full_vocabulary
 from flax import nnx
+from helpers.exported_models import (
+    FAMILIES,
+    adapted,
+    run_snippet,
+    snippets,
+    torch_vectors,
+    write_full_vocabulary,
+)
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,9 +26,9 @@ from search_r3_jax.config import LoraConfig, RunConfig
 from search_r3_jax.embedder import Embedder
 from search_r3_jax.errors import UserError
 from search_r3_jax.files import write_json
-from search_r3_jax.hub.checkpoint import LoadedModel, load_model
+from search_r3_jax.hub.checkpoint_writer import CheckpointWriter
+from search_r3_jax.hub.load_model import LoadedModel, load_model
 from search_r3_jax.hub.peft import export_peft
-from search_r3_jax.hub.snapshot_writer import SnapshotWriter
 from search_r3_jax.models.decoder import positions_from_lengths
 from search_r3_jax.models.lora import merge_lora, trainable_filter
 from search_r3_jax.text.prompts import Prompter
@@ -43,25 +50,37 @@ def assert_same(model: LoadedModel, theirs: Any) -> None:
     """The same embeddings, and the same logits, in which the embed token's row stands as well."""
     prompter = Prompter(model.tokenizer)
     ours = Embedder(model, max_tokens=MAX_TOKENS).encode(TEXTS)
-    np.testing.assert_allclose(ours, torch_vectors(theirs.get_base_model().model, prompter, TEXTS, MAX_TOKENS), atol=1e-5)
+    np.testing.assert_allclose(
+        ours, torch_vectors(theirs.get_base_model().model, prompter, TEXTS, MAX_TOKENS), atol=1e-5
+    )
     ids = np.array([[*prompter.direct.prefix, *prompter.direct_rows(["a text"], 32)[0]]])
-    hidden, _ = model.decoder(jnp.asarray(ids), positions_from_lengths(jnp.array([ids.shape[1]]), ids.shape[1]))
+    hidden, _ = model.decoder(
+        jnp.asarray(ids), positions_from_lengths(jnp.array([ids.shape[1]]), ids.shape[1])
+    )
     with torch.no_grad():
         logits = theirs(input_ids=torch.from_numpy(ids)).logits.numpy()
     # The base may have fewer padding rows behind the embed token; nothing reads them.
     np.testing.assert_allclose(
-        np.asarray(model.decoder.logits(hidden))[..., : model.embed_id + 1], logits[..., : model.embed_id + 1], atol=1e-4
+        np.asarray(model.decoder.logits(hidden))[..., : model.embed_id + 1],
+        logits[..., : model.embed_id + 1],
+        atol=1e-4,
     )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_adapters_load_on_the_original_checkpoint(family: str, tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_adapters_load_on_the_original_checkpoint(
+    family: str, tiny_folders: dict[str, Path], tmp_path: Path
+) -> None:
     model = adapted(load_model(tiny_folders[family]), LORAS[family])
     folder = export_peft(model, tmp_path / "out", base=str(tiny_folders[family]))
     theirs = with_peft(tiny_folders[family], folder)
     assert_same(model, theirs)
     config = theirs.peft_config["default"]
-    assert (config.r, config.lora_alpha, config.lora_dropout) == (LORAS[family].rank, LORAS[family].alpha, LORAS[family].dropout)
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (
+        LORAS[family].rank,
+        LORAS[family].alpha,
+        LORAS[family].dropout,
+    )
     assert not config.use_rslora
     assert config.base_model_name_or_path == str(tiny_folders[family])
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == model.tokenizer.get_vocab()
@@ -81,7 +100,7 @@ def write_run(folder: Path, config: RunConfig, model: LoadedModel, extra: dict[s
     """The files of a run that `load_model` and `load_stages` read, with `model`'s adapters as step 3."""
     folder.mkdir()
     write_json(folder / "config.json", {"stage": "sft", "config": dataclasses.asdict(config), **extra})
-    writer = SnapshotWriter(folder)
+    writer = CheckpointWriter(folder)
     writer.save(3, nnx.state(model.decoder, trainable_filter(model.decoder)), {"count": np.zeros(())}, {})
     writer.close()
     return folder
@@ -89,7 +108,9 @@ def write_run(folder: Path, config: RunConfig, model: LoadedModel, extra: dict[s
 
 def test_adapters_of_two_stages_load_on_the_first_base(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
     base = tiny_folders["qwen2"]
-    config = RunConfig(model=str(base), compute_dtype="float32", lora=LoraConfig(rank=2, alpha=6.0, targets=("q", "v", "up")))
+    config = RunConfig(
+        model=str(base), compute_dtype="float32", lora=LoraConfig(rank=2, alpha=6.0, targets=("q", "v", "up"))
+    )
     first = adapted(load_model(base), config.lora, seed=1)
     write_run(tmp_path / "sft", config, first, {})
     later = dataclasses.replace(config, lora=LoraConfig(rank=3, alpha=1.5, targets=("q", "down")))

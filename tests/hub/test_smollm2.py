@@ -1,4 +1,5 @@
-"""The packaged SmolLM2 with its real weights against `transformers`, which reads the same GGUF file by its own code."""
+"""The packaged SmolLM2 with its real weights against `transformers`, which reads the same GGUF file by its
+own code."""
 
 import copy
 import json
@@ -15,8 +16,8 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForCausalLM
 
 from search_r3_jax.config import EMBED_TOKEN, LoraConfig
-from search_r3_jax.hub.checkpoint import LoadedModel, load_model, resolve, with_lora
 from search_r3_jax.hub.export import export_model
+from search_r3_jax.hub.load_model import LoadedModel, load_model, resolve, with_lora
 from search_r3_jax.models.decoder import positions_from_lengths
 from search_r3_jax.rollout.encoder import Encoder
 from search_r3_jax.rollout.sampler import Sampler
@@ -49,8 +50,9 @@ def test_logits_equal_transformers(smollm2: LoadedModel, theirs: Any) -> None:
     np.testing.assert_allclose(ours, expected, atol=1e-3)
     np.testing.assert_array_equal(ours.argmax(-1), expected.argmax(-1))
 
-    # What is left between the two is float32 rounding: the truth in float64 is as near. XLA's matrix products on a CPU add up along one
-    # chain where torch's add up blocks, which alone makes 1.5 times the rounding of a product.
+    # What is left between the two is float32 rounding: the truth in float64 is as near. XLA's matrix products
+    # on a CPU add up along one chain where torch's add up blocks, which alone makes 1.5 times the rounding of
+    # a product.
     with torch.no_grad():
         exact = copy.deepcopy(theirs).double()(input_ids=torch.tensor(ids, dtype=torch.long)).logits.numpy()
     np.testing.assert_array_equal(ours.argmax(-1), exact.argmax(-1))
@@ -68,7 +70,9 @@ def test_greedy_reply_equals_generate(smollm2: LoadedModel, theirs: Any) -> None
     for query, reply in zip(queries, rollout.replies(), strict=True):
         prompt = [*prompter.reason.prefix, *prompter.reason_rows([query], 32)[0]]
         with torch.no_grad():
-            whole = theirs.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False, eos_token_id=2, pad_token_id=2)
+            whole = theirs.generate(
+                torch.tensor([prompt]), max_new_tokens=16, do_sample=False, eos_token_id=2, pad_token_id=2
+            )
         expected = whole[0, len(prompt) :].tolist()
         assert reply[: len(expected)] == expected
         assert reply[len(expected) :] == list(prompter.reason.closing)
@@ -85,7 +89,13 @@ def test_export_loads_in_transformers_with_the_same_embedding(smollm2: LoadedMod
     ours = Encoder(graph, Prompter(adapted.tokenizer)).encode(state, TEXTS, max_tokens=64)
 
     # The card's snippet, as a user would run it.
-    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0].replace('folder = "."', f"folder = {str(folder)!r}")
+    code = (
+        (folder / "README.md")
+        .read_text()
+        .split("```python\n")[1]
+        .split("```")[0]
+        .replace('folder = "."', f"folder = {str(folder)!r}")
+    )
     scope: dict[str, Any] = {}
     exec(compile(code, "snippet", "exec"), scope)
     theirs = np.stack([scope["embed"](text).numpy() for text in TEXTS])
@@ -94,13 +104,29 @@ def test_export_loads_in_transformers_with_the_same_embedding(smollm2: LoadedMod
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
-def test_sentence_transformers_reads_the_same_tokens_and_computes_the_same_embeddings(smollm2: LoadedModel, tmp_path: Path) -> None:
+def test_sentence_transformers_reads_the_same_tokens_and_computes_the_same_embeddings(
+    smollm2: LoadedModel, tmp_path: Path
+) -> None:
     folder = export_model(smollm2, tmp_path / "export", max_tokens=64)
     theirs = SentenceTransformer(str(folder))
     prompter = Prompter(smollm2.tokenizer)
-    odd = ["", "'s", "12.5%", "(!)", "x\u2028y", "中文 é ́x", "a\n\n", "a<|im_end|>b", f"the {EMBED_TOKEN} token", "word " * 100]
+    odd = [
+        "",
+        "'s",
+        "12.5%",
+        "(!)",
+        "x\u2028y",
+        "中文 é ́x",
+        "a\n\n",
+        "a<|im_end|>b",
+        f"the {EMBED_TOKEN} token",
+        "word " * 100,
+    ]
     found = theirs.preprocess([*TEXTS, *odd], prompt=DIRECT_SYSTEM)
-    rows = [ids[mask.bool()].tolist() for ids, mask in zip(found["input_ids"], found["attention_mask"], strict=True)]
+    rows = [
+        ids[mask.bool()].tolist()
+        for ids, mask in zip(found["input_ids"], found["attention_mask"], strict=True)
+    ]
     assert rows == [[*prompter.direct.prefix, *row] for row in prompter.direct_rows([*TEXTS, *odd], 64)]
     graph, state = nnx.split(smollm2.decoder)
     ours = Encoder(graph, prompter).encode(state, [*TEXTS, odd[-1]], max_tokens=64)
@@ -111,10 +137,16 @@ def test_export_reloads_bit_for_bit(smollm2: LoadedModel, tmp_path: Path) -> Non
     folder = export_model(smollm2, tmp_path / "export")
     again = load_model(folder)
     assert again.embed_id == smollm2.embed_id
-    assert json.loads((folder / "config.json").read_text())["vocab_size"] == again.decoder.config.vocab_size == 49280
+    assert (
+        json.loads((folder / "config.json").read_text())["vocab_size"]
+        == again.decoder.config.vocab_size
+        == 49280
+    )
     assert again.tokenizer.convert_tokens_to_ids(EMBED_TOKEN) == smollm2.embed_id
     for ours, theirs in zip(
-        nnx.to_pure_dict(nnx.state(smollm2.decoder)).items(), nnx.to_pure_dict(nnx.state(again.decoder)).items(), strict=True
+        nnx.to_pure_dict(nnx.state(smollm2.decoder)).items(),
+        nnx.to_pure_dict(nnx.state(again.decoder)).items(),
+        strict=True,
     ):
         jax.tree.map(np.testing.assert_array_equal, ours[1], theirs[1])
     direct = again.tokenizer.apply_chat_template(

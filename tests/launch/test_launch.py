@@ -1,4 +1,5 @@
-"""What all launchers have in common: their syntax, one line for a mistake, nothing started in a dry run, no secret ever shown."""
+"""What all launchers have in common: their syntax, one line for a mistake, nothing started in a dry run, no
+secret ever shown."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from standins import LAUNCH, StandIns
+from helpers.fake_cloud_tools import LAUNCH, StandIns
 
 SCRIPTS = sorted(str(file.relative_to(LAUNCH)) for file in LAUNCH.rglob("*.sh"))
 # How each is called, and the tools of a cloud without which it cannot go on.
@@ -51,7 +52,9 @@ def test_bash_can_read_it(script: str) -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_shellcheck_finds_nothing(script: str) -> None:
-    done = subprocess.run(["shellcheck", "-x", "-P", LAUNCH.parent, LAUNCH / script], capture_output=True, text=True)
+    done = subprocess.run(
+        ["shellcheck", "-x", "-P", LAUNCH.parent, LAUNCH / script], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout
 
 
@@ -61,7 +64,11 @@ def test_help_names_every_flag(cloud: StandIns, script: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     known = (LAUNCH / script).read_text().split('case "$1" in')[-1].split("esac")[0]
     flags = {
-        word.rstrip("=*").strip() for line in known.splitlines() if ")" in line for word in line.split(")")[0].split("|") if "--" in word
+        word.rstrip("=*").strip()
+        for line in known.splitlines()
+        if ")" in line
+        for word in line.split(")")[0].split("|")
+        if "--" in word
     }
     assert flags
     assert all(flag in done.stdout for flag in flags - {"--", "--help", "--*"}), flags
@@ -88,7 +95,9 @@ def test_a_mistake_is_one_line_and_starts_nothing(cloud: StandIns, script: str) 
         assert TOKEN not in done.stderr
         assert "secret" not in done.stderr
     flag = cloud.run(
-        script, *(["up"] if script == "tpu_vm.sh" else []), {"local.sh": "--devices", "slurm.sh": "--nodes"}.get(script, "--name")
+        script,
+        *(["up"] if script == "tpu_vm.sh" else []),
+        {"local.sh": "--devices", "slurm.sh": "--nodes"}.get(script, "--name"),
     )
     assert (flag.returncode, flag.stderr.count("\n")) == (2, 1)
     assert calls(cloud) == []
@@ -124,7 +133,11 @@ def test_an_environment_file_is_taken_as_it_stands(cloud: StandIns, tmp_path: Pa
 
     def reading() -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", read], env=cloud.environment(), cwd=tmp_path, capture_output=True, text=True
+            ["bash", "-euo", "pipefail", "-c", read],
+            env=cloud.environment(),
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
         )
 
     file.write_text(f"# a comment\n\nA=$(touch hacked) `id` 'x' = \"y\nHF_TOKEN={TOKEN}")

@@ -1,4 +1,5 @@
-"""`local.sh` starts processes that find each other, passes on signals once, and ends with the status of the one that failed."""
+"""`local.sh` starts processes that find each other, passes on signals once, and ends with the status of the
+one that failed."""
 
 from __future__ import annotations
 
@@ -13,15 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from standins import LAUNCH, StandIns, shown
-from tiny import word_collection
+from helpers.fake_cloud_tools import LAUNCH, StandIns, shown
+from helpers.tiny_models import word_collection
 
 from search_r3_jax.config import MeshConfig
 from search_r3_jax.data.dataset import build_dataset
 from search_r3_jax.errors import UserError
 from search_r3_jax.mesh import mesh_from_config
 
-NAMES = ("SEARCH_R3_COORDINATOR", "SEARCH_R3_PROCESSES", "SEARCH_R3_PROCESS", "JAX_PLATFORMS", "XLA_FLAGS", "NPROC")
+NAMES = (
+    "SEARCH_R3_COORDINATOR",
+    "SEARCH_R3_PROCESSES",
+    "SEARCH_R3_PROCESS",
+    "JAX_PLATFORMS",
+    "XLA_FLAGS",
+    "NPROC",
+)
 ODD = ["sft", "--run", "a b", "q\"uo'te", "$(touch hacked)", "*", "ü", ""]
 # Counts the signals that a process hears, until `go` is there or the test has gone wrong.
 HEARS = """
@@ -37,7 +45,10 @@ def machine(tmp_path: Path) -> StandIns:
     """A search-r3 that writes down what it was started with."""
     standins = StandIns(tmp_path)
     says = "; ".join(f'printf "%s\\0" "${{{name}:-}}"' for name in NAMES)
-    standins.program("search-r3", f'{{ {says}; printf "%s\\0" "$@"; }} >"started-$SEARCH_R3_PROCESS"\necho out; echo err >&2')
+    standins.program(
+        "search-r3",
+        f'{{ {says}; printf "%s\\0" "$@"; }} >"started-$SEARCH_R3_PROCESS"\necho out; echo err >&2',
+    )
     return standins
 
 
@@ -49,7 +60,12 @@ def background(machine: StandIns, *words: str) -> subprocess.Popen[str]:
     command = [str(machine.tools / "bash"), str(LAUNCH / "local.sh"), *words]
     # A session of its own, so that a signal can be sent to its group as a terminal does.
     return subprocess.Popen(
-        command, cwd=machine.folder, env=machine.environment(), stdout=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=machine.folder,
+        env=machine.environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -59,7 +75,14 @@ def test_processes_are_told_of_each_other(machine: StandIns, tmp_path: Path) -> 
     coordinators = set()
     for process in range(3):
         coordinator, *values = started(tmp_path, process)
-        assert values == ["3", str(process), "cpu", "--xla_own=1 --xla_force_host_platform_device_count=2", "4", *ODD]
+        assert values == [
+            "3",
+            str(process),
+            "cpu",
+            "--xla_own=1 --xla_force_host_platform_device_count=2",
+            "4",
+            *ODD,
+        ]
         coordinators.add(coordinator)
     (coordinator,) = coordinators
     host, port = coordinator.split(":")
@@ -71,7 +94,14 @@ def test_processes_are_told_of_each_other(machine: StandIns, tmp_path: Path) -> 
     assert not (tmp_path / "hacked").exists()
     # One device needs no threads of its own.
     machine.run("local.sh", "--", "sft")
-    assert started(tmp_path, 1)[1:] == ["2", "1", "cpu", "--xla_force_host_platform_device_count=1", "", "sft"]
+    assert started(tmp_path, 1)[1:] == [
+        "2",
+        "1",
+        "cpu",
+        "--xla_force_host_platform_device_count=1",
+        "",
+        "sft",
+    ]
 
 
 def test_a_dry_run_shows_what_would_be_started(machine: StandIns, tmp_path: Path) -> None:
@@ -79,7 +109,12 @@ def test_a_dry_run_shows_what_would_be_started(machine: StandIns, tmp_path: Path
     assert not (tmp_path / "started-0").exists()
     for process, words in enumerate(shown(done.stdout)):
         assert words[:2] == ["env", f"{NAMES[0]}={words[1].split('=')[1]}"]
-        settings = ["SEARCH_R3_PROCESSES=2", "JAX_PLATFORMS=cpu", "XLA_FLAGS=--xla_force_host_platform_device_count=2", "NPROC=4"]
+        settings = [
+            "SEARCH_R3_PROCESSES=2",
+            "JAX_PLATFORMS=cpu",
+            "XLA_FLAGS=--xla_force_host_platform_device_count=2",
+            "NPROC=4",
+        ]
         assert words[2:] == [*settings, f"SEARCH_R3_PROCESS={process}", "search-r3", *ODD]
 
 
@@ -92,7 +127,9 @@ def test_a_dry_run_shows_what_would_be_started(machine: StandIns, tmp_path: Path
         ({1: "kill -9 $$"}, 137),
     ],
 )
-def test_the_status_is_that_of_the_process_that_failed(machine: StandIns, tmp_path: Path, ends: dict[int, str], status: int) -> None:
+def test_the_status_is_that_of_the_process_that_failed(
+    machine: StandIns, tmp_path: Path, ends: dict[int, str], status: int
+) -> None:
     cases = "".join(f"{process}) {text} ;;\n" for process, text in ends.items())
     machine.program("search-r3", f'case "$SEARCH_R3_PROCESS" in\n{cases}esac\nsleep 0.5; echo waited for')
     done = machine.run("local.sh", "--processes", "3", "--", "sft")
@@ -102,7 +139,9 @@ def test_the_status_is_that_of_the_process_that_failed(machine: StandIns, tmp_pa
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_reaches_every_process_once(machine: StandIns, tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_reaches_every_process_once(
+    machine: StandIns, tmp_path: Path, number: signal.Signals
+) -> None:
     machine.program("search-r3", HEARS)
     process = background(machine, "--", "sft")
     assert process.stdout is not None
@@ -125,7 +164,9 @@ def words_of(settings: dict[str, Any]) -> list[str]:
 @pytest.mark.slow
 def test_two_processes_train_one_run(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
     data = tmp_path / "data"
-    build_dataset({"train": word_collection(documents=40, queries=20)}, data, name="words", source={"kind": "test"})
+    build_dataset(
+        {"train": word_collection(documents=40, queries=20)}, data, name="words", source={"kind": "test"}
+    )
     settings = {
         "config": "smollm2",
         "run": tmp_path / "run",

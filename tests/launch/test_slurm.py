@@ -1,14 +1,17 @@
-"""`slurm.sh` submits itself, runs search-r3 without a shell between, and queues itself again when the time limit has stopped it."""
+"""`slurm.sh` submits itself, runs search-r3 without a shell between, and queues itself again when the time
+limit has stopped it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from standins import LAUNCH, StandIns, shown
+from helpers.fake_cloud_tools import LAUNCH, StandIns, shown
 
 ODD = ["sft", "--run", "a b", "q\"uo'te", "$(touch hacked)", "`id`", "*", "ü", ""]
-STOPPED = "search-r3: r: stopped and saved at step 7, 1.0 s after the signal; the same command goes on from there\n"
+STOPPED = (
+    "search-r3: r: stopped and saved at step 7, 1.0 s after the signal; the same command goes on from there\n"
+)
 JOB = {"SLURM_JOB_ID": "17"}
 STEP = ["--kill-on-bad-exit=0", "search-r3"]
 
@@ -24,8 +27,20 @@ def cluster(tmp_path: Path) -> StandIns:
 def test_it_submits_itself(cluster: StandIns) -> None:
     script = str(LAUNCH / "slurm.sh")
     assert cluster.run("slurm.sh", "--", *ODD).returncode == 0
-    assert cluster.calls("sbatch")[-1] == ["--nodes=1", "--gpus-per-node=1", "--ntasks-per-node=1", script, "--attempts", "3", "--", *ODD]
-    flags = "--nodes 2 --gpus=8 --tasks gpu --cpus 6 --time 1-00:00 --partition gpu --account a --attempts 5 --sbatch=--constraint=a100"
+    assert cluster.calls("sbatch")[-1] == [
+        "--nodes=1",
+        "--gpus-per-node=1",
+        "--ntasks-per-node=1",
+        script,
+        "--attempts",
+        "3",
+        "--",
+        *ODD,
+    ]
+    flags = (
+        "--nodes 2 --gpus=8 --tasks gpu --cpus 6 --time 1-00:00 --partition gpu --account a --attempts 5 "
+        "--sbatch=--constraint=a100"
+    )
     assert cluster.run("slurm.sh", *flags.split(), "--sbatch", "--comment=a b", "--", *ODD).returncode == 0
     asked = [
         "--nodes=2",
@@ -36,7 +51,16 @@ def test_it_submits_itself(cluster: StandIns) -> None:
         "--partition=gpu",
         "--account=a",
     ]
-    assert cluster.calls("sbatch")[-1] == [*asked, "--constraint=a100", "--comment=a b", script, "--attempts", "5", "--", *ODD]
+    assert cluster.calls("sbatch")[-1] == [
+        *asked,
+        "--constraint=a100",
+        "--comment=a b",
+        script,
+        "--attempts",
+        "5",
+        "--",
+        *ODD,
+    ]
     assert cluster.calls("srun") == []
 
 
@@ -61,8 +85,13 @@ def test_a_stopped_run_is_queued_again(cluster: StandIns) -> None:
     assert cluster.calls("scontrol") == [["requeue", "17"]]
 
 
-@pytest.mark.parametrize(("statuses", "starts", "status"), [((75, 137, 0), 3, 0), ((75, 75, 75), 3, 75), ((1,), 1, 1), ((2,), 1, 2)])
-def test_a_process_that_died_starts_all_of_them_again(cluster: StandIns, statuses: tuple[int, ...], starts: int, status: int) -> None:
+@pytest.mark.parametrize(
+    ("statuses", "starts", "status"),
+    [((75, 137, 0), 3, 0), ((75, 75, 75), 3, 75), ((1,), 1, 1), ((2,), 1, 2)],
+)
+def test_a_process_that_died_starts_all_of_them_again(
+    cluster: StandIns, statuses: tuple[int, ...], starts: int, status: int
+) -> None:
     for each in statuses:
         cluster.answer("srun", "", status=each)
     assert cluster.run("slurm.sh", "--", *ODD, **JOB).returncode == status

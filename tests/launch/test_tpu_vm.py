@@ -1,4 +1,5 @@
-"""`tpu_vm.sh` asks for exactly what it says, comes back after a preemption, and tells a finished run from a stopped one."""
+"""`tpu_vm.sh` asks for exactly what it says, comes back after a preemption, and tells a finished run from a
+stopped one."""
 
 from __future__ import annotations
 
@@ -11,15 +12,40 @@ import time
 from pathlib import Path
 
 import pytest
-from standins import LAUNCH, StandIns, shown
+from helpers.fake_cloud_tools import LAUNCH, StandIns, shown
 
 PLACE = ["--project=p", "--zone=us-east5-a", "--quiet"]
 FLAGS = ["--project", "p", "--zone", "us-east5-a", "--poll", "0"]
-ODD = ["sft", "--run", "/mnt/search-r3/a b", "--data.sets", "q\"uo'te", "$(touch hacked)", "`id`", "*", "-x;y", "ü  two", ""]
+ODD = [
+    "sft",
+    "--run",
+    "/mnt/search-r3/a b",
+    "--data.sets",
+    "q\"uo'te",
+    "$(touch hacked)",
+    "`id`",
+    "*",
+    "-x;y",
+    "ü  two",
+    "",
+]
 CREATE = ["compute", "tpus", "queued-resources", "create", "search-r3", "--node-id=search-r3"]
 DELETE = ["compute", "tpus", "queued-resources", "delete", "search-r3", "--force", *PLACE]
-DESCRIBE = ["compute", "tpus", "queued-resources", "describe", "search-r3", "--format=value(state.state)", *PLACE]
-STATE, STATUS, LOG, START = "queued-resources describe", "tpu_worker.sh status", "tpu_worker.sh log", "tpu_worker.sh start"
+DESCRIBE = [
+    "compute",
+    "tpus",
+    "queued-resources",
+    "describe",
+    "search-r3",
+    "--format=value(state.state)",
+    *PLACE,
+]
+STATE, STATUS, LOG, START = (
+    "queued-resources describe",
+    "tpu_worker.sh status",
+    "tpu_worker.sh log",
+    "tpu_worker.sh start",
+)
 
 
 @pytest.fixture
@@ -37,7 +63,9 @@ def report(*states: str) -> str:
 def verbs(cloud: StandIns) -> list[str]:
     """What was done, in short."""
     return [
-        words[3] if words[2] == "queued-resources" else next(w for w in words if w in ("ssh", "scp", "describe"))
+        words[3]
+        if words[2] == "queued-resources"
+        else next(w for w in words if w in ("ssh", "scp", "describe"))
         for words in cloud.calls("gcloud")
     ]
 
@@ -54,9 +82,22 @@ def test_a_slice_is_asked_for_by_type(cloud: StandIns) -> None:
         "v4-32": "tpu-ubuntu2204-base",
     }.items():
         assert cloud.run("tpu_vm.sh", "create", *FLAGS, "--type", kind).returncode == 0
-        assert cloud.calls("gcloud")[-1] == [*CREATE, f"--accelerator-type={kind}", f"--runtime-version={runtime}", "--async", *PLACE]
+        assert cloud.calls("gcloud")[-1] == [
+            *CREATE,
+            f"--accelerator-type={kind}",
+            f"--runtime-version={runtime}",
+            "--async",
+            *PLACE,
+        ]
     cloud.run("tpu_vm.sh", "create", *FLAGS, "--type=tpu7x-16", "--runtime=own", "--spot", "--name=other")
-    own = ["other", "--node-id=other", "--accelerator-type=tpu7x-16", "--runtime-version=own", "--spot", "--async"]
+    own = [
+        "other",
+        "--node-id=other",
+        "--accelerator-type=tpu7x-16",
+        "--runtime-version=own",
+        "--spot",
+        "--async",
+    ]
     assert cloud.calls("gcloud")[-1] == [*CREATE[:4], *own, *PLACE]
     unknown = cloud.run("tpu_vm.sh", "create", *FLAGS, "--type", "tpu7x-16")
     assert (unknown.returncode, unknown.stderr.count("\n")) == (2, 1)
@@ -71,7 +112,9 @@ def test_arguments_reach_the_worker_as_they_are(cloud: StandIns, tmp_path: Path)
     assert head == ["compute", "tpus", "tpu-vm", "ssh", "search-r3", "--worker=all"]
     # gcloud takes the command apart at spaces, ssh joins it again, and a shell reads it.
     text = " ".join(command.removeprefix("--command=").split(" "))
-    read = subprocess.run(["bash", "-c", f"set -- {text}; printf '%s\\0' \"$@\""], cwd=tmp_path, capture_output=True, check=True).stdout
+    read = subprocess.run(
+        ["bash", "-c", f"set -- {text}; printf '%s\\0' \"$@\""], cwd=tmp_path, capture_output=True, check=True
+    ).stdout
     assert read.decode().split("\0")[:-1] == ["bash", "search_r3_jax/launch/tpu_worker.sh", "start", *ODD]
     assert not (tmp_path / "hacked").exists()
 
@@ -113,8 +156,16 @@ def test_sources_and_secrets_are_copied_not_told(cloud: StandIns, tmp_path: Path
     assert sources == [*scp, packed[1], "search-r3:search_r3_jax.tar.gz", "--worker=all", *PLACE]
     assert environment == [*scp, str(secrets), "search-r3:.search_r3.env", "--worker=all", *PLACE]
     ssh = ["compute", "tpus", "tpu-vm", "ssh", "search-r3", "--worker=all"]
-    assert unpack == [*ssh, "--command=mkdir -p search_r3_jax && tar -xzf search_r3_jax.tar.gz -C search_r3_jax", *PLACE]
-    assert install == [*ssh, "--command=bash search_r3_jax/launch/tpu_worker.sh install 10.0.0.2:/runs", *PLACE]
+    assert unpack == [
+        *ssh,
+        "--command=mkdir -p search_r3_jax && tar -xzf search_r3_jax.tar.gz -C search_r3_jax",
+        *PLACE,
+    ]
+    assert install == [
+        *ssh,
+        "--command=bash search_r3_jax/launch/tpu_worker.sh install 10.0.0.2:/runs",
+        *PLACE,
+    ]
     cloud.run("tpu_vm.sh", "install", *FLAGS, "--repo", "https://example.org/r3.git")
     assert "git clone --quiet https://example.org/r3.git search_r3_jax" in " ".join(cloud.calls("gcloud")[-2])
     assert "TopSecret" not in json.dumps(cloud.calls("gcloud")) + done.stdout + done.stderr
@@ -129,7 +180,12 @@ def test_up_goes_all_the_way(cloud: StandIns) -> None:
     cloud.answer("gcloud", LOG, out="3\nstep 1\nstep 2\n")
     cloud.answer("gcloud", LOG, out="4\n  done\n")
     # Nothing is there yet that could say how it is.
-    cloud.answer("gcloud", STATUS, err="bash: search_r3_jax/launch/tpu_worker.sh: No such file or directory\n", status=127)
+    cloud.answer(
+        "gcloud",
+        STATUS,
+        err="bash: search_r3_jax/launch/tpu_worker.sh: No such file or directory\n",
+        status=127,
+    )
     for states in (("running", "running"), ("running", "finished"), ("finished", "finished")):
         cloud.answer("gcloud", STATUS, out="ssh: a banner\n" + report(*states))
     done = cloud.run("tpu_vm.sh", "up", *FLAGS, "--", "sft", "--run", "r")
@@ -170,7 +226,14 @@ def test_a_slice_that_was_taken_away_is_asked_for_again(cloud: StandIns, gone: s
     done_in_order = [verb for verb in verbs(cloud) if verb in ("create", "delete")]
     assert done_in_order == ["delete", "create"]
     made = next(words for words in cloud.calls("gcloud") if "create" in words)
-    assert made == [*CREATE, "--accelerator-type=v5litepod-16", "--runtime-version=v2-alpha-tpuv5-lite", "--spot", "--async", *PLACE]
+    assert made == [
+        *CREATE,
+        "--accelerator-type=v5litepod-16",
+        "--runtime-version=v2-alpha-tpuv5-lite",
+        "--spot",
+        "--async",
+        *PLACE,
+    ]
     assert DELETE in cloud.calls("gcloud")
     # The same command, word for word.
     commands = [words[6] for words in cloud.calls("gcloud") if START in " ".join(words)]
@@ -182,7 +245,12 @@ def test_a_run_of_which_a_process_died_starts_again_on_all_workers(cloud: StandI
     cloud.answer("gcloud", STATE, out="ACTIVE")
     cloud.answer("gcloud", STATUS, out=report("idle", "idle"))
     cloud.answer("gcloud", STATUS, out=report("ended 75", "running"))
-    for states in (("finished", "ended 75"), ("ended 137", "finished"), ("lost", "ended 75"), ("stopped", "stopped")):
+    for states in (
+        ("finished", "ended 75"),
+        ("ended 137", "finished"),
+        ("lost", "ended 75"),
+        ("stopped", "stopped"),
+    ):
         # Once while it is followed, once before it is started.
         for _ in range(2):
             cloud.answer("gcloud", STATUS, out=report(*states))
@@ -195,9 +263,12 @@ def test_a_run_of_which_a_process_died_starts_again_on_all_workers(cloud: StandI
 
 
 @pytest.mark.parametrize(
-    ("states", "status", "count"), [(("ended 2", "ended 75"), 2, 1), (("ended 1", "finished"), 1, 1), (("ended 75",) * 2, 75, 3)]
+    ("states", "status", "count"),
+    [(("ended 2", "ended 75"), 2, 1), (("ended 1", "finished"), 1, 1), (("ended 75",) * 2, 75, 3)],
 )
-def test_what_another_start_does_not_mend_ends_it(cloud: StandIns, states: tuple[str, ...], status: int, count: int) -> None:
+def test_what_another_start_does_not_mend_ends_it(
+    cloud: StandIns, states: tuple[str, ...], status: int, count: int
+) -> None:
     cloud.answer("gcloud", STATE, out="ACTIVE")
     cloud.answer("gcloud", STATUS, out=report(*states))
     done = cloud.run("tpu_vm.sh", "up", *FLAGS, "--restarts", "2", "--", "sft")
@@ -230,7 +301,9 @@ def test_a_worker_that_does_not_answer_is_waited_for(cloud: StandIns) -> None:
 def test_a_slice_that_never_comes_is_given_up(cloud: StandIns) -> None:
     cloud.answer("gcloud", STATE, out="FAILED")
     for state in ("x", "FAILED"):
-        cloud.answer("gcloud", STATE, out=state, err="NOT_FOUND" if state == "x" else "", status=int(state == "x"))
+        cloud.answer(
+            "gcloud", STATE, out=state, err="NOT_FOUND" if state == "x" else "", status=int(state == "x")
+        )
     for _ in range(9):
         cloud.answer("gcloud", STATE, err="NOT_FOUND", status=1)
         cloud.answer("gcloud", STATE, out="FAILED")
@@ -251,13 +324,18 @@ def test_a_dry_run_shows_the_commands_it_would_run(cloud: StandIns, tmp_path: Pa
     cloud.answer("gcloud", STATUS, out=report("finished"))
     assert cloud.run("tpu_vm.sh", "up", *FLAGS, "--env-file", "e.env", "--", *ODD).returncode == 0
     without_scratch = [
-        [word if "sources.tar.gz" not in word else "sources" for word in words] for words in (w[1:] for w in printed if w[0] == "gcloud")
+        [word if "sources.tar.gz" not in word else "sources" for word in words]
+        for words in (w[1:] for w in printed if w[0] == "gcloud")
     ]
-    assert without_scratch == [[word if "sources.tar.gz" not in word else "sources" for word in words] for words in cloud.calls("gcloud")]
+    assert without_scratch == [
+        [word if "sources.tar.gz" not in word else "sources" for word in words]
+        for words in cloud.calls("gcloud")
+    ]
 
 
 class Workers:
-    """Two homes with the sources and a search-r3 that does as it is told, behind a gcloud that runs what it is given there."""
+    """Two homes with the sources and a search-r3 that does as it is told, behind a gcloud that runs what it
+    is given there."""
 
     def __init__(self, cloud: StandIns, folder: Path):
         self.cloud, self.homes = cloud, (folder / "worker0", folder / "worker1")
@@ -290,7 +368,9 @@ def test_workers_run_detached_and_tell_how_it_ended(cloud: StandIns, tmp_path: P
     workers = Workers(cloud, tmp_path)
     assert workers.states() == ["idle", "idle"]
     seen = "read -a stat </proc/$$/stat; echo ${stat[5]} >~/session; echo $HF_TOKEN >~/token; "
-    wait = seen + "echo step 1; for ((left = 400; left; left--)); do [ ! -e ~/go ] || break; sleep 0.05; done; "
+    wait = (
+        seen + "echo step 1; for ((left = 400; left; left--)); do [ ! -e ~/go ] || break; sleep 0.05; done; "
+    )
     workers.trains(wait + "echo all good; exit 0", wait + "exit 75")
     (workers.homes[0] / ".search_r3.env").write_text("# mine\nHF_TOKEN=$(touch hacked) 'x'\n")
     assert cloud.run("tpu_vm.sh", "run", *FLAGS, "--", *ODD).returncode == 0
@@ -314,15 +394,23 @@ def test_workers_run_detached_and_tell_how_it_ended(cloud: StandIns, tmp_path: P
 @pytest.mark.skipif(sys.platform != "linux", reason="a worker is a Linux machine")
 def test_a_run_that_was_stopped_or_lost_is_not_finished(cloud: StandIns, tmp_path: Path) -> None:
     workers = Workers(cloud, tmp_path)
-    saved = "search-r3: r: stopped and saved at step 7, 1.0 s after the signal; the same command goes on from there"
-    workers.trains(f"trap 'echo \"{saved}\"; exit 0' TERM; for ((left = 400; left; left--)); do sleep 0.05; done", "kill -9 $PPID")
+    saved = (
+        "search-r3: r: stopped and saved at step 7, 1.0 s after the signal; the same command goes on "
+        "from there"
+    )
+    workers.trains(
+        f"trap 'echo \"{saved}\"; exit 0' TERM; for ((left = 400; left; left--)); do sleep 0.05; done",
+        "kill -9 $PPID",
+    )
     cloud.run("tpu_vm.sh", "run", *FLAGS, "--", "sft")
     for _ in range(100):
         if workers.states() == ["running", "lost"]:
             break
         time.sleep(0.05)
     stop = subprocess.run(
-        ["bash", "search_r3_jax/launch/tpu_worker.sh", "stop"], cwd=workers.homes[0], env=cloud.environment({"HOME": str(workers.homes[0])})
+        ["bash", "search_r3_jax/launch/tpu_worker.sh", "stop"],
+        cwd=workers.homes[0],
+        env=cloud.environment({"HOME": str(workers.homes[0])}),
     )
     assert stop.returncode == 0
     assert workers.states(until="running") == ["stopped", "lost"]
@@ -345,11 +433,15 @@ def test_a_worker_installs_with_a_python_that_is_new_enough(cloud: StandIns, tmp
     cloud.program("python3.12", f'mkdir -p "$3/bin"; cp {cloud.tools}/made "$3/bin/python"; {enter}')
     cloud.program("uv", f'[ "$2" = install ] || echo {cloud.tools}/python3.12')
     command = ["bash", "search_r3_jax/launch/tpu_worker.sh", "install", "10.0.0.2:/runs"]
-    done = subprocess.run(command, cwd=home, env=cloud.environment({"HOME": str(home)}), capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=home, env=cloud.environment({"HOME": str(home)}), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert cloud.calls("sudo") == [
         ["mkdir", "-p", "/mnt/search-r3"],
         ["mount", "-t", "nfs", "10.0.0.2:/runs", "/mnt/search-r3"],
         ["chmod", "a+rwx", "/mnt/search-r3"],
     ]
-    assert (tmp_path / "pip.txt").read_text().splitlines()[-1] == "-m pip install -qq --constraint requirements.txt --editable .[tpu]"
+    assert (tmp_path / "pip.txt").read_text().splitlines()[
+        -1
+    ] == "-m pip install -qq --constraint requirements.txt --editable .[tpu]"

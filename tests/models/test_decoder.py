@@ -1,4 +1,5 @@
-"""The decoder against torch `transformers` in float32: every family, with blocks in place of a cache, padded and packed."""
+"""The decoder against torch `transformers` in float32: every family, with blocks in place of a cache, padded
+and packed."""
 
 import dataclasses
 from typing import Any
@@ -9,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from tiny import CONFIG, VARIANTS, write_tiny_checkpoint
+from helpers.tiny_models import CONFIG, VARIANTS, write_tiny_checkpoint
 from transformers import AutoModelForCausalLM
 
-from search_r3_jax.hub.checkpoint import LoadedModel, load_model
-from search_r3_jax.models.attention import NOTHING, KVBlock
+from search_r3_jax.hub.load_model import LoadedModel, load_model
 from search_r3_jax.models.decoder import REMAT_POLICIES, Decoder, positions_from_lengths
+from search_r3_jax.models.kv_block import EMPTY_POSITION, KVBlock
 from search_r3_jax.rollout.prefill import prefill
 
 TOLERANCE = 1e-4
@@ -23,7 +24,9 @@ TOLERANCE = 1e-4
 @pytest.fixture(scope="module", params=VARIANTS)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedModel, Any]:
     folder = write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"), request.param)
-    return load_model(folder), AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    return load_model(folder), AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager"
+    ).eval()
 
 
 def random_ids(rows: int, length: int, seed: int = 0) -> np.ndarray:
@@ -41,7 +44,9 @@ def test_logits_equal_torch(pair: tuple[LoadedModel, Any]) -> None:
     hidden, _ = ours.decoder(jnp.asarray(ids), jnp.broadcast_to(jnp.arange(37, dtype=jnp.int32), ids.shape))
     expected = torch_logits(theirs, ids)
     assert np.abs(expected).mean() > 0.1
-    np.testing.assert_allclose(np.asarray(ours.decoder.logits(hidden))[..., : expected.shape[-1]], expected, atol=TOLERANCE)
+    np.testing.assert_allclose(
+        np.asarray(ours.decoder.logits(hidden))[..., : expected.shape[-1]], expected, atol=TOLERANCE
+    )
 
 
 def test_padding_changes_nothing_on_either_side(pair: tuple[LoadedModel, Any]) -> None:
@@ -49,9 +54,13 @@ def test_padding_changes_nothing_on_either_side(pair: tuple[LoadedModel, Any]) -
     ids = random_ids(2, 20)
     lengths = np.array([20, 11])
     expected = [torch_logits(theirs, ids[i : i + 1, :length])[0] for i, length in enumerate(lengths)]
-    right = ours.decoder.logits(ours.decoder(jnp.asarray(ids), positions_from_lengths(jnp.asarray(lengths), 20))[0])
+    right = ours.decoder.logits(
+        ours.decoder(jnp.asarray(ids), positions_from_lengths(jnp.asarray(lengths), 20))[0]
+    )
     shifted = np.stack([np.roll(row, 20 - length) for row, length in zip(ids, lengths, strict=True)])
-    at = np.stack([np.concatenate([np.full(20 - n, NOTHING), np.arange(n)]) for n in lengths]).astype(np.int32)
+    at = np.stack([np.concatenate([np.full(20 - n, EMPTY_POSITION), np.arange(n)]) for n in lengths]).astype(
+        np.int32
+    )
     left = ours.decoder.logits(ours.decoder(jnp.asarray(shifted), jnp.asarray(at))[0])
     V = expected[0].shape[-1]
     for i, length in enumerate(lengths):
@@ -72,7 +81,8 @@ def test_packed_rows_do_not_see_each_other(pair: tuple[LoadedModel, Any]) -> Non
 
 
 def test_shared_prefix_prompt_and_cache_equal_one_long_sequence(pair: tuple[LoadedModel, Any]) -> None:
-    """A prefix of one row, a prompt per query, replies per sample, one token at a time: as torch on whole rows."""
+    """A prefix of one row, a prompt per query, replies per sample, one token at a time: as torch on whole
+    rows."""
     ours, theirs = pair
     decoder = ours.decoder
     Q, G = 2, 3
@@ -87,7 +97,9 @@ def test_shared_prefix_prompt_and_cache_equal_one_long_sequence(pair: tuple[Load
         position = jnp.full((Q * G, 1), 13 + t, jnp.int32)
         hidden, block = decoder(jnp.asarray(replies[:, t : t + 1]), position, contexts=[shared, own, *cache])
         cache.append(block)
-        np.testing.assert_allclose(np.asarray(decoder.logits(hidden))[:, 0, : expected.shape[-1]], expected[:, t], atol=TOLERANCE)
+        np.testing.assert_allclose(
+            np.asarray(decoder.logits(hidden))[:, 0, : expected.shape[-1]], expected[:, t], atol=TOLERANCE
+        )
 
 
 def test_a_later_key_is_never_seen(tiny_model: LoadedModel) -> None:
@@ -105,19 +117,26 @@ def continued_by_torch(model: Any, prompt: np.ndarray, tokens: int, *, use_cache
     model.generation_config.eos_token_id = None
     ids = torch.tensor(prompt, dtype=torch.long)[None]
     with torch.no_grad():
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, use_cache=use_cache)
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=tokens,
+            do_sample=False,
+            use_cache=use_cache,
+        )
     return out[0, len(prompt) :].tolist()
 
 
 def continued_with_cache(decoder: Decoder, ids: np.ndarray, positions: np.ndarray, tokens: int) -> np.ndarray:
-    """Greedy tokens [B,tokens] behind prompts padded on either side; the cache is a block that grows in place."""
+    """Greedy tokens [B,tokens] behind prompts padded on either side; the cache is a block that grows in
+    place."""
     B, _T = ids.shape
     V = 320
     hidden, prompt = decoder(jnp.asarray(ids), jnp.asarray(positions))
     last = positions.argmax(axis=1)
     logits = decoder.logits(hidden[jnp.arange(B), last])[:, :V]
     shape = (decoder.config.layers, B, tokens, decoder.config.kv_heads, decoder.config.head_dim)
-    cache = KVBlock(jnp.zeros(shape), jnp.zeros(shape), jnp.full((B, tokens), NOTHING, jnp.int32))
+    cache = KVBlock(jnp.zeros(shape), jnp.zeros(shape), jnp.full((B, tokens), EMPTY_POSITION, jnp.int32))
     step = jax.jit(lambda token, position, cache: decoder(token, position, contexts=[prompt, cache]))
     found = np.zeros((B, tokens), np.int32)
     for t in range(tokens):
@@ -136,7 +155,9 @@ def continued_with_cache(decoder: Decoder, ids: np.ndarray, positions: np.ndarra
 def continued_without_cache(decoder: Decoder, prompt: np.ndarray, tokens: int) -> list[int]:
     row = np.zeros((1, len(prompt) + tokens), np.int32)
     row[0, : len(prompt)] = prompt
-    whole = jax.jit(lambda ids, lengths: decoder.logits(decoder(ids, positions_from_lengths(lengths, ids.shape[1]))[0]))
+    whole = jax.jit(
+        lambda ids, lengths: decoder.logits(decoder(ids, positions_from_lengths(lengths, ids.shape[1]))[0])
+    )
     for t in range(len(prompt), row.shape[1]):
         row[0, t] = int(np.argmax(np.asarray(whole(row, np.array([t])))[0, t - 1, :320]))
     return row[0, len(prompt) :].tolist()
@@ -150,7 +171,7 @@ def test_greedy_continuation_equals_generate(pair: tuple[LoadedModel, Any]) -> N
     assert expected == [continued_by_torch(theirs, prompt, tokens, use_cache=False) for prompt in prompts]
     T = max(lengths)
     for left in (False, True):
-        ids, positions = np.zeros((2, T), np.int32), np.full((2, T), NOTHING, np.int32)
+        ids, positions = np.zeros((2, T), np.int32), np.full((2, T), EMPTY_POSITION, np.int32)
         for i, prompt in enumerate(prompts):
             at = slice(T - len(prompt), T) if left else slice(0, len(prompt))
             ids[i, at], positions[i, at] = prompt, np.arange(len(prompt))
@@ -179,7 +200,7 @@ def test_chunked_prefill_equals_one_pass(chunk: int) -> None:
     positions = positions_from_lengths(jnp.array([18, 11, 2]), 18, 6)
     whole_hidden, whole = decoder(ids, positions, contexts=[shared])
     hidden, block = prefill(decoder, ids, positions, chunk=chunk, contexts=[shared])
-    there = np.asarray(positions) != NOTHING
+    there = np.asarray(positions) != EMPTY_POSITION
     np.testing.assert_allclose(np.asarray(hidden)[there], np.asarray(whole_hidden)[there], atol=2e-5)
     np.testing.assert_allclose(np.asarray(block.keys)[:, there], np.asarray(whole.keys)[:, there], atol=2e-5)
     np.testing.assert_array_equal(np.asarray(block.positions), np.asarray(positions))
@@ -187,12 +208,17 @@ def test_chunked_prefill_equals_one_pass(chunk: int) -> None:
 
 def loss_and_gradient(decoder: Decoder) -> tuple[float, Any]:
     graph, params = nnx.split(decoder)
-    ids, weights = jnp.asarray(random_ids(2, 16)), np.random.default_rng(3).standard_normal((2, 16, CONFIG.hidden_size))
+    ids, weights = (
+        jnp.asarray(random_ids(2, 16)),
+        np.random.default_rng(3).standard_normal((2, 16, CONFIG.hidden_size)),
+    )
     positions = positions_from_lengths(jnp.array([16, 9]), 16)
 
     def loss(params: nnx.State) -> jax.Array:
         hidden, _ = nnx.merge(graph, params)(ids, positions)
-        return jnp.sum(hidden.astype(jnp.float32) * jnp.where(positions[..., None] == NOTHING, 0.0, weights))
+        return jnp.sum(
+            hidden.astype(jnp.float32) * jnp.where(positions[..., None] == EMPTY_POSITION, 0.0, weights)
+        )
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(params)
     return float(value), nnx.to_pure_dict(gradient)
@@ -203,7 +229,11 @@ def test_remat_changes_no_gradient(remat: str) -> None:
     plain = loss_and_gradient(Decoder(CONFIG, rngs=nnx.Rngs(0)))
     value, gradient = loss_and_gradient(Decoder(CONFIG, rngs=nnx.Rngs(0), remat=remat))
     assert value == pytest.approx(plain[0], rel=1e-6)
-    jax.tree.map(lambda mine, expected: np.testing.assert_allclose(mine, expected, rtol=1e-5, atol=1e-5), gradient, plain[1])
+    jax.tree.map(
+        lambda mine, expected: np.testing.assert_allclose(mine, expected, rtol=1e-5, atol=1e-5),
+        gradient,
+        plain[1],
+    )
 
 
 def test_offload_sends_layer_inputs_to_the_host() -> None:
@@ -219,10 +249,19 @@ def test_offload_sends_layer_inputs_to_the_host() -> None:
 
 
 def test_bfloat16_computes_over_float32_parameters() -> None:
-    precise, coarse = (Decoder(CONFIG, rngs=nnx.Rngs(0), compute_dtype=dtype) for dtype in (jnp.float32, jnp.bfloat16))
-    ids, positions = jnp.asarray(random_ids(2, 16)), jnp.broadcast_to(jnp.arange(16, dtype=jnp.int32), (2, 16))
+    precise, coarse = (
+        Decoder(CONFIG, rngs=nnx.Rngs(0), compute_dtype=dtype) for dtype in (jnp.float32, jnp.bfloat16)
+    )
+    ids, positions = (
+        jnp.asarray(random_ids(2, 16)),
+        jnp.broadcast_to(jnp.arange(16, dtype=jnp.int32), (2, 16)),
+    )
     hidden, block = coarse(ids, positions)
-    assert (hidden.dtype, block.keys.dtype, coarse.logits(hidden).dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
+    assert (hidden.dtype, block.keys.dtype, coarse.logits(hidden).dtype) == (
+        jnp.bfloat16,
+        jnp.bfloat16,
+        jnp.float32,
+    )
     expected = np.asarray(precise(ids, positions)[0])
     error = np.abs(np.asarray(hidden, np.float32) - expected).mean() / np.abs(expected).mean()
     # Eight bits of mantissa over two layers: some per cent; less would mean that nothing was rounded.
@@ -230,15 +269,21 @@ def test_bfloat16_computes_over_float32_parameters() -> None:
     _, gradient = loss_and_gradient(coarse)
     _, expected_gradient = loss_and_gradient(precise)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(gradient))
-    flat, expected_flat = (np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]) for tree in (gradient, expected_gradient))
+    flat, expected_flat = (
+        np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+        for tree in (gradient, expected_gradient)
+    )
     assert flat @ expected_flat / np.linalg.norm(flat) / np.linalg.norm(expected_flat) > 0.999
 
 
 def test_an_embedding_never_touches_the_vocabulary() -> None:
-    """No array of a forward pass to hidden states, however it is fused, has the vocabulary as a dimension, but the table itself."""
+    """No array of a forward pass to hidden states, however it is fused, has the vocabulary as a dimension,
+    but the table itself."""
     decoder = Decoder(dataclasses.replace(CONFIG, vocab_size=331, tied_embeddings=False), rngs=nnx.Rngs(0))
     graph, params = nnx.split(decoder)
-    traced = jax.make_jaxpr(lambda p, ids, at: nnx.merge(graph, p)(ids, at)[0])(params, random_ids(2, 8), np.zeros((2, 8), np.int32))
+    traced = jax.make_jaxpr(lambda p, ids, at: nnx.merge(graph, p)(ids, at)[0])(
+        params, random_ids(2, 8), np.zeros((2, 8), np.int32)
+    )
     made = [variable.aval.shape for equation in traced.jaxpr.eqns for variable in equation.outvars]
     assert made
     assert all(331 not in shape for shape in made)

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from tiny import VARIANTS, torch_model
+from helpers.tiny_models import VARIANTS, torch_model
 from transformers import AutoConfig, LlamaConfig, Qwen2Config, Qwen3Config
 
 from search_r3_jax.errors import UserError
@@ -22,17 +22,32 @@ def test_written_config_means_the_same_to_both(variant: str) -> None:
     assert config_from_hf(written, "config.json") == ours
     # Their reading of what we wrote is their own config again, in every field that decides the computation.
     again = AutoConfig.for_model(written.pop("model_type"), **written)
-    for field in ("hidden_size", "num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings", "layer_types", "sliding_window"):
+    for field in (
+        "hidden_size",
+        "num_key_value_heads",
+        "head_dim",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "layer_types",
+        "sliding_window",
+    ):
         default = theirs.hidden_size // theirs.num_attention_heads if field == "head_dim" else None
         assert (getattr(again, field, None) or default) == (getattr(theirs, field, None) or default), field
-    assert again.rope_parameters.items() >= {k: v for k, v in theirs.rope_parameters.items() if v is not None}.items()
+    assert (
+        again.rope_parameters.items()
+        >= {k: v for k, v in theirs.rope_parameters.items() if v is not None}.items()
+    )
 
 
 @pytest.mark.parametrize("config_class", [LlamaConfig, Qwen2Config, Qwen3Config])
 def test_defaults_of_every_family_are_read(config_class: type[Any]) -> None:
     theirs = config_class()
     ours = config_from_hf(theirs.to_dict(), "config.json")
-    assert (ours.layers, ours.heads, ours.feed_forward) == (theirs.num_hidden_layers, theirs.num_attention_heads, theirs.intermediate_size)
+    assert (ours.layers, ours.heads, ours.feed_forward) == (
+        theirs.num_hidden_layers,
+        theirs.num_attention_heads,
+        theirs.intermediate_size,
+    )
     assert ours.windowed == ()
 
 
@@ -44,23 +59,58 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "half rotary": ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5"),
     "a field nobody knows": ("qwen3", {"num_experts": 8}, "num_experts: this field is not known"),
     "quantised": ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
-    "unknown scaling": ("llama", {"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "rope_type: 'longrope'"),
-    "unknown scaling field": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "mrope_section": [1]}}, "mrope_section"),
-    "scaling without factor": ("llama", {"rope_parameters": {"rope_type": "linear"}}, "factor: the field is missing"),
+    "unknown scaling": (
+        "llama",
+        {"rope_parameters": {"rope_type": "longrope", "factor": 2.0}},
+        "rope_type: 'longrope'",
+    ),
+    "unknown scaling field": (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "mrope_section": [1]}},
+        "mrope_section",
+    ),
+    "scaling without factor": (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear"}},
+        "factor: the field is missing",
+    ),
     "low above high": (
         "llama",
-        {"rope_parameters": {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0}},
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "factor": 2.0,
+                "low_freq_factor": 4.0,
+                "high_freq_factor": 1.0,
+            }
+        },
         "high_freq_factor",
     ),
-    "chunked layers": ("qwen2", {"layer_types": ["chunked_attention"] * 3}, "layer_types: 'chunked_attention'"),
-    "too few layer types": ("qwen2", {"layer_types": ["full_attention"]}, "layer_types: has 1 entries for 3 layers"),
-    "window types without the switch": ("qwen2", {"layer_types": ["sliding_attention"] * 3}, "use_sliding_window is not set"),
+    "chunked layers": (
+        "qwen2",
+        {"layer_types": ["chunked_attention"] * 3},
+        "layer_types: 'chunked_attention'",
+    ),
+    "too few layer types": (
+        "qwen2",
+        {"layer_types": ["full_attention"]},
+        "layer_types: has 1 entries for 3 layers",
+    ),
+    "window types without the switch": (
+        "qwen2",
+        {"layer_types": ["sliding_attention"] * 3},
+        "use_sliding_window is not set",
+    ),
     "window in a Llama": ("llama", {"use_sliding_window": True, "sliding_window": 8}, "no sliding window"),
     "no size": ("llama", {"hidden_size": None}, "hidden_size: None"),
     "a negative size": ("llama", {"num_hidden_layers": -1}, "num_hidden_layers: -1"),
     "a size in words": ("llama", {"intermediate_size": "large"}, "intermediate_size: 'large'"),
     "heads that do not divide": ("llama", {"num_key_value_heads": 3}, "num_key_value_heads: 3"),
-    "infinite theta": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": float("inf")}}, "rope_theta"),
+    "infinite theta": (
+        "llama",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": float("inf")}},
+        "rope_theta",
+    ),
 }
 
 

@@ -8,15 +8,18 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from tiny import CONFIG
+from helpers.tiny_models import CONFIG
 
 from search_r3_jax.config import LoraConfig, ModelConfig
 from search_r3_jax.models.decoder import Decoder, positions_from_lengths
 from search_r3_jax.models.flops import adapter_flops, head_flops, layers_flops, training_flops
 from search_r3_jax.models.lora import trainable_filter
 
-# A compiler counts the body of a loop over layers once, so there is one layer; wide, so that norms and rotations do not show.
-WIDE = dataclasses.replace(CONFIG, layers=1, hidden_size=256, feed_forward=512, heads=8, kv_heads=2, head_dim=32)
+# A compiler counts the body of a loop over layers once, so there is one layer; wide, so that norms and
+# rotations do not show.
+WIDE = dataclasses.replace(
+    CONFIG, layers=1, hidden_size=256, feed_forward=512, heads=8, kv_heads=2, head_dim=32
+)
 B, T = 2, 64
 
 
@@ -48,7 +51,9 @@ def test_a_forward_pass(rank: int) -> None:
     lora = LoraConfig(rank=rank)
     total, params, frozen = work(WIDE, lora)
     # The plain backend computes every pair of a row, whether it is attended to or not.
-    expected = layers_flops(WIDE, B * T, B * T * T) + head_flops(WIDE, B * T) + adapter_flops(WIDE, lora, B * T)
+    expected = (
+        layers_flops(WIDE, B * T, B * T * T) + head_flops(WIDE, B * T) + adapter_flops(WIDE, lora, B * T)
+    )
     assert expected == pytest.approx(compiled_flops(total, params, frozen), rel=0.05)
 
 

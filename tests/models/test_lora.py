@@ -1,4 +1,5 @@
-"""Adapters: a fresh one changes nothing, a merged one computes the same, the base is shared and stays frozen."""
+"""Adapters: a fresh one changes nothing, a merged one computes the same, the base is shared and stays
+frozen."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ from flax import nnx
 
 from search_r3_jax.config import LoraConfig
 from search_r3_jax.errors import UserError
-from search_r3_jax.hub.checkpoint import LoadedModel
+from search_r3_jax.hub.load_model import LoadedModel
 from search_r3_jax.models.decoder import Decoder
 from search_r3_jax.models.layers import LINEARS, Linear, LoraParam
 from search_r3_jax.models.lora import add_lora, merge_lora, trainable_filter, unmerge_lora
@@ -17,7 +18,11 @@ LORA = LoraConfig(rank=4, alpha=8.0, targets=("q", "v", "down"))
 
 
 def hidden_and_logits(decoder: Decoder, adapters: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    ids = jnp.asarray(np.random.default_rng(0).integers(3, 260, (2, 16)), jnp.int32).at[:, -1].set(decoder.embed_id)
+    ids = (
+        jnp.asarray(np.random.default_rng(0).integers(3, 260, (2, 16)), jnp.int32)
+        .at[:, -1]
+        .set(decoder.embed_id)
+    )
     hidden, _ = decoder(ids, jnp.broadcast_to(jnp.arange(16, dtype=jnp.int32), ids.shape), adapters=adapters)
     return np.asarray(hidden), np.asarray(decoder.logits(hidden, adapters))
 
@@ -27,13 +32,18 @@ def disturbed(model: LoadedModel) -> Decoder:
     decoder = add_lora(model.decoder, LORA, seed=1)
     params = nnx.state(decoder, LoraParam)
     generator = np.random.default_rng(2)
-    nnx.update(decoder, jax.tree.map(lambda x: x + 0.1 * generator.standard_normal(x.shape).astype(np.float32), params))
+    nnx.update(
+        decoder,
+        jax.tree.map(lambda x: x + 0.1 * generator.standard_normal(x.shape).astype(np.float32), params),
+    )
     return decoder
 
 
 def test_fresh_adapters_change_nothing(tiny_model: LoadedModel) -> None:
     for ours, base in zip(
-        hidden_and_logits(add_lora(tiny_model.decoder, LORA, seed=1)), hidden_and_logits(tiny_model.decoder), strict=True
+        hidden_and_logits(add_lora(tiny_model.decoder, LORA, seed=1)),
+        hidden_and_logits(tiny_model.decoder),
+        strict=True,
     ):
         np.testing.assert_allclose(ours, base, atol=1e-6)
 
@@ -41,21 +51,31 @@ def test_fresh_adapters_change_nothing(tiny_model: LoadedModel) -> None:
 def test_merged_equals_adapted_and_differs_from_the_base(tiny_model: LoadedModel) -> None:
     adapted = disturbed(tiny_model)
     for merged, live, base in zip(
-        hidden_and_logits(merge_lora(adapted)), hidden_and_logits(adapted), hidden_and_logits(tiny_model.decoder), strict=True
+        hidden_and_logits(merge_lora(adapted)),
+        hidden_and_logits(adapted),
+        hidden_and_logits(tiny_model.decoder),
+        strict=True,
     ):
         np.testing.assert_allclose(merged, live, atol=2e-5)
         assert np.abs(merged - base).max() > 1e-2
 
 
 def test_without_adapters_it_is_the_base(tiny_model: LoadedModel) -> None:
-    for ours, base in zip(hidden_and_logits(disturbed(tiny_model), adapters=False), hidden_and_logits(tiny_model.decoder), strict=True):
+    for ours, base in zip(
+        hidden_and_logits(disturbed(tiny_model), adapters=False),
+        hidden_and_logits(tiny_model.decoder),
+        strict=True,
+    ):
         np.testing.assert_array_equal(ours, base)
 
 
 def test_only_adapters_and_the_embed_row_learn(tiny_model: LoadedModel) -> None:
     decoder = add_lora(tiny_model.decoder, LORA, seed=1)
     _, params, _ = nnx.split(decoder, trainable_filter(decoder), ...)
-    names = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(params))}
+    names = {
+        jax.tree_util.keystr(path)
+        for path, _ in jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(params))
+    }
     assert names == {"['embed_row']"} | {f"['layers']['{t}']['lora_{f}']" for t in LORA.targets for f in "ab"}
 
 
@@ -70,11 +90,15 @@ def test_every_linear_layer_can_carry_an_adapter(tiny_model: LoadedModel, target
     """One adapter alone moves the output by what float64 kernels with the update inside would."""
     decoder = add_lora(tiny_model.decoder, LoraConfig(rank=2, alpha=4.0, targets=(target,)), seed=1)
     linear = getattr(decoder.layers, target)
-    linear.lora_b.set_value(jnp.asarray(np.random.default_rng(3).standard_normal(linear.lora_b.shape), jnp.float32) * 0.1)
+    linear.lora_b.set_value(
+        jnp.asarray(np.random.default_rng(3).standard_normal(linear.lora_b.shape), jnp.float32) * 0.1
+    )
     update = np.asarray(linear.lora_a[...], np.float64) @ np.asarray(linear.lora_b[...], np.float64) * 2.0
     merged = getattr(merge_lora(decoder).layers, target).kernel[...]
     np.testing.assert_allclose(merged, np.asarray(linear.kernel[...], np.float64) + update, atol=1e-6)
-    np.testing.assert_allclose(hidden_and_logits(merge_lora(decoder))[0], hidden_and_logits(decoder)[0], atol=2e-5)
+    np.testing.assert_allclose(
+        hidden_and_logits(merge_lora(decoder))[0], hidden_and_logits(decoder)[0], atol=2e-5
+    )
 
 
 def test_an_unknown_layer_is_refused(tiny_model: LoadedModel) -> None:
@@ -93,7 +117,8 @@ def test_unmerged_is_the_base_with_its_adapters_again(tiny_model: LoadedModel) -
 
 
 def test_dropout_zeroes_inputs_of_adapters_only() -> None:
-    """y = x·W + (mask ∘ x / (1 − p))·A·B·alpha/rank, with the share p of the mask zero, and the base untouched."""
+    """y = x·W + (mask ∘ x / (1 − p))·A·B·alpha/rank, with the share p of the mask zero, and the base
+    untouched."""
     layer = Linear("q", 64, 32, bias=True, lora=LoraConfig(rank=4, alpha=8.0, dropout=0.25), rngs=nnx.Rngs(0))
     assert layer.lora_b is not None
     assert layer.lora_a is not None

@@ -26,7 +26,12 @@ SCALINGS: dict[str, dict[str, Any]] = {
         "rope_theta": 500_000.0,
     },
     # Qwen2.5 and Qwen3 beyond 32k.
-    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "rope_theta": 1_000_000.0},
+    "yarn": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 32768,
+        "rope_theta": 1_000_000.0,
+    },
     "yarn, every option": {
         "rope_type": "yarn",
         "factor": 16.0,
@@ -68,7 +73,9 @@ def test_tables_equal_transformers(kind: str) -> None:
     np.testing.assert_allclose(ours, module.inv_freq.numpy(), rtol=1e-6)
     positions = np.array([[0, 1, 2, 17, 511, 2047]])
     cos, sin = module(torch.zeros(1, 6, 256), torch.tensor(positions))
-    for mine, expected in zip(rotary_tables(jnp.asarray(positions, jnp.int32), config), (cos, sin), strict=True):
+    for mine, expected in zip(
+        rotary_tables(jnp.asarray(positions, jnp.int32), config), (cos, sin), strict=True
+    ):
         # At position 2047 an angle carries 2047 times the rounding of its frequency.
         np.testing.assert_allclose(np.asarray(mine), expected.numpy()[..., :32], atol=3e-4)
         np.testing.assert_allclose(np.asarray(mine)[:, :4], expected.numpy()[:, :4, :32], atol=3e-6)
@@ -76,7 +83,8 @@ def test_tables_equal_transformers(kind: str) -> None:
 
 def test_the_kinds_differ() -> None:
     found = {
-        kind: config_from_hf(their_config(values).to_diff_dict() | {"max_position_embeddings": 1}, "") for kind, values in SCALINGS.items()
+        kind: config_from_hf(their_config(values).to_diff_dict() | {"max_position_embeddings": 1}, "")
+        for kind, values in SCALINGS.items()
     }
     tables = {kind: inverse_frequencies(64, 10_000.0, config.rope_scaling) for kind, config in found.items()}
     kinds = list(tables)
@@ -92,7 +100,9 @@ def test_frequencies_are_the_float64_values_rounded_once() -> None:
 
 def test_the_older_spelling_means_the_same() -> None:
     scaling = SCALINGS["llama3"]
-    older = {name: value for name, value in scaling.items() if name not in ("rope_theta", "rope_type")} | {"type": "llama3"}
+    older = {name: value for name, value in scaling.items() if name not in ("rope_theta", "rope_type")} | {
+        "type": "llama3"
+    }
     base = their_config(SCALINGS["default"]).to_diff_dict() | {"max_position_embeddings": 131_072}
     base.pop("rope_parameters", None)
     old = config_from_hf(base | {"rope_theta": 500_000.0, "rope_scaling": older}, "config.json")
@@ -111,7 +121,9 @@ def test_yarn_of_qwen3_takes_the_head_dim_of_the_config() -> None:
     )
     config = config_from_hf(theirs.to_dict() | {"max_position_embeddings": 131_072}, "config.json")
     module = Qwen3RotaryEmbedding(theirs)
-    np.testing.assert_allclose(inverse_frequencies(128, config.rope_theta, config.rope_scaling), module.inv_freq.numpy(), rtol=1e-6)
+    np.testing.assert_allclose(
+        inverse_frequencies(128, config.rope_theta, config.rope_scaling), module.inv_freq.numpy(), rtol=1e-6
+    )
     assert config.rope_scaling is not None
     np.testing.assert_allclose(config.rope_scaling.attention_factor, module.attention_scaling, rtol=1e-12)
 

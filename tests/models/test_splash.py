@@ -9,15 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from flax import nnx
-from processes import run_processes
+from helpers import tiny_models as tiny
+from helpers.jax_processes import run_processes
 
 from search_r3_jax.config import ModelConfig
-from search_r3_jax.models.attention import NOTHING, Backend
+from search_r3_jax.models.attention import Backend
 from search_r3_jax.models.decoder import Decoder, positions_from_lengths
+from search_r3_jax.models.kv_block import EMPTY_POSITION
 
-PROGRAM = Path(__file__).with_name("splash_on_mesh.py")
+PROGRAM = Path(__file__).parents[1] / "helpers" / "splash_on_mesh.py"
 CONFIG = dataclasses.replace(tiny.CONFIG, family="qwen3", vocab_size=128, qk_norm=True)
 
 
@@ -27,11 +28,17 @@ def hidden_and_gradient(config: ModelConfig, backend: Backend, dtype: Any) -> tu
     decoder = Decoder(config, rngs=nnx.Rngs(0), attention=backend, compute_dtype=dtype)
     graph, params = nnx.split(decoder)
     T = 140
-    prefix, ids = jnp.asarray(generator.integers(0, 128, (1, 9))), jnp.asarray(generator.integers(0, 128, (2, T)))
+    prefix, ids = (
+        jnp.asarray(generator.integers(0, 128, (1, 9))),
+        jnp.asarray(generator.integers(0, 128, (2, T))),
+    )
     positions = np.concatenate([np.arange(9, 99), np.arange(9, 59)])[None].repeat(2, axis=0).astype(np.int32)
     segments = (np.arange(T) >= 90).astype(np.int32)[None].repeat(2, axis=0)
-    positions[1, 120:], segments[1, 120:] = NOTHING, -1
-    weights = jnp.asarray(generator.standard_normal((2, T, config.hidden_size)) * (positions != NOTHING)[..., None], jnp.float32)
+    positions[1, 120:], segments[1, 120:] = EMPTY_POSITION, -1
+    weights = jnp.asarray(
+        generator.standard_normal((2, T, config.hidden_size)) * (positions != EMPTY_POSITION)[..., None],
+        jnp.float32,
+    )
 
     def loss(params: nnx.State) -> tuple[jax.Array, jax.Array]:
         decoder = nnx.merge(graph, params)
@@ -40,7 +47,7 @@ def hidden_and_gradient(config: ModelConfig, backend: Backend, dtype: Any) -> tu
         return jnp.sum(hidden.astype(jnp.float32) * weights), hidden
 
     (_, hidden), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-    return np.asarray(hidden, np.float32)[positions != NOTHING], nnx.to_pure_dict(gradient)
+    return np.asarray(hidden, np.float32)[positions != EMPTY_POSITION], nnx.to_pure_dict(gradient)
 
 
 @pytest.mark.parametrize("windowed", [(), (True, False)], ids=["full", "window in one layer"])
@@ -60,7 +67,10 @@ def assert_close_at_its_scale(mine: jax.Array, expected: jax.Array) -> None:
 @pytest.mark.slow
 def test_bfloat16_is_as_close_to_float32_as_the_other_backend() -> None:
     exact, _ = hidden_and_gradient(CONFIG, "xla", jnp.float32)
-    errors = {backend: np.abs(hidden_and_gradient(CONFIG, backend, jnp.bfloat16)[0] - exact).mean() for backend in ("xla", "splash")}
+    errors = {
+        backend: np.abs(hidden_and_gradient(CONFIG, backend, jnp.bfloat16)[0] - exact).mean()
+        for backend in ("xla", "splash")
+    }
     assert errors["splash"] < 1.2 * errors["xla"]
 
 
@@ -69,7 +79,9 @@ def test_one_new_token_goes_the_plain_way() -> None:
     results = []
     for backend in ("xla", "splash"):
         decoder = Decoder(CONFIG, rngs=nnx.Rngs(0), attention=backend)
-        _, plain = Decoder(CONFIG, rngs=nnx.Rngs(0))(jnp.ones((2, 8), jnp.int32), positions_from_lengths(jnp.array([8, 5]), 8))
+        _, plain = Decoder(CONFIG, rngs=nnx.Rngs(0))(
+            jnp.ones((2, 8), jnp.int32), positions_from_lengths(jnp.array([8, 5]), 8)
+        )
         results.append(decoder(jnp.ones((2, 1), jnp.int32), jnp.array([[8], [5]]), contexts=[plain])[0])
     np.testing.assert_array_equal(*results)
 

@@ -7,12 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from contrastive_by_hand import float64, info_nce_by_hand, unit_rows
+from helpers.contrastive_float64 import float64, info_nce_by_hand, unit_rows
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 from search_r3_jax.objectives.contrastive import Direction, exclusions, info_nce, one_positive
 
-ALL: tuple[Direction, ...] = ("query_to_document", "query_to_query", "document_to_query", "document_to_document")
+ALL: tuple[Direction, ...] = (
+    "query_to_document",
+    "query_to_query",
+    "document_to_query",
+    "document_to_document",
+)
 BOTH: tuple[Direction, ...] = ("query_to_document", "document_to_query")
 THEIR_NAMES = {
     "query_to_document": "query_to_doc",
@@ -23,30 +28,42 @@ THEIR_NAMES = {
 B, P, E = 7, 12, 16
 
 
-def mean_and_gradients(queries: np.ndarray, documents: np.ndarray, *arguments: Any, **options: Any) -> tuple[Any, ...]:
+def mean_and_gradients(
+    queries: np.ndarray, documents: np.ndarray, *arguments: Any, **options: Any
+) -> tuple[Any, ...]:
     """`(mean, (gradient by queries, by documents), count, scalars)` of our loss under jit."""
 
-    def mean(queries: jax.Array, documents: jax.Array) -> tuple[jax.Array, tuple[jax.Array, dict[str, jax.Array]]]:
+    def mean(
+        queries: jax.Array, documents: jax.Array
+    ) -> tuple[jax.Array, tuple[jax.Array, dict[str, jax.Array]]]:
         total, count, scalars = info_nce(queries, documents, *(jnp.asarray(x) for x in arguments), **options)
         return total / jnp.maximum(count, 1), (count, scalars)
 
-    (value, (count, scalars)), gradients = jax.jit(jax.value_and_grad(mean, argnums=(0, 1), has_aux=True))(queries, documents)
+    (value, (count, scalars)), gradients = jax.jit(jax.value_and_grad(mean, argnums=(0, 1), has_aux=True))(
+        queries, documents
+    )
     return float(value), gradients, float(count), {name: float(x) for name, x in scalars.items()}
 
 
 def graded(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Relevance with several graded positives, shared documents and a query without any; and exclusions, some of them on positives."""
+    """Relevance with several graded positives, shared documents and a query without any; and exclusions, some
+    of them on positives."""
     generator = np.random.default_rng(seed)
-    relevance = np.where(generator.random((B, P)) < 0.2, generator.integers(1, 4, (B, P)), 0).astype(np.float32)
+    relevance = np.where(generator.random((B, P)) < 0.2, generator.integers(1, 4, (B, P)), 0).astype(
+        np.float32
+    )
     relevance[0], relevance[1, :2], relevance[2, 0] = 0, (3, 1), 2
     return relevance, generator.random((B, P)) < 0.2
 
 
 @pytest.mark.parametrize("margin", [None, 0.1, -0.3])
 @pytest.mark.parametrize(
-    ("directions", "partition"), [(ALL[:1], "joint"), (BOTH, "joint"), (BOTH, "per_direction"), (ALL, "joint"), (ALL[:2], "joint")]
+    ("directions", "partition"),
+    [(ALL[:1], "joint"), (BOTH, "joint"), (BOTH, "per_direction"), (ALL, "joint"), (ALL[:2], "joint")],
 )
-def test_equals_float64_pair_by_pair(directions: tuple[Direction, ...], partition: Any, margin: float | None) -> None:
+def test_equals_float64_pair_by_pair(
+    directions: tuple[Direction, ...], partition: Any, margin: float | None
+) -> None:
     relevance, excluded = graded(0)
     generator = np.random.default_rng(1)
     valid, weight = np.array([True] * 5 + [False, True]), generator.uniform(0.5, 2, B).astype(np.float32)
@@ -60,7 +77,7 @@ def test_equals_float64_pair_by_pair(directions: tuple[Direction, ...], partitio
         temperature=0.2,
         directions=directions,
         partition=partition,
-        own_bp=own,
+        mined_bp=own,
         false_negative_margin=margin,
         valid_b=valid,
         query_weight_b=weight,
@@ -84,7 +101,9 @@ def test_scalars_count_hits_and_the_documents_in_the_denominator() -> None:
     queries, documents = unit_rows(B, E, 5), unit_rows(P, E, 6)
     cosines = queries @ documents.T
     for margin in (None, 0.05):
-        scalars = mean_and_gradients(queries, documents, relevance, excluded, temperature=0.05, false_negative_margin=margin)[3]
+        scalars = mean_and_gradients(
+            queries, documents, relevance, excluded, temperature=0.05, false_negative_margin=margin
+        )[3]
         hits, negatives = 0, 0.0
         for b in range(1, B):
             positive, negative = relevance[b] > 0, (relevance[b] == 0) & ~excluded[b]
@@ -97,13 +116,20 @@ def test_scalars_count_hits_and_the_documents_in_the_denominator() -> None:
 
 
 @pytest.mark.parametrize("hard_negatives", [0, 1, 3])
-@pytest.mark.parametrize(("directions", "partition"), [(ALL[:1], "joint"), (BOTH, "per_direction"), (BOTH, "joint"), (ALL, "joint")])
-def test_equals_sentence_transformers(hard_negatives: int, directions: tuple[Direction, ...], partition: Any) -> None:
+@pytest.mark.parametrize(
+    ("directions", "partition"),
+    [(ALL[:1], "joint"), (BOTH, "per_direction"), (BOTH, "joint"), (ALL, "joint")],
+)
+def test_equals_sentence_transformers(
+    hard_negatives: int, directions: tuple[Direction, ...], partition: Any
+) -> None:
     columns = [unit_rows(8, 32, seed) for seed in range(2 + hard_negatives)]
     leaves = [float64(column) for column in columns]
     no_model: Any = torch.nn.Identity()
     their_directions: Any = tuple(THEIR_NAMES[direction] for direction in directions)
-    theirs = MultipleNegativesRankingLoss(no_model, scale=20.0, directions=their_directions, partition_mode=partition)
+    theirs = MultipleNegativesRankingLoss(
+        no_model, scale=20.0, directions=their_directions, partition_mode=partition
+    )
     expected = theirs.compute_loss_from_embeddings(list(leaves), torch.empty(0))
     expected.backward()
     rows = 8 * (1 + hard_negatives)
@@ -115,7 +141,7 @@ def test_equals_sentence_transformers(hard_negatives: int, directions: tuple[Dir
         temperature=0.05,
         directions=directions,
         partition=partition,
-        own_bp=np.tile(np.eye(8, dtype=bool), 1 + hard_negatives),
+        mined_bp=np.tile(np.eye(8, dtype=bool), 1 + hard_negatives),
     )
     assert count == 8
     assert value == pytest.approx(expected.item(), rel=1e-6)
@@ -125,7 +151,9 @@ def test_equals_sentence_transformers(hard_negatives: int, directions: tuple[Dir
         assert leaf.grad is not None
         tangent = gradient - np.sum(gradient * column, axis=-1, keepdims=True) * column
         expected_gradient = leaf.grad.numpy()
-        np.testing.assert_allclose(tangent, expected_gradient, atol=1e-6 * max(1.0, np.abs(expected_gradient).max()))
+        np.testing.assert_allclose(
+            tangent, expected_gradient, atol=1e-6 * max(1.0, np.abs(expected_gradient).max())
+        )
 
 
 def test_exclusions_mask_copies_known_positives_and_padding() -> None:
@@ -182,21 +210,37 @@ def test_degenerate_rows_are_finite(directions: tuple[Direction, ...], margin: f
     relevance[3] = 0
     for excluded, temperature in ((everything, 0.05), (np.ones((4, 5), bool), 0.05), (everything, 1e-4)):
         value, gradients, count, _ = mean_and_gradients(
-            queries, documents, relevance, excluded, temperature=temperature, directions=directions, false_negative_margin=margin
+            queries,
+            documents,
+            relevance,
+            excluded,
+            temperature=temperature,
+            directions=directions,
+            false_negative_margin=margin,
         )
         assert count == 3
         assert np.isfinite(value)
         assert all(np.isfinite(gradient).all() for gradient in gradients)
-    value, gradients, count, _ = mean_and_gradients(queries, documents, np.zeros((4, 5), np.float32), everything, temperature=0.05)
+    value, gradients, count, _ = mean_and_gradients(
+        queries, documents, np.zeros((4, 5), np.float32), everything, temperature=0.05
+    )
     assert (value, count) == (0.0, 0.0)
     assert all((np.asarray(gradient) == 0).all() for gradient in gradients)
 
 
 def test_a_negative_at_the_margin_is_kept_and_one_beyond_it_dropped() -> None:
-    query, documents = jnp.array([[1.0, 0.0]]), jnp.array([[0.5, 0.0], [0.25, 0.0], [0.375, 0.0], [0.75, 0.0]])
+    query, documents = (
+        jnp.array([[1.0, 0.0]]),
+        jnp.array([[0.5, 0.0], [0.25, 0.0], [0.375, 0.0], [0.75, 0.0]]),
+    )
     for margin, kept in ((0.25, 1), (0.125, 2), (0.0, 2), (-0.25, 3)):
         total, _, scalars = info_nce(
-            query, documents, jnp.eye(1, 4), jnp.zeros((1, 4), bool), temperature=1.0, false_negative_margin=margin
+            query,
+            documents,
+            jnp.eye(1, 4),
+            jnp.zeros((1, 4), bool),
+            temperature=1.0,
+            false_negative_margin=margin,
         )
         negatives = np.sort(np.asarray(documents)[1:, 0])[:kept].astype(np.float64)
         assert float(scalars["negatives"]) == kept

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import run_processes
+from helpers.jax_processes import run_processes
 
 pytestmark = pytest.mark.slow
-PROGRAM = Path(__file__).with_name("losses_across_devices.py")
+PROGRAM = Path(__file__).parents[1] / "helpers" / "losses_across_devices.py"
 
 
 def run(processes: int, devices: int) -> list[dict[str, Any]]:

@@ -30,15 +30,22 @@ def make(hidden: int = HIDDEN) -> tuple[Any, nnx.State, Any]:
         vectors = nnx.merge(graph, params)(chunk["x"])
         if "key" in chunk:
             vectors += 0.01 * jax.random.normal(chunk["key"][0], vectors.shape)
-        sums = {"penalty": jnp.sum(jnp.where(chunk["counts"][:, None], vectors, 0) ** 4), "count": jnp.sum(chunk["counts"] * 1.0)}
+        sums = {
+            "penalty": jnp.sum(jnp.where(chunk["counts"][:, None], vectors, 0) ** 4),
+            "count": jnp.sum(chunk["counts"] * 1.0),
+        }
         return vectors, sums
 
     return graph, params, encode
 
 
-def contrast(sums: dict[str, jax.Array], queries: jax.Array, documents: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+def contrast(
+    sums: dict[str, jax.Array], queries: jax.Array, documents: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     B, P = queries.shape[0], documents.shape[0]
-    total, count, scalars = info_nce(queries, documents, jnp.eye(B, P), jnp.zeros((B, P), bool), temperature=0.05)
+    total, count, scalars = info_nce(
+        queries, documents, jnp.eye(B, P), jnp.zeros((B, P), bool), temperature=0.05
+    )
     penalty = sums["penalty"] / sums["count"]
     return total / count + penalty, {"penalty": penalty, **scalars}
 
@@ -58,13 +65,18 @@ def test_equals_the_whole_batch_at_once(query_chunks: int, document_chunks: int)
     queries, documents = batch(24, query_chunks, 0), batch(48, document_chunks, 1)
 
     def whole(params: nnx.State) -> tuple[jax.Array, dict[str, jax.Array]]:
-        parts = [encode(params, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), chunks)) for chunks in (queries, documents)]
+        parts = [
+            encode(params, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), chunks))
+            for chunks in (queries, documents)
+        ]
         return contrast(jax.tree.map(jnp.add, parts[0][1], parts[1][1]), parts[0][0], parts[1][0])
 
     (expected, expected_scalars), expected_gradient = jax.value_and_grad(whole, has_aux=True)(params)
     (value, scalars), gradient = jax.jit(cached_value_and_grad(encode, contrast))(params, queries, documents)
     assert float(value) == pytest.approx(float(expected), rel=1e-6)
-    assert {name: float(x) for name, x in scalars.items()} == pytest.approx({name: float(x) for name, x in expected_scalars.items()})
+    assert {name: float(x) for name, x in scalars.items()} == pytest.approx(
+        {name: float(x) for name, x in expected_scalars.items()}
+    )
     for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
 
@@ -78,10 +90,16 @@ def test_the_second_pass_draws_the_same_random_numbers() -> None:
         return jax.jit(cached_value_and_grad(encode, contrast))(params, keyed, documents)[0][0]
 
     _, gradient = jax.jit(cached_value_and_grad(encode, contrast))(params, keyed, documents)
-    direction = jax.tree.map(lambda x: x / jnp.sqrt(sum(jnp.sum(y**2) for y in jax.tree.leaves(gradient))), gradient)
-    slope = sum(jnp.sum(a * b) for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True))
+    direction = jax.tree.map(
+        lambda x: x / jnp.sqrt(sum(jnp.sum(y**2) for y in jax.tree.leaves(gradient))), gradient
+    )
+    slope = sum(
+        jnp.sum(a * b) for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True)
+    )
     step = 3e-3
-    ahead, behind = (jax.tree.map(lambda x, d, s=sign: x + s * step * d, params, direction) for sign in (1, -1))
+    ahead, behind = (
+        jax.tree.map(lambda x, d, s=sign: x + s * step * d, params, direction) for sign in (1, -1)
+    )
     assert float((value_of(ahead) - value_of(behind)) / (2 * step)) == pytest.approx(float(slope), rel=5e-3)
 
 
@@ -89,11 +107,18 @@ def temporary_bytes(chunks: int) -> int:
     _, params, encode = make(hidden=8192)
     arguments = [batch(64 * chunks, chunks, seed) for seed in (0, 1)]
 
-    def mean_square(sums: dict[str, jax.Array], queries: jax.Array, documents: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def mean_square(
+        sums: dict[str, jax.Array], queries: jax.Array, documents: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         # Linear in the number of embeddings, so that only what the encoder keeps is measured.
         return jnp.sum((queries - documents) ** 2) + sums["penalty"], {}
 
-    memory = jax.jit(cached_value_and_grad(encode, mean_square)).lower(params, *arguments).compile().memory_analysis()
+    memory = (
+        jax.jit(cached_value_and_grad(encode, mean_square))
+        .lower(params, *arguments)
+        .compile()
+        .memory_analysis()
+    )
     assert memory is not None
     return memory.temp_size_in_bytes
 

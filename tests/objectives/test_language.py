@@ -20,7 +20,11 @@ def test_equals_torch(chunk: int, temperature: float) -> None:
 
     def loss(hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
         log_probs, entropies = token_log_probs(
-            lambda h: h @ jnp.asarray(weight), hidden, jnp.asarray(targets), temperature=temperature, chunk=chunk
+            lambda h: h @ jnp.asarray(weight),
+            hidden,
+            jnp.asarray(targets),
+            temperature=temperature,
+            chunk=chunk,
         )
         total, count = cross_entropy(log_probs, jnp.asarray(mask))
         return total / count, entropies
@@ -28,9 +32,15 @@ def test_equals_torch(chunk: int, temperature: float) -> None:
     (value, entropies), gradient = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(hidden))
     leaf = torch.tensor(hidden, dtype=torch.float64, requires_grad=True)
     logits = leaf @ torch.tensor(weight, dtype=torch.float64) / temperature
-    expected = torch.nn.functional.cross_entropy(logits[torch.tensor(mask)], torch.tensor(targets)[torch.tensor(mask)])
+    expected = torch.nn.functional.cross_entropy(
+        logits[torch.tensor(mask)], torch.tensor(targets)[torch.tensor(mask)]
+    )
     expected.backward()
     assert leaf.grad is not None
     np.testing.assert_allclose(float(value), expected.item(), rtol=1e-5)
     np.testing.assert_allclose(np.asarray(gradient), leaf.grad.numpy(), atol=2e-6)
-    np.testing.assert_allclose(np.asarray(entropies), torch.distributions.Categorical(logits=logits).entropy().detach().numpy(), rtol=1e-4)
+    np.testing.assert_allclose(
+        np.asarray(entropies),
+        torch.distributions.Categorical(logits=logits).entropy().detach().numpy(),
+        rtol=1e-4,
+    )

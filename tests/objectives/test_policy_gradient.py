@@ -1,4 +1,5 @@
-"""The policy loss and its gradient against trl's own `GRPOTrainer._compute_loss`; what trl computes elsewhere is restated in torch."""
+"""The policy loss and its gradient against trl's own `GRPOTrainer._compute_loss`; what trl computes elsewhere
+is restated in torch."""
 
 import importlib.metadata
 from collections import defaultdict
@@ -17,22 +18,32 @@ from search_r3_jax.objectives.policy_gradient import group_advantages, kl_to_ref
 
 B, T, MAX_TOKENS, CAP = 6, 7, 9, 1.1
 # trl's names of ours: how it aggregates, and at which level it takes the ratio.
-TRL = {"grpo": ("grpo", "token"), "dr_grpo": ("dr_grpo", "token"), "dapo": ("dapo", "token"), "gspo": ("grpo", "sequence")}
+TRL = {
+    "grpo": ("grpo", "token"),
+    "dr_grpo": ("dr_grpo", "token"),
+    "dapo": ("dapo", "token"),
+    "gspo": ("grpo", "sequence"),
+}
 CLIPS = [(0.2, 0.2), (0.2, 0.28), (0.05, 0.6)]
 
 
 def test_what_is_restated_here_was_read_in_this_version_of_trl() -> None:
-    """Advantages, truncated weights, k1 and k2: on another version, read `_generate_and_score_completions` again."""
+    """Advantages, truncated weights, k1 and k2: on another version, read `_generate_and_score_completions`
+    again."""
     assert importlib.metadata.version("trl") == "1.16.0"
 
 
 def inputs(seed: int = 1) -> dict[str, np.ndarray]:
     generator = np.random.default_rng(seed)
-    arrays: dict[str, Any] = {name: generator.normal(-2, 0.4, (B, T)) for name in ("current", "old", "reference", "sampler")}
+    arrays: dict[str, Any] = {
+        name: generator.normal(-2, 0.4, (B, T)) for name in ("current", "old", "reference", "sampler")
+    }
     arrays["entropies"] = generator.uniform(0.1, 3, (B, T))
     arrays["advantages"] = generator.standard_normal(B)
     arrays["advantages"][2] = 0.0
-    arrays["mask"] = (np.arange(T)[None] < generator.integers(1, T + 1, B)[:, None]) & (generator.random((B, T)) < 0.8)
+    arrays["mask"] = (np.arange(T)[None] < generator.integers(1, T + 1, B)[:, None]) & (
+        generator.random((B, T)) < 0.8
+    )
     arrays["mask"][:, 0] = True
     return arrays
 
@@ -48,8 +59,11 @@ def by_trl(
     old: bool,
     cap: float,
 ) -> tuple[float, np.ndarray, dict[str, list[float]]]:
-    """Loss, gradient and metrics of trl's method on a stub; k1 and k2, which it has not, are added as it adds its k3."""
-    tensors = {name: torch.tensor(array if name == "mask" else array.astype(dtype)) for name, array in arrays.items()}
+    """Loss, gradient and metrics of trl's method on a stub; k1 and k2, which it has not, are added as it adds
+    its k3."""
+    tensors = {
+        name: torch.tensor(array if name == "mask" else array.astype(dtype)) for name, array in arrays.items()
+    }
     leaf, mask = tensors["current"].clone().requires_grad_(), tensors["mask"].to(tensors["current"].dtype)
     weights = torch.ones_like(leaf)
     if cap:
@@ -115,7 +129,9 @@ def ours(
     old: bool,
     cap: float,
 ) -> tuple[float, np.ndarray, dict[str, float]]:
-    given = {name: jnp.asarray(array if name == "mask" else array.astype(dtype)) for name, array in arrays.items()}
+    given = {
+        name: jnp.asarray(array if name == "mask" else array.astype(dtype)) for name, array in arrays.items()
+    }
 
     def loss(log_probs: jax.Array):
         total, count, statistics = policy_loss(
@@ -144,19 +160,32 @@ def ours(
 @pytest.mark.parametrize("clips", CLIPS)
 @pytest.mark.parametrize(("beta", "estimator"), [(0.0, "k3"), (0.3, "k1"), (0.3, "k2"), (0.3, "k3")])
 @pytest.mark.parametrize("variant", list(TRL))
-def test_loss_and_gradient_equal_trl(variant: str, beta: float, estimator: str, clips: tuple[float, float]) -> None:
+def test_loss_and_gradient_equal_trl(
+    variant: str, beta: float, estimator: str, clips: tuple[float, float]
+) -> None:
     arrays = inputs()
     with jax.enable_x64(True):
         for dtype, old, cap in [(np.float64, True, CAP), (np.float32, True, 0.0), (np.float32, False, CAP)]:
-            setting: dict[str, Any] = {"variant": variant, "clips": clips, "beta": beta, "estimator": estimator, "old": old, "cap": cap}
+            setting: dict[str, Any] = {
+                "variant": variant,
+                "clips": clips,
+                "beta": beta,
+                "estimator": estimator,
+                "old": old,
+                "cap": cap,
+            }
             expected, expected_gradient, metrics = by_trl(arrays, dtype, **setting)
             value, gradient, scalars = ours(arrays, dtype, **setting)
             tolerance = 1e-6 if dtype is np.float32 else 1e-12
             np.testing.assert_allclose(value, expected, atol=tolerance, rtol=0)
             np.testing.assert_allclose(gradient, expected_gradient, atol=tolerance, rtol=0)
             assert np.abs(gradient).max() > 1e-3
-            np.testing.assert_allclose(scalars["clipped_low_share"], metrics["clip_ratio/low_mean"][0], atol=1e-6)
-            np.testing.assert_allclose(scalars["clipped_high_share"], metrics["clip_ratio/high_mean"][0], atol=1e-6)
+            np.testing.assert_allclose(
+                scalars["clipped_low_share"], metrics["clip_ratio/low_mean"][0], atol=1e-6
+            )
+            np.testing.assert_allclose(
+                scalars["clipped_high_share"], metrics["clip_ratio/high_mean"][0], atol=1e-6
+            )
             np.testing.assert_allclose(scalars["entropy"], metrics["entropy"][0], rtol=1e-6)
             if beta and estimator == "k3":
                 np.testing.assert_allclose(scalars["kl"], metrics["kl"][0], rtol=1e-5)
@@ -168,10 +197,16 @@ def test_advantages_equal_trls(scale: Any) -> None:
     rewards = generator.random((4, 5)).astype(np.float32)
     rewards[1] = 0.4
     order = generator.permutation(20)
-    mine, share = group_advantages(jnp.asarray(rewards.reshape(-1)[order]), jnp.asarray(order // 5), groups=4, scale=scale)
+    mine, share = group_advantages(
+        jnp.asarray(rewards.reshape(-1)[order]), jnp.asarray(order // 5), groups=4, scale=scale
+    )
     tensor = torch.tensor(rewards)
     centred = tensor - tensor.mean(1, keepdim=True)
-    deviation = {"group": nanstd(tensor, dim=1)[:, None], "batch": nanstd(tensor), "none": torch.tensor(1 - 1e-4)}[scale]
+    deviation = {
+        "group": nanstd(tensor, dim=1)[:, None],
+        "batch": nanstd(tensor),
+        "none": torch.tensor(1 - 1e-4),
+    }[scale]
     expected = (centred / (deviation + 1e-4)).reshape(-1).numpy()[order]
     np.testing.assert_allclose(mine, np.where(order // 5 == 1, 0, expected), atol=2e-6)
     assert float(share) == 0.25
@@ -180,7 +215,9 @@ def test_advantages_equal_trls(scale: Any) -> None:
 
 def test_a_constant_group_gets_exactly_zero_however_its_mean_is_rounded() -> None:
     rewards = np.random.default_rng(0).random(50).astype(np.float32).repeat(7)
-    advantages, share = group_advantages(jnp.asarray(rewards), jnp.asarray(np.arange(50).repeat(7)), groups=50)
+    advantages, share = group_advantages(
+        jnp.asarray(rewards), jnp.asarray(np.arange(50).repeat(7)), groups=50
+    )
     np.testing.assert_array_equal(advantages, 0.0)
     assert float(share) == 1.0
 
@@ -190,7 +227,9 @@ def test_groups_of_unequal_size() -> None:
     advantages, share = group_advantages(jnp.asarray(rewards, jnp.float32), jnp.asarray(group), groups=5)
     for g in (0, 2):
         own = rewards[group == g]
-        np.testing.assert_allclose(np.asarray(advantages)[group == g], (own - own.mean()) / (own.std(ddof=1) + 1e-4), rtol=1e-4)
+        np.testing.assert_allclose(
+            np.asarray(advantages)[group == g], (own - own.mean()) / (own.std(ddof=1) + 1e-4), rtol=1e-4
+        )
     assert float(advantages[5]) == 0
     # Groups 3 and 4 have no rows: they are no groups.
     np.testing.assert_allclose(float(share), 1 / 3, rtol=1e-6)
@@ -198,7 +237,9 @@ def test_groups_of_unequal_size() -> None:
 
 def test_without_old_log_probs_the_ratio_is_one_and_has_a_gradient() -> None:
     arrays = inputs()
-    value, gradient, scalars = ours(arrays, np.float32, variant="dapo", clips=(0.2, 0.2), beta=0.0, estimator="k3", old=False, cap=0.0)
+    value, gradient, scalars = ours(
+        arrays, np.float32, variant="dapo", clips=(0.2, 0.2), beta=0.0, estimator="k3", old=False, cap=0.0
+    )
     mask, advantages = arrays["mask"].astype(float), arrays["advantages"]
     assert (scalars["ratio_min"], scalars["ratio_mean"], scalars["ratio_max"]) == (1.0, 1.0, 1.0)
     np.testing.assert_allclose(gradient, -mask * advantages[:, None] / mask.sum(), atol=1e-7)
@@ -212,11 +253,18 @@ def test_the_weight_of_a_token_is_capped_and_has_no_gradient() -> None:
 
     def loss(log_probs: jax.Array, sampler: jax.Array):
         total, count, statistics = policy_loss(
-            log_probs, jnp.array([1.0]), jnp.ones((1, 3), bool), variant="dapo", sampler_log_probs_bt=sampler, importance_cap=1.5
+            log_probs,
+            jnp.array([1.0]),
+            jnp.ones((1, 3), bool),
+            variant="dapo",
+            sampler_log_probs_bt=sampler,
+            importance_cap=1.5,
         )
         return total / count, statistics.scalars()["importance_capped_share"]
 
-    (value, share), (gradient, to_sampler) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(current, sampler)
+    (value, share), (gradient, to_sampler) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
+        current, sampler
+    )
     np.testing.assert_allclose(gradient, -np.array([[1.5, 0.5, 1.2]]) / 3, rtol=1e-5)
     np.testing.assert_allclose(to_sampler, 0)
     np.testing.assert_allclose(float(value), -(1.5 + 0.5 + 1.2) / 3, rtol=1e-5)
@@ -224,14 +272,17 @@ def test_the_weight_of_a_token_is_capped_and_has_no_gradient() -> None:
 
 
 def test_estimators_agree_with_the_kl_on_average() -> None:
-    """Weighed by the policy over all tokens: k1 and k3 are the KL; the gradient of k2 is the KL's, that of k1 is 0."""
+    """Weighed by the policy over all tokens: k1 and k3 are the KL; the gradient of k2 is the KL's, that of k1
+    is 0."""
     with jax.enable_x64(True):
         logits, other = (jnp.asarray(np.random.default_rng(seed).normal(size=12)) for seed in (0, 1))
         reference = jax.nn.log_softmax(other)
 
         def expected(logits: jax.Array, estimator: Any) -> jax.Array:
             log_probs = jax.nn.log_softmax(logits)
-            return jnp.sum(jax.lax.stop_gradient(jnp.exp(log_probs)) * kl_to_reference(log_probs, reference, estimator))
+            return jnp.sum(
+                jax.lax.stop_gradient(jnp.exp(log_probs)) * kl_to_reference(log_probs, reference, estimator)
+            )
 
         def kl(logits: jax.Array) -> jax.Array:
             log_probs = jax.nn.log_softmax(logits)

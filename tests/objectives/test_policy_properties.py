@@ -1,4 +1,5 @@
-"""What must not change the policy loss: the order of rows, how they are cut into micro-batches, and what masks hide."""
+"""What must not change the policy loss: the order of rows, how they are cut into micro-batches, and what
+masks hide."""
 
 from functools import partial
 from typing import Any
@@ -18,8 +19,11 @@ FULL = ("current", "old", "reference", "sampler", "entropies")
 
 
 @partial(jax.jit, static_argnames="variant")
-def loss_and_gradient(arrays: dict[str, jax.Array], variant: Any) -> tuple[tuple[jax.Array, jax.Array, PolicyStatistics], jax.Array]:
-    """(sum, count, statistics) with every term on, and the gradient of the sum by the current log-probabilities."""
+def loss_and_gradient(
+    arrays: dict[str, jax.Array], variant: Any
+) -> tuple[tuple[jax.Array, jax.Array, PolicyStatistics], jax.Array]:
+    """(sum, count, statistics) with every term on, and the gradient of the sum by the current
+    log-probabilities."""
 
     def loss(log_probs: jax.Array):
         total, count, statistics = policy_loss(
@@ -44,7 +48,9 @@ def loss_and_gradient(arrays: dict[str, jax.Array], variant: Any) -> tuple[tuple
 
 def inputs(seed: int, rows: int = B, tokens: int = T) -> dict[str, np.ndarray]:
     generator = np.random.default_rng(seed)
-    arrays: dict[str, Any] = {name: generator.normal(-2, 0.4, (rows, tokens)).astype(np.float32) for name in FULL}
+    arrays: dict[str, Any] = {
+        name: generator.normal(-2, 0.4, (rows, tokens)).astype(np.float32) for name in FULL
+    }
     arrays["advantages"] = generator.standard_normal(rows).astype(np.float32)
     # Some rows have no sampled token at all.
     arrays["mask"] = (generator.random((rows, tokens)) < 0.6) & (generator.random((rows, 1)) < 0.8)
@@ -67,12 +73,17 @@ def test_order_and_micro_batches_change_nothing(variant: str, seed: int) -> None
     arrays = inputs(seed)
     whole, gradient = loss_and_gradient(arrays, variant)
     order = np.random.default_rng(seed).permutation(B)
-    parts = [loss_and_gradient({name: array[rows] for name, array in arrays.items()}, variant) for rows in np.split(order, 3)]
+    parts = [
+        loss_and_gradient({name: array[rows] for name, array in arrays.items()}, variant)
+        for rows in np.split(order, 3)
+    ]
     total, count, statistics = parts[0][0]
     for results, _ in parts[1:]:
         total, count, statistics = total + results[0], count + results[1], statistics.merged(results[2])
     assert_same(whole, (total, count, statistics))
-    np.testing.assert_allclose(np.concatenate([part for _, part in parts]), np.asarray(gradient)[order], atol=1e-6)
+    np.testing.assert_allclose(
+        np.concatenate([part for _, part in parts]), np.asarray(gradient)[order], atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -103,7 +114,11 @@ def test_without_any_sampled_token_all_is_zero_and_finite(variant: str) -> None:
     assert (float(total), float(count)) == (0.0, 0.0)
     np.testing.assert_array_equal(gradient, 0.0)
     scalars = {name: float(scalar) for name, scalar in statistics.scalars().items()}
-    assert {name for name, scalar in scalars.items() if scalar == 1.0} == {"ratio_min", "ratio_mean", "ratio_max"}
+    assert {name for name, scalar in scalars.items() if scalar == 1.0} == {
+        "ratio_min",
+        "ratio_mean",
+        "ratio_max",
+    }
     assert all(scalar == 0.0 for name, scalar in scalars.items() if not name.startswith("ratio"))
 
 
@@ -115,7 +130,9 @@ def test_advantages_follow_their_rows(scale: Any, seed: int) -> None:
     rewards, group = generator.random(12).astype(np.float32), generator.integers(0, 4, 12)
     order = generator.permutation(12)
     advantages, share = group_advantages(jnp.asarray(rewards), jnp.asarray(group), groups=4, scale=scale)
-    shuffled, same_share = group_advantages(jnp.asarray(rewards[order]), jnp.asarray(group[order]), groups=4, scale=scale)
+    shuffled, same_share = group_advantages(
+        jnp.asarray(rewards[order]), jnp.asarray(group[order]), groups=4, scale=scale
+    )
     np.testing.assert_allclose(np.asarray(advantages)[order], shuffled, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(share, same_share)
     for g in np.unique(group):

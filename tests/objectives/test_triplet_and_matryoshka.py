@@ -8,8 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from contrastive_by_hand import float64, triplet_by_hand, unit_rows
-from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss, MultipleNegativesRankingLoss, TripletLoss
+from helpers.contrastive_float64 import float64, triplet_by_hand, unit_rows
+from sentence_transformers.sentence_transformer.losses import (
+    MatryoshkaLoss,
+    MultipleNegativesRankingLoss,
+    TripletLoss,
+)
 from sentence_transformers.sentence_transformer.losses.triplet import TripletDistanceMetric
 
 from search_r3_jax.objectives.contrastive import info_nce, matryoshka, one_positive, triplet_margin
@@ -31,7 +35,9 @@ class FixedVectors(torch.nn.Module):
 def test_triplet_equals_float64_pair_by_pair(mined: bool) -> None:
     generator = np.random.default_rng(0)
     queries, documents = unit_rows(B, E, 1), unit_rows(P, E, 2)
-    relevance = np.where(generator.random((B, P)) < 0.25, generator.integers(1, 4, (B, P)), 0).astype(np.float32)
+    relevance = np.where(generator.random((B, P)) < 0.25, generator.integers(1, 4, (B, P)), 0).astype(
+        np.float32
+    )
     relevance[:, 0] = 1
     relevance[0] = 0
     excluded = generator.random((B, P)) < 0.3
@@ -51,9 +57,13 @@ def test_triplet_equals_float64_pair_by_pair(mined: bool) -> None:
         )
         return total / count, (count, scalars["active"])
 
-    (value, (count, active)), gradients = jax.jit(jax.value_and_grad(mean, argnums=(0, 1), has_aux=True))(queries, documents)
+    (value, (count, active)), gradients = jax.jit(jax.value_and_grad(mean, argnums=(0, 1), has_aux=True))(
+        queries, documents
+    )
     leaves = float64(queries), float64(documents)
-    expected, expected_count, expected_active = triplet_by_hand(*leaves, relevance, excluded, 0.15, mined_rows, valid)
+    expected, expected_count, expected_active = triplet_by_hand(
+        *leaves, relevance, excluded, 0.15, mined_rows, valid
+    )
     (expected / expected_count).backward()
     assert float(count) == expected_count > 2
     assert float(active) == pytest.approx(expected_active, rel=1e-6)
@@ -67,7 +77,9 @@ def test_triplet_equals_sentence_transformers() -> None:
     columns = [unit_rows(8, E, seed) for seed in range(3)]
     no_model: Any = FixedVectors()
     theirs = TripletLoss(no_model, distance_metric=TripletDistanceMetric.COSINE, triplet_margin=0.15)
-    expected = theirs([{"vectors": torch.tensor(column, dtype=torch.float64)} for column in columns], torch.empty(0)).item()
+    expected = theirs(
+        [{"vectors": torch.tensor(column, dtype=torch.float64)} for column in columns], torch.empty(0)
+    ).item()
     total, count, scalars = triplet_margin(
         jnp.asarray(columns[0]),
         jnp.concatenate(columns[1:]),
@@ -109,7 +121,9 @@ def test_matryoshka_equals_sentence_transformers(which: str, weights: list[float
         if which == "info_nce"
         else TripletLoss(no_model, distance_metric=TripletDistanceMetric.COSINE, triplet_margin=0.15)
     )
-    expected = MatryoshkaLoss(no_model, theirs, [E, 8, 3], weights)([{"vectors": leaf} for leaf in leaves], torch.empty(0))
+    expected = MatryoshkaLoss(no_model, theirs, [E, 8, 3], weights)(
+        [{"vectors": leaf} for leaf in leaves], torch.empty(0)
+    )
     expected.backward()
     relevance, excluded = one_positive(jnp.arange(8), 16), jnp.zeros((8, 16), bool)
     options: dict[str, Any] = {"relevance_bp": relevance, "excluded_bp": excluded}
@@ -128,13 +142,18 @@ def test_matryoshka_equals_sentence_transformers(which: str, weights: list[float
     assert {name.rsplit("_", 1)[1] for name in scalars} == {"16", "8", "3"}
     for gradient, leaf in zip(gradients, leaves, strict=True):
         assert leaf.grad is not None
-        np.testing.assert_allclose(gradient, leaf.grad.numpy(), atol=1e-6 * max(1.0, np.abs(leaf.grad.numpy()).max()))
+        np.testing.assert_allclose(
+            gradient, leaf.grad.numpy(), atol=1e-6 * max(1.0, np.abs(leaf.grad.numpy()).max())
+        )
 
 
 def test_matryoshka_of_a_vector_that_is_zero_where_it_is_cut_is_finite() -> None:
     queries, documents = unit_rows(3, E, 5), unit_rows(3, E, 6)
     queries[0, :4] = 0
-    loss = matryoshka(partial(info_nce, relevance_bp=jnp.eye(3), excluded_bp=jnp.zeros((3, 3), bool), temperature=0.05), [4, E])
+    loss = matryoshka(
+        partial(info_nce, relevance_bp=jnp.eye(3), excluded_bp=jnp.zeros((3, 3), bool), temperature=0.05),
+        [4, E],
+    )
     value, gradient = jax.value_and_grad(lambda q: loss(q, jnp.asarray(documents))[0])(jnp.asarray(queries))
     assert np.isfinite(value)
     assert np.isfinite(gradient).all()

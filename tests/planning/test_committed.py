@@ -1,4 +1,5 @@
-"""The plans that are kept in launch/plans: none is missing, each keeps within what it may take, and the compiler still says the same."""
+"""The plans that are kept in launch/plans: none is missing, each keeps within what it may take, and the
+compiler still says the same."""
 
 import json
 import subprocess
@@ -12,7 +13,10 @@ from search_r3_jax.configs import config_names
 from search_r3_jax.planning.models import PUBLISHED
 
 LAUNCH = Path(__file__).parents[2] / "launch"
-PLANS = {str(file.relative_to(LAUNCH / "plans").with_suffix("")): json.loads(file.read_text()) for file in LAUNCH.glob("plans/**/*.json")}
+PLANS = {
+    str(file.relative_to(LAUNCH / "plans").with_suffix("")): json.loads(file.read_text())
+    for file in LAUNCH.glob("plans/**/*.json")
+}
 MODELS, SLICES = ("Qwen2.5-1.5B", "Qwen2.5-7B", "Qwen3-8B"), ("v5e-16", "v5p-16", "v6e-16")
 STAGES = ("sft", "rl", "decode", "encode")
 # As their publishers count them.
@@ -60,7 +64,9 @@ def test_parameters_and_optimiser_take_what_a_count_by_hand_says(name: str) -> N
     plan = PLANS[name]
     base = 4 * PARAMETERS[plan["model"]] / plan["chips"]
     if plan["settings"]["lora_rank"] == 0:
-        by_hand = {"parameters": base, "optimizer": 2 * base} | ({"reference": base} if "reference" in plan["hbm"] else {})
+        by_hand = {"parameters": base, "optimizer": 2 * base} | (
+            {"reference": base} if "reference" in plan["hbm"] else {}
+        )
     else:
         # Adapters, their moments, and no copy of the base.
         by_hand = {"parameters": base + 4 * adapters_on_chip(plan), "optimizer": 8 * adapters_on_chip(plan)}
@@ -74,7 +80,12 @@ def test_parameters_and_optimiser_take_what_a_count_by_hand_says(name: str) -> N
 def adapters_on_chip(plan: dict[str, Any]) -> float:
     """Parameters of the adapters that a chip holds: D is shared out, other sides of their factors are not."""
     model, rank = SIZES[plan["model"]], plan["settings"]["lora_rank"]
-    D, F, heads, kv_heads = model.hidden_size, model.feed_forward, model.heads * model.head_dim, model.kv_heads * model.head_dim
+    D, F, heads, kv_heads = (
+        model.hidden_size,
+        model.feed_forward,
+        model.heads * model.head_dim,
+        model.kv_heads * model.head_dim,
+    )
     whole = (heads + 2 * kv_heads + 2 * F) + (heads + F)
     return model.layers * rank * (7 * D / plan["chips"] + whole) + 2 * D
 
@@ -84,17 +95,30 @@ def test_the_table_of_shardings_shares_out_every_matrix(name: str) -> None:
     plan = PLANS[name]
     table = plan["shardings"]
     model = SIZES[plan["model"]]
-    assert table["layers.gate.kernel"] == {"shape": [model.layers, model.hidden_size, model.feed_forward], "over": [None, "fsdp", "tensor"]}
-    assert {path for path, entry in table.items() if "fsdp" not in entry["over"]} == {
-        path for path in table if path.endswith((".bias", ".scale", "_row")) or path in replicated_factors(table)
+    assert table["layers.gate.kernel"] == {
+        "shape": [model.layers, model.hidden_size, model.feed_forward],
+        "over": [None, "fsdp", "tensor"],
     }
-    size = sum(4 * count(entry["shape"]) for path, entry in table.items() if ".lora_" not in path and not path.endswith("_row"))
+    assert {path for path, entry in table.items() if "fsdp" not in entry["over"]} == {
+        path
+        for path in table
+        if path.endswith((".bias", ".scale", "_row")) or path in replicated_factors(table)
+    }
+    size = sum(
+        4 * count(entry["shape"])
+        for path, entry in table.items()
+        if ".lora_" not in path and not path.endswith("_row")
+    )
     assert size == 4 * PARAMETERS[plan["model"]]
 
 
 def replicated_factors(table: dict[str, Any]) -> set[str]:
     """The sides of adapters that have no D."""
-    return {path for path in table if path.endswith(".lora_b" if not path.startswith(("layers.o.", "layers.down.")) else ".lora_a")}
+    return {
+        path
+        for path in table
+        if path.endswith(".lora_b" if not path.startswith(("layers.o.", "layers.down.")) else ".lora_a")
+    }
 
 
 def count(shape: list[int]) -> int:
@@ -115,7 +139,8 @@ def test_the_compiler_says_the_same_again(tmp_path: Path, name: str) -> None:
     assert_alike(json.loads(made.read_text()), PLANS[name])
 
 
-# What a machine takes to compile is its own affair; the exchanges one by one are told in words that may change.
+# What a machine takes to compile is its own affair; the exchanges one by one are told in words that may
+# change.
 TOLD_APART = {"compile_seconds", "collectives"}
 
 

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from search_r3_jax.config import MeshConfig
-from search_r3_jax.mesh import make_mesh, summed_over_batch
+from search_r3_jax.mesh import make_mesh, reduce_scatter_sum
 from search_r3_jax.planning.hlo import LoopError, Program, read_program
 from search_r3_jax.planning.plan import open_slice
 
@@ -22,9 +22,17 @@ def mesh_of(topology: str = "v5e:2x2", slices: int = 1, **sizes: int) -> Mesh:
     return make_mesh(**dataclasses.asdict(MeshConfig(**sizes)), devices=open_slice(topology, slices).devices)
 
 
-def compiled(function: Callable[..., Any], mesh: Mesh, *arguments: tuple[tuple[int, ...], PartitionSpec], **settings: Any) -> Program:
+def compiled(
+    function: Callable[..., Any],
+    mesh: Mesh,
+    *arguments: tuple[tuple[int, ...], PartitionSpec],
+    **settings: Any,
+) -> Program:
     """What a function of bfloat16 arrays is made into."""
-    shapes = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec)) for shape, spec in arguments]
+    shapes = [
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec))
+        for shape, spec in arguments
+    ]
     return read_program(jax.jit(function).lower(*shapes).compile(), dict(mesh.shape), **settings)
 
 
@@ -45,7 +53,12 @@ def test_products_in_loops_are_counted_as_often_as_they_run() -> None:
 
 
 def test_products_of_batches_of_matrices_count_each_matrix() -> None:
-    found = compiled(partial(jnp.einsum, "bij,bjk->bik"), mesh_of(), ((6, 256, 384), PartitionSpec()), ((6, 384, 128), PartitionSpec()))
+    found = compiled(
+        partial(jnp.einsum, "bij,bjk->bik"),
+        mesh_of(),
+        ((6, 256, 384), PartitionSpec()),
+        ((6, 384, 128), PartitionSpec()),
+    )
     assert found.flops == 6 * 2 * 256 * 384 * 128
 
 
@@ -61,7 +74,11 @@ def test_a_loop_without_a_constant_end_has_the_rounds_that_are_given() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "bytes_of_one"),
-    [("all-gather", 3 / 4 * 2 * 1024 * 512), ("all-reduce", 2 * 3 / 4 * 2 * 1024 * 512), ("all-to-all", 3 / 4 * 2 * 1024 * 512 / 4)],
+    [
+        ("all-gather", 3 / 4 * 2 * 1024 * 512),
+        ("all-reduce", 2 * 3 / 4 * 2 * 1024 * 512),
+        ("all-to-all", 3 / 4 * 2 * 1024 * 512 / 4),
+    ],
 )
 def test_exchanges_are_counted_in_bytes_that_a_chip_sends(kind: str, bytes_of_one: float) -> None:
     mesh = mesh_of(fsdp=4)
@@ -88,7 +105,9 @@ def test_exchanges_are_counted_in_bytes_that_a_chip_sends(kind: str, bytes_of_on
     assert sum(each.bytes for each in found.collectives) == pytest.approx(5 * bytes_of_one, rel=1e-6)
 
 
-@pytest.mark.parametrize(("rows", "columns", "lies"), [(1536, 8960, ("fsdp", None)), (8960, 1536, (None, "fsdp"))])
+@pytest.mark.parametrize(
+    ("rows", "columns", "lies"), [(1536, 8960, ("fsdp", None)), (8960, 1536, (None, "fsdp"))]
+)
 def test_gradients_of_sharded_matrices_are_scattered_and_not_added_up_everywhere(
     rows: int, columns: int, lies: tuple[str | None, ...]
 ) -> None:
@@ -96,11 +115,17 @@ def test_gradients_of_sharded_matrices_are_scattered_and_not_added_up_everywhere
 
     def function(x: jax.Array, y: jax.Array) -> jax.Array:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return summed_over_batch(lambda x, y: x.reshape(-1, x.shape[-1]).T @ y.reshape(-1, y.shape[-1]), [x, y], PartitionSpec(*lies))
+            return reduce_scatter_sum(
+                lambda x, y: x.reshape(-1, x.shape[-1]).T @ y.reshape(-1, y.shape[-1]),
+                [x, y],
+                PartitionSpec(*lies),
+            )
 
     found = compiled(function, mesh, ((32, 256, rows), batch), ((32, 256, columns), batch))
     assert {each.kind for each in found.collectives} == {"reduce-scatter"}
-    assert sum(each.bytes for each in found.collectives) == pytest.approx(15 / 16 * 2 * rows * columns, rel=0.06)
+    assert sum(each.bytes for each in found.collectives) == pytest.approx(
+        15 / 16 * 2 * rows * columns, rel=0.06
+    )
 
 
 def test_what_crosses_between_slices_is_told_apart() -> None:
@@ -108,7 +133,9 @@ def test_what_crosses_between_slices_is_told_apart() -> None:
     assert dict(mesh.shape) == {"slice": 2, "data": 1, "fsdp": 4, "tensor": 1, "sequence": 1}
     assert [{device.slice_index for device in row.flat} for row in mesh.devices] == [{0}, {1}]
     split = PartitionSpec(("slice", "fsdp"))
-    total = jax.shard_map(partial(jax.lax.psum, axis_name="slice"), mesh=mesh, in_specs=split, out_specs=PartitionSpec("fsdp"))
+    total = jax.shard_map(
+        partial(jax.lax.psum, axis_name="slice"), mesh=mesh, in_specs=split, out_specs=PartitionSpec("fsdp")
+    )
     (found,) = compiled(total, mesh, ((4096, 512), split)).collectives
     assert found.axes == ("slice",)
     # Each chip has an eighth; of two slices each sends what it has once.

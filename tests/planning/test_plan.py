@@ -1,4 +1,5 @@
-"""Plans of a small decoder on a small slice: memory against a count by hand, exchanges against the least that sharding costs."""
+"""Plans of a small decoder on a small slice: memory against a count by hand, exchanges against the least that
+sharding costs."""
 
 import dataclasses
 import json
@@ -7,7 +8,16 @@ from typing import Any, NamedTuple
 import pytest
 
 from search_r3_jax.chips import CHIPS
-from search_r3_jax.config import LoraConfig, MeshConfig, ModelConfig, RlConfig, RunConfig, SamplerConfig, SftConfig, TextConfig
+from search_r3_jax.config import (
+    LoraConfig,
+    MeshConfig,
+    ModelConfig,
+    RlConfig,
+    RunConfig,
+    SamplerConfig,
+    SftConfig,
+    TextConfig,
+)
 from search_r3_jax.errors import UserError
 from search_r3_jax.planning import models, search
 from search_r3_jax.planning.plan import make_plan, open_slice
@@ -32,8 +42,8 @@ SMALL = ModelConfig(
     qkv_bias=True,
     tied_embeddings=False,
 )
-# Matrices are shared out: q, k, v, o, gate, up, down of each layer, embedding and head. Vectors are everywhere: biases of q, k and v, two
-# norms a layer, the last norm.
+# Matrices are shared out: q, k, v, o, gate, up, down of each layer, embedding and head. Vectors are
+# everywhere: biases of q, k and v, two norms a layer, the last norm.
 MATRICES = L * (2 * D * D + 2 * D * 512 + 3 * D * F) + 2 * V * D
 VECTORS = L * (D + 2 * 512 + 2 * D) + D
 CONFIG = RunConfig(
@@ -79,10 +89,13 @@ def test_an_update_of_stage_1() -> None:
 
 @pytest.mark.slow
 def test_adapters_and_a_chunked_batch() -> None:
-    config = dataclasses.replace(CONFIG, lora=LoraConfig(rank=8), sft=dataclasses.replace(CONFIG.sft, encode_chunk=32, kl_weight=0.1))
+    config = dataclasses.replace(
+        CONFIG, lora=LoraConfig(rank=8), sft=dataclasses.replace(CONFIG.sft, encode_chunk=32, kl_weight=0.1)
+    )
     plan = make_plan(config, "sft", open_slice("v5e:2x2"))
     assert plan.fits
-    # Of rank 8: what has D is shared out by four, the other factors and the embed token's two rows are everywhere.
+    # Of rank 8: what has D is shared out by four, the other factors and the embed token's two rows are
+    # everywhere.
     adapters = L * 8 * (7 * D / 4 + (D + 2 * 512 + 2 * F) + (D + F)) + 2 * D
     assert plan.hbm["optimizer"] - 8 * adapters == pytest.approx(8, abs=4)
 
@@ -155,7 +168,9 @@ def test_meshes_are_tried_and_the_fastest_comes_first(capsys: pytest.CaptureFixt
         }
     print_meshes(tried, as_json=False)
     best = next(line.split() for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["1"])
-    assert best[:4] == [str(size) for size in (tried[0][0].slice, tried[0][0].data, tried[0][0].fsdp, tried[0][0].tensor)]
+    assert best[:4] == [
+        str(size) for size in (tried[0][0].slice, tried[0][0].data, tried[0][0].fsdp, tried[0][0].tensor)
+    ]
 
 
 class _Memory(NamedTuple):
@@ -168,14 +183,21 @@ class _Memory(NamedTuple):
 
 
 @pytest.mark.parametrize("most", [1, 3, 4, 16, 47, 48])
-def test_the_largest_chunk_is_the_largest_divisor_that_fits(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+def test_the_largest_chunk_is_the_largest_divisor_that_fits(
+    monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
     asked = list[int]()
 
     def plan_of(config: RunConfig, stage: str, slices: object) -> _Memory:
         asked.append(config.sft.encode_chunk)
         if config.sft.encode_chunk > 2 * most:
             raise UserError("sft on v5e:2x2: needs 99 GiB of 15.75 GiB a chip")
-        return _Memory(config.sft.encode_chunk, config.sft.encode_chunk <= most, 1.0 * config.sft.encode_chunk, 1.0 * most)
+        return _Memory(
+            config.sft.encode_chunk,
+            config.sft.encode_chunk <= most,
+            1.0 * config.sft.encode_chunk,
+            1.0 * most,
+        )
 
     monkeypatch.setattr(search, "make_plan", plan_of)
     config = dataclasses.replace(CONFIG, sft=dataclasses.replace(CONFIG.sft, global_batch=48))

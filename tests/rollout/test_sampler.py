@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import plain_hidden
+from helpers.tiny_models import plain_hidden
 
 from search_r3_jax.errors import UserError
-from search_r3_jax.hub.checkpoint import LoadedModel
+from search_r3_jax.hub.load_model import LoadedModel
 from search_r3_jax.rollout import sampler as sampler_module
-from search_r3_jax.rollout.choice import Choice, choose
 from search_r3_jax.rollout.encoder import Encoder
 from search_r3_jax.rollout.sampler import Rollout, Sampler, rollout_seeds, rollout_throughput
+from search_r3_jax.rollout.token_sampling import SampledToken, sample_token
 from search_r3_jax.text.prompts import Prompter
 
 TEXTS = ["a query", "another, much longer query about something", "x"]
@@ -44,7 +44,9 @@ def sampled(tiny_model: LoadedModel, sampler_of: Callable[..., Sampler]) -> Call
     state = nnx.split(tiny_model.decoder)[1]
 
     def sampled(seed: int = 0, **settings: Any) -> Rollout:
-        return sampler_of(**settings).sample(state, TEXTS, rollout_seeds(seed, 5, range(len(TEXTS)), G), max_tokens=64)
+        return sampler_of(**settings).sample(
+            state, TEXTS, rollout_seeds(seed, 5, range(len(TEXTS)), G), max_tokens=64
+        )
 
     return sampled
 
@@ -52,18 +54,30 @@ def sampled(tiny_model: LoadedModel, sampler_of: Callable[..., Sampler]) -> Call
 def whole_rows(model: LoadedModel, replies: list[list[int]], group: int = G) -> tuple[np.ndarray, list[int]]:
     """Hidden states of prefix, prompt and reply in plain forwards, and where each reply begins."""
     prompter = Prompter(model.tokenizer)
-    prompts = [[*prompter.reason.prefix, *prompter.reason_rows([TEXTS[b // group]], 64)[0]] for b in range(len(replies))]
-    hidden = plain_hidden(model.decoder, [prompt + reply for prompt, reply in zip(prompts, replies, strict=True)])
+    prompts = [
+        [*prompter.reason.prefix, *prompter.reason_rows([TEXTS[b // group]], 64)[0]]
+        for b in range(len(replies))
+    ]
+    hidden = plain_hidden(
+        model.decoder, [prompt + reply for prompt, reply in zip(prompts, replies, strict=True)]
+    )
     return np.asarray(hidden), [len(prompt) for prompt in prompts]
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"temperature": 0.7, "top_k": 20, "top_p": 0.9}, {"slots": 5, "prefill_chunk": 8}, {"max_think_tokens": 0}]
+    "settings",
+    [
+        {},
+        {"temperature": 0.7, "top_k": 20, "top_p": 0.9},
+        {"slots": 5, "prefill_chunk": 8},
+        {"max_think_tokens": 0},
+    ],
 )
 def test_embedding_and_log_probs_equal_a_teacher_forced_forward(
     tiny_model: LoadedModel, sampled: Callable[..., Rollout], settings: dict[str, Any]
 ) -> None:
-    """Log-probabilities and entropies are of the whole vocabulary under the temperature, also where top-k and top-p left tokens out."""
+    """Log-probabilities and entropies are of the whole vocabulary under the temperature, also where top-k and
+    top-p left tokens out."""
     rollout, temperature = sampled(**settings), settings.get("temperature", 1.0)
     hidden, starts = whole_rows(tiny_model, rollout.replies())
     logits = np.asarray(tiny_model.decoder.logits(jnp.asarray(hidden))).astype(np.float64) / temperature
@@ -75,8 +89,12 @@ def test_embedding_and_log_probs_equal_a_teacher_forced_forward(
         np.testing.assert_allclose(rollout.vectors[b], state / np.linalg.norm(state), atol=1e-5)
         for t, token in enumerate(reply):
             if rollout.sampled[b, t]:
-                np.testing.assert_allclose(rollout.log_probs[b, t], log_probs[b, starts[b] + t - 1, token], atol=1e-5)
-                np.testing.assert_allclose(rollout.entropies[b, t], entropies[b, starts[b] + t - 1], atol=1e-5)
+                np.testing.assert_allclose(
+                    rollout.log_probs[b, t], log_probs[b, starts[b] + t - 1, token], atol=1e-5
+                )
+                np.testing.assert_allclose(
+                    rollout.entropies[b, t], entropies[b, starts[b] + t - 1], atol=1e-5
+                )
             else:
                 assert rollout.log_probs[b, t] == rollout.entropies[b, t] == 0.0
 
@@ -97,7 +115,9 @@ def test_every_reply_ends_with_the_one_embed_token_and_forced_ones_are_not_valid
 
 
 @pytest.mark.parametrize("slots", [0, 5])
-def test_without_a_budget_the_closing_is_all_that_is_written(tiny_model: LoadedModel, sampled: Callable[..., Rollout], slots: int) -> None:
+def test_without_a_budget_the_closing_is_all_that_is_written(
+    tiny_model: LoadedModel, sampled: Callable[..., Rollout], slots: int
+) -> None:
     rollout = sampled(max_think_tokens=0, slots=slots)
     assert rollout.replies() == [list(Prompter(tiny_model.tokenizer).reason.closing)] * len(TEXTS) * G
     assert not rollout.valid.any()
@@ -111,8 +131,11 @@ def test_same_seed_same_reply_other_seed_other_reply(sampled: Callable[..., Roll
     assert len({tuple(reply) for reply in first.replies()[:G]}) > 1
 
 
-def test_a_reply_does_not_depend_on_what_else_is_sampled(tiny_model: LoadedModel, sampler_of: Callable[..., Sampler]) -> None:
-    """Queries in another order or alone, their samples in another order or alone: the same tokens for the same seeds."""
+def test_a_reply_does_not_depend_on_what_else_is_sampled(
+    tiny_model: LoadedModel, sampler_of: Callable[..., Sampler]
+) -> None:
+    """Queries in another order or alone, their samples in another order or alone: the same tokens for the
+    same seeds."""
     state, sampler = nnx.split(tiny_model.decoder)[1], sampler_of()
     queries = [7, 2, 30]
     seeds = rollout_seeds(0, 5, queries, G)
@@ -147,7 +170,9 @@ def test_seeds_are_of_the_query_and_the_sample() -> None:
     assert len({*seeds[0].tolist(), *(int(seed) for other in others for seed in other[0])}) == 8 * 5
 
 
-def test_one_shape_is_compiled_whatever_the_length_of_the_queries(tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_shape_is_compiled_whatever_the_length_of_the_queries(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     traced: list[int] = []
 
     def counted(*arguments: Any, **settings: Any) -> Any:
@@ -172,7 +197,10 @@ def test_what_was_compiled_ahead_is_what_runs(tiny_model: LoadedModel) -> None:
 
     graph, state = nnx.split(tiny_model.decoder)
     prompter = Prompter(tiny_model.tokenizer)
-    sampler, encoder = Sampler(graph, prompter, max_think_tokens=2, temperature=0.0), Encoder(graph, prompter, batch_tokens=128)
+    sampler, encoder = (
+        Sampler(graph, prompter, max_think_tokens=2, temperature=0.0),
+        Encoder(graph, prompter, batch_tokens=128),
+    )
     sampler.compile(state, 3, 2, max_tokens=20)
     encoder.compile(state, TEXTS, max_tokens=20)
     jax.monitoring.register_event_duration_secs_listener(heard)
@@ -189,18 +217,23 @@ def test_what_was_compiled_ahead_is_what_runs(tiny_model: LoadedModel) -> None:
 
 
 @pytest.mark.parametrize(("slots", "steps"), [(0, 3), (4, 9)])
-def test_the_loop_ends_with_the_longest_reply(tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch, slots: int, steps: int) -> None:
-    """Each reply ends by itself at its third token, far within the budget: all at once that is 3 passes, 12 rows in 4 slots take 9."""
+def test_the_loop_ends_with_the_longest_reply(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch, slots: int, steps: int
+) -> None:
+    """Each reply ends by itself at its third token, far within the budget: all at once that is 3 passes, 12
+    rows in 4 slots take 9."""
     passes: list[int] = []
 
-    def ending(logits: jax.Array, keys: jax.Array, step: jax.Array, **settings: Any) -> Choice:
+    def ending(logits: jax.Array, keys: jax.Array, step: jax.Array, **settings: Any) -> SampledToken:
         jax.debug.callback(lambda: passes.append(1))
-        choice = choose(logits, keys, step, **settings)
+        choice = sample_token(logits, keys, step, **settings)
         return choice._replace(token=jnp.where(step >= 2, tiny_model.embed_id, 5))
 
     monkeypatch.setattr(sampler_module, "choose", ending)
     graph, state = nnx.split(tiny_model.decoder)
-    sampler = Sampler(graph, Prompter(tiny_model.tokenizer), max_think_tokens=400, temperature=1.0, slots=slots)
+    sampler = Sampler(
+        graph, Prompter(tiny_model.tokenizer), max_think_tokens=400, temperature=1.0, slots=slots
+    )
     rollout = sampler.sample(state, TEXTS, rollout_seeds(0, 0, range(3), 4), max_tokens=16)
     jax.effects_barrier()
     assert rollout.valid.all()
@@ -211,14 +244,21 @@ def test_the_loop_ends_with_the_longest_reply(tiny_model: LoadedModel, monkeypat
 def test_tokens_a_second(sampled: Callable[..., Rollout]) -> None:
     rollout = sampled()
     assert rollout.tokens == sum(map(len, rollout.replies()))
-    assert rollout_throughput(rollout, 2.0) == {"rollout_tokens": rollout.tokens, "rollout_tokens_per_second": rollout.tokens / 2}
+    assert rollout_throughput(rollout, 2.0) == {
+        "rollout_tokens": rollout.tokens,
+        "rollout_tokens_per_second": rollout.tokens / 2,
+    }
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"slots": -2}])
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"slots": -2}]
+)
 def test_settings_out_of_range_are_the_users_mistake(tiny_model: LoadedModel, wrong: dict[str, Any]) -> None:
     settings: dict[str, Any] = {"temperature": 1.0} | wrong
     with pytest.raises(UserError, match=f"sampler.{next(iter(wrong))}: "):
-        Sampler(nnx.split(tiny_model.decoder)[0], Prompter(tiny_model.tokenizer), max_think_tokens=2, **settings)
+        Sampler(
+            nnx.split(tiny_model.decoder)[0], Prompter(tiny_model.tokenizer), max_think_tokens=2, **settings
+        )
 
 
 def test_samples_follow_the_models_distribution(tiny_model: LoadedModel) -> None:

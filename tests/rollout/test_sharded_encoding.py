@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from processes import run_processes
+from helpers.jax_processes import run_processes
 
-PROGRAM = Path(__file__).with_name("sharded_encoding.py")
+PROGRAM = Path(__file__).parents[1] / "helpers" / "sharded_encoding.py"
 MESHES = {
     "data": ({"data": 8, "fsdp": 1}, 1 / 8),
     "fsdp": ({"fsdp": 8}, 1 / 8),

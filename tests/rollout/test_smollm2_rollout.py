@@ -1,13 +1,14 @@
-"""The sampler on SmolLM2, whose logits reach 40: what cached decoding shares with the trainer's own forward, and what it cannot."""
+"""The sampler on SmolLM2, whose logits reach 40: what cached decoding shares with the trainer's own forward,
+and what it cannot."""
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import plain_hidden
+from helpers.tiny_models import plain_hidden
 
 from search_r3_jax.config import LoraConfig, OptimizerConfig, RlConfig, SamplerConfig
-from search_r3_jax.hub.checkpoint import LoadedModel, with_lora
+from search_r3_jax.hub.load_model import LoadedModel, with_lora
 from search_r3_jax.models.lora import trainable_filter
 from search_r3_jax.rollout.sampler import Sampler, rollout_seeds
 from search_r3_jax.text.prompts import Prompter
@@ -55,19 +56,30 @@ def test_embedding_ratio_and_tokens_against_the_trainers_forward(smollm2: Loaded
     ]
     hidden = np.asarray(plain_hidden(nnx.merge(full_graph, whole), rows)).astype(np.float64)
     last = np.stack([hidden[i, len(row) - 1] for i, row in enumerate(rows)])
-    np.testing.assert_allclose(rollout.vectors[::G], last / np.linalg.norm(last, axis=-1, keepdims=True), atol=1e-5)
+    np.testing.assert_allclose(
+        rollout.vectors[::G], last / np.linalg.norm(last, axis=-1, keepdims=True), atol=1e-5
+    )
 
     documents = generator.standard_normal((8, model.decoder.config.hidden_size))
     documents /= np.linalg.norm(documents, axis=-1, keepdims=True)
     batch = make_batch(rollout, generator.standard_normal(8 * G), documents, np.eye(8))
-    config = RlConfig(beta=0.0, sampler=SamplerConfig(max_think_tokens=TOKENS), optimizer=OptimizerConfig(learning_rate=1e-4))
+    config = RlConfig(
+        beta=0.0,
+        sampler=SamplerConfig(max_think_tokens=TOKENS),
+        optimizer=OptimizerConfig(learning_rate=1e-4),
+    )
     scored = make_scorer(graph, prompter, config)(params, frozen, batch.replies, adapters=True)
-    # Hidden states of two orders of addition differ by 1.5e-6 of their size, times logits of 40; the head's own sums add as much again.
-    rounding = log_prob_mismatch(np.asarray(scored).reshape(rollout.ids.shape), rollout.log_probs, rollout.sampled)
+    # Hidden states of two orders of addition differ by 1.5e-6 of their size, times logits of 40; the head's
+    # own sums add as much again.
+    rounding = log_prob_mismatch(
+        np.asarray(scored).reshape(rollout.ids.shape), rollout.log_probs, rollout.sampled
+    )
     assert 1 - 1e-4 < rounding["sampler_ratio_min"] < rounding["sampler_ratio_max"] < 1 + 1e-4
 
     # Of the trainer's own forward, compiled without a gradient, the update's is the same to the last digits.
     optimizer = make_optimizer(config.optimizer, 6)
-    _, scalars, _ = make_update(graph, prompter, optimizer, config)(init_state(params, optimizer), frozen, batch, scored)
+    _, scalars, _ = make_update(graph, prompter, optimizer, config)(
+        init_state(params, optimizer), frozen, batch, scored
+    )
     assert abs(float(scalars["ratio_min"]) - 1) <= 1e-5
     assert abs(float(scalars["ratio_max"]) - 1) <= 1e-5

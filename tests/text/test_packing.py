@@ -48,11 +48,16 @@ def test_buckets_are_few_and_close(length: int) -> None:
 
 def test_batches_of_passages_waste_little_and_need_few_shapes() -> None:
     lengths = np.clip(np.random.default_rng(0).lognormal(5.1, 0.5, 2000), 20, 520).astype(int)
-    shapes = [batch.ids.shape for batch in length_batches([[1] * length for length in lengths], tokens=1024, pad_id=0)]
+    shapes = [
+        batch.ids.shape
+        for batch in length_batches([[1] * length for length in lengths], tokens=1024, pad_id=0)
+    ]
     assert sum(rows * length for rows, length in shapes) < 1.07 * lengths.sum()
     assert len(set(shapes)) <= 26
 
 
 def test_short_rows_do_not_fill_up_a_batch_of_long_ones() -> None:
-    shapes = [batch.ids.shape for batch in length_batches([[1] * 500, *[[1] * 20] * 6], tokens=2048, pad_id=0)]
+    shapes = [
+        batch.ids.shape for batch in length_batches([[1] * 500, *[[1] * 20] * 6], tokens=2048, pad_id=0)
+    ]
     assert shapes == [(1, 512), (8, 32)]

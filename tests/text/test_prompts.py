@@ -1,7 +1,8 @@
-"""Prompts: pieces join to what the chat template writes, truncation spares the embed token, special tokens in texts stay text."""
+"""Prompts: pieces join to what the chat template writes, truncation spares the embed token, special tokens in
+texts stay text."""
 
 import pytest
-from tiny import byte_tokenizer
+from helpers.tiny_models import byte_tokenizer
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -29,7 +30,9 @@ def test_pieces_join_to_the_chat_template(prompter: Prompter) -> None:
     direct = [*prompter.direct.prefix, *prompter.direct_rows([text], 99)[0]]
     closing = prompter.tokenizer(CLOSING, add_special_tokens=False)["input_ids"]
     assert direct == rendered(prompter, DIRECT_SYSTEM, text) + closing
-    assert [*prompter.reason.prefix, *prompter.reason_rows([text], 99)[0]] == rendered(prompter, REASON_SYSTEM, text)
+    assert [*prompter.reason.prefix, *prompter.reason_rows([text], 99)[0]] == rendered(
+        prompter, REASON_SYSTEM, text
+    )
 
 
 @pytest.mark.parametrize("limit", [1, 5, 1000])
@@ -49,18 +52,39 @@ def test_an_embed_token_written_by_a_user_does_not_become_one(prompter: Prompter
 
 
 LLAMA2_TEMPLATE = (
-    "{{ '<s>[INST] <<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' + messages[1]['content'] + ' [/INST]' }}"
+    "{{ '<s>[INST] <<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' + messages[1]['content'] + ' "
+    "[/INST]' }}"
     "{% if messages|length > 2 %}{{ ' ' + messages[2]['content'] }}{% endif %}"
 )
 # One ends the prompt's beginning with a space, one with a special token.
 SPACE_TEMPLATE = "{{ '<s>' + messages[0]['content'] + ' Q: ' + messages[1]['content'] + '\nA:' }}"
-TOKEN_TEMPLATE = "{{ '<s>' + messages[0]['content'] + '<|user|>' + messages[1]['content'] + '<|assistant|>' }}"
+TOKEN_TEMPLATE = (
+    "{{ '<s>' + messages[0]['content'] + '<|user|>' + messages[1]['content'] + '<|assistant|>' }}"
+)
 
 
 def sentencepiece_style(kind: str, template: str) -> PreTrainedTokenizerFast:
     """Byte-fallback BPE over `▁`, by the old normaliser or by Metaspace."""
-    words = ["▁the", "▁where", "▁is", "▁key", "key", "where", "is", "the", "▁The", "The", "▁[", "▁embedding", "▁Q", "▁user", "▁▁"]
-    letters = sorted({letter for word in words for letter in word} | set("abcdefghijklmnopqrstuvwxyzPQAINSTY[]/<>:.,?! |_"))
+    words = [
+        "▁the",
+        "▁where",
+        "▁is",
+        "▁key",
+        "key",
+        "where",
+        "is",
+        "the",
+        "▁The",
+        "The",
+        "▁[",
+        "▁embedding",
+        "▁Q",
+        "▁user",
+        "▁▁",
+    ]
+    letters = sorted(
+        {letter for word in words for letter in word} | set("abcdefghijklmnopqrstuvwxyzPQAINSTY[]/<>:.,?! |_")
+    )
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *letters]
     merges: list[tuple[str, str]] = []
     for word in words:
@@ -68,16 +92,26 @@ def sentencepiece_style(kind: str, template: str) -> PreTrainedTokenizerFast:
             if word[:end] not in tokens:
                 tokens.append(word[:end])
                 merges.append((word[: end - 1], word[end - 1]))
-    model = models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, unk_token="<unk>", byte_fallback=True)
+    model = models.BPE(
+        vocab={token: i for i, token in enumerate(tokens)},
+        merges=merges,
+        unk_token="<unk>",
+        byte_fallback=True,
+    )
     tokenizer = Tokenizer(model)
     if kind == "prepend":
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind, split=False)
     tokenizer.add_special_tokens(
-        [AddedToken(token, normalized=False, special=True) for token in ("<s>", "</s>", "<|user|>", "<|assistant|>")]
+        [
+            AddedToken(token, normalized=False, special=True)
+            for token in ("<s>", "</s>", "<|user|>", "<|assistant|>")
+        ]
     )
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
     fast.chat_template = template
     return fast
 

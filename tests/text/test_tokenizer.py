@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf import GGUFWriter
-from tiny import SPECIAL, byte_tokenizer
-from tiny_gguf import BYTES, finish, write_tokenizer
+from helpers.tiny_gguf import BYTES, finish, write_tokenizer
+from helpers.tiny_models import SPECIAL, byte_tokenizer
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from search_r3_jax.config import EMBED_TOKEN
 from search_r3_jax.errors import UserError
-from search_r3_jax.hub.checkpoint import resolve
 from search_r3_jax.hub.gguf import GgufFile
+from search_r3_jax.hub.load_model import resolve
 from search_r3_jax.text.tokenizer import add_embed_token, tokenizer_from_folder, tokenizer_from_gguf
 
 TEXTS = [
@@ -30,7 +30,9 @@ TEXTS = [
 def with_reserved(count: int = 3) -> PreTrainedTokenizerBase:
     """259 ids and special tokens that nobody uses, named as Llama 3 names them."""
     tokenizer = byte_tokenizer()
-    names: Any = [AddedToken(f"<|reserved_special_token_{i}|>", normalized=False, special=True) for i in range(count)]
+    names: Any = [
+        AddedToken(f"<|reserved_special_token_{i}|>", normalized=False, special=True) for i in range(count)
+    ]
     tokenizer.add_tokens(names, special_tokens=True)
     return tokenizer
 
@@ -64,7 +66,9 @@ def test_a_reserved_token_that_the_template_or_the_end_uses_is_left_alone() -> N
 @pytest.mark.parametrize("vocab_size", [320, 262])
 @pytest.mark.parametrize("reserved", [0, 3])
 @pytest.mark.parametrize("template", [True, False])
-def test_saved_and_reloaded_it_has_the_same_id(tmp_path: Path, vocab_size: int, reserved: int, template: bool) -> None:
+def test_saved_and_reloaded_it_has_the_same_id(
+    tmp_path: Path, vocab_size: int, reserved: int, template: bool
+) -> None:
     tokenizer = with_reserved(reserved)
     if not template:
         tokenizer.chat_template = None
@@ -118,10 +122,13 @@ def test_gguf_tokenizer_round_trips_text_and_splits_digits(text: str) -> None:
 
 
 def gguf_tokenizer_file(folder: Path, pre: str, *, padding: int = 5, eos: int | None = 2) -> Path:
-    """A tokenizer with merges learned from `TEXTS`: special tokens, a user-defined one, and rows that only fill up."""
+    """A tokenizer with merges learned from `TEXTS`: special tokens, a user-defined one, and rows that only
+    fill up."""
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    learner.train_from_iterator(TEXTS * 3, trainers.BpeTrainer(vocab_size=330, initial_alphabet=BYTES, show_progress=False))
+    learner.train_from_iterator(
+        TEXTS * 3, trainers.BpeTrainer(vocab_size=330, initial_alphabet=BYTES, show_progress=False)
+    )
     learned = learner.get_vocab()
     merges = [pair for pair in learned if len(pair) > 1]
     written = [" ".join(merge) for merge in _merges(learner)]
@@ -176,4 +183,8 @@ def test_rows_that_only_fill_up_are_free_and_no_end_is_allowed(tmp_path: Path) -
     source = GgufFile(file)
     tokenizer = tokenizer_from_gguf(source.tokenizer_fields(), str(file))
     assert tokenizer.eos_token is None
-    assert add_embed_token(tokenizer, source.config.vocab_size)[1:] == (source.config.vocab_size - 7, source.config.vocab_size, True)
+    assert add_embed_token(tokenizer, source.config.vocab_size)[1:] == (
+        source.config.vocab_size - 7,
+        source.config.vocab_size,
+        True,
+    )

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from runs import Place
+from helpers.command_folder import Place
 
 
 @pytest.fixture(scope="session")

@@ -35,13 +35,22 @@ def test_distinct_and_repetition_equal_a_count_over_pairs_of_places(seed: int) -
         def gram(place: tuple[int, int], n: int = n) -> str:
             return " ".join(map(str, replies[place[0]][place[1] : place[1] + n]))
 
-        new = [all(gram(place) != gram(earlier) for earlier in places[:at]) for at, place in enumerate(places)]
+        new = [
+            all(gram(place) != gram(earlier) for earlier in places[:at]) for at, place in enumerate(places)
+        ]
         assert distinct(replies, n) == pytest.approx(sum(new) / len(places))
         shares = []
         for r in range(len(replies)):
             own = [place for place in places if place[0] == r]
             if own:
-                shares.append(np.mean([any(gram(place) == gram(earlier) for earlier in own[:at]) for at, place in enumerate(own)]))
+                shares.append(
+                    np.mean(
+                        [
+                            any(gram(place) == gram(earlier) for earlier in own[:at])
+                            for at, place in enumerate(own)
+                        ]
+                    )
+                )
         assert repetition(replies, n) == pytest.approx(np.mean(shares))
 
 
@@ -58,7 +67,9 @@ def test_text_statistics_at_their_ends() -> None:
 
 def test_effective_rank_equals_scipy_and_counts_equal_directions() -> None:
     generator = np.random.default_rng(0)
-    vectors = generator.standard_normal((20, 3)) @ generator.standard_normal((3, 16)) + 0.1 * generator.standard_normal((20, 16))
+    vectors = generator.standard_normal((20, 3)) @ generator.standard_normal(
+        (3, 16)
+    ) + 0.1 * generator.standard_normal((20, 16))
     # Eigenvalues of the Gram matrix: another way to the same singular values.
     singular = np.sqrt(np.maximum(scipy.linalg.eigvalsh(vectors.T @ vectors), 0))
     assert effective_rank(vectors) == pytest.approx(np.exp(scipy.stats.entropy(singular)), rel=1e-9)
@@ -107,7 +118,10 @@ def test_mismatch_looks_at_sampled_tokens_only() -> None:
     trainer, sampler = np.array([[-1.0, -2.0, 0.0]]), np.array([[-1.5, -1.0, 5.0]])
     found = log_prob_mismatch(trainer, sampler, np.array([[True, True, False]]))
     assert found == pytest.approx({"sampler_ratio_min": np.exp(-1.0), "sampler_ratio_max": np.exp(0.5)})
-    assert log_prob_mismatch(trainer, sampler, np.zeros((1, 3), bool)) == {"sampler_ratio_min": 1.0, "sampler_ratio_max": 1.0}
+    assert log_prob_mismatch(trainer, sampler, np.zeros((1, 3), bool)) == {
+        "sampler_ratio_min": 1.0,
+        "sampler_ratio_max": 1.0,
+    }
 
 
 LOW = {"valid_rate": 0.1, "entropy": 1.0}
@@ -136,7 +150,13 @@ def test_only_steps_in_a_row_under_the_same_threshold_are_a_collapse() -> None:
     assert stops_at(guard(), [{"valid_rate": 0.5, "entropy": 0.1}] * 9) is None
     assert stops_at(guard(), [{"valid_rate": 0.9, "entropy": float("nan")}] * 9) == 2
     assert stops_at(CollapseGuard(valid_below=0.5, entropy_below=0.1, steps=0), [LOW] * 9) is None
-    assert stops_at(CollapseGuard(valid_below=0.0, entropy_below=0.0, steps=1), [{"valid_rate": 0.0, "entropy": 0.0}] * 9) is None
+    assert (
+        stops_at(
+            CollapseGuard(valid_below=0.0, entropy_below=0.0, steps=1),
+            [{"valid_rate": 0.0, "entropy": 0.0}] * 9,
+        )
+        is None
+    )
 
 
 def test_a_collapse_is_one_line_that_says_where_and_what_to_do() -> None:
@@ -166,6 +186,8 @@ def test_swap_probe_equals_a_paired_test_over_queries() -> None:
     found = swap_probe(own, exchanged)
     a, b = own.astype(np.float64).mean(-1), exchanged.astype(np.float64).mean(-1)
     assert found["swap_gain"] == pytest.approx((a - b).mean())
-    assert found["swap_gain"] / found["swap_gain_error"] == pytest.approx(scipy.stats.ttest_rel(a, b).statistic)
+    assert found["swap_gain"] / found["swap_gain_error"] == pytest.approx(
+        scipy.stats.ttest_rel(a, b).statistic
+    )
     assert found["swap_wins"] == pytest.approx(((a > b).sum() + 0.5) / 9)
     assert np.isnan(swap_probe(own[:1], exchanged[:1])["swap_gain_error"])

@@ -1,4 +1,5 @@
-"""The update rule: the embed token's row moves faster by just its factor, matrices alone decay, and the rate follows its schedule."""
+"""The update rule: the embed token's row moves faster by just its factor, matrices alone decay, and the rate
+follows its schedule."""
 
 from typing import Any, Literal
 
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from tiny import CONFIG
+from helpers.tiny_models import CONFIG
 
 from search_r3_jax.config import LoraConfig, OptimizerConfig
 from search_r3_jax.models.decoder import Decoder
@@ -18,7 +19,9 @@ def test_only_the_rows_are_scaled() -> None:
     layers = {"q": {"lora_a": jnp.ones((2, 2)), "embed_row": jnp.ones(2)}}
     params: Any = {"embed_row": jnp.ones(4), "head_row": jnp.ones(3), "layers": layers}
     gradients = jax.tree.map(lambda x: 0.1 * x, params)
-    plain, scaled = (make_optimizer(OptimizerConfig(learning_rate=1e-3, row_scale=scale), 10) for scale in (1.0, 10.0))
+    plain, scaled = (
+        make_optimizer(OptimizerConfig(learning_rate=1e-3, row_scale=scale), 10) for scale in (1.0, 10.0)
+    )
     one: Any = plain.update(gradients, plain.init(params), params)[0]
     ten: Any = scaled.update(gradients, scaled.init(params), params)[0]
     for row in ("embed_row", "head_row"):

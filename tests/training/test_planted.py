@@ -1,9 +1,11 @@
-"""Stage 2 learns what only reasoning can solve: a table of aliases that nothing but the success of searches gives away.
+"""Stage 2 learns what only reasoning can solve: a table of aliases that nothing but the success of searches
+gives away.
 
-Each of 16 names stands in four documents of 64. A query is an alias, which is in no document: its own are found only if the model writes
-the right name before it embeds. Stage 1, on other aliases with names at random, teaches to write some name and to embed by it, so
-every name is as good a guess as any; the table is in the rewards of stage 2 alone. InfoNCE has no weight there, so the token
-probabilities have to learn it. The control is the same run with the rewards dealt out anew among all completions of a step.
+Each of 16 names stands in four documents of 64. A query is an alias, which is in no document: its own are
+found only if the model writes the right name before it embeds. Stage 1, on other aliases with names at
+random, teaches to write some name and to embed by it, so every name is as good a guess as any; the table is
+in the rewards of stage 2 alone. InfoNCE has no weight there, so the token probabilities have to learn it. The
+control is the same run with the rewards dealt out anew among all completions of a step.
 """
 
 from __future__ import annotations
@@ -16,21 +18,31 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from flax import nnx
-from planted import NAMES, PlantedTask, planted_task, write_word_checkpoint
+from helpers.planted_task import NAMES, PlantedTask, planted_task, write_word_checkpoint
 
-from search_r3_jax.config import IndexConfig, LoraConfig, OptimizerConfig, RlConfig, RunConfig, SamplerConfig, SftConfig, TextConfig
+from search_r3_jax.config import (
+    IndexConfig,
+    LoraConfig,
+    OptimizerConfig,
+    RlConfig,
+    RunConfig,
+    SamplerConfig,
+    SftConfig,
+    TextConfig,
+)
 from search_r3_jax.data.dataset import build_dataset
 from search_r3_jax.data.development import TrainingSet
 from search_r3_jax.evaluation.evaluate import Evaluator
-from search_r3_jax.hub.checkpoint import load_model, with_lora
+from search_r3_jax.hub.load_model import load_model, with_lora
 from search_r3_jax.models.lora import merge_lora
-from search_r3_jax.retrieval.environment import Environment, StepResult
+from search_r3_jax.retrieval.environment.environment import Environment, StepResult
 from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training.rl import train_rl
 from search_r3_jax.training.sft import train_sft
 
 SEED = 0
-# A name at random is right for one alias in 16, an nDCG@10 of about 0.1; four of them by luck would be needed to reach this.
+# A name at random is right for one alias in 16, an nDCG@10 of about 0.1; four of them by luck would be needed
+# to reach this.
 CHANCE = 0.35
 
 
@@ -71,9 +83,11 @@ def config_of(model: Path, seed: int) -> RunConfig:
             steps=200,
             global_queries=NAMES,
             group_size=24,
-            # The reference writes any of the names: the term keeps the groups varied until the right one is found.
+            # The reference writes any of the names: the term keeps the groups varied until the right one is
+            # found.
             beta=0.04,
-            # A name whose documents lie near the right ones earns little: under dcg, half, and the policy settles for it.
+            # A name whose documents lie near the right ones earns little: under dcg, half, and the policy
+            # settles for it.
             reward="rank_margin",
             margin_weight=0,
             # By group, the little that tells wrong names apart would weigh as much as the right one.
@@ -82,12 +96,12 @@ def config_of(model: Path, seed: int) -> RunConfig:
             # Without information in the rewards anything may happen to the replies.
             collapse_steps=0,
             # Nothing goes stale: the overlay holds every document, of this very step.
-            snapshot_every=10**6,
+            save_every=10**6,
             sampler=SamplerConfig(max_think_tokens=6, temperature=1),
             # At half as much again a seed may forget, late, an alias that it had learnt.
             optimizer=OptimizerConfig(learning_rate=2e-3, b2=0.99),
         ),
-        index=IndexConfig(kind="exact", candidates=64, refresh_budget=64, overlay_max_age=0),
+        index=IndexConfig(kind="exact", candidates=64, refresh_budget=64, overlay_max_age_steps=0),
     )
 
 
@@ -122,20 +136,36 @@ def stage_2(start: Start, run: str) -> tuple[Scores, Scores, list[dict[str, floa
     steps: list[dict[str, float]] = []
     extra = {"data": "../data", "split": "train", "start": "../sft"}
     data = TrainingSet(train=task.planted, dev=None)
-    result = train_rl(config, folder / run, data, model, lambda *done: steps.append(done[2]), say=lambda _: None, extra=extra)
+    result = train_rl(
+        config,
+        folder / run,
+        data,
+        model,
+        lambda *done: steps.append(done[2]),
+        say=lambda _: None,
+        extra=extra,
+    )
     nnx.update(model.decoder, result.params)
     return before, scores(), steps
 
 
 def shuffle_rewards(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """Deals the rewards of a step out anew among all its completions: as many of each as before, but for nothing."""
+    """Deals the rewards of a step out anew among all its completions: as many of each as before, but for
+    nothing."""
     score, generator = Environment.score, np.random.default_rng(seed)
 
     def shuffled(
-        environment: Environment, step: int, positives: Sequence[Any], vectors: np.ndarray, valid: np.ndarray, **costs: Any
+        environment: Environment,
+        step: int,
+        positives: Sequence[Any],
+        vectors: np.ndarray,
+        valid: np.ndarray,
+        **costs: Any,
     ) -> StepResult:
         result = score(environment, step, positives, vectors, valid, **costs)
-        return dataclasses.replace(result, rewards=generator.permutation(result.rewards.reshape(-1)).reshape(result.rewards.shape))
+        return dataclasses.replace(
+            result, rewards=generator.permutation(result.rewards.reshape(-1)).reshape(result.rewards.shape)
+        )
 
     monkeypatch.setattr(Environment, "score", shuffled)
 
@@ -154,13 +184,16 @@ def test_stage_2_finds_the_table_that_only_reasoning_can_use(start: Start) -> No
     assert abs(steps[0]["ratio_min"] - 1) <= 1e-5
     assert abs(steps[0]["ratio_max"] - 1) <= 1e-5
     assert after.reason >= 0.9
-    # Without reasoning the model finds what it is told the name of, but not the alias: it has no place to look the name up.
+    # Without reasoning the model finds what it is told the name of, but not the alias: it has no place to
+    # look the name up.
     assert after.direct <= CHANCE
     assert after.named >= 0.9
 
 
 @pytest.mark.slow
-def test_rewards_that_carry_no_information_teach_nothing(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rewards_that_carry_no_information_teach_nothing(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shuffle_rewards(monkeypatch, SEED)
     before, after, steps = stage_2(start, "shuffled")
     assert before.reason <= CHANCE

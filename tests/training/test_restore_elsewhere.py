@@ -1,4 +1,5 @@
-"""A checkpoint that one device saved is gone on with on eight, on another mesh, by two processes, and back: the losses stay."""
+"""A checkpoint that one device saved is gone on with on eight, on another mesh, by two processes, and back:
+the losses stay."""
 
 from __future__ import annotations
 
@@ -7,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import Place
+from helpers.command_folder import Place
 
-from search_r3_jax.hub.snapshots import checkpoint_folder, snapshot_steps
+from search_r3_jax.hub.checkpoint_reader import checkpoint_folder, checkpoint_steps
 
 STEPS = 8
 # Adapters alone, and all parameters with their moments.
@@ -18,13 +19,17 @@ BACK = {"mesh__data": 1, "mesh__fsdp": -1, "mesh__tensor": 1}
 # Where a run goes after which step: devices, and their mesh.
 MOVES: dict[str, list[tuple[int, int, dict[str, int]]]] = {
     "lora": [(2, 8, {"mesh__data": 2, "mesh__fsdp": 4}), (6, 1, BACK)],
-    "full": [(2, 8, {"mesh__fsdp": 8}), (4, 8, {"mesh__data": 1, "mesh__fsdp": 4, "mesh__tensor": 2}), (6, 1, BACK)],
+    "full": [
+        (2, 8, {"mesh__fsdp": 8}),
+        (4, 8, {"mesh__data": 1, "mesh__fsdp": 4, "mesh__tensor": 2}),
+        (6, 1, BACK),
+    ],
 }
 
 
 def back_to(run: Path, step: int) -> None:
     """As if the run had been killed right after it saved `step`."""
-    for later in snapshot_steps(run):
+    for later in checkpoint_steps(run):
         if later > step:
             shutil.rmtree(checkpoint_folder(run) / str(later))
 
@@ -54,8 +59,14 @@ def test_saved_on_one_device_resumed_on_others_and_back(place: Place, tmp_path: 
 @pytest.mark.slow
 def test_saved_by_one_process_resumed_by_two_and_back(place: Place, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    # The model writes its own reasoning, and development queries are watched: all processes take part in that too.
-    settings = KINDS["lora"] | {"sft__steps": STEPS, "sft__keep": 9, "sft__save_every": 2, "sft__reasoning": "self"}
+    # The model writes its own reasoning, and development queries are watched: all processes take part in that
+    # too.
+    settings = KINDS["lora"] | {
+        "sft__steps": STEPS,
+        "sft__keep": 9,
+        "sft__save_every": 2,
+        "sft__reasoning": "self",
+    }
     settings |= {"sft__eval_every": 4, "data__dev_queries": 8}
     place.finish(place.command("sft", "run", **settings))
     whole = place.lines("run")
@@ -63,12 +74,21 @@ def test_saved_by_one_process_resumed_by_two_and_back(place: Place, tmp_path: Pa
     assert len(watched) == 2
     back_to(run, 2)
     (run / "own_reasoning.jsonl").unlink()
-    for process in place.cluster(place.command("sft", "run", **settings, mesh__fsdp=2, mesh__data=2), processes=2, devices=2):
+    for process in place.cluster(
+        place.command("sft", "run", **settings, mesh__fsdp=2, mesh__data=2), processes=2, devices=2
+    ):
         assert process.wait(timeout=300) == 0, (tmp_path / "out-0.txt").read_text()[-3000:]
     assert "going on from step 2" in (tmp_path / "out-0.txt").read_text()
-    assert [line["dev_reason_ndcg@10"] for line in place.lines("run") if "dev_reason_ndcg@10" in line] == watched
-    # One of them speaks; Gloo, which carries their collectives, says of each that it is connected, now and then with its line ends apart.
-    assert [line for line in (tmp_path / "out-1.txt").read_text().splitlines() if line and not line.startswith("[Gloo]")] == []
+    assert [
+        line["dev_reason_ndcg@10"] for line in place.lines("run") if "dev_reason_ndcg@10" in line
+    ] == watched
+    # One of them speaks; Gloo, which carries their collectives, says of each that it is connected, now and
+    # then with its line ends apart.
+    assert [
+        line
+        for line in (tmp_path / "out-1.txt").read_text().splitlines()
+        if line and not line.startswith("[Gloo]")
+    ] == []
     check(place.lines("run"), whole)
     back_to(run, 6)
     assert "going on from step 6" in place.finish(place.command("sft", "run", **settings))
@@ -78,10 +98,19 @@ def test_saved_by_one_process_resumed_by_two_and_back(place: Place, tmp_path: Pa
 @pytest.mark.slow
 def test_stage_2_saved_on_one_device_resumed_on_eight_and_back(place: Place, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    settings = {"rl__steps": STEPS, "rl__keep": 9, "rl__snapshot_every": 2, "rl__global_queries": 8, "rl__group_size": 2}
+    settings = {
+        "rl__steps": STEPS,
+        "rl__keep": 9,
+        "rl__snapshot_every": 2,
+        "rl__global_queries": 8,
+        "rl__group_size": 2,
+    }
     place.finish(place.command("rl", "run", **settings))
     whole = place.lines("run")
-    for step, devices, mesh in ((2, 8, {"mesh__data": 2, "mesh__fsdp": 4}), (4, 1, {"mesh__data": 1, "mesh__fsdp": -1})):
+    for step, devices, mesh in (
+        (2, 8, {"mesh__data": 2, "mesh__fsdp": 4}),
+        (4, 1, {"mesh__data": 1, "mesh__fsdp": -1}),
+    ):
         back_to(run, step)
         said = place.finish(place.command("rl", "run", **settings, **mesh), devices=devices)
         assert f"going on from step {step}" in said

@@ -1,4 +1,5 @@
-"""What ends a run in the middle, and what it goes on with: a full disk, a damaged checkpoint, a changed config."""
+"""What ends a run in the middle, and what it goes on with: a full disk, a damaged checkpoint, a changed
+config."""
 
 from __future__ import annotations
 
@@ -12,17 +13,17 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from faults import DISK_FULL
 from flax import nnx
-from tiny import word_collection
+from helpers.failing_disk import DISK_FULL
+from helpers.tiny_models import word_collection
 
 from search_r3_jax import files
 from search_r3_jax.config import LoraConfig, OptimizerConfig, RunConfig, SftConfig, TextConfig
 from search_r3_jax.data.development import TrainingSet
 from search_r3_jax.errors import UserError
-from search_r3_jax.hub import seals
-from search_r3_jax.hub.checkpoint import load_model, with_lora
-from search_r3_jax.hub.snapshots import checkpoint_folder, snapshot_steps
+from search_r3_jax.hub import checkpoint_integrity as seals
+from search_r3_jax.hub.checkpoint_reader import checkpoint_folder, checkpoint_steps
+from search_r3_jax.hub.load_model import load_model, with_lora
 from search_r3_jax.training import run as run_module
 from search_r3_jax.training.sft import train_sft
 
@@ -41,15 +42,32 @@ class Runs:
             remat="none",
             text=TextConfig(max_query_tokens=16, max_document_tokens=32),
             lora=LoraConfig(rank=4, dropout=0.1),
-            sft=SftConfig(steps=STEPS, global_batch=8, save_every=2, keep=3, kl_weight=0.0, optimizer=OptimizerConfig(learning_rate=1e-2)),
+            sft=SftConfig(
+                steps=STEPS,
+                global_batch=8,
+                save_every=2,
+                keep=3,
+                kl_weight=0.0,
+                optimizer=OptimizerConfig(learning_rate=1e-2),
+            ),
         )
 
-    def train(self, name: str, on_step: Callable[[int], object] = lambda done: None, **settings: Any) -> tuple[Any, list[str]]:
+    def train(
+        self, name: str, on_step: Callable[[int], object] = lambda done: None, **settings: Any
+    ) -> tuple[Any, list[str]]:
         """The trained parameters, and what was said."""
         said = list[str]()
         config = settings.pop("config", self.config)
         model = with_lora(load_model(self._model), config.lora, seed=0)
-        params = train_sft(config, self.folder / name, self._sets, model, lambda done, *_: on_step(done), say=said.append, **settings)
+        params = train_sft(
+            config,
+            self.folder / name,
+            self._sets,
+            model,
+            lambda done, *_: on_step(done),
+            say=said.append,
+            **settings,
+        )
         return jax.tree.map(np.asarray, nnx.to_pure_dict(params)), said
 
     def losses(self, name: str) -> list[tuple[int, float]]:
@@ -72,11 +90,13 @@ def test_a_full_disk_ends_the_run_with_a_line_and_the_same_command_goes_on(runs:
                 wait_for(runs.folder / "full", [2])
                 patched.setattr(seals, "write_json", full)
 
-        with pytest.raises(UserError, match=r"checkpoints: step 4: cannot be written \(.*No space left on device"):
+        with pytest.raises(
+            UserError, match=r"checkpoints: step 4: cannot be written \(.*No space left on device"
+        ):
             runs.train("full", fill)
     # It came up at the next step, or while the next was saved.
     assert len(runs.losses("full")) in (4, 5, 6)
-    assert snapshot_steps(runs.folder / "full") == [2]
+    assert checkpoint_steps(runs.folder / "full") == [2]
 
     with pytest.MonkeyPatch.context() as patched:
 
@@ -84,7 +104,9 @@ def test_a_full_disk_ends_the_run_with_a_line_and_the_same_command_goes_on(runs:
             if done == 5:
                 patched.setattr(run_module, "append_line", full)
 
-        with pytest.raises(UserError, match=r"metrics.jsonl: cannot be written \(No space left on device\); make room"):
+        with pytest.raises(
+            UserError, match=r"metrics.jsonl: cannot be written \(No space left on device\); make room"
+        ):
             runs.train("full", fill_all)
     resumed, said = runs.train("full")
     assert "going on from step 4" in said
@@ -94,7 +116,7 @@ def test_a_full_disk_ends_the_run_with_a_line_and_the_same_command_goes_on(runs:
 
 def wait_for(run: Path, steps: list[int]) -> None:
     end = time.monotonic() + 60
-    while snapshot_steps(run) != steps:
+    while checkpoint_steps(run) != steps:
         assert time.monotonic() < end
         time.sleep(0.01)
 
@@ -114,7 +136,7 @@ def test_a_damaged_newest_checkpoint_is_got_around(runs: Runs) -> None:
     assert "going on from step 6" in said
     jax.tree.map(np.testing.assert_array_equal, again, whole)
     assert runs.losses("run") == losses
-    assert snapshot_steps(runs.folder / "run") == [4, 6, 8]
+    assert checkpoint_steps(runs.folder / "run") == [4, 6, 8]
 
 
 def test_a_changed_config_goes_on_where_that_is_allowed(runs: Runs) -> None:
@@ -124,8 +146,13 @@ def test_a_changed_config_goes_on_where_that_is_allowed(runs: Runs) -> None:
 
     with pytest.raises(InterruptedError):
         runs.train("run", stop)
-    changed = dataclasses.replace(runs.config, sft=dataclasses.replace(runs.config.sft, temperature=0.1, save_every=3))
-    with pytest.raises(UserError, match=r"config\.sft\.temperature was 0\.05, is 0\.1\); give another --run, or --allow-config-change"):
+    changed = dataclasses.replace(
+        runs.config, sft=dataclasses.replace(runs.config.sft, temperature=0.1, save_every=3)
+    )
+    with pytest.raises(
+        UserError,
+        match=r"config\.sft\.temperature was 0\.05, is 0\.1\); give another --run, or --allow-config-change",
+    ):
         runs.train("run", config=changed)
     _, said = runs.train("run", config=changed, allow_change=True)
     assert "going on from step 4" in said

@@ -1,4 +1,5 @@
-"""Stage 2 from its first snapshot to its last: the index really moves, what is logged is true, and what cannot work is refused."""
+"""Stage 2 from its first checkpoint to its last: the index really moves, what is logged is true, and what
+cannot work is refused."""
 
 import dataclasses
 import json
@@ -16,17 +17,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import word_collection
+from helpers.tiny_models import word_collection
 
-from search_r3_jax.config import DataConfig, IndexConfig, LoraConfig, OptimizerConfig, RlConfig, RunConfig, SamplerConfig, TextConfig
+from search_r3_jax.config import (
+    DataConfig,
+    IndexConfig,
+    LoraConfig,
+    OptimizerConfig,
+    RlConfig,
+    RunConfig,
+    SamplerConfig,
+    TextConfig,
+)
 from search_r3_jax.data.collection import Collection
 from search_r3_jax.data.dataset import build_dataset, load_collection
 from search_r3_jax.data.development import TrainingSet, for_stage_2
 from search_r3_jax.errors import UserError
-from search_r3_jax.hub.checkpoint import LoadedModel, load_model, with_lora
-from search_r3_jax.hub.snapshots import best_snapshot, latest_snapshot
-from search_r3_jax.retrieval.indexer import index_folder
-from search_r3_jax.retrieval.versions import list_versions, open_version
+from search_r3_jax.hub.checkpoint_reader import best_checkpoint, latest_checkpoint
+from search_r3_jax.hub.load_model import LoadedModel, load_model, with_lora
+from search_r3_jax.retrieval.indexer.worker import index_folder
+from search_r3_jax.retrieval.store.versions import list_versions, open_version
 from search_r3_jax.rollout.encoder import Encoder
 from search_r3_jax.rollout.sampler import Rollout, Sampler
 from search_r3_jax.text.prompts import Prompter
@@ -41,24 +51,37 @@ CONFIG = RunConfig(
         steps=6,
         global_queries=3,
         group_size=4,
-        snapshot_every=2,
+        save_every=2,
         # A tiny random model hardly ever writes the embed token.
         collapse_steps=0,
         sampler=SamplerConfig(max_think_tokens=8),
         optimizer=OptimizerConfig(learning_rate=1e-3),
     ),
-    index=IndexConfig(candidates=12, refresh_budget=8, overlay_max_age=2),
+    index=IndexConfig(candidates=12, refresh_budget=8, overlay_max_age_steps=2),
 )
 
 
 def start_of_run(tmp_path: Path, folder: Path, **rl: Any) -> tuple[RunConfig, TrainingSet, LoadedModel]:
     config = dataclasses.replace(CONFIG, model=str(folder), rl=dataclasses.replace(CONFIG.rl, **rl))
-    build_dataset({"train": word_collection(documents=40, queries=20)}, tmp_path / "data", name="words", source={"kind": "test"})
+    build_dataset(
+        {"train": word_collection(documents=40, queries=20)},
+        tmp_path / "data",
+        name="words",
+        source={"kind": "test"},
+    )
     data = TrainingSet(train=load_collection(tmp_path / "data", "train"), dev=None)
     return config, data, with_lora(load_model(folder), config.lora, seed=0)
 
 
-def run_it(config: RunConfig, folder: Path, data: TrainingSet, model: LoadedModel, said: list[str], *, pause: float = 0.0) -> RlResult:
+def run_it(
+    config: RunConfig,
+    folder: Path,
+    data: TrainingSet,
+    model: LoadedModel,
+    said: list[str],
+    *,
+    pause: float = 0.0,
+) -> RlResult:
     extra = {"data": "../data", "split": "train"}
     return train_rl(config, folder, data, model, lambda *_: time.sleep(pause), say=said.append, extra=extra)
 
@@ -68,7 +91,9 @@ def lines_of(file: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_a_run_swaps_to_an_index_built_meanwhile_and_resumes(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_run_swaps_to_an_index_built_meanwhile_and_resumes(
+    tiny_folders: dict[str, Path], tmp_path: Path
+) -> None:
     config, data, model = start_of_run(tmp_path, tiny_folders["llama"], min_swaps=1, max_extra_steps=400)
     run, said = tmp_path / "run", list[str]()
     result = run_it(config, run, data, model, said, pause=0.1)
@@ -77,18 +102,24 @@ def test_a_run_swaps_to_an_index_built_meanwhile_and_resumes(tiny_folders: dict[
     versions = list_versions(index_folder(run))
     assert result.swaps[-1][1] in versions
 
-    # A version is what its snapshot's parameters say of the corpus.
+    # A version is what its checkpoint's parameters say of the corpus.
     step = versions[-1]
     index = open_version(index_folder(run), step, expect_corpus_hash=data.train.corpus_hash())
-    snapshot = load_model(run, step=step)
-    graph, state = nnx.split(snapshot.decoder)
+    checkpoint = load_model(run, step=step)
+    graph, state = nnx.split(checkpoint.decoder)
     texts = [document.body for document in data.train.documents]
-    np.testing.assert_allclose(index.vectors, Encoder(graph, Prompter(snapshot.tokenizer)).encode(state, texts, max_tokens=32), atol=1e-5)
+    np.testing.assert_allclose(
+        index.vectors,
+        Encoder(graph, Prompter(checkpoint.tokenizer)).encode(state, texts, max_tokens=32),
+        atol=1e-5,
+    )
 
     lines = lines_of(run / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(result.steps))
     assert all(0 <= line["reward"] <= 1 and line["index_age"] >= 0 for line in lines)
-    assert result.valid_rate == pytest.approx(np.mean([line["valid_rate"] for line in lines[-max(1, len(lines) // 4) :]]))
+    assert result.valid_rate == pytest.approx(
+        np.mean([line["valid_rate"] for line in lines[-max(1, len(lines) // 4) :]])
+    )
     again = run_it(config, run, data, model, said)
     assert again.steps == result.steps
     assert again.swaps == result.swaps
@@ -99,7 +130,8 @@ def test_the_indexer_ends_with_a_killed_trainer(tiny_folders: dict[str, Path], t
     folder = tiny_folders["llama"]
     start_of_run(tmp_path, folder)
     code = (
-        "import sys, time; from pathlib import Path; from search_r3_jax.retrieval.follower import IndexFollower\n"
+        "import sys, time; from pathlib import Path; from search_r3_jax.retrieval.indexer.follower import "
+        "IndexFollower\n"
         "follower = IndexFollower(Path(sys.argv[1]), 'x', 0, say=print); follower.start()\n"
         "print(follower._process._process.pid, flush=True)\n"
         "time.sleep(60)"
@@ -135,7 +167,8 @@ def state_of(process: int) -> str:
 
 @pytest.mark.slow
 def test_everything_turned_on_and_what_is_logged_of_it(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
-    """Two passes over a rollout in micro-batches, importance weights, length, gain over direct; watched on development queries."""
+    """Two passes over a rollout in micro-batches, importance weights, length, gain over direct; watched on
+    development queries."""
     config, data, model = start_of_run(
         tmp_path,
         tiny_folders["qwen3"],
@@ -144,14 +177,14 @@ def test_everything_turned_on_and_what_is_logged_of_it(tiny_folders: dict[str, P
         micro_queries=1,
         importance_cap=2.0,
         infonce_negatives=5,
-        infonce_alike=0.9,
+        near_duplicate_cosine=0.9,
         infonce_train_documents=True,
         reward="gain_over_direct",
         length_weight=0.1,
         free_tokens=2,
         eval_every=2,
         sample_every=5,
-        snapshot_every=10,
+        save_every=10,
     )
     dev = word_collection(documents=30, queries=6, seed=1, split="dev")
     run, said = tmp_path / "run", list[str]()
@@ -159,22 +192,45 @@ def test_everything_turned_on_and_what_is_logged_of_it(tiny_folders: dict[str, P
     lines = lines_of(run / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     for line in lines:
-        assert line["reward"] == pytest.approx(line["reward_retrieval"] + line["reward_length"] + line["reward_format"], abs=1e-6)
+        assert line["reward"] == pytest.approx(
+            line["reward_retrieval"] + line["reward_length"] + line["reward_format"], abs=1e-6
+        )
         assert line["reward_format_variance"] >= 0
         assert 0 <= line["zero_group_share"] <= 1
-        # What sampled the tokens and what trains on them compute the same; after a first pass the policy has moved.
+        # What sampled the tokens and what trains on them compute the same; after a first pass the policy has
+        # moved.
         assert 1 - 1e-5 <= line["sampler_ratio_min"] <= line["sampler_ratio_max"] <= 1 + 1e-5
         assert line["ratio_max"] - line["ratio_min"] > 1e-5
         assert line["importance_capped_share"] == 0
-        assert line["seconds"] >= line["rollout_seconds"] + line["environment_seconds"] + line["update_seconds"] > 0
-        assert {"kl", "entropy", "distinct_2", "repetition", "effective_rank", "rollout_tokens_per_second", "skipped"} <= line.keys()
+        assert (
+            line["seconds"]
+            >= line["rollout_seconds"] + line["environment_seconds"] + line["update_seconds"]
+            > 0
+        )
+        assert {
+            "kl",
+            "entropy",
+            "distinct_2",
+            "repetition",
+            "effective_rank",
+            "rollout_tokens_per_second",
+            "skipped",
+        } <= line.keys()
     watched = [line["step"] for line in lines if "dev_reason_ndcg@10" in line]
     assert watched == [1, 3]
-    assert sorted(file.name for file in (run / "eval").iterdir()) == ["dev_000000.json", "dev_000002.json", "dev_000004.json"]
-    assert all(-1 <= lines[step]["dev_swap_gain"] <= 1 and 0 <= lines[step]["dev_swap_wins"] <= 1 for step in watched)
-    scores = {0: json.loads((run / "eval" / "dev_000000.json").read_text())["results"]["words"]["reason"]["ndcg@10"]}
+    assert sorted(file.name for file in (run / "eval").iterdir()) == [
+        "dev_000000.json",
+        "dev_000002.json",
+        "dev_000004.json",
+    ]
+    assert all(
+        -1 <= lines[step]["dev_swap_gain"] <= 1 and 0 <= lines[step]["dev_swap_wins"] <= 1 for step in watched
+    )
+    scores = {
+        0: json.loads((run / "eval" / "dev_000000.json").read_text())["results"]["words"]["reason"]["ndcg@10"]
+    }
     scores |= {line["step"] + 1: line["dev_reason_ndcg@10"] for line in lines if "dev_reason_ndcg@10" in line}
-    assert best_snapshot(run) == max(scores, key=lambda step: (scores[step], step))
+    assert best_checkpoint(run) == max(scores, key=lambda step: (scores[step], step))
 
     # Every fifth of the 12 rollouts a step, counted through the run.
     rollouts = [sample for sample in lines_of(run / "samples.jsonl") if "reward" in sample]
@@ -188,26 +244,39 @@ def test_everything_turned_on_and_what_is_logged_of_it(tiny_folders: dict[str, P
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scoring", ["stale", "consistent_stale"])
-def test_rewards_by_the_index_alone_encode_nothing_anew(tiny_folders: dict[str, Path], tmp_path: Path, scoring: Any) -> None:
+def test_rewards_by_the_index_alone_encode_nothing_anew(
+    tiny_folders: dict[str, Path], tmp_path: Path, scoring: Any
+) -> None:
     config, data, model = start_of_run(tmp_path, tiny_folders["llama"], steps=3)
-    index = dataclasses.replace(config.index, scoring=scoring, drift_every=1, drift_documents=20, drift_cosine=2.0)
+    index = dataclasses.replace(
+        config.index, scoring=scoring, drift_every=1, drift_documents=20, drift_cosine=2.0
+    )
     run = tmp_path / "run"
     run_it(dataclasses.replace(config, index=index), run, data, model, [])
     lines = lines_of(run / "metrics.jsonl")
     assert [line["reencoded"] for line in lines] == [0, 0, 0]
     assert all(line["index_stall_share"] >= 0 and 0 < line["drift_cosine"] <= 1 + 1e-6 for line in lines)
-    # Everything has drifted by such a limit, so each step leaves a snapshot.
-    assert latest_snapshot(run) == 3
-    assert [path.name for path in (run / "pins").glob("trainer")] == (["trainer"] if scoring == "consistent_stale" else [])
+    # Everything has drifted by such a limit, so each step leaves a checkpoint.
+    assert latest_checkpoint(run) == 3
+    assert [path.name for path in (run / "pins").glob("trainer")] == (
+        ["trainer"] if scoring == "consistent_stale" else []
+    )
 
 
 @pytest.mark.slow
-def test_a_collapse_stops_the_run_and_keeps_its_checkpoint(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
-    config, data, model = start_of_run(tmp_path, tiny_folders["llama"], collapse_steps=2, collapse_valid=0.9, snapshot_every=50)
+def test_a_collapse_stops_the_run_and_keeps_its_checkpoint(
+    tiny_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    config, data, model = start_of_run(
+        tmp_path, tiny_folders["llama"], collapse_steps=2, collapse_valid=0.9, save_every=50
+    )
     run, said = tmp_path / "run", list[str]()
-    with pytest.raises(UserError, match=r"stage 2, step 1: valid_rate: below 0\.9 for 2 steps in a row .* \(checkpoints are in .*run\)"):
+    with pytest.raises(
+        UserError,
+        match=r"stage 2, step 1: valid_rate: below 0\.9 for 2 steps in a row .* \(checkpoints are in .*run\)",
+    ):
         run_it(config, run, data, model, said)
-    assert latest_snapshot(run) == 2
+    assert latest_checkpoint(run) == 2
     # The same command does not forget how low it had sunk.
     with pytest.raises(UserError, match=r"step 2: valid_rate: below 0\.9 for 3 steps in a row"):
         run_it(config, run, data, model, said)
@@ -215,7 +284,9 @@ def test_a_collapse_stops_the_run_and_keeps_its_checkpoint(tiny_folders: dict[st
 
 
 @pytest.mark.slow
-def test_replies_that_are_too_short_earn_nothing(tiny_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replies_that_are_too_short_earn_nothing(
+    tiny_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sample = Sampler.sample
 
     def every_other_is_short(sampler: Sampler, *asked: Any, **options: Any) -> Rollout:
@@ -244,11 +315,19 @@ def with_first_query(**changes: Any) -> Collection:
         ({"index": {"candidates": 1000}}, {}, "index.candidates"),
         ({"rl": {"micro_queries": 2}}, {}, "rl.micro_queries: 2: does not divide rl.global_queries 3"),
         ({"rl": {"global_queries": 21}}, {}, "rl.global_queries: 21: there are 20"),
-        ({"rl": {"infonce_negatives": 38}}, {}, "rl.infonce_negatives: 38: the corpus has 40 documents.*give 0 to 37"),
+        (
+            {"rl": {"infonce_negatives": 38}},
+            {},
+            "rl.infonce_negatives: 38: the corpus has 40 documents.*give 0 to 37",
+        ),
         ({"rl": {"infonce_negatives": -1}}, {}, "rl.infonce_negatives: -1"),
         ({"rl": {"infonce_alike": 1.1}}, {}, "rl.infonce_alike: 1.1: is a cosine"),
         ({"rl": {"inner_epochs": 0}}, {}, "rl.inner_epochs: 0"),
-        ({"rl": {"min_tokens": 9}}, {}, "rl.min_tokens: 9: at most rl.sampler.max_think_tokens 8 are written"),
+        (
+            {"rl": {"min_tokens": 9}},
+            {},
+            "rl.min_tokens: 9: at most rl.sampler.max_think_tokens 8 are written",
+        ),
         ({"rl": {"sample_every": 0}}, {}, "rl.sample_every: 0"),
         ({"rl": {"length_weight": 0.1, "free_tokens": 8}}, {}, "free_tokens 8"),
         ({"rl": {"floor_gap": 0.0}}, {}, "floor_gap 0"),
@@ -257,9 +336,16 @@ def with_first_query(**changes: Any) -> Collection:
     ],
 )
 def test_impossible_settings_are_refused_before_the_first_step(
-    tiny_model: LoadedModel, tmp_path: Path, change: dict[str, dict[str, Any]], collection: dict[str, Any], named: str
+    tiny_model: LoadedModel,
+    tmp_path: Path,
+    change: dict[str, dict[str, Any]],
+    collection: dict[str, Any],
+    named: str,
 ) -> None:
-    rl, index = dataclasses.replace(CONFIG.rl, **change.get("rl", {})), dataclasses.replace(CONFIG.index, **change.get("index", {}))
+    rl, index = (
+        dataclasses.replace(CONFIG.rl, **change.get("rl", {})),
+        dataclasses.replace(CONFIG.index, **change.get("index", {})),
+    )
     data = TrainingSet(train=with_first_query(**collection), dev=None)
     with pytest.raises(UserError, match=named):
         run_it(dataclasses.replace(CONFIG, rl=rl, index=index), tmp_path / "run", data, tiny_model, [])
@@ -281,7 +367,9 @@ def test_stage_2_trains_on_fewer_queries_and_searches_what_they_judge() -> None:
     small = for_stage_2(whole, DataConfig(rl_queries=5, rl_documents=12)).train
     assert len(small.queries) == 5
     assert len(small.documents) == 12
-    assert {doc_id for query in small.queries for doc_id in query.positives} <= {document.doc_id for document in small.documents}
+    assert {doc_id for query in small.queries for doc_id in query.positives} <= {
+        document.doc_id for document in small.documents
+    }
     assert all(query in whole.train.queries for query in small.queries)
     unjudged = TrainingSet(train=with_first_query(positives={}), dev=None)
     kept = for_stage_2(unjudged, DataConfig()).train

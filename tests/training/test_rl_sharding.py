@@ -1,25 +1,32 @@
-"""Stage 2 on a mesh: eight devices sample and update as one does, whether or not a micro-batch's prompts can be shared out."""
+"""Stage 2 on a mesh: eight devices sample and update as one does, whether or not a micro-batch's prompts can
+be shared out."""
 
 import json
 from pathlib import Path
 
 import pytest
-from mesh_shapes import covering_meshes, every_mesh
-from processes import run_processes
+from helpers.jax_processes import run_processes
+from helpers.mesh_shapes import covering_meshes, every_mesh
 
-PROGRAM = Path(__file__).with_name("sharded_rl.py")
+PROGRAM = Path(__file__).parents[1] / "helpers" / "sharded_rl_update.py"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "kind", "part"), [("qwen2", "lora", 0), ("llama", "full", 1)])
-@pytest.mark.parametrize("meshes", [covering_meshes(), pytest.param(every_mesh(8, most_tensor=2), marks=pytest.mark.exhaustive)], ids=len)
+@pytest.mark.parametrize(
+    "meshes",
+    [covering_meshes(), pytest.param(every_mesh(8, most_tensor=2), marks=pytest.mark.exhaustive)],
+    ids=len,
+)
 def test_meshes_compute_what_one_device_computes(
     tiny_folders: dict[str, Path], meshes: list[dict[str, int]], family: str, kind: str, part: int
 ) -> None:
-    # Two micro-batches of 16 queries: their rows and their prompts are shared out; of 4 queries, only the rows.
+    # Two micro-batches of 16 queries: their rows and their prompts are shared out; of 4 queries, only the
+    # rows.
     cases = [(16, sizes, 0.0) for sizes in meshes[part::2]]
     cases.append((4, [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}][part], 0.0))
-    # A device holds half of the weights while replies are written, or a tenth: then they are gathered for every token.
+    # A device holds half of the weights while replies are written, or a tenth: then they are gathered for
+    # every token.
     cases.append((16, {"fsdp": 8}, [0.1, 0.6][part]))
     arguments = [str(tiny_folders[family]), kind, json.dumps(cases)]
     report = run_processes(PROGRAM, arguments, processes=1, devices=8, timeout=1500)[0]

@@ -10,17 +10,17 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from tiny import plain_hidden
+from helpers.tiny_models import plain_hidden
 
 from search_r3_jax.config import LoraConfig, OptimizerConfig, RlConfig, SamplerConfig
-from search_r3_jax.hub.checkpoint import LoadedModel, load_model, with_lora
+from search_r3_jax.hub.load_model import LoadedModel, load_model, with_lora
 from search_r3_jax.models.decoder import Decoder
 from search_r3_jax.models.layers import LoraParam
 from search_r3_jax.objectives.policy_gradient import group_advantages
 from search_r3_jax.rollout.sampler import Rollout, Sampler, rollout_seeds
 from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training.optimizer import make_optimizer
-from search_r3_jax.training.rl_step import RlBatch, make_batch, make_scorer, make_update, own_document_rows
+from search_r3_jax.training.rl_step import RlBatch, make_batch, make_scorer, make_update, tokenize_documents
 from search_r3_jax.training.state import init_state
 
 LORA = LoraConfig(rank=4)
@@ -44,7 +44,9 @@ def batch_of(rollout: Rollout, *, micro_queries: int = 0, Q: int = 3) -> RlBatch
     advantages, _ = group_advantages(jnp.asarray(rewards), group_id, groups=Q)
     documents = generator.standard_normal((Q, 64))
     documents /= np.linalg.norm(documents, axis=-1, keepdims=True)
-    return make_batch(rollout, np.asarray(advantages), documents, np.eye(Q) + np.eye(Q, k=1), micro_queries=micro_queries)
+    return make_batch(
+        rollout, np.asarray(advantages), documents, np.eye(Q) + np.eye(Q, k=1), micro_queries=micro_queries
+    )
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,10 @@ def prepared(tiny_folders: dict[str, Path]) -> Prepared:
     model = with_lora(load_model(tiny_folders["llama"]), LORA, seed=0)
     generator = np.random.default_rng(0)
     params = nnx.state(model.decoder, LoraParam)
-    nnx.update(model.decoder, jax.tree.map(lambda x: x + 0.05 * generator.standard_normal(x.shape).astype(np.float32), params))
+    nnx.update(
+        model.decoder,
+        jax.tree.map(lambda x: x + 0.05 * generator.standard_normal(x.shape).astype(np.float32), params),
+    )
     prompter = Prompter(model.tokenizer)
     graph, state = nnx.split(model.decoder)
     sampler = Sampler(graph, prompter, max_think_tokens=8, temperature=1.0)
@@ -80,7 +85,9 @@ def test_step_zero_ratio_is_one_on_every_token(prepared: Prepared) -> None:
     old = score(params, frozen, batch.replies, adapters=True)
     sampled = rollout.sampled
     assert sampled.sum() > 12
-    np.testing.assert_allclose(np.exp(np.asarray(old).reshape(sampled.shape) - rollout.log_probs)[sampled], 1.0, atol=1e-5)
+    np.testing.assert_allclose(
+        np.exp(np.asarray(old).reshape(sampled.shape) - rollout.log_probs)[sampled], 1.0, atol=1e-5
+    )
     optimizer = make_optimizer(RL.optimizer, 6)
     reference = score(params, frozen, batch.replies, adapters=False)
     update = make_update(graph, prompter, optimizer, RL)
@@ -91,7 +98,9 @@ def test_step_zero_ratio_is_one_on_every_token(prepared: Prepared) -> None:
     assert float(scalars["kl"]) > 1e-3
 
 
-def test_the_reference_is_the_model_without_adapters(prepared: Prepared, tiny_folders: dict[str, Path]) -> None:
+def test_the_reference_is_the_model_without_adapters(
+    prepared: Prepared, tiny_folders: dict[str, Path]
+) -> None:
     model, prompter, rollout, batch = prepared
     graph, params, frozen = nnx.split(model.decoder, LoraParam, ...)
     found = make_scorer(graph, prompter, RL)(params, frozen, batch.replies, adapters=False)
@@ -110,15 +119,24 @@ class Kept(NamedTuple):
 
 def keep_gradient() -> optax.GradientTransformation:
     return optax.GradientTransformation(
-        lambda params: Kept(jax.tree.map(jnp.zeros_like, params)), lambda updates, state, params=None: (updates, Kept(updates))
+        lambda params: Kept(jax.tree.map(jnp.zeros_like, params)),
+        lambda updates, state, params=None: (updates, Kept(updates)),
     )
 
 
-def gradient_of(prepared: Prepared, config: RlConfig, batch: RlBatch, *, reference: bool = True) -> tuple[nnx.State, dict[str, jax.Array]]:
+def gradient_of(
+    prepared: Prepared, config: RlConfig, batch: RlBatch, *, reference: bool = True
+) -> tuple[nnx.State, dict[str, jax.Array]]:
     graph, params, frozen = nnx.split(prepared.model.decoder, LoraParam, ...)
-    scored = make_scorer(graph, prepared.prompter, config)(params, frozen, batch.replies, adapters=False) if reference else None
+    scored = (
+        make_scorer(graph, prepared.prompter, config)(params, frozen, batch.replies, adapters=False)
+        if reference
+        else None
+    )
     optimizer = keep_gradient()
-    state, scalars, _ = make_update(graph, prepared.prompter, optimizer, config)(init_state(params, optimizer), frozen, batch, None, scored)
+    state, scalars, _ = make_update(graph, prepared.prompter, optimizer, config)(
+        init_state(params, optimizer), frozen, batch, None, scored
+    )
     return state.optimizer.gradient, scalars
 
 
@@ -139,13 +157,16 @@ def test_gradient_equals_one_row_at_a_time(prepared: Prepared) -> None:
     def plain(params: nnx.State) -> jax.Array:
         decoder = nnx.merge(graph, params, frozen)
         rows = [
-            jnp.mean(jnp.exp(new - jax.lax.stop_gradient(new))) * advantages[b] for b, new in enumerate(plain_log_probs(decoder, prepared))
+            jnp.mean(jnp.exp(new - jax.lax.stop_gradient(new))) * advantages[b]
+            for b, new in enumerate(plain_log_probs(decoder, prepared))
         ]
         return -sum(rows, jnp.zeros(())) / len(rows)
 
     expected = jax.grad(plain)(params)
     np.testing.assert_allclose(scalars["gradient_norm"], optax.tree.norm(expected), rtol=1e-4)
-    assert float(optax.tree.norm(jax.tree.map(jnp.subtract, gradient, expected))) < 1e-4 * float(optax.tree.norm(expected))
+    assert float(optax.tree.norm(jax.tree.map(jnp.subtract, gradient, expected))) < 1e-4 * float(
+        optax.tree.norm(expected)
+    )
 
 
 @pytest.mark.parametrize("variant", ["grpo", "dr_grpo", "dapo", "gspo"])
@@ -164,27 +185,40 @@ def test_micro_batches_change_nothing(prepared: Prepared, variant: Any) -> None:
 def test_the_auxiliary_loss_counts_every_relevant_document(prepared: Prepared) -> None:
     config = dataclasses.replace(RL, beta=0.0, infonce_weight=1.0, infonce_temperature=0.1)
     _, scalars = gradient_of(prepared, config, prepared.batch, reference=False)
-    documents, relevance = np.asarray(prepared.batch.documents, np.float64), prepared.batch.replies.relevance[0]
+    documents, relevance = (
+        np.asarray(prepared.batch.documents, np.float64),
+        prepared.batch.replies.relevance[0],
+    )
     losses = []
     for b, vector in enumerate(prepared.rollout.vectors.astype(np.float64)):
         scores = vector @ documents.T / 0.1
         positive = relevance[b // 4] > 0
         negatives = np.exp(scores[~positive]).sum()
-        losses.append(np.mean([np.log((np.exp(score) + negatives) / np.exp(score)) for score in scores[positive]]))
+        losses.append(
+            np.mean([np.log((np.exp(score) + negatives) / np.exp(score)) for score in scores[positive]])
+        )
     np.testing.assert_allclose(scalars["infonce"], np.mean(losses), rtol=1e-5)
     np.testing.assert_allclose(scalars["loss"], scalars["policy"] + scalars["infonce"], rtol=1e-6)
 
 
 def test_documents_that_are_trained_have_the_plain_gradient(prepared: Prepared) -> None:
     """The queries' own documents beside two constant ones, against whole rows through the same decoder."""
-    bodies, prompter = ["a first document", "the second one, which is longer than it may be, so that it is cut", ""], prepared.prompter
+    bodies, prompter = (
+        ["a first document", "the second one, which is longer than it may be, so that it is cut", ""],
+        prepared.prompter,
+    )
     relevance = np.eye(3, 5) + np.eye(3, 5, k=1)
     documents = np.random.default_rng(2).standard_normal((5, 64))
     documents /= np.linalg.norm(documents, axis=-1, keepdims=True)
-    own = own_document_rows(prompter, bodies, 16)
-    config = dataclasses.replace(RL, beta=0.0, infonce_weight=1.0, infonce_temperature=0.1, infonce_train_documents=True)
+    own = tokenize_documents(prompter, bodies, 16)
+    config = dataclasses.replace(
+        RL, beta=0.0, infonce_weight=1.0, infonce_temperature=0.1, infonce_train_documents=True
+    )
     nothing = np.zeros(len(prepared.rollout.ids), np.float32)
-    whole, parts = (make_batch(prepared.rollout, nothing, documents, relevance, own=own, micro_queries=micro) for micro in (0, 1))
+    whole, parts = (
+        make_batch(prepared.rollout, nothing, documents, relevance, own=own, micro_queries=micro)
+        for micro in (0, 1)
+    )
     gradient, scalars = gradient_of(prepared, config, whole, reference=False)
     assert_same_gradient(gradient_of(prepared, config, parts, reference=False)[0], gradient)
 
@@ -198,7 +232,12 @@ def test_documents_that_are_trained_have_the_plain_gradient(prepared: Prepared) 
         decoder = nnx.merge(graph, params, frozen)
 
         def vectors(rows: list[list[int]]) -> jax.Array:
-            states = jnp.stack([states_td[len(row) - 1] for states_td, row in zip(plain_hidden(decoder, rows), rows, strict=True)])
+            states = jnp.stack(
+                [
+                    states_td[len(row) - 1]
+                    for states_td, row in zip(plain_hidden(decoder, rows), rows, strict=True)
+                ]
+            )
             return states / jnp.linalg.norm(states, axis=-1, keepdims=True)
 
         scores = vectors(query_rows) @ jnp.concatenate([vectors(document_rows), documents[3:]]).T / 0.1
@@ -213,8 +252,12 @@ def test_documents_that_are_trained_have_the_plain_gradient(prepared: Prepared) 
     np.testing.assert_allclose(scalars["infonce"], loss, rtol=1e-5)
     assert_same_gradient(gradient, expected)
     # They are no constants: without their part it is another gradient.
-    constant, _ = gradient_of(prepared, dataclasses.replace(config, infonce_train_documents=False), whole, reference=False)
-    assert float(optax.tree.norm(jax.tree.map(jnp.subtract, constant, expected))) > 0.1 * float(optax.tree.norm(expected))
+    constant, _ = gradient_of(
+        prepared, dataclasses.replace(config, infonce_train_documents=False), whole, reference=False
+    )
+    assert float(optax.tree.norm(jax.tree.map(jnp.subtract, constant, expected))) > 0.1 * float(
+        optax.tree.norm(expected)
+    )
 
 
 def test_an_update_that_is_not_finite_changes_nothing(prepared: Prepared) -> None:
@@ -222,10 +265,14 @@ def test_an_update_that_is_not_finite_changes_nothing(prepared: Prepared) -> Non
     optimizer = make_optimizer(RL.optimizer, 6)
     update = make_update(graph, prepared.prompter, optimizer, dataclasses.replace(RL, beta=0.0))
     replies = prepared.batch.replies
-    broken = prepared.batch._replace(replies=replies._replace(advantages=np.full_like(replies.advantages, np.nan)))
+    broken = prepared.batch._replace(
+        replies=replies._replace(advantages=np.full_like(replies.advantages, np.nan))
+    )
     before = init_state(params, optimizer)
     state, scalars, _ = update(before, frozen, broken)
     assert int(state.skipped) == int(scalars["skipped_in_a_row"]) == 1
-    jax.tree.map(np.testing.assert_array_equal, (state.params, state.optimizer), (before.params, before.optimizer))
+    jax.tree.map(
+        np.testing.assert_array_equal, (state.params, state.optimizer), (before.params, before.optimizer)
+    )
     state, scalars, _ = update(state, frozen, prepared.batch)
     assert int(scalars["skipped_in_a_row"]) == 0

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import word_collection
+from helpers.tiny_models import word_collection
 
 from search_r3_jax.config import LoraConfig, MeshConfig, OptimizerConfig, RunConfig, SftConfig
 from search_r3_jax.errors import UserError
@@ -42,7 +42,10 @@ def test_another_trainer_is_refused_until_the_first_has_closed(tmp_path: Path) -
 
 def test_a_bucket_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"--run: gs:/bucket/run: a run lies in a folder that all its processes see, not in a bucket"):
+    with pytest.raises(
+        UserError,
+        match=r"--run: gs:/bucket/run: a run lies in a folder that all its processes see, not in a bucket",
+    ):
         opened(Path("gs://bucket/run"))
     assert list(tmp_path.iterdir()) == []
 
@@ -72,14 +75,25 @@ def test_harmless_changes_are_named_and_taken_over(tmp_path: Path) -> None:
     path, said = tmp_path / "run", list[str]()
     opened(path, said=said).close()
     assert said == []
-    changed = dataclasses.replace(CONFIG, mesh=MeshConfig(data=2, fsdp=4), sft=SftConfig(save_every=7), remat="none")
+    changed = dataclasses.replace(
+        CONFIG, mesh=MeshConfig(data=2, fsdp=4), sft=SftConfig(save_every=7), remat="none"
+    )
     opened(path, changed, said, on_change=interrupted).close()
     assert len(said) == 1
-    for part in ("harmless", "config.mesh.data was 1, is 2", "config.mesh.fsdp was -1, is 4", "config.sft.save_every was 100, is 7"):
+    for part in (
+        "harmless",
+        "config.mesh.data was 1, is 2",
+        "config.mesh.fsdp was -1, is 4",
+        "config.sft.save_every was 100, is 7",
+    ):
         assert part in said[0]
     record = json.loads((path / "config.json").read_text())
     assert record["config"] == json.loads(json.dumps(dataclasses.asdict(changed)))
-    assert {change["field"] for change in record["changes"]} >= {"config.mesh.data", "config.sft.save_every", "config.remat"}
+    assert {change["field"] for change in record["changes"]} >= {
+        "config.mesh.data",
+        "config.sft.save_every",
+        "config.remat",
+    }
     opened(path, changed, said).close()
     assert len(said) == 1
     assert json.loads((path / "config.json").read_text()) == record
@@ -89,9 +103,13 @@ def test_harmful_changes_are_refused_all_at_once_and_leave_the_record(tmp_path: 
     path = tmp_path / "run"
     opened(path).close()
     before = (path / "config.json").read_bytes()
-    changed = dataclasses.replace(CONFIG, seed=1, lora=LoraConfig(rank=8), sft=SftConfig(optimizer=OptimizerConfig(learning_rate=0.5)))
+    changed = dataclasses.replace(
+        CONFIG, seed=1, lora=LoraConfig(rank=8), sft=SftConfig(optimizer=OptimizerConfig(learning_rate=0.5))
+    )
     with pytest.raises(
-        UserError, match=r"config\.lora\.rank was 16, is 8; config\.seed was 0, is 1; .*learning_rate was 0\.0001, is 0\.5\)"
+        UserError,
+        match=r"config\.lora\.rank was 16, is 8; config\.seed was 0, is 1; .*learning_rate was 0\.0001, is "
+        r"0\.5\)",
     ):
         opened(path, changed)
     assert (path / "config.json").read_bytes() == before

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from contrastive_by_hand import info_nce_by_hand, triplet_by_hand, unit_rows
-from tiny import byte_tokenizer, word_collection
+from helpers.contrastive_float64 import info_nce_by_hand, triplet_by_hand, unit_rows
+from helpers.tiny_models import byte_tokenizer, word_collection
 
 from search_r3_jax.config import Direction, SftConfig
 from search_r3_jax.data.collection import Collection
@@ -16,12 +16,18 @@ from search_r3_jax.data.pipeline import PairBatch, PairPipeline
 from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training.sft_step import contrastive_losses
 
-ALL: tuple[Direction, ...] = ("query_to_document", "query_to_query", "document_to_query", "document_to_document")
+ALL: tuple[Direction, ...] = (
+    "query_to_document",
+    "query_to_query",
+    "document_to_query",
+    "document_to_document",
+)
 TWO: tuple[Direction, ...] = ("query_to_document", "document_to_query")
 
 
 def graded_collection() -> Collection:
-    """Queries with one to three relevant documents of grades 1 to 3, neighbours sharing some, and none to two negatives."""
+    """Queries with one to three relevant documents of grades 1 to 3, neighbours sharing some, and none to two
+    negatives."""
     plain = word_collection(documents=12, queries=10)
     queries = []
     for i, query in enumerate(plain.queries):
@@ -49,14 +55,18 @@ def batch_of(collection: Collection) -> PairBatch:
     [(ALL[:1], "joint"), (TWO, "joint"), (ALL, "joint"), (ALL[:1], "per_direction"), (TWO, "per_direction")],
 )
 @pytest.mark.parametrize("margin", [None, 0.1])
-def test_losses_of_a_batch_by_hand(directions: tuple[Direction, ...], partition: str, margin: float | None) -> None:
+def test_losses_of_a_batch_by_hand(
+    directions: tuple[Direction, ...], partition: str, margin: float | None
+) -> None:
     collection = graded_collection()
     batch = batch_of(collection)
     B, P = len(batch.known_ids), len(batch.document_ids)
     queries, documents = unit_rows(B, 16, 0), unit_rows(P, 16, 1)
     # The same document has the same vector, wherever it stands.
     documents = documents[[list(batch.document_ids).index(number) for number in batch.document_ids]]
-    config = SftConfig(directions=directions, partition="joint" if partition == "joint" else "per_direction", negatives=2)
+    config = SftConfig(
+        directions=directions, partition="joint" if partition == "joint" else "per_direction", negatives=2
+    )
     config = dataclasses.replace(config, false_negative_margin=margin)
     infonce, triplet, _ = contrastive_losses(jnp.asarray(queries), jnp.asarray(documents), batch, config)
 

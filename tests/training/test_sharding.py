@@ -1,4 +1,5 @@
-"""Stage 1 on a mesh: every shard holds its rows, donated memory is nobody else's, and eight devices compute what one computes."""
+"""Stage 1 on a mesh: every shard holds its rows, donated memory is nobody else's, and eight devices compute
+what one computes."""
 
 import dataclasses
 import json
@@ -10,15 +11,15 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from helpers.jax_processes import run_processes
+from helpers.mesh_shapes import covering_meshes, every_mesh
+from helpers.sharded_sft_steps import collection_of, config_of
+from helpers.tiny_models import byte_tokenizer
 from jax.sharding import PartitionSpec
-from mesh_shapes import covering_meshes, every_mesh
-from processes import run_processes
-from sharded_steps import collection_of, config_of
-from tiny import byte_tokenizer
 
 from search_r3_jax.config import MeshConfig
 from search_r3_jax.data.pipeline import ROW_FIELDS, PairBatch, TextChunks
-from search_r3_jax.hub.checkpoint import load_model, with_lora
+from search_r3_jax.hub.load_model import load_model, with_lora
 from search_r3_jax.mesh import make_mesh, mesh_from_config
 from search_r3_jax.models.layers import LoraParam
 from search_r3_jax.text.prompts import Prompter
@@ -27,11 +28,13 @@ from search_r3_jax.training.sft_step import make_step
 from search_r3_jax.training.sharding import put_batch
 from search_r3_jax.training.state import init_state, state_shardings
 
-PROGRAM = Path(__file__).with_name("sharded_steps.py")
+PROGRAM = Path(__file__).parents[1] / "helpers" / "sharded_sft_steps.py"
 
 
 def batch_of() -> PairBatch:
-    return make_pipeline(config_of("", lora=True), [collection_of()], Prompter(byte_tokenizer(embed_token=True))).batch(0)
+    return make_pipeline(
+        config_of("", lora=True), [collection_of()], Prompter(byte_tokenizer(embed_token=True))
+    ).batch(0)
 
 
 def read(rows: np.ndarray, at: np.ndarray) -> list[list[int]]:
@@ -60,7 +63,9 @@ def test_the_slices_of_all_processes_are_the_batch(count: int) -> None:
             assert read(ids, part.embed_at) == read(whole.ids, whole.embed_at)
             kept = part.reply_at.shape[1] - whole.reply_at.shape[1]
             assert 0 <= kept < count
-            np.testing.assert_array_equal(part.reply_at, np.pad(whole.reply_at, ((0, 0), (0, kept)), constant_values=-1))
+            np.testing.assert_array_equal(
+                part.reply_at, np.pad(whole.reply_at, ((0, 0), (0, kept)), constant_values=-1)
+            )
     for part in slices:
         for field in PairBatch._fields[2:]:
             np.testing.assert_array_equal(getattr(part, field), getattr(batch, field))
@@ -78,7 +83,9 @@ def test_one_device_needs_no_mesh_and_a_mesh_of_one_changes_nothing() -> None:
 def test_moments_lie_where_their_parameters_lie(tiny_folders: dict[str, Path]) -> None:
     mesh = make_mesh(devices=jax.devices()[:1])
     _, params = nnx.split(load_model(tiny_folders["llama"]).decoder)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.cosine_decay_schedule(1e-3, 10)))
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(optax.cosine_decay_schedule(1e-3, 10))
+    )
     shardings = state_shardings(params, optimizer, mesh)
     state = init_state(params, optimizer, shardings)
     assert jax.tree.map(lambda x: x.sharding, state) == shardings
@@ -136,11 +143,15 @@ def check(report: dict[str, Any], meshes: list[dict[str, int]], *, devices: int 
         assert found["params"] <= 1e-5
         assert found["compiled"] == found["shapes"]
         assert found["kernel_share"] == 1 / (sizes.get("fsdp", 1) * sizes.get("tensor", 1))
-        assert found["rows_share"] == 1 / (sizes.get("slice", 1) * sizes.get("data", 1) * sizes.get("fsdp", 1))
+        assert found["rows_share"] == 1 / (
+            sizes.get("slice", 1) * sizes.get("data", 1) * sizes.get("fsdp", 1)
+        )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "kind", "sizes"), [("qwen2", "lora", {"fsdp": 2, "tensor": 2}), ("llama", "full", {"fsdp": 4})])
+@pytest.mark.parametrize(
+    ("family", "kind", "sizes"), [("qwen2", "lora", {"fsdp": 2, "tensor": 2}), ("llama", "full", {"fsdp": 4})]
+)
 def test_two_processes_of_two_devices_compute_what_one_computes(
     tiny_folders: dict[str, Path], family: str, kind: str, sizes: dict[str, int]
 ) -> None:
@@ -151,10 +162,16 @@ def test_two_processes_of_two_devices_compute_what_one_computes(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "kind", "part"), [("qwen2", "full", 0), ("llama", "lora", 1)])
-@pytest.mark.parametrize("meshes", [covering_meshes(), pytest.param(every_mesh(8, most_tensor=2), marks=pytest.mark.exhaustive)], ids=len)
+@pytest.mark.parametrize(
+    "meshes",
+    [covering_meshes(), pytest.param(every_mesh(8, most_tensor=2), marks=pytest.mark.exhaustive)],
+    ids=len,
+)
 def test_meshes_compute_what_one_device_computes(
     tiny_folders: dict[str, Path], meshes: list[dict[str, int]], family: str, kind: str, part: int
 ) -> None:
     # A small batch: of a step, compiling is most of the time.
     meshes = meshes[part::2]
-    check(run(tiny_folders[family], kind, meshes, processes=1, devices=8, steps=1, pairs=16, chunk=8)[0], meshes)
+    check(
+        run(tiny_folders[family], kind, meshes, processes=1, devices=8, steps=1, pairs=16, chunk=8)[0], meshes
+    )

@@ -1,4 +1,5 @@
-"""Killed at random moments and started again by the same command, a run ends where an uninterrupted one ends, to the last bit."""
+"""Killed at random moments and started again by the same command, a run ends where an uninterrupted one ends,
+to the last bit."""
 
 from __future__ import annotations
 
@@ -10,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import Place, computed, equal, until
+from helpers.command_folder import Place, computed, equal, until
 
-from search_r3_jax.distributed import STATUS
-from search_r3_jax.retrieval.heartbeat import read_beat
-from search_r3_jax.retrieval.schedule import IndexSchedule
+from search_r3_jax.distributed.runtime import STATUS
+from search_r3_jax.retrieval.indexer.heartbeat import read_beat
+from search_r3_jax.retrieval.indexer.schedule import IndexSchedule
 
 SFT_STEPS, RL_STEPS = 70, 60
 # A start that finds its programs compiled takes about so long; a kill may come anywhere in it.
@@ -24,9 +25,15 @@ BOUND_SECONDS = 20.0
 
 
 def wait_for_a_moment(
-    place: Place, run: str, process: subprocess.Popen[bytes], generator: np.random.Generator, *, starting: float = 0.25
+    place: Place,
+    run: str,
+    process: subprocess.Popen[bytes],
+    generator: np.random.Generator,
+    *,
+    starting: float = 0.25,
 ) -> None:
-    """A random time within the start of a process, with probability `starting`, or a random number of steps and a random time after it."""
+    """A random time within the start of a process, with probability `starting`, or a random number of steps
+    and a random time after it."""
     if generator.random() < starting:
         time.sleep(generator.uniform(0, START_SECONDS))
         return
@@ -77,11 +84,18 @@ def test_stage_1_killed_at_random_moments_ends_bit_equal(place: Place, tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kills", [6, pytest.param(12, marks=pytest.mark.exhaustive)])
-def test_stage_2_killed_at_random_moments_is_repeated_bit_equal(place: Place, tmp_path: Path, kills: int) -> None:
-    """Trainer, indexer or both are killed; an uninterrupted run that replays the record of index versions is the same run."""
+def test_stage_2_killed_at_random_moments_is_repeated_bit_equal(
+    place: Place, tmp_path: Path, kills: int
+) -> None:
+    """Trainer, indexer or both are killed; an uninterrupted run that replays the record of index versions is
+    the same run."""
     generator = np.random.default_rng(1)
     run = tmp_path / "killed"
-    command, told, indexers = place.command("rl", "killed", rl__steps=RL_STEPS), dict[int, dict[str, object]](), 0
+    command, told, indexers = (
+        place.command("rl", "killed", rl__steps=RL_STEPS),
+        dict[int, dict[str, object]](),
+        0,
+    )
     for _ in range(kills):
         process = place.start(command)
         wait_for_a_moment(place, "killed", process, generator)
@@ -130,7 +144,10 @@ def test_two_processes_one_of_them_killed_end_bit_equal(place: Place, tmp_path: 
         killed = time.monotonic()
         assert processes[1 - victim].wait(timeout=300) == STATUS
         assert time.monotonic() - killed < BOUND_SECONDS
-        assert f"process {victim} is gone; process {1 - victim} stops too" in (tmp_path / f"out-{1 - victim}.txt").read_text()
+        assert (
+            f"process {victim} is gone; process {1 - victim} stops too"
+            in (tmp_path / f"out-{1 - victim}.txt").read_text()
+        )
         found = place.lines("killed")
         assert [computed(line) for line in found] == whole[: len(found)]
     for process in place.cluster(command, processes=2):

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from tiny import CONFIG
+from helpers.tiny_models import CONFIG
 
 from search_r3_jax.config import LoraConfig
 from search_r3_jax.data.pipeline import TextChunks
@@ -18,12 +18,21 @@ def chunks(lengths: list[int], start: int, read: int) -> TextChunks:
         segments[0, 0, at : at + length] = i
         at += length
     reply_at = np.array([[*range(read), -1]])
-    return TextChunks(np.zeros((1, 1, 32), int), positions, segments, segments * 0, np.zeros((1, len(lengths)), int), reply_at)
+    return TextChunks(
+        np.zeros((1, 1, 32), int),
+        positions,
+        segments,
+        segments * 0,
+        np.zeros((1, len(lengths)), int),
+        reply_at,
+    )
 
 
 def test_work_by_hand() -> None:
     lora = LoraConfig(rank=0)
-    found = Throughput(model=CONFIG, lora=lora, peak=1e9, with_base=False).of(chunks([5, 3], 10, 4), chunks([9], 10, 0), 2.0)
+    found = Throughput(model=CONFIG, lora=lora, peak=1e9, with_base=False).of(
+        chunks([5, 3], 10, 4), chunks([9], 10, 0), 2.0
+    )
     tokens, attended = 5 + 3 + 9, sum(10 + i for n in (5, 3, 9) for i in range(1, n + 1))
     D, F, N, K, H, L, V = 48, 64, 4, 2, 16, 2, 320
     weights = 2 * D * N * H + 2 * D * K * H + 3 * D * F
@@ -37,9 +46,12 @@ def test_the_base_reads_the_queries_alone() -> None:
     lora = LoraConfig(rank=4)
     queries, documents = chunks([5, 3], 10, 4), chunks([9], 10, 0)
     without, with_base = (
-        Throughput(model=CONFIG, lora=lora, peak=1.0, with_base=base).of(queries, documents, 1.0) for base in (False, True)
+        Throughput(model=CONFIG, lora=lora, peak=1.0, with_base=base).of(queries, documents, 1.0)
+        for base in (False, True)
     )
-    queries_alone = Throughput(model=CONFIG, lora=LoraConfig(rank=0), peak=1.0, with_base=False).of(queries, chunks([], 0, 0), 1.0)
+    queries_alone = Throughput(model=CONFIG, lora=LoraConfig(rank=0), peak=1.0, with_base=False).of(
+        queries, chunks([], 0, 0), 1.0
+    )
     assert with_base["mfu"] - without["mfu"] == pytest.approx(queries_alone["mfu"] / 3)
 
 

@@ -1,0 +1,56 @@
+"""Which processes train together, as flags, environment and hardware say. Imports no jax."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from search_r3_jax.errors import UserError
+
+COORDINATOR, PROCESSES, PROCESS = "SEARCH_R3_COORDINATOR", "SEARCH_R3_PROCESSES", "SEARCH_R3_PROCESS"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """The processes that train together.
+
+    Attributes:
+        coordinator: `host:port` where process 0 listens; empty is found out (SLURM, TPU metadata) or, alone,
+            not needed.
+        processes: how many there are; 0 is found out.
+        process: the number of this one; -1 is found out.
+    """
+
+    coordinator: str = ""
+    processes: int = 0
+    process: int = -1
+
+
+def named_cluster(cluster: Cluster, environment: Mapping[str, str]) -> Cluster | None:
+    """What flags say, and where they say nothing the environment; None where neither says anything. Raises
+    UserError for a part of it."""
+    coordinator = cluster.coordinator or environment.get(COORDINATOR, "")
+    processes = str(cluster.processes or environment.get(PROCESSES, ""))
+    process = str(cluster.process if cluster.process >= 0 else environment.get(PROCESS, ""))
+    if not (coordinator or processes or process):
+        return None
+    if not (
+        ":" in coordinator and processes.isdecimal() and process.isdecimal() and int(process) < int(processes)
+    ):
+        raise UserError(
+            f"cluster: coordinator {coordinator!r}, processes {processes!r}, process {process!r}: give all "
+            "three, by flags or as "
+            f"{COORDINATOR} (host:port), {PROCESSES} and {PROCESS} (0 to {PROCESSES} − 1)"
+        )
+    return Cluster(coordinator=coordinator, processes=int(processes), process=int(process))
+
+
+def is_detectable(
+    environment: Mapping[str, str], accelerators: tuple[str, ...] = ("/dev/accel0", "/dev/vfio/0")
+) -> bool:
+    """Whether JAX can find out by itself who takes part: several tasks of SLURM, or a TPU host."""
+    if int(environment.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environment:
+        return True
+    on_tpu = any(Path(device).exists() for device in accelerators)
+    return on_tpu and environment.get("JAX_PLATFORMS", "tpu") in ("", "tpu")

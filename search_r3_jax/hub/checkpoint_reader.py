@@ -1,0 +1,162 @@
+"""Orbax checkpoints of a run, as the indexer reads them, and everything that takes a run as a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from search_r3_jax.config import RunConfig, Step, config_from_dict
+from search_r3_jax.errors import UserError
+from search_r3_jax.files import write_text
+from search_r3_jax.hub.checkpoint_integrity import verify_checkpoint
+
+PARAMS, OPTIMIZER, META = "params", "optimizer", "meta"
+SCORE = "score"
+
+
+def checkpoint_folder(run: Path) -> Path:
+    """Where a run keeps its checkpoints (absolute: Orbax asks for it)."""
+    return (run / "checkpoints").absolute()
+
+
+def pin_checkpoints(run: Path, reader: str, steps: Collection[int]) -> None:
+    """Keep steps from being deleted while `reader` needs them, in place of those it named before; none lets
+    go of all."""
+    file = run / "pins" / reader
+    if not steps:
+        file.unlink(missing_ok=True)
+        return
+    file.parent.mkdir(exist_ok=True)
+    write_text(file, " ".join(str(step) for step in sorted(steps)) + "\n")
+
+
+def pinned_checkpoints(run: Path) -> list[int]:
+    """The steps that readers need."""
+    steps = []
+    for file in (run / "pins").glob("[!.]*"):
+        try:
+            steps += [int(step) for step in file.read_text(encoding="utf-8").split()]
+        except (FileNotFoundError, ValueError):
+            # A reader has just let go.
+            continue
+    return steps
+
+
+def checkpoint_scores(run: Path) -> dict[int, float]:
+    """The scores of the committed steps that have one."""
+    folder = checkpoint_folder(run)
+    # Orbax publishes a step by renaming its temporary directory to the bare number.
+    files = (
+        [file for file in folder.glob(f"*/{META}/metadata") if file.parts[-3].isdigit()]
+        if folder.is_dir()
+        else []
+    )
+    scores = {int(file.parts[-3]): json.loads(file.read_text(encoding="utf-8")).get(SCORE) for file in files}
+    return {step: score for step, score in scores.items() if score is not None}
+
+
+def best_of(scores: dict[int, float]) -> int | None:
+    """The step with the highest score, the newest of equals."""
+    return max(scores, key=lambda step: (scores[step], step), default=None)
+
+
+def checkpoint_steps(run: Path) -> list[int]:
+    """The committed steps of a run, ascending; sees what another process has committed by now."""
+    folder = checkpoint_folder(run)
+    if not folder.is_dir():
+        return []
+    # Orbax publishes a step by renaming its temporary directory to the bare number.
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+
+
+def latest_checkpoint(run: Path) -> int | None:
+    """The newest committed step of a run, or None."""
+    return max(checkpoint_steps(run), default=None)
+
+
+def best_checkpoint(run: Path) -> int | None:
+    """The committed step with the highest score, the newest of equals; None where no step has one."""
+    return best_of(checkpoint_scores(run))
+
+
+def resolve_step(run: Path, step: Step) -> int:
+    """The step that is meant: a number, None for the newest, `best`; raises UserError when there is none."""
+    found = (
+        step if isinstance(step, int) else latest_checkpoint(run) if step is None else best_checkpoint(run)
+    )
+    if found is None and step is None:
+        raise UserError(
+            f"{run}: checkpoints: none yet; wait for the first one, or give the model that the run starts "
+            "from"
+        )
+    if found is None:
+        raise UserError(
+            f"{run}: no checkpoint was evaluated while it was trained, so none is the best; leave --step out "
+            "or give its number"
+        )
+    return found
+
+
+def read_checkpoint(run: Path, step: int, params: nnx.State) -> nnx.State:
+    """The trainable parameters of one step, shaped like `params`; raises UserError when the step is not
+    there, or damaged."""
+    folder = checkpoint_folder(run) / str(step)
+    if not folder.is_dir():
+        raise UserError(
+            f"{checkpoint_folder(run)}: step {step}: no such checkpoint; the newest is "
+            f"{latest_checkpoint(run)}"
+        )
+    damage = verify_checkpoint(folder, PARAMS)
+    if damage:
+        others = ", ".join(str(other) for other in checkpoint_steps(run) if other != step)
+        raise UserError(
+            f"{folder}: is damaged: {damage}; choose another step{f' ({others})' if others else ''}"
+        )
+    with ocp.StandardCheckpointer() as checkpointer:
+        return filled(params, checkpointer.restore(folder / PARAMS, abstract(nnx.to_pure_dict(params))))
+
+
+def read_run(path: Path) -> tuple[RunConfig, dict[str, Any]]:
+    """The config of a run directory and the whole record; raises UserError when it is not one."""
+    file = path / "config.json"
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        return config_from_dict(RunConfig, record["config"]), record
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{file}: not the config of a run ({error}); give the folder that sft or rl wrote to"
+        ) from None
+
+
+def start_of(run: Path, record: dict[str, Any]) -> str:
+    """The model that a run starts from; another run is recorded relative to this one, so that both can move
+    together."""
+    start = record.get("start")
+    return record["config"]["model"] if start is None else str((run / start).resolve())
+
+
+def start_step_of(record: dict[str, Any]) -> int | None:
+    """The checkpoint of the run that a run starts from; None where it starts from no run, or an older record
+    names none."""
+    return record.get("start_step")
+
+
+def abstract(tree: Any) -> Any:
+    """Shapes, dtypes and places of arrays: what to restore, and where to."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=getattr(x, "sharding", None)), tree
+    )
+
+
+def filled(params: nnx.State, pure: Any) -> nnx.State:
+    """A state of the structure of `params` with the arrays of a pure dictionary."""
+    filled = jax.tree.map(lambda x: x, params)
+    nnx.replace_by_pure_dict(filled, pure)
+    return filled

@@ -1,0 +1,209 @@
+"""The checkpoints of a run, as its trainer writes them and resumes from them."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.experimental import multihost_utils
+
+from search_r3_jax.errors import UserError
+from search_r3_jax.hub.checkpoint_integrity import verify_checkpoint, write_checksums
+from search_r3_jax.hub.checkpoint_reader import (
+    META,
+    OPTIMIZER,
+    PARAMS,
+    SCORE,
+    abstract,
+    best_of,
+    checkpoint_folder,
+    checkpoint_scores,
+    checkpoint_steps,
+    filled,
+    pinned_checkpoints,
+)
+
+ARRAYS, EMPTY = "arrays", "empty_arrays"
+TEMPORARY = ".orbax-checkpoint-tmp"
+NO_STEP = -1
+
+
+class RestoredCheckpoint(NamedTuple):
+    """What a checkpoint holds: trainable parameters, optimiser state, and whatever else decides the next
+    step, as JSON and as arrays."""
+
+    params: nnx.State
+    optimizer: Any
+    meta: dict[str, Any]
+    arrays: dict[str, np.ndarray]
+
+
+class CheckpointWriter:
+    """Saves steps asynchronously and keeps the newest `keep`, every multiple of `keep_every`, the best and
+    what is pinned.
+
+    What goes wrong in the background is raised by the next call, as a UserError.
+    """
+
+    def __init__(self, run: Path, *, keep: int = 3, keep_every: int = 0):
+        self._folder = checkpoint_folder(run)
+        self._scores = checkpoint_scores(run)
+        self._saving = NO_STEP
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=_Needed(run, keep, keep_every, self._scores),
+            enable_async_checkpointing=True,
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_checksums),
+            # Half a step that a killed trainer left.
+            cleanup_tmp_directories=True,
+        )
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
+
+    def latest(self) -> int | None:
+        """The newest committed step."""
+        return self._manager.latest_step()
+
+    def save(
+        self,
+        step: int,
+        params: nnx.State,
+        optimizer: Any,
+        meta: Mapping[str, Any],
+        *,
+        arrays: Mapping[str, np.ndarray] | None = None,
+        score: float | None = None,
+    ) -> None:
+        """Begin to save one step (see `Checkpoint`), after the one before has been committed; the highest
+        score is the best."""
+        self.wait()
+        if score is not None:
+            self._scores[step] = score
+        arrays = arrays or {}
+        # Orbax refuses arrays without elements.
+        empty = {
+            name: [list(array.shape), str(array.dtype)] for name, array in arrays.items() if not array.size
+        }
+        items: dict[str, Any] = {
+            PARAMS: ocp.args.StandardSave(nnx.to_pure_dict(params)),
+            OPTIMIZER: ocp.args.StandardSave(optimizer),
+            # A copy: it is written later, and training goes on.
+            META: ocp.args.JsonSave(copy.deepcopy({**meta, SCORE: score, EMPTY: empty})),
+        }
+        full = {name: array for name, array in arrays.items() if array.size}
+        if full:
+            items[ARRAYS] = ocp.args.StandardSave(full)
+        self._saving = step
+        self._raising(lambda: self._manager.save(step, args=ocp.args.Composite(**items)))
+
+    def restore(self, step: int, params: nnx.State, optimizer: Any) -> RestoredCheckpoint:
+        """A step, its parameters and optimiser shaped and placed like the ones given; raises UserError where
+        they do not fit."""
+        targets: dict[str, Any] = {
+            PARAMS: ocp.args.StandardRestore(abstract(nnx.to_pure_dict(params))),
+            OPTIMIZER: ocp.args.StandardRestore(abstract(optimizer)),
+            META: ocp.args.JsonRestore(),
+        }
+        if (self._folder / str(step) / ARRAYS).is_dir():
+            targets[ARRAYS] = ocp.args.StandardRestore()
+        try:
+            found = self._manager.restore(step, args=ocp.args.Composite(**targets))
+        except Exception as error:
+            # Orbax says in many ways that a tree is another one.
+            raise UserError(
+                f"{self._folder / str(step)}: does not fit this run ({_first_line(error)}); give another "
+                "--run"
+            ) from error
+        meta = found[META]
+        arrays = {name: np.zeros(shape, dtype) for name, (shape, dtype) in meta.pop(EMPTY, {}).items()}
+        if ARRAYS in targets:
+            arrays |= {name: np.asarray(array) for name, array in found[ARRAYS].items()}
+        return RestoredCheckpoint(filled(params, found[PARAMS]), found[OPTIMIZER], meta, arrays)
+
+    def check(self) -> None:
+        """Raise what went wrong in the background; to be called between steps."""
+        self._raising(self._manager.check_for_errors)
+
+    def wait(self) -> None:
+        """Until every save has been committed; raises what went wrong in the background."""
+        self._raising(self._manager.wait_until_finished)
+        self.check()
+
+    def close(self) -> None:
+        """Wait for the saves and release the manager."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    def _write_checksums(self) -> None:
+        # Orbax calls this when everything is written and before it renames: a seal is there or the step is
+        # not.
+        if jax.process_index() == 0:
+            for folder in self._folder.glob(f"{self._saving}{TEMPORARY}*"):
+                write_checksums(folder)
+
+    def _raising(self, call: Callable[[], object]) -> None:
+        try:
+            call()
+        except Exception as error:
+            message = f"{self._folder}: step {self._saving}: cannot be written ({_first_line(error)})"
+            raise UserError(
+                f"{message}; make room, then the same command goes on from the step before"
+            ) from error
+
+
+def latest_valid_checkpoint(run: Path, say: Callable[[str], object]) -> int | None:
+    """The newest committed step that is as it was written; damaged ones are put aside, and said so. The same
+    on all processes.
+
+    Raises UserError when there are steps and all are damaged.
+    """
+    found = NO_STEP
+    if jax.process_index() == 0:
+        steps = checkpoint_steps(run)
+        for step in reversed(steps):
+            folder = checkpoint_folder(run) / str(step)
+            damage = verify_checkpoint(folder)
+            if damage is None:
+                found = step
+                break
+            aside = folder.with_name(f"damaged-{step}")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+            say(
+                f"checkpoint {step} is damaged: {damage}; it is put aside as {aside.name}, and the one "
+                "before is taken"
+            )
+        if steps and found == NO_STEP:
+            raise UserError(f"{checkpoint_folder(run)}: all checkpoints are damaged; give another --run")
+    if jax.process_count() > 1:
+        found = int(multihost_utils.broadcast_one_to_all(np.array(found, np.int32)))
+    return None if found == NO_STEP else found
+
+
+class _Needed:
+    """Which checkpoints Orbax keeps.
+
+    Its own policies forget the scores when a run is opened again.
+    """
+
+    def __init__(self, run: Path, keep: int, keep_every: int, scores: dict[int, float]):
+        self._run, self._keep, self._keep_every, self._scores = run, keep, keep_every, scores
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        steps = sorted(info.step for info in checkpoints)
+        best = best_of({step: score for step, score in self._scores.items() if step in steps})
+        every = {step for step in steps if self._keep_every and step and step % self._keep_every == 0}
+        kept = {*steps[-self._keep :], best, *every, *pinned_checkpoints(self._run)}
+        return [info.step in kept for info in checkpoints]
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__

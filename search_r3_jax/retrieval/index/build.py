@@ -1,0 +1,31 @@
+"""Builds an index of the kind that is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from search_r3_jax.retrieval.index.exact import ExactIndex
+from search_r3_jax.retrieval.index.protocol import IndexKind, LocalIndex
+from search_r3_jax.retrieval.index.scann import ScannIndex, scann_available
+
+
+def build_index(
+    kind: IndexKind, vectors: np.ndarray, ids: Sequence[str], version: int, *, threads: int = 0
+) -> LocalIndex:
+    """Build an index over unit vectors [N,E]; `auto` is ScaNN where installed, else exact; the result's
+    `kind` says which."""
+    if resolve_kind(kind) == "scann":
+        return ScannIndex.build(vectors, ids, version, threads=threads)
+    return ExactIndex(vectors, ids, version)
+
+
+def resolve_kind(kind: IndexKind) -> Literal["exact", "scann"]:
+    """What `auto` means on this machine; raises ValueError on an unknown kind."""
+    if kind == "auto":
+        return "scann" if scann_available() else "exact"
+    if kind not in ("exact", "scann"):
+        raise ValueError(f"index kind {kind!r} is none of exact, scann, auto")
+    return kind

@@ -1,0 +1,1 @@
+"""The indexer process and the trainer's side of it."""

@@ -1,0 +1,301 @@
+"""The trainer's side of the index: opens what is published in the background, and hands it over between
+steps."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from search_r3_jax.config import IndexConfig
+from search_r3_jax.errors import UserError
+from search_r3_jax.retrieval.index.protocol import Index
+from search_r3_jax.retrieval.indexer.supervisor import IndexerProcess
+from search_r3_jax.retrieval.indexer.worker import index_folder
+from search_r3_jax.retrieval.store import storage
+from search_r3_jax.retrieval.store.manifest import MANIFEST
+from search_r3_jax.retrieval.store.versions import (
+    IndexVersionError,
+    current_version,
+    list_versions,
+    mark_rejected,
+    open_version,
+    pin_versions,
+    read_version,
+)
+
+POLL_SECONDS = 0.5
+NONE = -1
+NOT_YET, OPEN, FAILED = 0, 1, 2
+
+
+class IndexFollower:
+    """Finds, checks and opens new versions of a run's index while training goes on; process 0 decides which
+    is taken in, and when.
+
+    Opening reads a whole version, which takes seconds; taking in one that is open takes none.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        corpus_hash: str,
+        embed_id: int,
+        *,
+        say: Callable[[str], object],
+        settings: IndexConfig | None = None,
+        command: Sequence[str] | None = None,
+        needed: Callable[[], Collection[int]] = tuple,
+        replayed: epath.Path | None = None,
+    ):
+        """`command` is what to start in place of `search-r3 indexer`.
+
+        `needed` are versions that must not be pruned beside those in use; `replayed` is another run's index,
+        where versions that a record names are looked for first.
+        """
+        self._settings = settings or IndexConfig()
+        self._root = index_folder(run, self._settings.folder)
+        self._roots = [*([] if replayed is None else [replayed]), self._root]
+        self._needed = needed
+        self._corpus_hash, self._embed_id, self._say = corpus_hash, embed_id, say
+        self._first = jax.process_index() == 0
+        self._process = IndexerProcess(
+            run,
+            say=say,
+            local=self._settings.local and self._first,
+            silent_seconds=self._settings.silent_seconds,
+            command=command,
+        )
+        # Shared with the thread, under the lock.
+        self._lock = threading.Lock()
+        self._open: dict[int, Index] = {}
+        self._failed: set[int] = set()
+        self._proposed, self._wanted = NONE, NONE
+        self._in_use = NONE
+        self._news: list[str] = []
+        self._error: BaseException | None = None
+        # What was refused, and by which manifest: a version made anew is another one.
+        self._refused: tuple[int, str] | None = None
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="index", daemon=True)
+
+    def start(self) -> None:
+        """Start the indexer process, where it is to run here, and to look for what is published."""
+        self._process.start()
+        self._thread.start()
+
+    def check(self) -> None:
+        """Between steps: keep the indexer alive, and raise what went wrong in the background."""
+        self._process.check()
+        self._tell()
+
+    def newer_than(self, version: int, *, at_most: int) -> Index | None:
+        """An index from a later step than `version`, open and checked on all processes; None where there is
+        none yet. Never waits.
+
+        One of a later step than `at_most` is left for later: a run that went back to an earlier checkpoint
+        will come to it again. Every process calls it at the same step, with the same versions.
+        """
+        self._tell()
+        # Process 0 proposes one version until all have it open, or one of them cannot.
+        with self._lock:
+            if self._proposed not in self._open:
+                self._proposed = max((step for step in self._open if step <= at_most), default=NONE)
+        chosen = self._proposed_by_first()
+        if chosen <= version:
+            return None
+        with self._lock:
+            if not self._first and chosen not in (*self._open, *self._failed):
+                self._wanted = chosen
+            here = OPEN if chosen in self._open else FAILED if chosen in self._failed else NOT_YET
+        everywhere = self._of_all(here)
+        if FAILED in everywhere:
+            with self._lock:
+                self._failed.add(chosen)
+                self._open.pop(chosen, None)
+            return None
+        if NOT_YET in everywhere:
+            return None
+        with self._lock:
+            index = self._open[chosen]
+            self._take_in(chosen)
+        self._process.succeeded()
+        return index
+
+    def wait_for_newer(
+        self, version: int, *, at_most: int, on_wait: Callable[[], object] = lambda: None
+    ) -> Index:
+        """Block until there is an index as `newer_than` gives; `on_wait` is called again and again, and may
+        raise.
+
+        Raises UserError when there will be none: the indexer keeps ending, or refuses its checkpoint.
+        """
+        while True:
+            index = self.newer_than(version, at_most=at_most)
+            if index is not None:
+                return index
+            self._wait(on_wait)
+
+    def is_there(self, version: int, *, own: bool = False) -> bool:
+        """Whether a version is published, here or, without `own`, where the replayed run has its index."""
+        return any(version in list_versions(root) for root in ([self._root] if own else self._roots))
+
+    def wait_for(self, version: int, *, on_wait: Callable[[], object] = lambda: None) -> None:
+        """Block until a version is published; raises as `wait_for_newer`."""
+        while not self.is_there(version):
+            self._wait(on_wait)
+
+    def recorded(self, version: int) -> Index:
+        """A version that the record names, open and checked; raises UserError where there is none."""
+        with self._lock:
+            index = self._open.get(version)
+            if index is not None:
+                self._take_in(version)
+                return index
+        self._pin(version)
+        problem = "it is not there"
+        for root in self._roots:
+            if version not in list_versions(root):
+                continue
+            try:
+                index = open_version(
+                    root, version, expect_corpus_hash=self._corpus_hash, expect_embed_token_id=self._embed_id
+                )
+            except IndexVersionError as error:
+                problem = str(error)
+                continue
+            with self._lock:
+                self._take_in(version)
+            return index
+        raise UserError(
+            f"{self._root}: v{version}: the run's record names this index, but {problem}; put it back, or go "
+            "on with "
+            "a new one, as another run: --allow-config-change"
+        )
+
+    def measured(self, version: int) -> dict[str, float]:
+        """What the manifest of a version says: step, recall@10 against exact search, seconds it took."""
+        root = next(root for root in self._roots if version in list_versions(root))
+        manifest = read_version(root, version).manifest
+        return {
+            "step": version,
+            "recall@10": manifest["recall_at_10"],
+            "encode_seconds": manifest["encode_seconds"],
+            "build_seconds": manifest["build_seconds"],
+        }
+
+    def close(self) -> None:
+        """End the indexer process, and look no more."""
+        self._stopping.set()
+        self._process.stop()
+        if self._thread.is_alive():
+            self._thread.join(timeout=5)
+
+    def _wait(self, on_wait: Callable[[], object]) -> None:
+        self.check()
+        if self._first:
+            self._process.raise_if_failing()
+        on_wait()
+        time.sleep(0.1)
+
+    def _watch(self) -> None:
+        while not self._stopping.wait(POLL_SECONDS):
+            try:
+                step = self._next()
+                if step is not None:
+                    self._try_open(step)
+            except BaseException as error:
+                # Raised where training goes on.
+                with self._lock:
+                    self._error = error
+                return
+
+    def _next(self) -> int | None:
+        """The version to open next, or None."""
+        if not self._first:
+            with self._lock:
+                return None if self._wanted in (NONE, *self._open, *self._failed) else self._wanted
+        try:
+            newest = current_version(self._root)
+        except IndexVersionError as error:
+            self._tell_later(f"keeping the index in use: {error}")
+            return None
+        with self._lock:
+            known = newest is None or newest <= self._in_use or newest in (*self._open, *self._failed)
+        if known or (newest is not None and self._refused == (newest, self._manifest_text(newest))):
+            return None
+        return newest
+
+    def _try_open(self, step: int) -> None:
+        # Before it is opened: the indexer prunes whenever it has published.
+        self._pin(step)
+        text = self._manifest_text(step)
+        try:
+            index = open_version(
+                self._root, step, expect_corpus_hash=self._corpus_hash, expect_embed_token_id=self._embed_id
+            )
+        except IndexVersionError as error:
+            self._tell_later(f"keeping the index in use: {error}")
+            self._refused = (step, text)
+            if self._first and current_version(self._root) == step:
+                mark_rejected(self._root, step)
+            if not self._first:
+                with self._lock:
+                    self._failed.add(step)
+            return
+        # Its pages and programs are there when the first step searches it.
+        index.search(index.take(np.zeros(1, np.int32)), 1)
+        with self._lock:
+            # Training may have opened the same one meanwhile, because its record names it.
+            if step > self._in_use:
+                self._open[step] = index
+
+    def _take_in(self, version: int) -> None:
+        """Under the lock: this one is in use from now on; only later ones stay open, or an earlier one would
+        be proposed for ever."""
+        self._open = {step: index for step, index in self._open.items() if step > version}
+        self._in_use = version
+
+    def _pin(self, *opening: int) -> None:
+        if self._first:
+            with self._lock:
+                used = {self._in_use, *self._open} - {NONE}
+                pin_versions(self._root, {*used, *opening, *self._needed()})
+
+    def _manifest_text(self, step: int) -> str:
+        try:
+            return (storage.version_path(storage.open_root(self._root), step) / MANIFEST).read_text()
+        except OSError:
+            return ""
+
+    def _tell_later(self, message: str) -> None:
+        with self._lock:
+            if message not in self._news:
+                self._news.append(message)
+
+    def _tell(self) -> None:
+        """Say what the thread has to say, and raise what it met."""
+        with self._lock:
+            news, self._news, error, self._error = self._news, [], self._error, None
+        for message in news:
+            self._say(message)
+        if error is not None:
+            raise error
+
+    def _proposed_by_first(self) -> int:
+        """Process 0's proposal, on every process."""
+        mine = np.array(self._proposed, np.int32)
+        return int(mine if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(mine))
+
+    def _of_all(self, mine: int) -> list[int]:
+        """What each process says."""
+        own = np.array(mine, np.int32)
+        return np.atleast_1d(
+            own if jax.process_count() == 1 else multihost_utils.process_allgather(own)
+        ).tolist()

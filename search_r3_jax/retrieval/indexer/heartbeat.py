@@ -1,0 +1,135 @@
+"""What the indexer tells of itself: one small file, written anew with every piece of work, and a lock that
+only one indexer holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Literal
+
+from search_r3_jax.errors import UserError
+from search_r3_jax.files import hold_lock, write_json
+
+HEARTBEAT, LOCK = "indexer.json", "indexer.lock"
+TICK_SECONDS = 5.0
+Phase = Literal["starting", "waiting", "reading", "encoding", "publishing", "refused", "failed"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Beat:
+    """What an indexer does.
+
+    Attributes:
+      beat: counts up; a number that stays means silence, whatever the clocks say.
+      pid: its process; a new one counts from 1.
+      step: the checkpoint that it works on, −1 for none.
+      encoded: documents finished, of `documents`.
+      message: why it refused or failed; empty otherwise.
+      time: seconds since the epoch, for people only.
+    """
+
+    beat: int
+    pid: int
+    phase: Phase
+    step: int = -1
+    encoded: int = 0
+    documents: int = 0
+    message: str = ""
+    time: float = 0.0
+
+
+class Heartbeat:
+    """Writes the file of a run's only indexer, or of one of its processes."""
+
+    def __init__(self, run: Path, process: int = 0):
+        self._file, self._lock = run / _of_process(HEARTBEAT, process), threading.Lock()
+        self._last = Beat(beat=0, pid=os.getpid(), phase="starting")
+
+    def beat(
+        self, phase: Phase, *, step: int = -1, encoded: int = 0, documents: int = 0, message: str = ""
+    ) -> None:
+        """Say what is being done."""
+        with self._lock:
+            self._last = Beat(
+                beat=self._last.beat + 1,
+                pid=os.getpid(),
+                phase=phase,
+                step=step,
+                encoded=encoded,
+                documents=documents,
+                message=message,
+                time=time.time(),
+            )
+            # A full disk must not end the process that waits for room.
+            with suppress(OSError):
+                write_json(self._file, dataclasses.asdict(self._last))
+
+    @contextmanager
+    def ticking(self) -> Iterator[None]:
+        """Repeat the last beat every few seconds, meanwhile: work that reports no progress is no silence."""
+        done = threading.Event()
+
+        def tick() -> None:
+            while not done.wait(TICK_SECONDS):
+                last = self._last
+                self.beat(
+                    last.phase,
+                    step=last.step,
+                    encoded=last.encoded,
+                    documents=last.documents,
+                    message=last.message,
+                )
+
+        thread = threading.Thread(target=tick, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+
+def read_beat(run: Path) -> Beat | None:
+    """The last beat of a run's indexer; None before the first, or where the file cannot be read."""
+    try:
+        return Beat(**json.loads((run / HEARTBEAT).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+@contextmanager
+def only_indexer(run: Path, process: int = 0) -> Iterator[None]:
+    """Hold the run's lock for this process of its indexer; raises UserError while another does.
+
+    The system frees it however its holder ends.
+    """
+    file = run / _of_process(LOCK, process)
+    lock = hold_lock(file)
+    if lock is None:
+        beat = read_beat(run)
+        holder = f" (process {beat.pid})" if beat else ""
+        raise UserError(
+            f"{file}: another indexer follows this run{holder}; stop it first, or leave the run to it"
+        )
+    with lock:
+        yield
+
+
+def is_followed(run: Path) -> bool:
+    """Whether an indexer holds the run's lock."""
+    try:
+        with only_indexer(run):
+            return False
+    except UserError:
+        return True
+
+
+def _of_process(name: str, process: int) -> str:
+    stem, suffix = name.split(".")
+    return f"{stem}-{process}.{suffix}" if process else name

@@ -1,0 +1,165 @@
+"""The process of a run's indexer, kept alive: started, watched, ended when it falls silent, started again."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+
+from search_r3_jax.errors import UserError
+from search_r3_jax.retrieval.indexer.heartbeat import Beat, is_followed, read_beat
+
+LONGEST_PAUSE = 300.0
+PATIENCE = 5
+
+
+class IndexerProcess:
+    """A run's indexer, started here, or elsewhere and only watched.
+
+    The process gets its own session, so an interrupt at the terminal reaches the trainer alone, which then
+    stops it; it also watches the trainer and ends when that is gone. Nothing here depends on what a clock
+    shows: only on how long a beat has stayed the same.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        *,
+        say: Callable[[str], object],
+        local: bool,
+        silent_seconds: float,
+        command: Sequence[str] | None = None,
+    ):
+        """`command` is what to start in place of `search-r3 indexer`; without `local` nothing is."""
+        self._run, self._say, self._local, self._silent_seconds = run, say, local, silent_seconds
+        self._command = command or [
+            sys.executable,
+            "-m",
+            "search_r3_jax",
+            "indexer",
+            "--run",
+            str(run),
+            "--parent",
+            str(os.getpid()),
+        ]
+        self._process: subprocess.Popen[bytes] | None = None
+        self._failures, self._start_at, self._elsewhere = 0, 0.0, False
+        self._beat, self._beat_since, self._told = read_beat(run), time.monotonic(), ""
+
+    def start(self) -> None:
+        """Start the process, unless another follows the run already; what it prints goes to `indexer.log`."""
+        if not self._local:
+            return
+        if is_followed(self._run):
+            if not self._elsewhere:
+                beat = read_beat(self._run)
+                self._say(
+                    f"another indexer follows this run{f' (process {beat.pid})' if beat else ''}; using what "
+                    "it publishes"
+                )
+            self._elsewhere, self._process, self._start_at = True, None, time.monotonic() + 10
+            return
+        self._elsewhere = False
+        # A chip serves one process: beside a trainer that has it, the indexer computes on the host.
+        environment = os.environ if jax.default_backend() == "cpu" else os.environ | {"JAX_PLATFORMS": "cpu"}
+        with (self._run / "indexer.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env=environment,
+            )
+        self._beat_since = time.monotonic()
+
+    def check(self) -> None:
+        """Start the process again, after a pause, if it ended or fell silent, and pass on what it says; never
+        raises."""
+        self._listen()
+        if not self._local:
+            return
+        now = time.monotonic()
+        if self._process is None:
+            if now >= self._start_at:
+                self.start()
+            return
+        if self._process.poll() is None and now - self._beat_since > self._silent_seconds:
+            self._say(f"the indexer has been silent for {now - self._beat_since:.0f} s; ending it")
+            self._process.kill()
+            self._process.wait()
+        code = self._process.poll()
+        if code is None:
+            return
+        self._process = None
+        if is_followed(self._run):
+            # It was told so too late: another came first.
+            self.start()
+            return
+        self._failures += 1
+        pause = min(2.0 ** (self._failures - 1), LONGEST_PAUSE)
+        self._start_at = now + pause
+        self._say(
+            f"the indexer ended with status {code}; the index stays, starting it again in {pause:.0f} s: "
+            f"{self._last_words()}"
+        )
+
+    def succeeded(self) -> None:
+        """It has published: what went wrong before counts no more."""
+        self._failures = 0
+
+    def raise_if_failing(self) -> None:
+        """For who can only wait: raises UserError when the process keeps ending, or has given up on its
+        checkpoint."""
+        if self._failures > PATIENCE:
+            raise UserError(
+                f"{self._run / 'indexer.log'}: the indexer ended {self._failures} times in a row: "
+                f"{self._last_words()}"
+            )
+        beat = self._beat
+        if (
+            beat is not None
+            and beat.phase == "refused"
+            and (self._process is None or beat.pid == self._process.pid)
+        ):
+            raise UserError(f"{self._run / 'indexer.log'}: no index to go on with: {beat.message}")
+
+    def progress(self) -> Beat | None:
+        """The last sign of life."""
+        self._listen()
+        return self._beat
+
+    def stop(self) -> None:
+        """End the process; returns when it is gone."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(timeout=5)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+
+    def _listen(self) -> None:
+        beat = read_beat(self._run)
+        if beat is not None and (
+            self._beat is None or (beat.pid, beat.beat) != (self._beat.pid, self._beat.beat)
+        ):
+            self._beat, self._beat_since = beat, time.monotonic()
+            if beat.message and beat.message != self._told:
+                self._told = beat.message
+                self._say(f"the indexer says: {beat.message}")
+        silent = time.monotonic() - self._beat_since
+        if silent > self._silent_seconds and (self._elsewhere or not self._local) and self._told != "silent":
+            self._told = "silent"
+            self._say(
+                f"the indexer, which runs elsewhere, has been silent for {silent:.0f} s; is it still there?"
+            )
+
+    def _last_words(self) -> str:
+        lines = (self._run / "indexer.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return lines[-1] if lines else "nothing"

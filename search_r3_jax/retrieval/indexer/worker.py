@@ -1,0 +1,387 @@
+"""The indexer process: follows a run's checkpoints, encodes the corpus with the newest, and publishes an
+index version."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import shutil
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+from flax import nnx
+
+from search_r3_jax.config import IndexConfig, RunConfig
+from search_r3_jax.data.development import for_stage_2, load_training_sets
+from search_r3_jax.errors import UserError
+from search_r3_jax.files import write_text
+from search_r3_jax.hub.checkpoint_reader import (
+    checkpoint_folder,
+    latest_checkpoint,
+    pin_checkpoints,
+    read_checkpoint,
+    read_run,
+    start_of,
+    start_step_of,
+)
+from search_r3_jax.hub.load_model import load_model, with_lora
+from search_r3_jax.hub.weights import parameter_hash
+from search_r3_jax.mesh import mesh_from_config
+from search_r3_jax.models.lora import merge_lora, trainable_filter
+from search_r3_jax.retrieval.indexer.heartbeat import Heartbeat, only_indexer, read_beat
+from search_r3_jax.retrieval.store.corpus_vectors import RECORD, SHARD_DOCUMENTS, WAIT_SECONDS, encode_corpus
+from search_r3_jax.retrieval.store.versions import (
+    IndexGateError,
+    IndexVersionError,
+    current_version,
+    delete_version,
+    list_versions,
+    open_version,
+    prune_versions,
+    publish_version,
+    rejected_version,
+)
+from search_r3_jax.rollout.encoder import Encoder
+from search_r3_jax.text.prompts import Prompter
+
+POLL_SECONDS = 0.5
+RETRY_SECONDS = 10.0
+PROBE_QUERIES = 64
+PIN, TASK = "indexer", "step"
+# How often a version is made anew for a reader that refuses it.
+MAX_REMAKES = 2
+
+
+class CheckpointGoneError(Exception):
+    """A checkpoint was deleted before it had been read."""
+
+
+def index_folder(run: Path, folder: str = "") -> epath.Path:
+    """Where a run keeps its index versions, `folder` of its config or its own (absolute: ScaNN asks for
+    it)."""
+    return epath.Path(folder) if folder else epath.Path((run / "index").absolute())
+
+
+def run_indexer(run: Path, *, parent: int | None = None, process: int = 0, processes: int = 1) -> None:
+    """Follow `run` until stopped; with `parent` it ends as soon as that process is gone, however it went.
+
+    Several processes share the encoding: process 0 decides of which checkpoint, builds and publishes. Raises
+    UserError when it is no run of stage 2, or another indexer follows it.
+    """
+    if not 0 <= process < processes:
+        raise UserError(f"--process: {process} of {processes}: give 0 to {processes - 1}")
+    config, record = read_run(run)
+    if "data" not in record:
+        raise UserError(f"{run / 'config.json'}: data: missing; only a run of stage 2 has an index")
+    if parent is not None:
+        threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
+    with only_indexer(run, process):
+        _limit_resources(config.index)
+        heartbeat = Heartbeat(run, process)
+        heartbeat.beat("starting")
+        with heartbeat.ticking():
+            worker = IndexWorker(run, config, record, heartbeat, process=process, processes=processes)
+        while True:
+            if not worker.advance():
+                time.sleep(POLL_SECONDS)
+
+
+def start_relative(run: Path, recorded: str) -> Path:
+    """A path that a run recorded relative to itself."""
+    return (run / recorded).resolve()
+
+
+class IndexWorker:
+    """Holds the corpus and the model that a run started from, and makes a version of the newest checkpoint,
+    again and again."""
+
+    def __init__(
+        self,
+        run: Path,
+        config: RunConfig,
+        record: dict[str, Any],
+        heartbeat: Heartbeat,
+        *,
+        process: int = 0,
+        processes: int = 1,
+    ):
+        self._process, self._processes = process, processes
+        self._run, self._config, self._heartbeat = run, config, heartbeat
+        data = dataclasses.replace(
+            config.data, sets=(str(start_relative(run, record["data"])),), split=record["split"]
+        )
+        self._collection = for_stage_2(load_training_sets(data, stored=True)[0], data).train
+        self._corpus_hash = self._collection.corpus_hash()
+        mesh = mesh_from_config(config.index.mesh)
+        start = load_model(
+            start_of(run, record),
+            step=start_step_of(record),
+            compute_dtype=config.compute_dtype,
+            attention=config.attention,
+            mesh=mesh,
+        )
+        # Merged parameters have the structure of the model without adapters, so one encoder serves every
+        # checkpoint.
+        self._encoder = Encoder(nnx.split(start.decoder)[0], Prompter(start.tokenizer), mesh=mesh)
+        self._model = with_lora(start, config.lora, seed=config.seed)
+        self._root = index_folder(run, config.index.folder)
+        self._shards = run / "encoding"
+        self._abandoned_step: int | None = None
+        self._last_assisted_step: int | None = None
+        self._encoded = 0
+        self._remade: Counter[int] = Counter()
+        self._pin = f"{PIN}-{process}" if process else PIN
+        pin_checkpoints(run, self._pin, [])
+        if process == 0:
+            self._check_current()
+
+    def advance(self) -> bool:
+        """Make a version of the newest checkpoint, if it has none; whether there was something to do."""
+        if self._process:
+            return self._encode_assigned_shards()
+        self._check_rejected()
+        newest = latest_checkpoint(self._run)
+        if newest is None or newest in (self._abandoned_step, self._current()):
+            last = read_beat(self._run)
+            # What went wrong last stays to be read.
+            if last is None or last.phase not in ("refused", "failed"):
+                self._heartbeat.beat("waiting", step=-1 if newest is None else newest)
+            return False
+        try:
+            self.build(newest)
+        except CheckpointGoneError as error:
+            _log(f"{error}; taking the newest")
+        except IndexGateError as error:
+            self._abandon(newest, str(error))
+        except OSError as error:
+            message = f"index v{newest}: cannot be written ({error.strerror or error}); trying again"
+            _log(message)
+            self._heartbeat.beat("failed", step=newest, message=message)
+            time.sleep(RETRY_SECONDS)
+        return True
+
+    def build(self, step: int) -> None:
+        """Encode the corpus with the checkpoint of `step` and publish it; the heartbeat tells how far it is.
+
+        Raises SnapshotGoneError, IndexGateError when it is not good enough, OSError when the disk refuses.
+        """
+        started = time.time()
+        config, documents = self._config, self._collection.documents
+        vectors, state, of_parameters = self._encode(step)
+        probes = [query.text for query in self._collection.queries[:PROBE_QUERIES]]
+        probe_vectors = self._encoder.encode(state, probes, max_tokens=config.text.max_query_tokens)
+        encoded = time.time()
+        self._heartbeat.beat("publishing", step=step, encoded=len(documents), documents=len(documents))
+        with self._heartbeat.ticking():
+            publish_version(
+                self._root,
+                step=step,
+                vectors=vectors,
+                ids=[document.doc_id for document in documents],
+                manifest_fields={
+                    "parameter_hash": of_parameters,
+                    "corpus_hash": self._corpus_hash,
+                    "embed_token_id": self._model.embed_id,
+                    "pooling": "embed_token",
+                    "max_document_tokens": config.text.max_document_tokens,
+                    "encode_seconds": encoded - started,
+                },
+                kind=config.index.kind,
+                recall_gate=config.index.recall_gate,
+                probe_queries=probe_vectors,
+                vector_dtype=config.index.vector_dtype,
+                threads=config.index.threads,
+            )
+            shutil.rmtree(self._shards / str(step))
+            # No one else writes here, so whatever is temporary was left by a writer that is gone.
+            prune_versions(self._root, keep=config.index.keep_versions, stale_seconds=-math.inf)
+        _log(
+            f"index v{step}: published; {encoded - started:.1f} s to encode, {time.time() - encoded:.1f} s "
+            "to build"
+        )
+
+    def _encode(self, step: int) -> tuple[np.ndarray, nnx.State, str]:
+        """The corpus's vectors [N,E], memory-mapped, under the checkpoint of `step`, its merged parameters
+        and their hash."""
+        config, decoder, documents = self._config, self._model.decoder, self._collection.documents
+        self._heartbeat.beat("reading", step=step, documents=len(documents))
+        with self._heartbeat.ticking():
+            nnx.update(decoder, self._read(step))
+            state = nnx.state(merge_lora(decoder))
+            of_parameters = parameter_hash(nnx.state(decoder, trainable_filter(decoder)))
+        self._encoded = 0
+
+        def progress(finished: int) -> None:
+            self._encoded += finished
+            self._heartbeat.beat("encoding", step=step, encoded=self._encoded, documents=len(documents))
+
+        def encode(texts: Sequence[str], *, on_progress: Callable[[int], object] | None = None) -> np.ndarray:
+            return self._encoder.encode(
+                state, texts, max_tokens=config.text.max_document_tokens, on_progress=on_progress
+            )
+
+        progress(0)
+        if self._process == 0:
+            self._announce(step)
+        vectors = encode_corpus(
+            encode,
+            documents,
+            self._shards / str(step),
+            model_hash=of_parameters,
+            max_tokens=config.text.max_document_tokens,
+            dimension=decoder.config.hidden_size,
+            dtype=config.index.vector_dtype,
+            shard_documents=SHARD_DOCUMENTS,
+            documents_hash=self._corpus_hash,
+            process=self._process,
+            processes=self._processes,
+            wait_seconds=0 if self._process else WAIT_SECONDS,
+            on_progress=progress,
+        )
+        return vectors, state, of_parameters
+
+    def _encode_assigned_shards(self) -> bool:
+        """Encode this process's shards of the checkpoint that process 0 works on; whether there was something
+        to do."""
+        try:
+            step = int((self._shards / TASK).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            step = None
+        if (
+            step is None
+            or step == self._last_assisted_step
+            or not (self._shards / str(step) / RECORD).exists()
+        ):
+            self._heartbeat.beat("waiting")
+            return False
+        documents = len(self._collection.documents)
+        starts = range(self._process * SHARD_DOCUMENTS, documents, self._processes * SHARD_DOCUMENTS)
+        own = sum(min(SHARD_DOCUMENTS, documents - start) for start in starts)
+        try:
+            self._encode(step)
+            self._last_assisted_step = step
+        except (CheckpointGoneError, UserError) as error:
+            if self._encoded == own:
+                # Only what others bring was missing, which process 0 waits for.
+                self._last_assisted_step = step
+            else:
+                # Process 0 has gone on to a newer one, or will say what is wrong.
+                _log(f"checkpoint {step}: {error}")
+                time.sleep(RETRY_SECONDS)
+        return True
+
+    def _read(self, step: int) -> nnx.State:
+        """The trainable parameters of a checkpoint, which is not deleted meanwhile; raises SnapshotGoneError
+        where it was before."""
+        # Scores by an index and its checkpoint need that until the trainer, which will pin it, has taken the
+        # index in.
+        published = self._current() if self._config.index.scoring == "consistent_stale" else None
+        kept = (
+            []
+            if self._config.index.scoring != "consistent_stale"
+            else [step]
+            if published is None
+            else [step, published]
+        )
+        pin_checkpoints(self._run, self._pin, kept or [step])
+        try:
+            return read_checkpoint(
+                self._run, step, nnx.state(self._model.decoder, trainable_filter(self._model.decoder))
+            )
+        except Exception as error:
+            # Orbax says in many ways that files vanished under it.
+            if (checkpoint_folder(self._run) / str(step)).is_dir():
+                raise
+            raise CheckpointGoneError(
+                f"checkpoint {step} was deleted while it was read ({type(error).__name__})"
+            ) from error
+        finally:
+            pin_checkpoints(self._run, self._pin, kept)
+
+    def _announce(self, step: int) -> None:
+        """Say which checkpoint is being encoded, and remove the vectors of others: they are of no use any
+        more."""
+        for other in self._shards.glob("*/"):
+            if other.name != str(step):
+                shutil.rmtree(other, ignore_errors=True)
+        self._shards.mkdir(exist_ok=True)
+        write_text(self._shards / TASK, f"{step}\n")
+
+    def _current(self) -> int | None:
+        try:
+            current = current_version(self._root)
+        except IndexVersionError as error:
+            _log(f"{error}; making a new one")
+            return None
+        return current if current in list_versions(self._root) else None
+
+    def _check_current(self) -> None:
+        """Discard the current version where it is damaged, or of another corpus or token."""
+        current = self._current()
+        if current is None:
+            return
+        try:
+            open_version(
+                self._root,
+                current,
+                expect_corpus_hash=self._corpus_hash,
+                expect_embed_token_id=self._model.embed_id,
+            )
+        except IndexVersionError as error:
+            _log(f"{error}; making it anew")
+            delete_version(self._root, current)
+
+    def _check_rejected(self) -> None:
+        """Discard what a reader refused, so that it is made anew; but not for ever."""
+        refused = rejected_version(self._root)
+        if refused is None:
+            return
+        delete_version(self._root, refused)
+        self._remade[refused] += 1
+        if self._remade[refused] > MAX_REMAKES:
+            self._abandon(
+                refused,
+                f"index v{refused}: was refused {MAX_REMAKES + 1} times by the trainer, whose log says why",
+            )
+        else:
+            _log(f"index v{refused}: was refused by the trainer; making it anew")
+
+    def _abandon(self, step: int, message: str) -> None:
+        self._abandoned_step = step
+        _log(f"{message}; waiting for the next checkpoint")
+        self._heartbeat.beat("refused", step=step, message=message)
+
+
+def _limit_resources(index: IndexConfig) -> None:
+    """Lower this process's priority and keep it to its threads and cores; before JAX makes its threads."""
+    os.nice(index.nice)
+    if index.cores:
+        try:
+            os.sched_setaffinity(0, index.cores)
+        except OSError as error:
+            raise UserError(
+                f"index.cores: {index.cores}: not all of them are this machine's ({error.strerror})"
+            ) from None
+    if index.threads:
+        # What XLA's pool of threads on a CPU goes by.
+        os.environ["NPROC"] = str(index.threads)
+
+
+def _log(message: str) -> None:
+    # Standard output is the run's indexer.log.
+    print(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {message}", flush=True)
+
+
+def _exit_with(parent: int) -> None:
+    # Polling, because a killed parent sends nothing.
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(0)

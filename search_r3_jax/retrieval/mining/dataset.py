@@ -1,0 +1,218 @@
+"""What `data mine` does: a data set, its corpus and queries embedded, becomes a new data set with mined
+negatives."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from rich.console import Console
+
+from search_r3_jax.config import Step
+from search_r3_jax.console import progress_bar
+from search_r3_jax.data.collection import Collection, Document
+from search_r3_jax.data.dataset import build_dataset, load_collections, queries_hash
+from search_r3_jax.errors import UserError
+from search_r3_jax.hub.export import text_room
+from search_r3_jax.hub.load_model import load_model, pinned_step, resolve
+from search_r3_jax.hub.weights import parameter_hash
+from search_r3_jax.models.decoder import Decoder
+from search_r3_jax.retrieval.index.build import build_index
+from search_r3_jax.retrieval.index.protocol import IndexKind
+from search_r3_jax.retrieval.mining.select import MiningOptions, Selection, distinct_texts, mine_negatives
+from search_r3_jax.retrieval.store.corpus_vectors import SHARD_DOCUMENTS, encode_corpus
+from search_r3_jax.rollout.encoder import Encoder
+from search_r3_jax.text.prompts import Prompter
+
+
+@dataclass(frozen=True, kw_only=True)
+class MiningCounts:
+    """What became of the queries and the candidates of one split.
+
+    Attributes:
+        queries: of the split.
+        documents: texts that were searched; copies count once.
+        mined: negatives that were added.
+        short: queries that got fewer than asked for.
+        positives: candidates left out because they are known to be relevant.
+        judged: candidates left out because they are negatives of the query already.
+        too_close: candidates left out because they may be relevant.
+    """
+
+    queries: int
+    documents: int
+    mined: int
+    short: int
+    positives: int
+    judged: int
+    too_close: int
+
+
+def mine_dataset(
+    model: str,
+    data: Path,
+    out: Path,
+    *,
+    split: str,
+    options: MiningOptions,
+    index: IndexKind = "auto",
+    max_query_tokens: int,
+    max_document_tokens: int,
+    step: Step = None,
+    shard_documents: int = SHARD_DOCUMENTS,
+) -> MiningCounts:
+    """Builds `out` from the data set or BEIR folder `data`, with negatives mined by `model` for the queries
+    of `split`.
+
+    Everything else is carried over. The vectors are kept beside `out` until it is there, so that the same
+    command goes on after an interruption. Raises UserError for what cannot be read or written.
+    """
+    for option, tokens in (
+        ("--max-query-tokens", max_query_tokens),
+        ("--max-document-tokens", max_document_tokens),
+    ):
+        if tokens < 1:
+            raise UserError(f"{option}: {tokens}: give 1 or more")
+    work = out.parent / f".{out.name}.mining"
+    finished = out.is_file() or (out.is_dir() and any(out.iterdir()))
+    # With the vectors still there, a command was stopped between its last two acts: the same command may come
+    # again.
+    if finished and not work.is_dir():
+        raise UserError(f"--out: {out}: already exists; remove it or choose another")
+    collections = load_collections(data)
+    if split not in collections:
+        raise UserError(
+            f"--split: {data} has no split {split!r}; splits found: {', '.join(sorted(collections))}"
+        )
+    collection = collections[split]
+    encoder = _Vectors(model, step, work, shard_documents)
+    texts = distinct_texts(collection)
+    documents_ue = encoder.encode("documents", texts.documents, max_document_tokens)
+    # Queries are embedded as in training: the text alone, directly.
+    queries = [Document(doc_id=query.query_id, title="", text=query.text) for query in collection.queries]
+    queries_qe = encoder.encode("queries", queries, max_query_tokens)
+    searched = build_index(
+        index, documents_ue, [document.doc_id for document in texts.documents], encoder.step or 0
+    )
+    selection = mine_negatives(
+        searched, queries_qe, [query.query_id for query in collection.queries], texts, options
+    )
+    counts = _counts(selection, len(texts.documents), options)
+    source = {
+        "kind": "mined",
+        "data": _identity(collections),
+        "split": split,
+        "model": {
+            **{"name": encoder.name, "step": encoder.step, "hash": encoder.model_hash},
+            **{"max_query_tokens": max_query_tokens, "max_document_tokens": max_document_tokens},
+        },
+        "index": searched.kind,
+        "options": {**asdict(options), "last_rank": options.end_rank},
+        "counts": asdict(counts),
+    }
+    mined = {**collections, split: _with_negatives(collection, selection, texts.documents)}
+    try:
+        if finished:
+            build_dataset(mined, out, name=collection.name, source=source)
+        else:
+            # Built among the vectors, so that whatever a stopped build leaves goes with them.
+            shutil.rmtree(work / "built", ignore_errors=True)
+            build_dataset(mined, work / "built", name=collection.name, source=source).rename(out)
+    except OSError as error:
+        raise UserError(
+            f"--out: {out}: cannot be written ({error.strerror or error}); make room or choose another"
+        ) from error
+    shutil.rmtree(work, ignore_errors=True)
+    return counts
+
+
+class _Vectors:
+    """A model that embeds into a work folder, with what a data set says of it.
+
+    Attributes:
+        name: of the model, without the place where it lies.
+        step: the checkpoint, where the model is a run.
+        model_hash: stands for everything that a vector depends on beside its text and its limit of tokens.
+    """
+
+    def __init__(self, model: str, step: Step, work: Path, shard_documents: int):
+        self.step = pinned_step(model, step)
+        loaded = load_model(model, step=self.step)
+        self.name = resolve(model).resolve().name if Path(model).exists() else model
+        self._prompter = Prompter(loaded.tokenizer)
+        graph, self._state = nnx.split(loaded.decoder)
+        self._encoder = Encoder(graph, self._prompter)
+        self._config = loaded.decoder.config
+        self.model_hash = _model_hash(loaded.decoder, self._prompter)
+        self._work, self._shard_documents = work, shard_documents
+
+    def encode(self, what: str, documents: Sequence[Document], max_tokens: int) -> np.ndarray:
+        """Vectors [N,E]; those that an interrupted command left in the work folder are taken from there."""
+        room = min(max_tokens, text_room(self._prompter, self._config.max_positions))
+        # On standard error, because standard output is for the result.
+        with progress_bar(Console(stderr=True, highlight=False, soft_wrap=True), what, len(documents)) as bar:
+            return encode_corpus(
+                partial(self._encoder.encode, self._state, max_tokens=room),
+                documents,
+                self._work / what,
+                model_hash=self.model_hash,
+                max_tokens=room,
+                dimension=self._config.hidden_size,
+                shard_documents=self._shard_documents,
+                on_progress=bar.advance,
+            )
+
+
+def _model_hash(decoder: Decoder, prompter: Prompter) -> str:
+    """sha256 over parameters, config, vocabulary and prompt."""
+    digest = hashlib.sha256(parameter_hash(nnx.state(decoder, nnx.Param)).encode())
+    for part in (
+        asdict(decoder.config),
+        sorted(prompter.tokenizer.get_vocab().items()),
+        asdict(prompter.direct),
+        prompter.embed_id,
+    ):
+        digest.update(json.dumps(part, sort_keys=True, default=str).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _identity(collections: Mapping[str, Collection]) -> dict[str, Any]:
+    """Name and contents of a data set, wherever it lies."""
+    hashes = {
+        split: {"corpus_hash": collection.corpus_hash(), "queries_hash": queries_hash(collection.queries)}
+        for split, collection in collections.items()
+    }
+    return {"name": next(iter(collections.values())).name, "splits": hashes}
+
+
+def _counts(selection: Selection, documents: int, options: MiningOptions) -> MiningCounts:
+    mined_q = (selection.rows >= 0).sum(axis=1)
+    return MiningCounts(
+        queries=len(mined_q),
+        documents=documents,
+        mined=int(mined_q.sum()),
+        short=int((mined_q < options.num_negatives).sum()),
+        positives=int(selection.positives.sum()),
+        judged=int(selection.judged.sum()),
+        too_close=int(selection.too_close.sum()),
+    )
+
+
+def _with_negatives(
+    collection: Collection, selection: Selection, documents: Sequence[Document]
+) -> Collection:
+    """The collection with each query's mined negatives behind the judged ones."""
+    mined = [tuple(documents[row].doc_id for row in rows if row >= 0) for rows in selection.rows]
+    queries = [
+        replace(query, negatives=query.negatives + ids)
+        for query, ids in zip(collection.queries, mined, strict=True)
+    ]
+    return replace(collection, queries=tuple(queries))

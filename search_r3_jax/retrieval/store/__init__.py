@@ -1,0 +1,1 @@
+"""Index versions and corpus vectors on disk or in a bucket."""

@@ -1,0 +1,221 @@
+"""The vectors of a corpus, encoded shard by shard into a folder: what is there already is not encoded
+again."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from search_r3_jax.data.collection import Document, corpus_hash
+from search_r3_jax.errors import UserError
+from search_r3_jax.files import write_array, write_json
+from search_r3_jax.retrieval.store.vector_files import (
+    VectorDtype,
+    from_stored,
+    open_vectors,
+    stored_dtype,
+    to_stored,
+    write_vectors,
+)
+
+RECORD, VECTORS = "corpus.json", "vectors.npy"
+SHARD_DOCUMENTS = 2048
+WAIT_SECONDS = 3600.0
+POLL_SECONDS = 0.2
+T = TypeVar("T")
+
+
+class EncodeTexts(Protocol):
+    """`Encoder.encode` with its parameters and its limit of tokens bound."""
+
+    def __call__(
+        self, texts: Sequence[str], *, on_progress: Callable[[int], object] | None = None
+    ) -> np.ndarray:
+        """Texts → vectors [N,E] float32 in their order."""
+        ...
+
+
+def encode_corpus(
+    encode: EncodeTexts,
+    documents: Sequence[Document],
+    folder: Path,
+    *,
+    model_hash: str,
+    max_tokens: int,
+    dimension: int,
+    dtype: VectorDtype = "float32",
+    shard_documents: int = SHARD_DOCUMENTS,
+    documents_hash: str | None = None,
+    process: int = 0,
+    processes: int = 1,
+    wait_seconds: float = WAIT_SECONDS,
+    on_progress: Callable[[int], object] | None = None,
+) -> np.ndarray:
+    """Vectors [N,E] of the documents' bodies, E = `dimension`, of `dtype` and memory-mapped.
+
+    `folder` keeps them as `shard-00000.npy` and so on, and joined as `vectors.npy`. `corpus.json` says whose
+    they are: `model_hash` stands for the weights, the tokenizer and the prompt, `max_tokens` for what
+    `encode` reads of a text, `documents_hash` is the documents' `corpus_hash` where that is known. The
+    documents are sliced a shard at a time. `on_progress` hears how many are finished, at once of those that
+    were there. Interrupted anywhere, the same call goes on.
+
+    Several processes that share `folder` each encode every `processes`-th shard, from `process` on; process 0
+    joins them, and all return when that is done. Raises UserError when the folder holds the vectors of
+    another corpus or model, when the disk refuses, and when what another process has to bring has not come
+    for `wait_seconds`.
+    """
+    if not 0 <= process < processes:
+        raise ValueError(f"process {process} of {processes}: want one of 0 to {processes - 1}")
+    record = {
+        "format_version": 1,
+        "corpus_hash": corpus_hash(documents) if documents_hash is None else documents_hash,
+        "documents": len(documents),
+        "model_hash": model_hash,
+        "max_tokens": max_tokens,
+        "dimension": dimension,
+        "dtype": dtype,
+        "shard_documents": shard_documents,
+    }
+    shards = _shards(folder, len(documents), dimension, shard_documents, processes)
+    if process > 0:
+        _wait(partial(_present, folder / RECORD), folder / RECORD, 0, wait_seconds)
+    _claim(folder, record, write=process == 0)
+    for shard in shards[process::processes]:
+        if shard.read(dtype) is None:
+            bodies = [document.body for document in documents[shard.start : shard.stop]]
+            write_array(shard.file, to_stored(encode(bodies, on_progress=on_progress), dtype))
+        elif on_progress is not None:
+            on_progress(shard.stop - shard.start)
+    joined, shape = folder / VECTORS, (len(documents), dimension)
+    if process > 0:
+        # A look at each: nothing comes for long before they are all there.
+        for shard in shards:
+            _wait(partial(_present, shard.file), shard.file, shard.owner, wait_seconds)
+        return _wait(partial(_joined, joined, shape, dtype), joined, 0, wait_seconds)
+    _join(joined, shape, dtype, _in_order(shards, dtype, wait_seconds, on_progress))
+    return open_vectors(joined, dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shard:
+    """Documents `start` to `stop` and the file of their vectors, which process `owner` writes."""
+
+    file: Path
+    start: int
+    stop: int
+    dimension: int
+    owner: int
+
+    def read(self, dtype: VectorDtype) -> np.ndarray | None:
+        """Its vectors [n,E]; None where the file is missing or damaged, and they have to be encoded again."""
+        try:
+            stored = np.load(self.file, allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            return None
+        shape = (self.stop - self.start, self.dimension)
+        if not isinstance(stored, np.ndarray) or stored.shape != shape or stored.dtype != stored_dtype(dtype):
+            return None
+        vectors = from_stored(stored, dtype)
+        return vectors if np.isfinite(vectors).all() else None
+
+
+def _shards(
+    folder: Path, documents: int, dimension: int, shard_documents: int, processes: int
+) -> list[_Shard]:
+    return [
+        _Shard(
+            file=folder / f"shard-{number:05d}.npy",
+            start=start,
+            stop=min(start + shard_documents, documents),
+            dimension=dimension,
+            owner=number % processes,
+        )
+        for number, start in enumerate(range(0, documents, shard_documents))
+    ]
+
+
+def _in_order(
+    shards: Sequence[_Shard],
+    dtype: VectorDtype,
+    wait_seconds: float,
+    on_progress: Callable[[int], object] | None,
+) -> Iterator[np.ndarray]:
+    """The vectors of one shard after the other, those of other processes as they come."""
+    for shard in shards:
+        yield _wait(partial(shard.read, dtype), shard.file, shard.owner, wait_seconds)
+        if shard.owner != 0 and on_progress is not None:
+            on_progress(shard.stop - shard.start)
+
+
+def _wait(read: Callable[[], T | None], file: Path, owner: int, seconds: float) -> T:
+    """What `read` gives as soon as it is something; raises UserError when it is nothing for so long."""
+    deadline = time.monotonic() + seconds
+    while (found := read()) is None:
+        if time.monotonic() >= deadline:
+            raise UserError(
+                f"{file}: has not come for {seconds:g} seconds; see that process {owner} runs, and repeat "
+                "the command"
+            )
+        time.sleep(POLL_SECONDS)
+    return found
+
+
+def _present(file: Path) -> bool | None:
+    return True if file.exists() else None
+
+
+def _joined(file: Path, shape: tuple[int, int], dtype: VectorDtype) -> np.ndarray | None:
+    try:
+        vectors = open_vectors(file, dtype)
+    except (OSError, ValueError):
+        return None
+    return vectors if vectors.shape == shape else None
+
+
+def _join(file: Path, shape: tuple[int, int], dtype: VectorDtype, chunks: Iterator[np.ndarray]) -> None:
+    """Write the vectors [N,E] of all shards as one file, at once or not at all."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        write_vectors(temporary, chunks, shape, dtype)
+        temporary.replace(file)
+    except OSError as error:
+        raise UserError(
+            f"{file}: cannot be written ({error.strerror or error}); make room or choose another --out"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _claim(folder: Path, record: dict[str, Any], *, write: bool) -> None:
+    """Write the record of a new folder; raise UserError when the folder has another one, or shards and
+    none."""
+    remedy = f"remove {folder}, or repeat the command that made it"
+    file = folder / RECORD
+    try:
+        if write:
+            folder.mkdir(parents=True, exist_ok=True)
+        if file.exists():
+            found = json.loads(file.read_text(encoding="utf-8"))
+            differing = sorted(
+                key for key in record if not isinstance(found, dict) or found.get(key) != record[key]
+            )
+            if differing:
+                raise UserError(f"{file}: holds other vectors (differs in {', '.join(differing)}); {remedy}")
+        elif any(folder.glob("shard-*.npy")):
+            raise UserError(f"{file}: missing, so nothing says whose the shards beside it are; {remedy}")
+        elif write:
+            write_json(file, record)
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON ({error}); {remedy}") from None
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be written ({error.strerror or error}); make room or choose another folder"
+        ) from error

@@ -1,0 +1,109 @@
+"""Reasoning without a teacher: what the untrained model writes about a query, greedily, for stage 1 to end in
+an embedding."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from flax import nnx
+
+from search_r3_jax.config import RunConfig
+from search_r3_jax.data.collection import Collection, Query
+from search_r3_jax.distributed.runtime import is_first, wait_for_all
+from search_r3_jax.files import write_text
+from search_r3_jax.hub.load_model import LoadedModel
+from search_r3_jax.rollout.sampler import Rollout, Sampler
+from search_r3_jax.text.prompts import Prompter
+
+QUERIES_A_PASS = 64
+
+
+def with_self_generated_reasoning(
+    config: RunConfig,
+    file: Path,
+    collections: Sequence[Collection],
+    wanted: Iterable[tuple[int, int]],
+    model: LoadedModel,
+    on_progress: Callable[[int, int], object],
+) -> tuple[Collection, ...]:
+    """The collections with the model's own text as `reasoning` of the wanted `(set, query row)`; kept in
+    `file`, one a line.
+
+    `model` is untrained: adapters that are new add nothing. A pass whose texts are in the file already is not
+    written again.
+    """
+    missing = sorted(
+        {(number, row) for number, row in wanted if not collections[number].queries[row].reasoning}
+    )
+    thoughts = _read(file)
+    # Whoever reads later would find more in the file than the others did.
+    wait_for_all("own reasoning is read")
+    prompter = Prompter(model.tokenizer)
+    graph, state = nnx.split(model.decoder)
+    sampler = Sampler(
+        graph, prompter, max_think_tokens=config.text.max_thought_tokens, temperature=0.0, mesh=model.mesh
+    )
+    # Sorted by length, so that a pass holds prompts of one bucket.
+    missing.sort(key=lambda at: (len(collections[at[0]].queries[at[1]].text), at))
+    for start in range(0, len(missing), QUERIES_A_PASS):
+        chosen = missing[start : start + QUERIES_A_PASS]
+        # Always the same passes: who shares one must not depend on where an earlier attempt was interrupted.
+        if all((number, collections[number].queries[row].query_id) in thoughts for number, row in chosen):
+            continue
+        filled = chosen + chosen[:1] * (QUERIES_A_PASS - len(chosen))
+        texts = [collections[number].queries[row].text for number, row in filled]
+        rollout = sampler.sample(
+            state, texts, np.zeros((len(texts), 1), np.uint32), max_tokens=config.text.max_query_tokens
+        )
+        for (number, row), thought in zip(chosen, _thoughts(rollout, prompter), strict=False):
+            thoughts[number, collections[number].queries[row].query_id] = thought
+        on_progress(start + len(chosen), len(missing))
+        if not is_first():
+            continue
+        lines = [
+            {"set": number, "query_id": query_id, "reasoning": text}
+            for (number, query_id), text in thoughts.items()
+        ]
+        write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    return tuple(_with(collection, number, thoughts) for number, collection in enumerate(collections))
+
+
+def _thoughts(rollout: Rollout, prompter: Prompter) -> list[str]:
+    """What the model chose to write, up to the closing or the end of its turn, and no broken last word."""
+    found = []
+    for ids, sampled, valid in zip(rollout.ids, rollout.sampled, rollout.valid, strict=True):
+        chosen = ids[sampled].tolist()
+        if valid:
+            chosen = chosen[: -len(prompter.reason.closing)]
+        complete = prompter.eos_id in chosen
+        text = str(
+            prompter.tokenizer.decode(
+                [token for token in chosen if token not in (prompter.eos_id, prompter.embed_id)]
+            )
+        )
+        words = text.split()
+        # The budget ends anywhere: a word cut in two would be learnt as one.
+        found.append(" ".join(words if complete or valid or len(words) < 2 else words[:-1]))
+    return found
+
+
+def _with(collection: Collection, number: int, thoughts: dict[tuple[int, str], str]) -> Collection:
+    def written(query: Query) -> str:
+        # Who writes nothing at all is taught to repeat the question.
+        return query.reasoning or (
+            thoughts[number, query.query_id] or query.text if (number, query.query_id) in thoughts else ""
+        )
+
+    queries = tuple(dataclasses.replace(query, reasoning=written(query)) for query in collection.queries)
+    return dataclasses.replace(collection, queries=queries)
+
+
+def _read(file: Path) -> dict[tuple[int, str], str]:
+    if not file.is_file():
+        return {}
+    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return {(record["set"], record["query_id"]): record["reasoning"] for record in records}
