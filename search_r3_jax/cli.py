@@ -12,49 +12,37 @@ from typing import Annotated, Any
 
 import tyro
 
+from search_r3_jax import __version__
 from search_r3_jax.commands.data import DataBuild, DataMine
 from search_r3_jax.commands.evaluation import Budget, Compare, Curves, Eval, Mteb, Perplexity, Report
 from search_r3_jax.commands.models import Embed, Export
 from search_r3_jax.commands.planning import Plan
+from search_r3_jax.commands.settings import rl_settings, sft_settings
 from search_r3_jax.commands.training import Indexer, Quickstart, Rl, Sft
-from search_r3_jax.config import RunConfig
+from search_r3_jax.config import RunConfig, renamed_flags
 from search_r3_jax.configs import load_config
 from search_r3_jax.errors import StoppedError, UserError
-from search_r3_jax.runtime_env import quiet
+from search_r3_jax.runtime_env import configure_libraries
 
 INTERRUPTED = 130
 
-DataCommand = (
-    Annotated[DataBuild, tyro.conf.subcommand("build")] | Annotated[DataMine, tyro.conf.subcommand("mine")]
+DESCRIPTION = (
+    f"search-r3 {__version__}: train an LLM to think before it embeds. "
+    "`search-r3 COMMAND --help` explains a command; `search-r3 --version` prints the version."
 )
 
-Command = (
-    Annotated[Quickstart, tyro.conf.subcommand("quickstart")]
-    | Annotated[Indexer, tyro.conf.subcommand("indexer")]
-    | Annotated[Export, tyro.conf.subcommand("export")]
-    | Annotated[Embed, tyro.conf.subcommand("embed")]
-    | Annotated[Eval, tyro.conf.subcommand("eval")]
-    | Annotated[Budget, tyro.conf.subcommand("budget")]
-    | Annotated[Mteb, tyro.conf.subcommand("mteb")]
-    | Annotated[Compare, tyro.conf.subcommand("compare")]
-    | Annotated[Perplexity, tyro.conf.subcommand("perplexity")]
-    | Annotated[Curves, tyro.conf.subcommand("curves")]
-    | Annotated[Report, tyro.conf.subcommand("report")]
-    | Annotated[
-        DataCommand, tyro.conf.subcommand("data", description="Build data sets, and mine hard negatives.")
-    ]
+DataCommand = (
+    Annotated[DataBuild, tyro.conf.subcommand("build")] | Annotated[DataMine, tyro.conf.subcommand("mine")]
 )
 
 
 def main() -> None:
     """Parse the command line and run one subcommand; exit status 2 for a user's mistake, 130 when interrupted
     before training began."""
-    quiet()
+    configure_libraries()
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        command = tyro.cli(
-            _commands(sys.argv[1:]), prog="search-r3", config=(tyro.conf.OmitSubcommandPrefixes,)
-        )
+        command = _parse(sys.argv[1:])
         command.run()
     except UserError as error:
         if "--debug" in sys.argv:
@@ -70,19 +58,48 @@ def main() -> None:
         os._exit(INTERRUPTED)
 
 
+def _parse(arguments: Sequence[str]) -> Any:
+    """The subcommand that the arguments name, with its flags."""
+    if list(arguments) == ["--version"]:
+        print(f"search-r3 {__version__}")
+        sys.exit(0)
+    arguments, notes = renamed_flags(arguments)
+    for note in notes:
+        print(f"search-r3: note: {note}", file=sys.stderr)
+    return tyro.cli(
+        _commands(arguments),
+        prog="search-r3",
+        description=DESCRIPTION,
+        args=arguments,
+        config=(tyro.conf.OmitSubcommandPrefixes,),
+    )
+
+
 def _commands(arguments: Sequence[str]) -> Any:
-    """The subcommands; settings of a stage of training begin with the values of the experiment that --config
-    names."""
+    """The subcommands in order of use, with the settings of the experiment that --config names."""
     name = _value_of("--config", arguments)
     required = tyro.MISSING
     settings = load_config(name) if name else RunConfig()
-    sft = Sft(config=name or required, run_folder=required, settings=settings)
-    rl = Rl(config=name or required, run_folder=required, settings=settings)
+    sft = Sft(config=name or required, run_folder=required, settings=sft_settings(settings))
+    rl = Rl(config=name or required, run_folder=required, settings=rl_settings(settings))
     plan = Plan(config=name or required, settings=settings, stage=required, topology=required)
     return (
-        Command
+        Annotated[Quickstart, tyro.conf.subcommand("quickstart")]
+        | Annotated[
+            DataCommand, tyro.conf.subcommand("data", description="Build data sets, and mine hard negatives.")
+        ]
         | Annotated[Sft, tyro.conf.subcommand("sft", default=sft)]
         | Annotated[Rl, tyro.conf.subcommand("rl", default=rl)]
+        | Annotated[Indexer, tyro.conf.subcommand("indexer")]
+        | Annotated[Eval, tyro.conf.subcommand("eval")]
+        | Annotated[Compare, tyro.conf.subcommand("compare")]
+        | Annotated[Budget, tyro.conf.subcommand("budget")]
+        | Annotated[Perplexity, tyro.conf.subcommand("perplexity")]
+        | Annotated[Mteb, tyro.conf.subcommand("mteb")]
+        | Annotated[Curves, tyro.conf.subcommand("curves")]
+        | Annotated[Report, tyro.conf.subcommand("report")]
+        | Annotated[Export, tyro.conf.subcommand("export")]
+        | Annotated[Embed, tyro.conf.subcommand("embed")]
         | Annotated[Plan, tyro.conf.subcommand("plan", default=plan)]
     )
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import (
@@ -20,6 +22,7 @@ from rich.progress import (
 from rich.text import Text
 
 PLAIN_LINE_SECONDS = 10.0
+LOGGER = logging.getLogger("search_r3_jax")
 
 
 class _Rate(ProgressColumn):
@@ -97,10 +100,61 @@ class Stages:
         self.console.print(f"      {text}", markup=False)
 
     @contextmanager
+    def log(self) -> Iterator[None]:
+        """While entered, the package's log messages are lines within a stage."""
+        handler = _StageHandler(self)
+        before = LOGGER.level
+        LOGGER.addHandler(handler)
+        LOGGER.setLevel(logging.INFO)
+        try:
+            yield
+        finally:
+            LOGGER.removeHandler(handler)
+            LOGGER.setLevel(before)
+
+    @contextmanager
     def bar(self, what: str, total: int) -> Iterator[Bar]:
         """A progress bar for one piece of work."""
         with progress_bar(self.console, what, total) as bar:
             yield bar
+
+
+class _StageHandler(logging.Handler):
+    """Prints log messages as lines within a stage, above a bar that is on the screen."""
+
+    def __init__(self, stages: Stages):
+        super().__init__(logging.INFO)
+        self._stages = stages
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._stages.say(_with_level(record))
+
+
+def show_log(stream: TextIO, *, timestamps: bool = False) -> None:
+    """Print the package's log messages to a stream, from now on."""
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(_LineFormatter(timestamps))
+    LOGGER.addHandler(handler)
+    LOGGER.setLevel(logging.INFO)
+
+
+class _LineFormatter(logging.Formatter):
+    """The message alone, or behind the time in UTC."""
+
+    converter = time.gmtime
+
+    def __init__(self, timestamps: bool):
+        super().__init__(datefmt="%Y-%m-%d %H:%M:%S")
+        self._timestamps = timestamps
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = _with_level(record)
+        return f"{self.formatTime(record, self.datefmt)} {text}" if self._timestamps else text
+
+
+def _with_level(record: logging.LogRecord) -> str:
+    text = record.getMessage()
+    return f"{record.levelname.lower()}: {text}" if record.levelno >= logging.WARNING else text
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from flax import nnx
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from search_r3_jax.config import RunConfig
+from search_r3_jax.config import RunConfig, config_from_dict
 from search_r3_jax.console import Stages
 from search_r3_jax.data.collection import Collection
 from search_r3_jax.data.dataset import build_dataset, load_collection
@@ -30,6 +30,7 @@ from search_r3_jax.hub.load_model import LoadedModel, load_model, with_lora
 from search_r3_jax.models.lora import merge_lora
 from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training.rl import train_rl
+from search_r3_jax.training.run import RlRecord
 from search_r3_jax.training.sft import train_sft
 
 STAGES = 7
@@ -49,6 +50,10 @@ class Quickstart:
         folder of another config."""
         self._out.mkdir(parents=True, exist_ok=True)
         self._claim()
+        with self._stages.log():
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         data = self._step("data", "data: functions of the installed Python packages", self._build_data)
         before = self._step("before", "evaluate before training", lambda: self._evaluate(self._base))
         self._step("sft", f"stage 1: contrastive fine-tuning, {self._config.sft.steps} steps", self._stage_1)
@@ -64,10 +69,9 @@ class Quickstart:
     def _claim(self) -> None:
         """Record what this folder is for, so that results of two configs never mix."""
         file = self._out / "quickstart.json"
-        record = json.loads(json.dumps(dataclasses.asdict(self._config)))
         if not file.is_file():
-            write_json(file, record)
-        elif json.loads(file.read_text(encoding="utf-8")) != record:
+            write_json(file, dataclasses.asdict(self._config))
+        elif config_from_dict(RunConfig, json.loads(file.read_text(encoding="utf-8"))) != self._config:
             raise UserError(f"{file}: made with another config; give another --out or remove {self._out}")
 
     def _step(self, key: str, title: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -87,7 +91,7 @@ class Quickstart:
     @functools.cached_property
     def _test(self) -> Collection:
         whole = load_collection(self._data, "test")
-        return dataclasses.replace(whole, queries=whole.queries[: self._config.data.test_queries])
+        return dataclasses.replace(whole, queries=whole.queries[: self._config.data.functions.test_queries])
 
     @functools.cached_property
     def _train(self) -> Collection:
@@ -123,18 +127,18 @@ class Quickstart:
     def _build_data(self) -> dict[str, Any]:
         data = self._config.data
         source = {
-            "kind": data.source,
+            "kind": "python-functions",
             "seed": self._config.seed,
-            "train_functions": data.train_functions,
-            "dev_functions": data.dev_functions,
-            "test_functions": data.test_functions,
+            "train_functions": data.functions.train,
+            "dev_functions": data.functions.dev,
+            "test_functions": data.functions.test,
         }
         if not self._data.is_dir():
             collections = python_functions(
                 seed=self._config.seed,
-                train_functions=data.train_functions,
-                dev_functions=data.dev_functions,
-                test_functions=data.test_functions,
+                train_functions=data.functions.train,
+                dev_functions=data.functions.dev,
+                test_functions=data.functions.test,
             )
             build_dataset(collections, self._data, name="python_functions", source=source)
         bm25, _ = evaluate_run(self._test.qrels(), bm25_run(self._test, identifiers=True))
@@ -173,38 +177,34 @@ class Quickstart:
         config = self._config
         with self._stages.bar("steps", config.sft.steps) as bar:
 
-            def on_step(step: int, total: int, values: dict[str, float]) -> None:
-                bar.to(
-                    step,
-                    f"loss {values['loss']:.2f}, in-batch accuracy {values['in_batch_accuracy']:.0%}",
-                    total,
-                )
+            def on_step(step: int, total: int, metrics: dict[str, float]) -> None:
+                accuracy = f"in-batch accuracy {metrics['in_batch_accuracy']:.0%}"
+                bar.to(step, f"loss {metrics['loss']:.2f}, {accuracy}", total)
 
             model = with_lora(self._base, config.lora, seed=config.seed)
-            params = train_sft(
-                config,
-                self._out / "sft",
-                [TrainingSet(train=self._train, dev=None)],
-                model,
-                on_step,
-                say=self._stages.say,
-            )
+            sets = [TrainingSet(train=self._train, dev=None)]
+            params = train_sft(config, self._out / "sft", sets=sets, model=model, on_step=on_step)
         self._tuned = _merged(model, params)
         return {"steps": config.sft.steps}
 
     def _stage_2(self) -> dict[str, Any]:
-        config, folder = self._config, self._out / "rl"
-        extra = {"start": "../sft", "data": "../data", "split": "train"}
+        config = self._config
         with self._stages.bar("steps", config.rl.steps) as bar:
 
-            def on_step(step: int, total: int, values: dict[str, float]) -> None:
-                bar.to(
-                    step, f"reward {values['reward']:.3f}, valid {values['valid_rate']:.0%}", max(step, total)
-                )
+            def on_step(step: int, total: int, metrics: dict[str, float]) -> None:
+                reward = f"reward {metrics['reward']:.3f}, valid {metrics['valid_rate']:.0%}"
+                bar.to(step, reward, max(step, total))
 
             model = with_lora(self._tuned, config.lora, seed=config.seed)
-            data = TrainingSet(train=self._train, dev=None)
-            result = train_rl(config, folder, data, model, on_step, say=self._stages.say, extra=extra)
+            result = train_rl(
+                config,
+                self._out / "rl",
+                data=TrainingSet(train=self._train, dev=None),
+                model=model,
+                # The folder as a whole can be moved.
+                record=RlRecord(start="../sft", data="../data", split="train"),
+                on_step=on_step,
+            )
         self._final = _merged(model, result.params)
         self._stages.say(f"valid rate {result.valid_rate:.0%}; {len(result.swaps)} index swap(s)")
         return {

@@ -1,4 +1,4 @@
-"""Settings of the libraries beneath us: quiet, and fast on a CPU; call before importing them."""
+"""Environment of the libraries beneath: quiet, and fast on a CPU. Call before they are imported."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 CPU_FLAG = "--xla_cpu_enable_concurrency_optimized_scheduler"
 
 
-def quiet() -> None:
+def configure_libraries() -> None:
     """Silence start-up chatter of XLA, absl, tokenizers and transformers; errors still come through."""
     flags = os.environ.get("XLA_FLAGS", "")
     if CPU_FLAG not in flags:

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from search_r3_jax.runtime_env import quiet
+from search_r3_jax.runtime_env import configure_libraries
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most programs of tests run for a moment, and are compiled for seconds: what makes code fast is left out,
 # here and in what tests start.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-quiet()
+configure_libraries()
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +27,15 @@ def optimised() -> Iterator[None]:
         jax.config.update("jax_disable_most_optimizations", False)
         yield
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
+def log_lines() -> Iterator[list[str]]:
+    """What the package logs during the test."""
+    from helpers.log_lines import collect_log_lines
+
+    with collect_log_lines() as lines:
+        yield lines
 
 
 @pytest.fixture(scope="session")

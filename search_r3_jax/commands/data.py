@@ -15,18 +15,18 @@ class DataBuild:
     """Build a TFDS data set (array_record) from a BEIR folder, a .jsonl file or installed Python packages.
 
     Attributes:
-        source: `beir` reads a folder, `jsonl` a file with a query and its documents a line,
-            `python-functions` Python packages.
-        out: folder to write; must not exist, or hold the same data set.
-        input: what the source reads; `python-functions` takes the installed packages by default.
-        split: the splits to build; all that are there by default.
-        skip_bad: leave bad lines out, name the first 20 and count them; otherwise the first one ends the
-            build.
-        seed: with python-functions: draws the packages and functions.
-        train_functions: with python-functions: size of the split.
-        dev_functions: with python-functions: size of the split.
-        test_functions: with python-functions: size of the split.
-        debug: show the traceback of an error.
+        source: What to read: `beir`, a folder in BEIR's layout; `jsonl`, a file with a query and its
+            documents per line; `python-functions`, Python packages.
+        out: Folder to write. Must not exist, or hold the same data set.
+        input: Folder or file to read. With `python-functions`, None reads the installed packages.
+        split: Splits to build. Empty: all there are.
+        skip_bad: Leave bad lines out: name the first 20, count the rest. Otherwise the first bad line ends
+            the build.
+        seed: python-functions: seed that draws packages and functions.
+        train_functions: python-functions: functions of the train split.
+        dev_functions: python-functions: functions of the dev split.
+        test_functions: python-functions: functions of the test split.
+        debug: On an error, show the traceback.
     """
 
     source: Literal["beir", "jsonl", "python-functions"]
@@ -66,28 +66,28 @@ class DataBuild:
 
 @dataclass(frozen=True, kw_only=True)
 class DataMine:
-    """Add hard negatives to the queries of a split: the nearest documents that are not known to be relevant;
-    a new data set.
+    """Write a data set with hard negatives: the nearest documents that are not known to be relevant.
 
     Attributes:
-        model: a run directory, a Hugging Face folder, a GGUF file, or `smollm2`.
-        data: a built data set or a BEIR folder.
-        out: folder to write; must not exist.
-        split: whose queries get negatives; the others are carried over.
-        num_negatives: at most so many for each query, behind those it has.
-        first_rank: first rank to choose from; 0 is the most similar document that is not judged.
-        last_rank: first rank not to choose from; by default so that num-negatives fit, ten times as many with
+        model: Run folder, Hugging Face folder, GGUF file, or `smollm2`.
+        data: Built data set or BEIR folder.
+        out: Folder to write. Must not exist.
+        split: Split whose queries get negatives. The other splits are copied.
+        num_negatives: Negatives to add per query, at most.
+        first_rank: First rank to take from. Rank 0 is the most similar document that is not judged.
+        last_rank: First rank not to take from. None: enough ranks for `num-negatives`, ten times as many with
             a limit or random sampling.
-        margin: least distance below the cosine of the query's weakest positive.
-        relative_margin: the same, as a share of that cosine.
-        max_score: highest cosine.
-        sampling: `top` takes the most similar ones of those left, `random` any.
-        seed: of random sampling.
-        index: how documents are searched; `auto` is ScaNN where it is installed.
-        max_query_tokens: tokens of a query that are read.
-        max_document_tokens: tokens of a document that are read.
-        step: checkpoint of a run, a number or `best` (on its development queries); the newest by default.
-        debug: show the traceback of an error.
+        margin: Leave out documents whose cosine is not at least this much below that of the weakest positive.
+            None: no limit.
+        relative_margin: The same limit as a share of the weakest positive's cosine. None: no limit.
+        max_score: Leave out documents with a higher cosine. None: no limit.
+        sampling: `top`: the most similar documents that are left; `random`: any of them.
+        seed: Seed of random sampling.
+        index: How to search: `exact`, `scann`, or `auto`: ScaNN where it is installed.
+        max_query_tokens: Longest query, in tokens.
+        max_document_tokens: Longest document, in tokens.
+        step: Checkpoint of a run: a step or `best` (on its development queries). None: the newest.
+        debug: On an error, show the traceback.
     """
 
     model: str

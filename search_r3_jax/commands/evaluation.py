@@ -17,7 +17,7 @@ class Eval(EvalSettings):
     """Measure a model or a baseline on a data set: nDCG@10, recall, MRR, MAP and what it costs.
 
     Attributes:
-        debug: show the traceback of an error.
+        debug: On an error, show the traceback.
     """
 
     debug: bool = False
@@ -30,10 +30,10 @@ class Eval(EvalSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class Budget(BudgetSettings):
-    """Measure what thinking is worth and what it costs: each budget of thinking tokens beside direct search.
+    """Measure what thinking gains and costs: budgets of thinking tokens, and direct search.
 
     Attributes:
-        debug: show the traceback of an error.
+        debug: On an error, show the traceback.
     """
 
     debug: bool = False
@@ -46,10 +46,10 @@ class Budget(BudgetSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class Mteb(MtebSettings):
-    """Measure a model with MTEB: its tasks, or collections of this machine as tasks of it.
+    """Measure a model with MTEB: on MTEB's tasks, or on data sets of yours.
 
     Attributes:
-        debug: show the traceback of an error.
+        debug: On an error, show the traceback.
     """
 
     debug: bool = False
@@ -67,16 +67,15 @@ class Mteb(MtebSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class Compare:
-    """Whether the second of two results of `eval` is better than the first by more than chance, and on which
-    queries.
+    """Test whether the second of two results of `eval` is better than the first, and on which queries.
 
     Attributes:
-        first: a file of `eval --out`; where it holds several modes, append :direct, :reason or :average.
-        second: another of the same data, split and cut, or another mode of the same file.
-        metric: ndcg@10, recall@10, recall@100, mrr or map.
-        samples: of the bootstrap and of the permutation test.
-        seed: of both.
-        debug: show the traceback of an error.
+        first: File of `eval --out`. Where it holds several modes, append :direct, :reason or :average.
+        second: Another file on the same data, or another mode of the same file.
+        metric: Metric to compare: ndcg@10, recall@10, recall@100, mrr or map.
+        samples: Samples of the bootstrap and of the permutation test.
+        seed: Seed of both.
+        debug: On an error, show the traceback.
     """
 
     first: tyro.conf.Positional[str]
@@ -98,19 +97,18 @@ class Compare:
 
 @dataclass(frozen=True, kw_only=True)
 class Perplexity:
-    """How well a model writes plain text: perplexity of documents, to hold a trained model against the one it
-    started from.
+    """Measure how well a model writes plain text: the perplexity of documents, before and after training.
 
     Attributes:
-        model: a run directory, a Hugging Face folder, a GGUF file, or `smollm2`.
-        data: a built data set or a BEIR folder.
-        split: whose corpus is read.
-        max_documents: so many random documents.
-        max_tokens: tokens of a document that are read.
-        step: checkpoint of a run, a number or `best` (on its development queries); the newest by default.
-        seed: draws the documents.
-        out: JSON file for the numbers.
-        debug: show the traceback of an error.
+        model: Run folder, Hugging Face folder, GGUF file, or `smollm2`.
+        data: Built data set or BEIR folder.
+        split: Split whose corpus is read.
+        max_documents: Random documents to read.
+        max_tokens: Tokens to read of a document.
+        step: Checkpoint of a run: a step or `best` (on its development queries). None: the newest.
+        seed: Seed that draws the documents.
+        out: JSON file to write. None: print only.
+        debug: On an error, show the traceback.
     """
 
     model: str
@@ -144,12 +142,12 @@ class Perplexity:
 
 @dataclass(frozen=True, kw_only=True)
 class Curves:
-    """Draw how runs went: nDCG@10 on their development queries, and their losses.
+    """Draw the course of runs: nDCG@10 on their development queries, and their losses.
 
     Attributes:
-        runs: folders that sft or rl wrote to.
-        out: PNG file.
-        debug: show the traceback of an error.
+        runs: Folders that `sft` or `rl` wrote.
+        out: PNG file to write.
+        debug: On an error, show the traceback.
     """
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
@@ -165,14 +163,14 @@ class Curves:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Show runs, and results of `eval` and `budget`, on one HTML page that needs nothing else.
+    """Write runs, and results of `eval` and `budget`, as one HTML page without outside files.
 
     Attributes:
-        runs: folders that sft or rl wrote to; those of one stage are drawn together.
-        eval: files of `eval --out` and `budget --out`.
-        out: HTML file.
-        pictures: folder for the page's pictures as PNG files; it is made where there is none.
-        debug: show the traceback of an error.
+        runs: Folders that `sft` or `rl` wrote. Runs of one stage share a picture.
+        eval: Files of `eval --out` and `budget --out`.
+        out: HTML file to write.
+        pictures: Folder for the pictures as PNG files; created where it does not exist. None: no PNG files.
+        debug: On an error, show the traceback.
     """
 
     runs: tyro.conf.Positional[tuple[Path, ...]] = ()

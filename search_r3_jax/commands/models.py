@@ -15,19 +15,20 @@ from search_r3_jax.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Write a run or a model as a Hugging Face folder, for sentence-transformers too; or a run's adapters for
-    PEFT.
+    """Write a run or a model as a Hugging Face folder, also for sentence-transformers; or a run's adapters
+    for PEFT.
 
     Attributes:
-        out: folder to write; must not exist, or be an earlier export.
-        model: a run directory, a Hugging Face folder, a GGUF file, or `smollm2`.
-        run_folder: a run directory.
-        step: checkpoint of a run, a number or `best` (on its development queries); the newest by default.
-        dtype: of the weights.
-        peft: write the adapters of a run instead of merged weights.
-        base: with --peft: name or folder of the checkpoint the adapters belong to; the folder that the run
-            started from by default.
-        debug: show the traceback of an error.
+        out: Folder to write. Must not exist, or be an earlier export.
+        model: Model to export: run folder, Hugging Face folder, GGUF file, or `smollm2`. Give this or
+            `--run`.
+        run_folder: Run to export. Give this or `--model`.
+        step: Checkpoint of a run: a step or `best` (on its development queries). None: the newest.
+        dtype: Precision of the written weights.
+        peft: Write the run's adapters for PEFT instead of merged weights.
+        base: With `--peft`: name or folder of the checkpoint that the adapters belong to. None: the folder
+            that the run started from.
+        debug: On an error, show the traceback.
     """
 
     out: Path
@@ -77,18 +78,18 @@ class Export:
 
 @dataclass(frozen=True, kw_only=True)
 class Embed:
-    """Embed the texts of a file, one a line, into a NumPy array.
+    """Embed the texts of a file, one per line, into a NumPy array.
 
     Attributes:
-        model: a run directory, a Hugging Face folder, a GGUF file, or `smollm2`.
-        input: one text a line; a name that ends in .jsonl holds one object with a `text` a line.
-        out: array [texts, dimension] of float32 unit vectors, in .npy format.
-        mode: `reason` lets the model think before it embeds; queries only.
-        kind: what the texts are; documents are embedded directly.
-        truncate_dim: keep so many dimensions, normalised again.
-        max_tokens: tokens of a text that are read.
-        step: checkpoint of a run, a number or `best` (on its development queries); the newest by default.
-        debug: show the traceback of an error.
+        model: Run folder, Hugging Face folder, GGUF file, or `smollm2`.
+        input: Text file, one text per line; or a .jsonl file, one object with a `text` per line.
+        out: File to write: float32 unit vectors [texts, dimension] in .npy format.
+        mode: `reason`: the model thinks before it embeds (queries only). `direct`: it does not.
+        kind: What the texts are. Documents are embedded directly.
+        truncate_dim: Keep this many dimensions and normalise again. None: all.
+        max_tokens: Longest text, in tokens. None: the model's own limit.
+        step: Checkpoint of a run: a step or `best` (on its development queries). None: the newest.
+        debug: On an error, show the traceback.
     """
 
     model: str

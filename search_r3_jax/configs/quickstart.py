@@ -6,6 +6,7 @@ Chips: none; two CPU cores.
 
 from search_r3_jax.config import (
     DataConfig,
+    FunctionsConfig,
     IndexConfig,
     LoraConfig,
     OptimizerConfig,
@@ -20,7 +21,7 @@ config = RunConfig(
     model="smollm2",
     compute_dtype="float32",
     remat="dots",
-    data=DataConfig(train_functions=384, dev_functions=50, test_functions=600, test_queries=128),
+    data=DataConfig(functions=FunctionsConfig(train=384, dev=50, test=600, test_queries=128)),
     text=TextConfig(max_query_tokens=32, max_document_tokens=21, max_thought_tokens=24),
     lora=LoraConfig(rank=16, alpha=32.0),
     sft=SftConfig(

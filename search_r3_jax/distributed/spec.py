@@ -16,10 +16,10 @@ class Cluster:
     """The processes that train together.
 
     Attributes:
-        coordinator: `host:port` where process 0 listens; empty is found out (SLURM, TPU metadata) or, alone,
-            not needed.
-        processes: how many there are; 0 is found out.
-        process: the number of this one; -1 is found out.
+        coordinator: `host:port` where process 0 listens. Empty: found out (SLURM, TPU metadata), or not
+            needed.
+        processes: Number of processes. 0: found out.
+        process: Number of this process. -1: found out.
     """
 
     coordinator: str = ""

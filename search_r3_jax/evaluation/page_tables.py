@@ -131,10 +131,8 @@ def _set_table(searched: SetKey, systems: Mapping[str, EvalResult]) -> Table:
     titles = {key: title for title, key, _ in ROWS}
     metrics = [titles[metric] for metric in METRICS]
     over = [] if len(systems) == 1 else ["over the first"]
-    note = (
-        f"{INTERVALS_NOTE} "
-        f"{'“Over the first” is the paired difference of nDCG@10 to the first row. ' if over else ''}{COSTS_NOTE}"
-    )
+    paired = "“Over the first” is the paired difference of nDCG@10 to the first row. " if over else ""
+    note = f"{INTERVALS_NOTE} {paired}{COSTS_NOTE}"
     return Table(
         title=_set_title(searched),
         head=["", metrics[0], *over, *metrics[1:], *_COST_NAMES],
@@ -317,12 +315,12 @@ _STAGE_SETTINGS: dict[str, list[tuple[str, Show]]] = {
         ("queries a step", _setting("rl.global_queries")),
         ("replies a query", _setting("rl.group_size")),
         ("variant", _setting("rl.variant")),
-        ("reward", _setting("rl.reward")),
+        ("reward", _setting("rl.reward.variant")),
         ("β", _setting("rl.beta")),
-        ("InfoNCE weight", _setting("rl.infonce_weight")),
+        ("InfoNCE weight", _setting("rl.infonce.weight")),
         ("thinking tokens", _setting("rl.sampler.max_think_tokens")),
         ("index scoring", _setting("index.scoring")),
-        ("checkpoint every", _setting("rl.snapshot_every")),
+        ("checkpoint every", _setting("rl.save_every")),
     ],
 }
 _OUTCOME: list[tuple[str, Show]] = [

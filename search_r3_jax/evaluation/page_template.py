@@ -6,13 +6,15 @@ PAGE = """\
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <meta name="color-scheme" content="light dark">
 <title>{{ title }}</title>
 <style>
 :root { --text: #1c1e21; --soft: #62666d; --page: #ffffff; --box: #f5f6f8; --line: #dcdfe4; --good: #1a7f37; }
 @media (prefers-color-scheme: dark) {
-  :root { --text: #e4e6ea; --soft: #9aa0a8; --page: #15171a; --box: #1e2125; --line: #363a40; --good: #56d364; }
+  :root { --text: #e4e6ea; --soft: #9aa0a8; --page: #15171a; --box: #1e2125; --line: #363a40;
+  --good: #56d364; }
   /* Drawn in dark on nothing: turned round, hues kept. */
   .pictures img { filter: invert(1) hue-rotate(180deg); }
 }
@@ -21,26 +23,32 @@ html { -webkit-text-size-adjust: 100%; }
 body { margin: 0 auto; max-width: 76rem; padding: 1rem; color: var(--text); background: var(--page);
   font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 0.5rem 0; }
-h2 { font-size: 1.25rem; margin: 2.5rem 0 0.75rem; padding-bottom: 0.25rem; border-bottom: 1px solid var(--line); }
+h2 { font-size: 1.25rem; margin: 2.5rem 0 0.75rem; padding-bottom: 0.25rem;
+  border-bottom: 1px solid var(--line); }
 h3 { font-size: 1rem; margin: 1.5rem 0 0.5rem; }
 nav { display: flex; flex-wrap: wrap; gap: 0.25rem 1rem; }
 nav a { color: inherit; padding: 0.25rem 0; }
 .note, footer { color: var(--soft); font-size: 0.875rem; margin: 0.5rem 0; }
 footer { margin-top: 3rem; }
-.pictures { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); }
+.pictures { display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); }
 .pictures img { display: block; width: 100%; height: auto; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.875rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
-th, td { padding: 0.375rem 0.75rem; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line); }
+table { border-collapse: collapse; font-size: 0.875rem; font-variant-numeric: tabular-nums;
+  overflow-wrap: normal; }
+th, td { padding: 0.375rem 0.75rem; text-align: right; vertical-align: top;
+  border-bottom: 1px solid var(--line); }
 thead th { font-weight: 600; color: var(--soft); vertical-align: bottom; }
 tbody th { font-weight: 500; }
-th:first-child { position: sticky; left: 0; background: var(--page); text-align: left; min-width: 8rem; max-width: 40vw;
+th:first-child { position: sticky; left: 0; background: var(--page); text-align: left; min-width: 8rem;
+  max-width: 40vw;
   padding-left: 0; overflow-wrap: anywhere; }
 td .small { display: block; color: var(--soft); font-size: 0.75rem; white-space: nowrap; }
 .texts th, .texts td { text-align: left; }
 .texts td { min-width: 9rem; }
 summary { font-weight: 600; padding: 0.5rem 0; cursor: pointer; }
-.samples { display: grid; gap: 0.75rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); }
+.samples { display: grid; gap: 0.75rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); }
 article { background: var(--box); border-radius: 0.5rem; padding: 0.75rem 1rem; min-width: 0; }
 article header { display: flex; flex-wrap: wrap; gap: 0 1rem; color: var(--soft); font-size: 0.875rem; }
 article header b { color: var(--text); }
@@ -70,7 +78,8 @@ article header b { color: var(--text); }
 <thead><tr>{% for name in table.head %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for row in table.rows %}<tr><th scope="row">{{ row[0].text }}</th>
-{%- for cell in row[1:] %}<td>{{ cell.text }}{% if cell.small %}<span class="small">{{ cell.small }}</span>{% endif %}</td>
+{%- for cell in row[1:] %}<td>{{ cell.text }}{#-
+#}{% if cell.small %}<span class="small">{{ cell.small }}</span>{% endif %}</td>
 {%- endfor %}</tr>
 {% endfor %}
 </tbody>
@@ -84,11 +93,14 @@ article header b { color: var(--text); }
 <div class="samples">
 {% for sample in group.samples %}
 <article>
-<header>{% for told in sample.head %}<span>{% if loop.first %}<b>{{ told }}</b>{% else %}{{ told }}{% endif %}</span>{% endfor %}</header>
+<header>{% for told in sample.head %}{#-
+#}<span>{% if loop.first %}<b>{{ told }}</b>{% else %}{{ told }}{% endif %}</span>{#-
+#}{% endfor %}</header>
 <p class="query" dir="auto">{{ sample.query }}</p>
 {% if sample.text %}<p class="reply" dir="auto">{{ sample.text }}</p>{% endif %}
 {% if sample.top %}<ol class="top">{% for document, relevant in sample.top %}
-<li{% if relevant %} class="relevant"{% endif %}><bdi>{{ document }}</bdi>{% if relevant %} ✓ relevant{% endif %}</li>
+<li{% if relevant %} class="relevant"{% endif %}><bdi>{{ document }}</bdi>{#-
+#}{% if relevant %} ✓ relevant{% endif %}</li>
 {%- endfor %}</ol>{% endif %}
 </article>
 {% endfor %}

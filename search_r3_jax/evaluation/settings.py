@@ -14,26 +14,28 @@ class EvalSettings:
     """One system on one split of one collection.
 
     Attributes:
-        model: a run directory, a Hugging Face folder, a GGUF file or `smollm2`; or a baseline: `bm25`
-            (stemmed words), `bm25-split` (identifiers split, for code), `minilm` (all-MiniLM-L6-v2),
-            `st:FOLDER` (any sentence-transformers model).
-        data: a built data set or a BEIR folder.
-        split: whose queries are searched.
-        mode: `reason` lets the model think before it embeds a query; `both` is that beside direct; `all` adds
-            `average`, the mean of a query's two vectors; baselines have `direct` only.
-        index: `exact` search, or `scann`.
-        out: JSON file with everything, each query's results too; `search-r3 compare` reads it.
-        run_file: TREC run file; the judgements go beside it, with .qrels added. With several modes one file
-            each: .direct, .reason added.
-        max_queries: search for so many random queries of the split at most.
-        max_documents: search only the judged documents and random others, so many in all.
-        seed: draws those queries and those others.
-        max_query_tokens: tokens of a query that a model of ours reads; 64 by default.
-        max_document_tokens: tokens of a document that a model of ours reads; 256 by default.
-        max_think_tokens: budget of the reasoning before the embed token is forced; 0 forces it at once.
-        controls: search also with other reasoning in place of the queries' own: another query's, none, the
-            query repeated, random words.
-        step: checkpoint of a run, a number or `best` (on its development queries); the newest by default.
+        model: Run folder, Hugging Face folder, GGUF file or `smollm2`; or a baseline: `bm25` (stemmed words),
+            `bm25-split` (identifiers split, for code), `minilm` (all-MiniLM-L6-v2), `st:FOLDER` (any
+            sentence-transformers model).
+        data: Built data set or BEIR folder.
+        split: Split whose queries are searched.
+        mode: `direct`: no thinking. `reason`: the model thinks before it embeds a query. `both`. `all`: both,
+            and `average`, the mean of a query's two vectors. Baselines have `direct` only.
+        index: How to search.
+        out: JSON file with all numbers and each query's results, for `compare` and `report`. None: print
+            only.
+        run_file: TREC run file to write; the judgements go beside it as .qrels. Several modes write a file
+            each, with .direct or .reason added. None: none.
+        max_queries: Random queries of the split to search, at most. None: all.
+        max_documents: Documents to search: all that are judged, filled up with random others. None: the whole
+            corpus.
+        seed: Seed that draws those queries and documents.
+        max_query_tokens: Longest query, in tokens (models of ours). None: 64.
+        max_document_tokens: Longest document, in tokens (models of ours). None: 256.
+        max_think_tokens: Longest reasoning, in tokens; then the embed token is forced. 0 forces it at once.
+        controls: Also search with another text in place of a query's own reasoning: another query's
+            reasoning, none, the query repeated, random words.
+        step: Checkpoint of a run: a step or `best` (on its development queries). None: the newest.
     """
 
     model: str
@@ -66,20 +68,21 @@ class BudgetSettings:
     """One model on one split of one collection, at several budgets of thinking.
 
     Attributes:
-        model: a run directory, a Hugging Face folder, a GGUF file or `smollm2`.
-        data: a built data set or a BEIR folder.
-        out: JSON file with everything, each query's results too.
-        picture: PNG file for nDCG@10 over the tokens of a query.
-        budgets: tokens that the model may think before the embed token is forced; 0 forces it at once.
-        split: whose queries are searched.
-        index: `exact` search, or `scann`.
-        max_queries: search for so many random queries of the split at most.
-        max_documents: search only the judged documents and random others, so many in all.
-        seed: draws those queries and those others, and the bootstrap's queries.
-        samples: of the bootstrap.
-        max_query_tokens: tokens of a query that the model reads; 64 by default.
-        max_document_tokens: tokens of a document that the model reads; 256 by default.
-        step: checkpoint of a run, a number or `best` (on its development queries); the newest by default.
+        model: Run folder, Hugging Face folder, GGUF file or `smollm2`.
+        data: Built data set or BEIR folder.
+        out: JSON file with all numbers and each query's results.
+        picture: PNG file: nDCG@10 over the tokens of a query. None: none.
+        budgets: Thinking tokens before the embed token is forced. 0 forces it at once.
+        split: Split whose queries are searched.
+        index: How to search.
+        max_queries: Random queries of the split to search, at most. None: all.
+        max_documents: Documents to search: all that are judged, filled up with random others. None: the whole
+            corpus.
+        seed: Seed that draws those queries and documents, and of the bootstrap.
+        samples: Samples of the bootstrap.
+        max_query_tokens: Longest query, in tokens. None: 64.
+        max_document_tokens: Longest document, in tokens. None: 256.
+        step: Checkpoint of a run: a step or `best` (on its development queries). None: the newest.
     """
 
     model: str
@@ -120,19 +123,20 @@ class MtebSettings:
     """One model on tasks of MTEB, and on collections of this machine as tasks of it.
 
     Attributes:
-        model: an exported folder, a run directory, a Hugging Face folder or id, a GGUF file or `smollm2`.
-        out: folder for MTEB's own files; tasks whose results are there are not run again.
-        tasks: names of MTEB's tasks, as in SciFact; their data comes from the hub.
-        data: built data sets or BEIR folders, a retrieval task each.
-        split: of the data sets, whose queries are searched.
-        mode: `reason` lets the model think before it embeds what is searched for.
-        instruction_template: puts a task's own instruction before its queries, as in 'Instruct:
-            {instruction}: '; left out by default.
-        max_documents: of the data sets, search only the judged documents and random others, so many in all.
-        seed: draws those others.
-        max_tokens: of a text that the model reads; by default what an exported folder says, else 512.
-        max_think_tokens: budget of the reasoning before the embed token is forced; 0 forces it at once.
-        step: checkpoint of a run, a number or `best` (on its development queries); the newest by default.
+        model: Exported folder, run folder, Hugging Face folder or id, GGUF file or `smollm2`.
+        out: Folder for MTEB's own files. Tasks whose results are there are not run again.
+        tasks: Names of MTEB's tasks, such as SciFact. Their data comes from the hub.
+        data: Built data sets or BEIR folders; each is a retrieval task.
+        split: Split of these data sets whose queries are searched.
+        mode: `reason`: the model thinks before it embeds a query. `direct`: it does not.
+        instruction_template: Text before a task's queries, with the task's instruction filled in, such as
+            'Instruct: {instruction}: '. None: no instruction.
+        max_documents: Documents of these data sets to search: all that are judged, filled up with random
+            others. None: all.
+        seed: Seed that draws those documents.
+        max_tokens: Longest text, in tokens. None: what an exported folder says, else 512.
+        max_think_tokens: Longest reasoning, in tokens; then the embed token is forced. 0 forces it at once.
+        step: Checkpoint of a run: a step or `best` (on its development queries). None: the newest.
     """
 
     model: str

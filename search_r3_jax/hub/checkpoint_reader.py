@@ -129,6 +129,8 @@ def read_run(path: Path) -> tuple[RunConfig, dict[str, Any]]:
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         return config_from_dict(RunConfig, record["config"]), record
+    except UserError as error:
+        raise UserError(f"{file}: config.{error}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{file}: not the config of a run ({error}); give the folder that sft or rl wrote to"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -32,7 +33,7 @@ from search_r3_jax.hub.checkpoint_reader import (
 
 ARRAYS, EMPTY = "arrays", "empty_arrays"
 TEMPORARY = ".orbax-checkpoint-tmp"
-NO_STEP = -1
+logger = logging.getLogger(__name__)
 
 
 class RestoredCheckpoint(NamedTuple):
@@ -55,7 +56,7 @@ class CheckpointWriter:
     def __init__(self, run: Path, *, keep: int = 3, keep_every: int = 0):
         self._folder = checkpoint_folder(run)
         self._scores = checkpoint_scores(run)
-        self._saving = NO_STEP
+        self._saving: int | None = None
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_Needed(run, keep, keep_every, self._scores),
             enable_async_checkpointing=True,
@@ -158,33 +159,36 @@ class CheckpointWriter:
             ) from error
 
 
-def latest_valid_checkpoint(run: Path, say: Callable[[str], object]) -> int | None:
+def latest_valid_checkpoint(run: Path) -> int | None:
     """The newest committed step that is as it was written; damaged ones are put aside, and said so. The same
     on all processes.
 
     Raises UserError when there are steps and all are damaged.
     """
-    found = NO_STEP
+    valid: int | None = None
     if jax.process_index() == 0:
         steps = checkpoint_steps(run)
         for step in reversed(steps):
             folder = checkpoint_folder(run) / str(step)
             damage = verify_checkpoint(folder)
             if damage is None:
-                found = step
+                valid = step
                 break
             aside = folder.with_name(f"damaged-{step}")
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
-            say(
+            logger.info(
                 f"checkpoint {step} is damaged: {damage}; it is put aside as {aside.name}, and the one "
                 "before is taken"
             )
-        if steps and found == NO_STEP:
+        if steps and valid is None:
             raise UserError(f"{checkpoint_folder(run)}: all checkpoints are damaged; give another --run")
     if jax.process_count() > 1:
-        found = int(multihost_utils.broadcast_one_to_all(np.array(found, np.int32)))
-    return None if found == NO_STEP else found
+        # Collectives carry numbers: −1 is no step.
+        sent = np.array(-1 if valid is None else valid, np.int32)
+        received = int(multihost_utils.broadcast_one_to_all(sent))
+        valid = None if received < 0 else received
+    return valid
 
 
 class _Needed:

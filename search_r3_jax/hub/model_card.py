@@ -13,7 +13,8 @@ _DOCUMENTS = (
 
 _PROMPTS = f"""# A search embedder that thinks first
 
-The embedding of a text is the final hidden state at `{EMBED_TOKEN}`, normalised to length 1; similarity is the cosine.
+The embedding of a text is the final hidden state at `{EMBED_TOKEN}`, normalised to length 1;
+similarity is the cosine.
 
 - direct: system `{DIRECT_SYSTEM}`, user: the text, assistant: `{CLOSING}`
 - reasoned: system `{REASON_SYSTEM}`, user: the query, assistant: the model writes, and ends with `{CLOSING}`
@@ -24,7 +25,8 @@ Documents are embedded directly, queries either way.
 # What both snippets below do with a tokenizer and the decoder without its head.
 _EMBED = f'''
 def embed(text):
-    messages = [{{"role": "system", "content": "{DIRECT_SYSTEM}"}}, {{"role": "user", "content": text.strip()}}]
+    messages = [{{"role": "system", "content": "{DIRECT_SYSTEM}"}},
+                {{"role": "user", "content": text.strip()}}]
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) + "{CLOSING}"
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
     with torch.no_grad():
@@ -49,7 +51,8 @@ model = AutoModelForCausalLM.from_pretrained(folder)
 decoder = model.model
 
 {_EMBED}
-Cut long texts before they go into the prompt, so that the embed token stays. Special tokens written in a text are read as special tokens.
+Cut long texts before they go into the prompt, so that the embed token stays.
+Special tokens written in a text are read as special tokens.
 """
 
 _SENTENCE_TRANSFORMERS = f"""
@@ -67,14 +70,16 @@ documents = model.encode({_DOCUMENTS}, prompt_name="document")
 print(model.similarity(queries, documents))
 ```
 
-A text that is too long is cut, never the prompt around it. Special tokens written in a text are read as plain text, if split a little
+A text that is too long is cut, never the prompt around it.
+Special tokens written in a text are read as plain text, if split a little
 otherwise than `Embedder` splits them. Embeddings are direct; for reasoned ones take `Embedder`.
 """
 
 _NO_SENTENCE_TRANSFORMERS = """
 ## sentence-transformers
 
-This folder has no files for it: in this tokenizer the prompt and a text around it share tokens, so the prompt cannot be added as text.
+This folder has no files for it: in this tokenizer the prompt and a text around it share tokens,
+so the prompt cannot be added as text.
 """
 
 _EMBEDDER = f"""
@@ -114,7 +119,8 @@ pipeline_tag: sentence-similarity
 {_PROMPTS}
 ## peft
 
-The adapters bring the row of `{EMBED_TOKEN}` with them. A base whose vocabulary ends before that row is grown first, as below.
+The adapters bring the row of `{EMBED_TOKEN}` with them.
+A base whose vocabulary ends before that row is grown first, as below.
 
 ```python
 import torch

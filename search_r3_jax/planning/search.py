@@ -4,6 +4,7 @@ sense."""
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable
 
@@ -15,9 +16,10 @@ from search_r3_jax.planning.stages import Stage
 
 # More than so many chips for the heads of one layer exchange more than they compute.
 _MOST_TENSOR = 8
+logger = logging.getLogger(__name__)
 
 
-def largest_chunk(config: RunConfig, stage: Stage, slices: Slice, *, say: Callable[[str], object]) -> Plan:
+def largest_chunk(config: RunConfig, stage: Stage, slices: Slice) -> Plan:
     """The plan with the largest `sft.encode_chunk`, or `rl.micro_queries`, that fits; the number of pairs or
     queries is kept.
 
@@ -31,7 +33,7 @@ def largest_chunk(config: RunConfig, stage: Stage, slices: Slice, *, say: Callab
         middle = (low + high) // 2
         plan = _tried(changed(sizes[middle]), stage, slices)
         fits = plan is not None and plan.fits
-        say(
+        logger.info(
             f"{sizes[middle]}: "
             + (
                 "too large"
@@ -51,15 +53,13 @@ def largest_chunk(config: RunConfig, stage: Stage, slices: Slice, *, say: Callab
     return best
 
 
-def try_meshes(
-    config: RunConfig, stage: Stage, slices: Slice, *, say: Callable[[str], object]
-) -> list[tuple[MeshConfig, Plan | None]]:
+def try_meshes(config: RunConfig, stage: Stage, slices: Slice) -> list[tuple[MeshConfig, Plan | None]]:
     """Each sensible mesh with its plan, None where the memory is too little; those that fit first, the
     fastest of them first."""
     tried = list[tuple[MeshConfig, Plan | None]]()
     for mesh in sensible_meshes(config, slices):
         plan = _tried(dataclasses.replace(config, mesh=mesh), stage, slices)
-        say(
+        logger.info(
             f"{_named(mesh)}: "
             + ("does not fit" if plan is None else f"{plan.tokens_per_second:,.0f} tokens/s at most")
         )

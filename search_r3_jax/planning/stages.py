@@ -136,15 +136,20 @@ def _rl(config: RunConfig, mesh: Mesh) -> LoweredStage:
         valid=np.zeros(Q * G, bool),
     )
     # One document a query to tell it from the others by, and the candidates.
-    P = Q + rl.infonce_negatives
+    P = Q + rl.infonce.negatives
     documents = np.zeros((P, trained.model.hidden_size), np.float32)
     own_rows = (
         rl_step.tokenize_documents(trained.prompter, [""] * Q, text.max_document_tokens)
-        if rl.infonce_train_documents
+        if rl.infonce.train_documents
         else None
     )
     batch = rl_step.make_batch(
-        rollout, np.zeros(Q * G), documents, np.zeros((Q, P)), own=own_rows, micro_queries=rl.micro_queries
+        rollout,
+        np.zeros(Q * G),
+        documents,
+        np.zeros((Q, P)),
+        trained=own_rows,
+        micro_queries=rl.micro_queries,
     )
     placed = _placed(batch, rl_step.batch_shardings(batch, mesh))
     log_probs = jax.ShapeDtypeStruct(
@@ -158,7 +163,7 @@ def _rl(config: RunConfig, mesh: Mesh) -> LoweredStage:
     prefix, own = len(prompt.prefix), text.max_query_tokens + len(prompt.suffix)
     tokens = Q * own + Q * G * T
     attended = Q * _seen(prefix, own) + Q * G * _seen(prefix + own, T)
-    if rl.infonce_train_documents:
+    if rl.infonce.train_documents:
         direct = trained.prompter.direct
         document = text.max_document_tokens + len(direct.suffix) + len(direct.closing)
         # Every micro-batch encodes them.

@@ -24,22 +24,22 @@ HARMLESS = (
     "config.sft.keep_every",
     "config.sft.max_skipped",
     "config.rl.eval_every",
-    "config.rl.snapshot_every",
+    "config.rl.save_every",
     "config.rl.keep",
     "config.rl.keep_every",
     "config.rl.sample_every",
     "config.rl.max_skipped",
-    "config.rl.collapse_steps",
-    "config.rl.collapse_valid",
-    "config.rl.collapse_entropy",
+    "config.rl.collapse.steps",
+    "config.rl.collapse.valid_rate",
+    "config.rl.collapse.entropy",
     "config.rl.min_swaps",
     "config.rl.max_extra_steps",
     "config.index.drift_every",
     "config.index.drift_documents",
     "config.index.drift_cosine",
     "config.index.drift_overlap",
-    "config.index.max_age",
-    "config.index.when_old",
+    "config.index.max_index_age_steps",
+    "config.index.on_stale_index",
     "config.index.recall_gate",
     "config.index.keep_versions",
     "config.index.local",
@@ -74,7 +74,7 @@ def changes_of(before: dict[str, Any], now: dict[str, Any]) -> list[Change]:
     return list(_changes(before, now, ""))
 
 
-def told(changes: Sequence[Change]) -> str:
+def describe_changes(changes: Sequence[Change]) -> str:
     """The changes in one line."""
     return "; ".join(str(change) for change in changes)
 
@@ -84,5 +84,5 @@ def _changes(before: dict[str, Any], now: dict[str, Any], prefix: str) -> Iterat
         old, new = before.get(key, MISSING), now.get(key, MISSING)
         if isinstance(old, dict) and isinstance(new, dict):
             yield from _changes(old, new, f"{prefix}{key}.")
-        elif old != new:
+        elif old != new and not (old in (None, MISSING) and new in (None, MISSING)):
             yield Change(field=f"{prefix}{key}", before=old, now=new)

@@ -1,199 +1,347 @@
-"""Stage 2's index between its steps: newer ones taken in, old ones waited for, checkpoints asked for when the
-embeddings have drifted."""
+"""Stage 2's index while training goes on: which version each step uses, how long training waited for it, and
+when the embeddings have drifted so far that a new one is due."""
 
 from __future__ import annotations
 
+import functools
+import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from etils import epath
 from flax import nnx
 
-from search_r3_jax.config import IndexConfig
+from search_r3_jax.config import RunConfig
+from search_r3_jax.data.collection import Collection
 from search_r3_jax.errors import UserError
-from search_r3_jax.hub.checkpoint_reader import checkpoint_steps, pin_checkpoints, read_checkpoint
+from search_r3_jax.hub.checkpoint_reader import checkpoint_steps, pin_checkpoints, read_checkpoint, read_run
+from search_r3_jax.hub.checkpoint_writer import latest_valid_checkpoint
 from search_r3_jax.retrieval.environment.drift import measure_drift, probe_rows
 from search_r3_jax.retrieval.environment.environment import EncodeDocuments, Environment
 from search_r3_jax.retrieval.index.protocol import Index
-from search_r3_jax.retrieval.indexer.follower import IndexFollower
+from search_r3_jax.retrieval.indexer.follower import Follower, IndexFollower
 from search_r3_jax.retrieval.indexer.schedule import IndexSchedule
-from search_r3_jax.rollout.encoder import ReasonedEncoder
-from search_r3_jax.rollout.sampler import Rollout
+from search_r3_jax.retrieval.indexer.worker import index_folder
+from search_r3_jax.retrieval.store.versions import delete_version, list_versions
 
-Say = Callable[[str], object]
 PIN = "trainer"
 PROBE = "drift_probe"
+logger = logging.getLogger(__name__)
 
 
-class MovingIndex:
-    """Decides, before each step, by which index its rewards are given, and counts what training waited for
-    it."""
+@dataclass(frozen=True, kw_only=True)
+class IndexStatistics:
+    """Which index versions a run has used.
+
+    Attributes:
+        version: the one in use.
+        swaps: (step, version) of every change of version.
+        versions: each version's step, recall@10 against exact search, seconds to encode and to build.
+    """
+
+    version: int = 0
+    swaps: tuple[tuple[int, int], ...] = ()
+    versions: tuple[Mapping[str, float], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexStart:
+    """Where a live index begins: at the start of a run, or at the checkpoint that it resumes from.
+
+    Attributes:
+        step: the checkpoint's step.
+        statistics: those of the checkpoint.
+        arrays: what `checkpoint_arrays` gave at the checkpoint.
+        allow_other_version: take another version where the one in use is gone.
+    """
+
+    step: int = 0
+    statistics: IndexStatistics = field(default_factory=IndexStatistics)
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
+    allow_other_version: bool = False
+
+
+class LiveIndex:
+    """Decides before each step which index version it uses; owns follower, schedule, pins, statistics."""
 
     def __init__(
         self,
-        config: IndexConfig,
         run: Path,
-        follower: IndexFollower,
+        config: RunConfig,
+        follower: Follower,
         environment: Environment,
-        encode_documents: EncodeDocuments,
-        *,
         schedule: IndexSchedule,
-        needed: Callable[[], set[int]],
-        swaps: list[list[int]],
-        index_versions: list[dict[str, float]],
-        say: Say,
+        *,
+        statistics: IndexStatistics | None = None,
         on_wait: Callable[[int], object] = lambda step: None,
     ):
-        """Steps that `schedule` has are given the index it names; the others the newest there is, which it
-        then has too.
+        """Steps that `schedule` has use the version it names; later ones the newest, which is then recorded.
 
-        `needed` are the versions that steps may be taken with again; `swaps` and `index_versions` are the
-        run's statistics, which are added to; `on_wait` hears, again and again, at which step training waits,
-        and may raise.
+        `on_wait` is called with the step, again and again, while training waits; it may raise.
         """
-        self._config, self._run, self._follower, self._say = config, run, follower, say
-        self._environment, self._encode = environment, encode_documents
-        self._schedule, self._needed, self._on_wait = schedule, needed, on_wait
-        self._swaps, self._index_versions = swaps, index_versions
-        self._rows = (
-            probe_rows(environment.index.shape[0], config.drift_documents)
-            if config.drift_every
-            else np.zeros(0, np.int32)
+        self.environment = environment
+        self._run, self._config, self._follower, self._schedule = run, config.index, follower, schedule
+        self._on_wait = on_wait
+        self._statistics = statistics or IndexStatistics()
+        rows, drift_every = environment.index.shape[0], self._config.drift_every
+        self._probe_rows = (
+            probe_rows(rows, self._config.drift_documents) if drift_every else np.zeros(0, np.int32)
         )
         self._probe: np.ndarray | None = None
         self._checkpoint: tuple[int, nnx.State] | None = None
-        self._warned_of = -1
-        self._began, self._stalled = time.perf_counter(), 0.0
-        # What a record names and no index has, or no checkpoint of this run: it comes to the same parameters
-        # and makes it itself.
-        own = config.scoring == "consistent_stale"
-        self._to_make = {
-            version for version in schedule.versions_from(0) if not follower.is_there(version, own=own)
+        self._warned_version: int | None = None
+        self._started, self._stalled = time.perf_counter(), 0.0
+        # Versions that the schedule names and no index has, or no checkpoint of this run: a replayed run
+        # comes to the same parameters and builds them itself.
+        local_only = self._config.scoring == "consistent_stale"
+        self._to_build = {
+            version
+            for version in schedule.versions_from(0)
+            if not follower.is_published(version, local_only=local_only)
         }
-        self._note(environment.index)
+        self._record_version(environment.index)
+
+    @classmethod
+    def open(
+        cls,
+        run: Path,
+        config: RunConfig,
+        collection: Collection,
+        encode: EncodeDocuments,
+        *,
+        embed_id: int,
+        start: IndexStart | None = None,
+        on_wait: Callable[[int], object] = lambda step: None,
+    ) -> LiveIndex:
+        """Start the indexer and open the index in use at `start`; blocks until there is one.
+
+        `encode` embeds corpus rows with the current parameters. The schedule is that of the run folder (see
+        `load_or_copy_schedule`). Raises UserError where the index is gone, or there will be none.
+        """
+        start = start or IndexStart()
+        schedule = IndexSchedule(run)
+        replay = read_run(run)[1].get("replay")
+        follower = IndexFollower(
+            run,
+            collection.corpus_hash(),
+            embed_id,
+            settings=config.index,
+            versions_to_keep=functools.partial(versions_to_keep, run, schedule, config.rl.keep),
+            replayed=None if replay is None else index_folder_of(Path(replay)),
+        )
+        follower.start()
+        try:
+            index = open_initial_index(follower, schedule, start, on_wait=lambda: on_wait(start.step))
+            environment = make_environment(config, index, encode)
+            live = cls(
+                run,
+                config,
+                follower,
+                environment,
+                schedule,
+                statistics=replace(start.statistics, version=index.version),
+                on_wait=on_wait,
+            )
+            if start.arrays and index.version == start.statistics.version:
+                live.restore(start.arrays)
+            else:
+                live.checkpoint_saved()
+        except BaseException:
+            follower.close()
+            raise
+        return live
+
+    @property
+    def statistics(self) -> IndexStatistics:
+        """Version in use, swaps and versions up to now."""
+        return self._statistics
 
     def before_step(self, step: int, save: Callable[[], object]) -> dict[str, float]:
-        """Take in the index that is this step's; returns the seconds that took.
+        """Swap in the version that this step uses; returns the seconds that training waited.
 
-        `save` commits a checkpoint of this step, for the indexer. Raises UserError where an old index is to
-        stop the run, waiting for another would be in vain, or the record names one that is gone.
+        `save` commits a checkpoint of this step for the indexer. Raises UserError where a stale index is to
+        stop the run, where none will come, and where the schedule names one that is gone.
         """
         started = time.perf_counter()
-        if step in self._to_make:
+        if step in self._to_build:
             save()
-            self._pin(step)
+            self._pin_checkpoint(step)
             self._follower.wait_for(step, on_wait=lambda: self._on_wait(step))
-        recorded, in_use = self._schedule.version_at(step), self._environment.index.version
-        chosen, waited = None, 0.0
-        if recorded is None:
-            chosen, waited = self._newest(step, save)
+        scheduled, current = self._schedule.version_at(step), self.environment.index.version
+        newer, waited = None, 0.0
+        if scheduled is None:
+            newer, waited = self._select_index(step, save)
             # On the disk before it has any effect.
-            self._schedule.record(step, in_use if chosen is None else chosen.version)
-        elif recorded != in_use:
-            chosen = self._follower.recorded(recorded)
-        if chosen is not None:
-            self._swap(step, chosen)
+            self._schedule.record(step, current if newer is None else newer.version)
+        elif scheduled != current:
+            newer = self._follower.open_version(scheduled)
+        if newer is not None:
+            self._swap(step, newer)
         took = time.perf_counter() - started
         self._stalled += took
-        share = self._stalled / max(time.perf_counter() - self._began, 1e-9)
+        share = self._stalled / max(time.perf_counter() - self._started, 1e-9)
         return {"swap_seconds": took - waited, "index_wait_seconds": waited, "index_stall_share": share}
 
-    def state(self) -> dict[str, np.ndarray]:
-        """Arrays for a checkpoint: what drift is counted from."""
-        return {} if self._probe is None else {PROBE: self._probe}
+    def checkpoint_arrays(self) -> dict[str, np.ndarray]:
+        """Arrays for a checkpoint: fresh document vectors, and the vectors that drift is measured from."""
+        probe = {} if self._probe is None else {PROBE: self._probe}
+        return self.environment.state() | probe
 
-    def restore(self, state: Mapping[str, np.ndarray]) -> None:
-        """Take up what `state` gave."""
-        self._probe = state.get(PROBE)
+    def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Resume from what `checkpoint_arrays` gave."""
+        self.environment.restore(arrays)
+        self._probe = arrays.get(PROBE)
+
+    def checkpoint_saved(self) -> None:
+        """A checkpoint of the current parameters is saved: drift is measured from here."""
+        if self._config.drift_every:
+            self._probe = self.environment.encode_documents(self._probe_rows)
 
     def drifted(self, step: int) -> tuple[bool, dict[str, float]]:
-        """Whether the corpus has moved so far since the last checkpoint that another is due, and how far."""
+        """Whether the corpus has drifted far enough for another checkpoint, and how far."""
         if not self._config.drift_every or step % self._config.drift_every:
             return False, {}
-        now = self._encode(self._rows)
+        vectors = self.environment.encode_documents(self._probe_rows)
         if self._probe is None:
-            self._probe = now
-        drift = measure_drift(self._probe, now)
+            self._probe = vectors
+        drift = measure_drift(self._probe, vectors)
         far = drift.cosine < self._config.drift_cosine or drift.overlap < self._config.drift_overlap
         return far, {"drift_cosine": drift.cosine, "drift_overlap": drift.overlap}
 
-    def checkpoint_saved(self) -> None:
-        """A checkpoint was taken of the present parameters: drift counts from here."""
-        if self._config.drift_every:
-            self._probe = self._encode(self._rows)
-
     def checkpoint_params(self, like: nnx.State) -> nnx.State:
-        """The trainable parameters, shaped like `like`, that the index in use was made from."""
-        version = self._environment.index.version
+        """The trainable parameters, shaped like `like`, that the index in use was built from."""
+        version = self.environment.index.version
         if self._checkpoint is None or self._checkpoint[0] != version:
             self._checkpoint = version, read_checkpoint(self._run, version, like)
         return self._checkpoint[1]
 
-    def _newest(self, step: int, save: Callable[[], object]) -> tuple[Index | None, float]:
-        """A newer index than the one in use, if there is one, and the seconds waited for it; minds how old
-        the newest is."""
-        config, in_use = self._config, self._environment.index.version
-        newer = self._follower.newer_than(in_use, at_most=step)
-        version = in_use if newer is None else newer.version
-        if not config.max_age or step - version <= config.max_age:
+    def check(self) -> None:
+        """Keep the indexer alive, and raise what went wrong in the background; call between steps."""
+        self._follower.check()
+
+    def close(self) -> None:
+        """Stop the indexer and the background thread."""
+        self._follower.close()
+
+    def _select_index(self, step: int, save: Callable[[], object]) -> tuple[Index | None, float]:
+        """A newer index, if any, and the seconds waited; acts on a stale one as configured."""
+        config, current = self._config, self.environment.index.version
+        newer = self._follower.newer_than(current, at_most=step)
+        version = current if newer is None else newer.version
+        if not config.max_index_age_steps or step - version <= config.max_index_age_steps:
             return newer, 0.0
-        told = (
-            f"step {step}: the index is {step - version} steps old, more than index.max_age {config.max_age}"
+        problem = (
+            f"step {step}: the index is {step - version} steps old, more than index.max_index_age_steps "
+            f"{config.max_index_age_steps}"
         )
         if config.on_stale_index == "stop":
             save()
             raise UserError(
-                f"{told}; a checkpoint was saved; give the indexer more room, or let it wait (index.when_old)"
+                f"{problem}; a checkpoint was saved; give the indexer more resources, or let training wait "
+                "(index.on_stale_index)"
             )
         if config.on_stale_index == "warn":
-            if self._warned_of != version:
-                self._warned_of = version
-                self._say(f"warning: {told}")
+            if self._warned_version != version:
+                self._warned_version = version
+                logger.warning(problem)
             return newer, 0.0
-        self._say(f"{told}; waiting for a newer one")
+        logger.info("%s; waiting for a newer one", problem)
         started = time.perf_counter()
         save()
-        while newer is None or step - newer.version > config.max_age:
-            version = in_use if newer is None else newer.version
+        while newer is None or step - newer.version > config.max_index_age_steps:
+            version = current if newer is None else newer.version
             newer = self._follower.wait_for_newer(version, at_most=step, on_wait=lambda: self._on_wait(step))
         return newer, time.perf_counter() - started
 
     def _swap(self, step: int, index: Index) -> None:
-        self._environment.swap(index)
-        self._swaps.append([step, index.version])
-        self._note(index)
-        self._say(f"step {step}: the index built from step {index.version} is in use")
+        self.environment.swap(index)
+        swaps = (*self._statistics.swaps, (step, index.version))
+        self._statistics = replace(self._statistics, version=index.version, swaps=swaps)
+        self._record_version(index)
+        logger.info("step %d: the index built from step %d is in use", step, index.version)
 
-    def _note(self, index: Index) -> None:
-        self._pin(index.version)
-        if index.version not in [version["step"] for version in self._index_versions]:
-            self._index_versions.append(self._follower.measured(index.version))
+    def _record_version(self, index: Index) -> None:
+        self._pin_checkpoint(index.version)
+        if index.version not in [version["step"] for version in self._statistics.versions]:
+            versions = (*self._statistics.versions, self._follower.version_stats(index.version))
+            self._statistics = replace(self._statistics, versions=versions)
 
-    def _pin(self, version: int) -> None:
-        """Keep the checkpoints that queries may have to be embedded with again."""
+    def _pin_checkpoint(self, version: int) -> None:
+        """Keep the checkpoints whose parameters may embed queries again (`consistent_stale`)."""
         if self._config.scoring == "consistent_stale":
-            pin_checkpoints(self._run, PIN, {*self._needed(), version})
+            pin_checkpoints(self._run, PIN, {*self._follower.versions_to_keep(), version})
+
+
+def load_or_copy_schedule(run: Path, step: int, *, replay: Path | None) -> IndexSchedule:
+    """The run's schedule of index versions; a run that has none yet copies that of the run it replays.
+
+    Raises UserError for a schedule that cannot be read, and for one that ends before `step`.
+    """
+    schedule = IndexSchedule(run)
+    if replay is not None and not len(schedule):
+        schedule.copy(replay)
+    if len(schedule) < step:
+        raise UserError(
+            f"{run}: its record of index versions ends at step {len(schedule)}, its checkpoint is of {step}; "
+            "give another --run"
+        )
+    return schedule
+
+
+def discard_index_versions_after(run: Path, config: RunConfig) -> None:
+    """Discard schedule and versions after the newest checkpoint: with other settings it is another run."""
+    step = latest_valid_checkpoint(run) or 0
+    IndexSchedule(run).truncate(step)
+    root = index_folder(run, config.index.folder)
+    for version in list_versions(root):
+        if version > step:
+            delete_version(root, version)
+
+
+def open_initial_index(
+    follower: Follower, schedule: IndexSchedule, start: IndexStart, *, on_wait: Callable[[], object]
+) -> Index:
+    """The index in use at `start`, or another if that is gone and allowed. Blocks until there is one."""
+    version = start.statistics.version
+    if start.step == 0:
+        version = schedule.version_at(0) or 0
+        follower.wait_for(version, on_wait=on_wait)
+    try:
+        return follower.open_version(version)
+    except UserError:
+        if not start.allow_other_version:
+            raise
+        schedule.truncate(start.step)
+        return follower.wait_for_newer(None, at_most=start.step, on_wait=on_wait)
 
 
 def versions_to_keep(run: Path, schedule: IndexSchedule, keep: int) -> set[int]:
-    """The index versions a run may need again: those since the oldest of the `keep` newest checkpoints, and
+    """Index versions that a run may use again: those since the oldest of its `keep` newest checkpoints, and
     those in use at the others."""
     steps = checkpoint_steps(run)
-    in_use = {schedule.version_at(max(step - 1, 0)) for step in steps}
-    return schedule.versions_from(min(steps[-keep:], default=0)) | {
-        version for version in in_use if version is not None
-    }
+    used = {schedule.version_at(max(step - 1, 0)) for step in steps}
+    since = schedule.versions_from(min(steps[-keep:], default=0))
+    return since | {version for version in used if version is not None}
 
 
-def reencode_rollout(
-    encoder: ReasonedEncoder, state: nnx.State, texts: Sequence[str], rollout: Rollout, max_tokens: int
-) -> np.ndarray:
-    """The replies' vectors [B,E] under other parameters than wrote them; zero where a reply is not valid.
-    `texts` [Q] are the queries."""
-    group = len(rollout.lengths) // len(texts)
-    valid = np.flatnonzero(rollout.valid).tolist()
-    replies = [rollout.ids[b, : rollout.lengths[b]].tolist() for b in valid]
-    vectors = np.zeros_like(rollout.vectors)
-    vectors[valid] = encoder.encode(state, [texts[b // group] for b in valid], replies, max_tokens=max_tokens)
-    return vectors
+def index_folder_of(run: Path) -> epath.Path:
+    """Where another run keeps its index versions."""
+    return index_folder(run, read_run(run)[0].index.folder)
+
+
+def make_environment(config: RunConfig, index: Index, encode_documents: EncodeDocuments) -> Environment:
+    """The environment of a config, beginning with `index`."""
+    return Environment(
+        index,
+        encode_documents,
+        candidates=config.index.candidates,
+        # With stale scoring the index's vectors are used as they are.
+        refresh_budget=config.index.refresh_budget if config.index.scoring == "fresh" else 0,
+        neighbours=config.index.neighbours,
+        overlay_max_age_steps=config.index.overlay_max_age_steps,
+        reward=config.rl.reward,
+        max_tokens=config.rl.sampler.max_think_tokens,
+    )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,53 +17,37 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from search_r3_jax.config import RlConfig, RunConfig
+from search_r3_jax.config import RunConfig
 from search_r3_jax.data.collection import Collection, Query
 from search_r3_jax.data.development import TrainingSet
 from search_r3_jax.data.mixture import shuffled
 from search_r3_jax.errors import UserError
-from search_r3_jax.hub.checkpoint_reader import read_run
 from search_r3_jax.hub.checkpoint_writer import CheckpointWriter, latest_valid_checkpoint
 from search_r3_jax.hub.load_model import LoadedModel
-from search_r3_jax.models.lora import trainable_filter
 from search_r3_jax.objectives.policy_gradient import group_advantages
-from search_r3_jax.retrieval.environment.environment import infonce_document_rows
-from search_r3_jax.retrieval.indexer.follower import IndexFollower
-from search_r3_jax.retrieval.indexer.worker import index_folder
-from search_r3_jax.rollout.encoder import Encoder, ReasonedEncoder
-from search_r3_jax.rollout.sampler import rollout_seeds
-from search_r3_jax.text.prompts import Prompter
-from search_r3_jax.training.development import Development
-from search_r3_jax.training.live_index import MovingIndex, reencode_rollout, versions_to_keep
-from search_r3_jax.training.monitor import CollapseGuard
-from search_r3_jax.training.optimizer import make_optimizer
-from search_r3_jax.training.rl_report import ConstantTerms, sample_records, step_scalars
-from search_r3_jax.training.rl_setup import (
-    check_settings,
+from search_r3_jax.retrieval.environment.environment import StepResult
+from search_r3_jax.retrieval.environment.negatives import drop_near_duplicates, infonce_document_rows
+from search_r3_jax.rollout.encoder import ReasonedEncoder
+from search_r3_jax.rollout.sampler import Rollout, rollout_seeds
+from search_r3_jax.training.live_index import (
+    IndexStart,
+    LiveIndex,
     discard_index_versions_after,
     load_or_copy_schedule,
-    make_environment,
-    make_sampler,
-    open_initial_index,
 )
-from search_r3_jax.training.rl_step import (
-    RlBatch,
-    Scorer,
-    make_batch,
-    make_scorer,
-    make_update,
-    put_batch,
-    tokenize_documents,
-)
-from search_r3_jax.training.run import Run, data_version
-from search_r3_jax.training.state import TrainState, init_state, state_shardings
+from search_r3_jax.training.loading import load_rl_data, load_training_model
+from search_r3_jax.training.monitor import CollapseGuard
+from search_r3_jax.training.rl_progress import RlProgress
+from search_r3_jax.training.rl_report import ConstantTerms, sample_records, step_scalars
+from search_r3_jax.training.rl_setup import RlStage, check_settings, make_stage
+from search_r3_jax.training.rl_step import RlBatch, make_batch, put_batch, tokenize_documents
+from search_r3_jax.training.run import RlRecord, Run, rl_record, with_absolute_paths
+from search_r3_jax.training.state import TrainState
 from search_r3_jax.training.stopping import StopRequest
 
 BEST_BY = "dev_reason_ndcg@10"
-# The step of what is told of a run before its first.
-BEFORE = -1
 OnStep = Callable[[int, int, dict[str, float]], object]
-Say = Callable[[str], object]
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,11 +55,12 @@ class RlResult:
     """What stage 2 leaves.
 
     Attributes:
-        steps: updates taken.
+        params: the trained parameters.
+        steps: steps taken.
         swaps: (step, index version) of every change of index.
         valid_rate: mean over the last quarter of the steps.
         reencoded_share: documents re-encoded a step, as a share of the corpus, on average.
-        index_versions: every version taken in: step, recall@10 against exact search, build seconds.
+        index_versions: every version used: step, recall@10 against exact search, seconds to encode and build.
     """
 
     params: nnx.State
@@ -85,347 +71,431 @@ class RlResult:
     index_versions: list[dict[str, float]]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """A step's queries and the replies to them.
+
+    Attributes:
+        positives: each query's relevant documents, row → grade.
+        seconds: it took.
+    """
+
+    queries: list[Query]
+    positives: list[Mapping[int, int]]
+    rollout: Rollout
+    seconds: float
+
+    @property
+    def texts(self) -> list[str]:
+        """The queries' texts."""
+        return [query.text for query in self.queries]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """What the replies earned, and the seconds that took."""
+
+    result: StepResult
+    seconds: float
+
+
 def train_rl(
     config: RunConfig,
-    folder: Path,
-    data: TrainingSet,
-    model: LoadedModel,
-    on_step: OnStep,
+    run_folder: Path | str,
     *,
-    say: Say,
-    extra: dict[str, Any],
-    allow_change: bool = False,
+    data: TrainingSet | None = None,
+    model: LoadedModel | None = None,
+    on_step: OnStep = lambda done, total, metrics: None,
+    record: RlRecord | None = None,
     replay: Path | None = None,
+    allow_config_change: bool = False,
 ) -> RlResult:
-    """Run stage 2 to its last step, from the newest sound checkpoint where there is one.
+    """Run stage 2 to its last step; a second call with the same folder resumes from the last checkpoint.
 
-    `model` holds the parameters that stage 1 left, which also are the reference; `extra` is what the indexer
-    process has to know (data set, start). `on_step(steps done, steps in all, scalars)`; `allow_change` as in
-    `Run`; `replay` is a run whose record of index versions a new run repeats. Raises UserError for settings
-    that cannot work, before the first step, and when the replies collapse or too many updates in a row are
-    not finite, and StoppedError when it was asked to stop; the last checkpoint is kept.
+    `data`, `model` and `record` come from the config where they are not given; the model is also the
+    reference of the KL. `on_step(steps done, steps in all, metrics)`. `replay` is a run whose schedule of
+    index versions a new run repeats. `allow_config_change` resumes a run with other settings.
+
+    Raises UserError for settings that cannot work, before the first step, when the replies collapse, and
+    when too many updates in a row are not finite; StoppedError on a stop signal. The last checkpoint is kept.
     """
-    # Act 1: what is needed.
-    rl, collection = config.rl, data.train
-    check_settings(config, collection)
-    prompter = Prompter(model.tokenizer)
-    graph, params, frozen = nnx.split(model.decoder, trainable_filter(model.decoder), ...)
-    full_graph = nnx.split(model.decoder)[0]
-    optimizer = make_optimizer(rl.optimizer, rl.steps * rl.inner_epochs)
-    # As in stage 1: Orbax writes from the arrays' own memory on a CPU.
-    donate = jax.default_backend() != "cpu"
-    shardings = None if model.mesh is None else state_shardings(params, optimizer, model.mesh)
-    state = init_state(params, optimizer, shardings, copy=donate)
-    sampler = make_sampler(full_graph, prompter, rl, model.mesh)
-    encoder, reasoned_encoder = (
-        Encoder(full_graph, prompter, mesh=model.mesh),
-        ReasonedEncoder(full_graph, prompter, mesh=model.mesh),
-    )
-    score = make_scorer(graph, prompter, rl, shardings)
-    update = make_update(graph, prompter, optimizer, rl, shardings, donate=donate)
-    watched = [data.dev] if data.dev is not None and rl.eval_every > 0 else []
-    development = (
-        Development(config, watched, full_graph, prompter, reasoned=True, probe=True, mesh=model.mesh)
-        if watched
-        else None
-    )
-    guard = CollapseGuard(
-        valid_below=rl.collapse_valid, entropy_below=rl.collapse_entropy, steps=rl.collapse_steps
-    )
-    constant = ConstantTerms(say)
-
-    current = nnx.merge_state(state.params, frozen)
-
-    def encode(texts: Sequence[str], max_tokens: int) -> np.ndarray:
-        return encoder.encode(current, texts, max_tokens=max_tokens)
-
-    def encode_documents(rows: np.ndarray) -> np.ndarray:
-        return encode([collection.documents[int(row)].body for row in rows], config.text.max_document_tokens)
-
-    if not np.isfinite(encode([collection.queries[0].text], config.text.max_query_tokens)).all():
-        raise UserError(
-            f"model: {config.model}: its embeddings are not finite, nor would any reward be; start from "
-            "another checkpoint"
+    # Act 1: what stage 2 is made of.
+    config, run_folder, rl = with_absolute_paths(config), Path(run_folder), config.rl
+    data = data or load_rl_data(config)
+    check_settings(config, data.train)
+    record = record or rl_record(run_folder, config)
+    stage, state = make_stage(config, data, model or load_training_model(config, step=record.start_step))
+    described = record.to_json(data.train, replay)
+    with _open_session(stage, run_folder, described, allow_config_change, on_step) as session:
+        # Act 2: where to begin, and the index in use there.
+        state, progress, start = session.begin(state, replay, allow_other_version=allow_config_change)
+        stage.current = stage.merged(state.params)
+        index = LiveIndex.open(
+            run_folder,
+            config,
+            data.train,
+            stage.encode_documents,
+            embed_id=stage.model.embed_id,
+            start=start,
+            on_wait=session.stop_waiting,
         )
-
-    # Act 2: the run directory, the first checkpoint, and the index made from it by the indexer process.
-    extra = {**extra, "data_version": data_version(collection)} | (
-        {} if replay is None else {"replay": str(replay)}
-    )
-    forget = functools.partial(discard_index_versions_after, folder, config, say)
-    run = Run(folder, config, stage="rl", say=say, extra=extra, allow_change=allow_change, on_change=forget)
-    run.save_tokenizer(model.tokenizer)
-    first = latest_valid_checkpoint(folder, say)
-    schedule = load_or_copy_schedule(folder, first or 0, replay=replay if first is None else None)
-    checkpoints = CheckpointWriter(folder, keep=rl.keep, keep_every=rl.keep_every)
-    needed = functools.partial(versions_to_keep, folder, schedule, rl.keep)
-    follower = IndexFollower(
-        folder,
-        collection.corpus_hash(),
-        model.embed_id,
-        say=say,
-        settings=config.index,
-        needed=needed,
-        replayed=None if replay is None else index_folder(replay, read_run(replay)[0].index.folder),
-    )
-    meta: dict[str, Any] = {
-        "index_version": 0,
-        "swaps": [],
-        "index_versions": [],
-        "reencoded": 0,
-        "valid": [],
-    }
-    meta |= {"skipped": 0, "skipped_in_a_row": 0, "guard": guard.state()}
-    with StopRequest(say) as request, closing(run), closing(checkpoints), closing(follower):
-        arrays: Mapping[str, np.ndarray] = {}
-        if first:
-            restored = checkpoints.restore(first, state.params, state.optimizer)
-            meta, arrays = restored.meta, restored.arrays
-            in_a_row = jax.device_put(np.int32(meta["skipped_in_a_row"]), state.skipped.sharding)
-            state = TrainState(restored.params, restored.optimizer, in_a_row)
-            guard.restore(meta["guard"])
-            current = nnx.merge_state(state.params, frozen)
-            say(f"going on from step {first}")
-        run.start_at(BEFORE if first is None else first)
-        if first is None:
-            scalars = _evaluate(development, current, 0, folder, run, say)
-            checkpoints.save(0, state.params, state.optimizer, meta, score=scalars.get(BEST_BY))
-            checkpoints.wait()
-        step, saving = first or 0, 0.0
-
-        def stop_waiting(at: int) -> None:
-            request.stop_waiting(folder, at)
-
-        follower.start()
-        index = open_initial_index(
-            follower,
-            schedule,
-            step,
-            meta["index_version"],
-            allow_other=allow_change,
-            on_wait=lambda: stop_waiting(step),
-        )
-        environment = make_environment(config, index, encode_documents)
-        moving = MovingIndex(
-            config.index,
-            folder,
-            follower,
-            environment,
-            encode_documents,
-            schedule=schedule,
-            needed=needed,
-            swaps=meta["swaps"],
-            index_versions=meta["index_versions"],
-            say=say,
-            on_wait=stop_waiting,
-        )
-        if arrays and index.version == meta["index_version"]:
-            environment.restore(arrays)
-            moving.restore(arrays)
-        else:
-            moving.checkpoint_saved()
-
-        def save(values: dict[str, float] | None = None) -> None:
-            run.make_durable()
-            meta["index_version"] = environment.index.version
-            kept = environment.state() | moving.state()
-            checkpoints.save(
-                step, state.params, state.optimizer, meta, arrays=kept, score=(values or {}).get(BEST_BY)
-            )
-
-        def save_for_index() -> None:
-            if step != checkpoints.latest():
-                moving.checkpoint_saved()
-                save()
-                checkpoints.wait()
-
-        def unfinished() -> bool:
-            return step < rl.steps or (
-                len(meta["swaps"]) < rl.min_swaps and step < rl.steps + rl.max_extra_steps
-            )
-
-        # Act 3: the loop. Swaps happen between steps only.
-        while unfinished():
-            started = time.perf_counter()
-            current = nnx.merge_state(state.params, frozen)
-            stalls = moving.before_step(step, save_for_index)
-            swapped = time.perf_counter()
-
-            # Rollout: G replies to each of Q queries, with the parameters as they are.
-            chosen = shuffled(
-                len(collection.queries), config.seed, step * rl.global_queries, rl.global_queries
-            )
-            queries = [collection.queries[i] for i in chosen]
-            texts = [query.text for query in queries]
-            seeds = rollout_seeds(config.seed, step, chosen, rl.group_size)
-            rollout = sampler.sample(current, texts, seeds, max_tokens=config.text.max_query_tokens)
-            rollout = dataclasses.replace(rollout, valid=rollout.valid & (rollout.lengths >= rl.min_tokens))
-            sampled = time.perf_counter()
-
-            # Reward: candidates from the index, the region they touch under current parameters.
-            Q, G = seeds.shape
-            positives = [_positives(query, collection) for query in queries]
-            vectors, embedding = rollout.vectors, current
-            if config.index.scoring == "consistent_stale":
-                embedding = nnx.merge_state(moving.checkpoint_params(state.params), frozen)
-                vectors = reencode_rollout(
-                    reasoned_encoder, embedding, texts, rollout, config.text.max_query_tokens
+        with closing(index):
+            # Act 3: the loop. The index changes between steps only.
+            while not progress.finished(rl):
+                stalls = index.before_step(
+                    progress.step, functools.partial(session.save_for_index, state, progress, index)
                 )
-            direct = rl.reward == "gain_over_direct"
-            result = environment.score(
-                step,
-                positives,
-                vectors.reshape(Q, G, -1),
-                rollout.valid.reshape(Q, G),
-                tokens=rollout.lengths.reshape(Q, G),
-                direct=encoder.encode(embedding, texts, max_tokens=config.text.max_query_tokens)
-                if direct
-                else None,
-            )
-            rewarded = time.perf_counter()
-
-            # Update: advantages of the whole batch, then as many passes over it as asked for.
-            group_id = jnp.repeat(jnp.arange(Q), G)
-            advantages, _ = group_advantages(
-                jnp.asarray(result.rewards).reshape(-1), group_id, groups=Q, scale=rl.scale_rewards
-            )
-            candidates = (
-                environment.unlike(positives, result.candidates, rl.near_duplicate_cosine)
-                if rl.near_duplicate_cosine < 1
-                else result.candidates
-            )
-            document_rows = infonce_document_rows(
-                positives, candidates, rl.infonce_negatives, rows=len(collection.documents)
-            )
-            relevance = np.array(
-                [[grades.get(row, 0) for row in document_rows.tolist()] for grades in positives], np.float32
-            )
-            documents, own = environment.vectors_of(document_rows), None
-            if rl.infonce_train_documents:
-                bodies = [collection.documents[row].body for row in document_rows[:Q].tolist()]
-                own = tokenize_documents(prompter, bodies, config.text.max_document_tokens)
-            batch = make_batch(
-                rollout, np.asarray(advantages), documents, relevance, own=own, micro_queries=rl.micro_queries
-            )
-            batch = put_batch(batch, model.mesh)
-            reference = _reference(score, batch, params, frozen, config)
-            old = score(state.params, frozen, batch.replies, adapters=True) if rl.inner_epochs > 1 else None
-            found: dict[str, jax.Array] = {}
-            log_probs: list[jax.Array] = []
-            for _ in range(rl.inner_epochs):
-                state, found, before = update(state, frozen, batch, old, reference)
-                log_probs.append(before)
-            values = {name: float(value) for name, value in found.items()}
-            meta["skipped_in_a_row"] = int(values.pop("skipped_in_a_row"))
-            meta["skipped"] += meta["skipped_in_a_row"] > 0
-            finished = time.perf_counter()
-
-            # What came of it.
-            trainer_bt = np.asarray(log_probs[0]).reshape(rollout.ids.shape)
-            values |= step_scalars(rollout, result, trainer_bt, sampled - swapped)
-            values |= {
-                "skipped": meta["skipped"],
-                "seconds": finished - started,
-                **stalls,
-                "save_seconds": saving,
-                "rollout_seconds": sampled - swapped,
-                "environment_seconds": rewarded - sampled,
-                "update_seconds": finished - rewarded,
-            }
-            constant.observe(step, values)
-            meta["reencoded"] += int(result.stats["reencoded"])
-            meta["valid"].append(values["valid_rate"])
-            for record in sample_records(
-                step, rl.sample_every, queries, rollout, result, prompter, collection
-            ):
-                run.sample(record)
-            step += 1
-            current = nnx.merge_state(state.params, frozen)
-            looked = rl.eval_every > 0 and (step % rl.eval_every == 0 or step == rl.steps)
-            if looked:
-                values |= _evaluate(development, current, step, folder, run, say)
-            drifted, drift = moving.drifted(step)
-            values |= drift
-            run.log(step - 1, values)
-            on_step(step, rl.steps, values)
-            stop = _reason_to_stop(step - 1, values, meta, guard, rl)
-            asked, saving = request.asked(), 0.0
-            due = looked or drifted or step % rl.save_every == 0 or step == rl.steps
-            if due:
-                moving.checkpoint_saved()
-            if due or stop or asked:
-                started = time.perf_counter()
-                save(values)
-                saving = time.perf_counter() - started
-            if stop:
-                raise UserError(f"{stop} (checkpoints are in {folder})")
-            if asked and unfinished():
-                checkpoints.wait()
-                request.stop(folder, step)
-            checkpoints.check()
-            follower.check()
-        if step > (checkpoints.latest() or 0):
-            save()
-    recent = meta["valid"][-max(1, len(meta["valid"]) // 4) :]
+                sampled = sample(stage, progress.step)
+                scored = score(stage, state, sampled, index, progress.step)
+                state, metrics = update(stage, state, sampled, scored, index)
+                session.finish_step(state, progress, sampled, scored, metrics | stalls, index)
+            # Act 4: the last checkpoint.
+            session.save_last(state, progress, index)
     return RlResult(
         params=state.params,
-        steps=step,
-        swaps=[(at, version) for at, version in meta["swaps"]],
-        valid_rate=float(np.mean(recent)),
-        reencoded_share=meta["reencoded"] / max(1, step) / len(collection.documents),
-        index_versions=meta["index_versions"],
+        steps=progress.step,
+        swaps=list(progress.index.swaps),
+        valid_rate=progress.recent_valid_rate(),
+        reencoded_share=progress.reencoded / max(1, progress.step) / len(data.train.documents),
+        index_versions=[dict(version) for version in progress.index.versions],
     )
 
 
-def _reference(
-    score: Scorer, batch: RlBatch, start: nnx.State, frozen: nnx.State, config: RunConfig
-) -> jax.Array | None:
-    """Log-probabilities under the model that stage 2 started from: the base under adapters, else the
-    parameters it began with."""
-    if config.rl.beta == 0:
-        return None
-    return score(start, frozen, batch.replies, adapters=config.lora.rank == 0)
-
-
-def _evaluate(
-    development: Development | None, state: nnx.State, step: int, folder: Path, run: Run, say: Say
-) -> dict[str, float]:
-    """Scalars of the development queries, direct and reasoned; {} where nothing is watched."""
-    if development is None:
-        return {}
-    scalars, samples = development.evaluate(state, step, folder)
-    for sample in samples:
-        run.sample({"step": step - 1, **sample})
-    probe = (
-        f"; with another query's reasoning {-scalars['dev_swap_gain']:+.3f}"
-        if "dev_swap_gain" in scalars
-        else ""
+def sample(stage: RlStage, step: int) -> Sampled:
+    """G replies to each of Q queries, written with the current parameters."""
+    started = time.perf_counter()
+    rl, collection, seed = stage.config.rl, stage.collection, stage.config.seed
+    rows = shuffled(len(collection.queries), seed, step * rl.global_queries, rl.global_queries)
+    queries = [collection.queries[row] for row in rows]
+    seeds_qg = rollout_seeds(seed, step, rows, rl.group_size)
+    rollout = stage.sampler.sample(
+        stage.current,
+        [query.text for query in queries],
+        seeds_qg,
+        max_tokens=stage.config.text.max_query_tokens,
     )
-    say(
-        f"step {step}: nDCG@10 {scalars['dev_direct_ndcg@10']:.3f} direct, {scalars[BEST_BY]:.3f} reasoned "
-        f"({scalars['dev_reason_valid_rate']:.0%} valid, {scalars['dev_reason_reply_tokens']:.0f} tokens and "
-        f"{scalars['dev_reason_milliseconds_per_query']:.0f} ms a query{probe})"
+    long_enough = rollout.lengths >= rl.min_tokens
+    return Sampled(
+        queries=queries,
+        positives=[_positives(query, collection) for query in queries],
+        rollout=dataclasses.replace(rollout, valid=rollout.valid & long_enough),
+        seconds=time.perf_counter() - started,
     )
-    return scalars
 
 
-def _reason_to_stop(
-    step: int, values: dict[str, float], meta: dict[str, Any], guard: CollapseGuard, rl: RlConfig
-) -> str:
-    """Why the run cannot go on, or nothing; counts the step."""
-    try:
-        guard.observe(step, valid_rate=values["valid_rate"], entropy=values["entropy"])
-    except UserError as error:
-        return str(error)
-    finally:
-        meta["guard"] = guard.state()
-    if meta["skipped_in_a_row"] >= rl.max_skipped * rl.inner_epochs:
-        return (
-            f"rl.optimizer.learning_rate: step {step}: {rl.max_skipped} steps in a row were not finite; "
-            "lower the rate"
+def score(stage: RlStage, state: TrainState, sampled: Sampled, index: LiveIndex, step: int) -> Scored:
+    """Rewards: candidates from the index, ranked under the parameters that `index.scoring` names."""
+    started = time.perf_counter()
+    config, rollout = stage.config, sampled.rollout
+    Q, G = len(sampled.queries), config.rl.group_size
+    vectors, params = rollout.vectors, stage.current
+    if config.index.scoring == "consistent_stale":
+        params = stage.merged(index.checkpoint_params(state.params))
+        vectors = reencode_rollout(
+            stage.reasoned_encoder, params, sampled.texts, rollout, config.text.max_query_tokens
         )
-    return ""
+    needs_direct = config.rl.reward.variant == "gain_over_direct"
+    result = index.environment.score(
+        step,
+        sampled.positives,
+        vectors.reshape(Q, G, -1),
+        rollout.valid.reshape(Q, G),
+        tokens=rollout.lengths.reshape(Q, G),
+        direct=stage.encode_queries(sampled.texts, params) if needs_direct else None,
+    )
+    return Scored(result=result, seconds=time.perf_counter() - started)
+
+
+def update(
+    stage: RlStage, state: TrainState, sampled: Sampled, scored: Scored, index: LiveIndex
+) -> tuple[TrainState, dict[str, float]]:
+    """`rl.inner_epochs` updates on the rollout, and the step's metrics."""
+    started = time.perf_counter()
+    rl, rollout, frozen = stage.config.rl, sampled.rollout, stage.frozen
+    batch = _make_batch(stage, sampled, scored.result, index)
+    reference = None
+    if rl.beta != 0:
+        # Under LoRA the reference is the frozen base, else the parameters that stage 2 started from.
+        full = stage.config.lora.rank == 0
+        reference = stage.log_probs(stage.start, frozen, batch.replies, adapters=full)
+    before = None
+    if rl.inner_epochs > 1:
+        before = stage.log_probs(state.params, frozen, batch.replies, adapters=True)
+    scalars: dict[str, jax.Array] = {}
+    log_probs: list[jax.Array] = []
+    for _ in range(rl.inner_epochs):
+        state, scalars, policy_log_probs = stage.update(state, frozen, batch, before, reference)
+        log_probs.append(policy_log_probs)
+    metrics = {name: float(value) for name, value in scalars.items()}
+    seconds = time.perf_counter() - started
+    trainer_bt = np.asarray(log_probs[0]).reshape(rollout.ids.shape)
+    metrics |= step_scalars(rollout, scored.result, trainer_bt, sampled.seconds)
+    metrics |= {
+        "rollout_seconds": sampled.seconds,
+        "environment_seconds": scored.seconds,
+        "update_seconds": seconds,
+    }
+    return state, metrics
+
+
+def reencode_rollout(
+    encoder: ReasonedEncoder, params: nnx.State, texts: Sequence[str], rollout: Rollout, max_tokens: int
+) -> np.ndarray:
+    """Vectors [B,E] of replies to `texts` [Q] under `params`; zero where a reply is not valid."""
+    group = len(rollout.lengths) // len(texts)
+    valid = np.flatnonzero(rollout.valid).tolist()
+    replies = [rollout.ids[b, : rollout.lengths[b]].tolist() for b in valid]
+    vectors = np.zeros_like(rollout.vectors)
+    vectors[valid] = encoder.encode(
+        params, [texts[b // group] for b in valid], replies, max_tokens=max_tokens
+    )
+    return vectors
+
+
+def _make_batch(stage: RlStage, sampled: Sampled, result: StepResult, index: LiveIndex) -> RlBatch:
+    """The update's arrays: advantages, and the documents that InfoNCE contrasts the queries with."""
+    rl, environment = stage.config.rl, index.environment
+    Q, G = result.rewards.shape
+    group_id = jnp.repeat(jnp.arange(Q), G)
+    rewards = jnp.asarray(result.rewards).reshape(-1)
+    advantages, _ = group_advantages(rewards, group_id, groups=Q, scale=rl.scale_rewards)
+    candidates = result.candidates
+    if rl.infonce.near_duplicate_cosine < 1:
+        candidates = drop_near_duplicates(
+            environment.vectors_of,
+            sampled.positives,
+            candidates,
+            max_cosine=rl.infonce.near_duplicate_cosine,
+        )
+    rows = infonce_document_rows(
+        sampled.positives, candidates, rl.infonce.negatives, rows=len(stage.collection.documents)
+    )
+    relevance_qp = np.array(
+        [[grades.get(row, 0) for row in rows.tolist()] for grades in sampled.positives], np.float32
+    )
+    trained = None
+    if rl.infonce.train_documents:
+        bodies = [stage.collection.documents[row].body for row in rows[:Q].tolist()]
+        trained = tokenize_documents(stage.prompter, bodies, stage.config.text.max_document_tokens)
+    batch = make_batch(
+        sampled.rollout,
+        np.asarray(advantages),
+        environment.vectors_of(rows),
+        relevance_qp,
+        trained=trained,
+        micro_queries=rl.micro_queries,
+    )
+    return put_batch(batch, stage.mesh)
 
 
 def _positives(query: Query, collection: Collection) -> dict[int, int]:
     return {collection.row_of[doc_id]: grade for doc_id, grade in query.positives.items()}
+
+
+class _Session:
+    """An open run of stage 2: its folder, its checkpoints, and what happens between two steps."""
+
+    def __init__(
+        self,
+        stage: RlStage,
+        run: Run,
+        checkpoints: CheckpointWriter,
+        request: StopRequest,
+        first: int | None,
+        on_step: OnStep,
+    ):
+        rl = stage.config.rl
+        self._stage, self._run, self._checkpoints, self._request = stage, run, checkpoints, request
+        self._first, self._on_step = first, on_step
+        self._guard = CollapseGuard(
+            valid_below=rl.collapse.valid_rate, entropy_below=rl.collapse.entropy, steps=rl.collapse.steps
+        )
+        self._constant_terms = ConstantTerms()
+        self._save_seconds = 0.0
+
+    def begin(
+        self, state: TrainState, replay: Path | None, *, allow_other_version: bool
+    ) -> tuple[TrainState, RlProgress, IndexStart]:
+        """State and progress of the last valid checkpoint; without one, of step 0, evaluated and saved."""
+        first = self._first
+        load_or_copy_schedule(self._run.path, first or 0, replay=replay if first is None else None)
+        # A run that has not saved yet evaluates step 0 again.
+        self._run.start_at(-1 if first is None else first)
+        progress, arrays = RlProgress(), {}
+        if first:
+            restored = self._checkpoints.restore(first, state.params, state.optimizer)
+            progress, arrays = RlProgress.from_meta(first, restored.meta), restored.arrays
+            in_a_row = jax.device_put(np.int32(progress.skipped_in_a_row), state.skipped.sharding)
+            state = TrainState(restored.params, restored.optimizer, in_a_row)
+            self._guard.restore(progress.guard)
+            logger.info("going on from step %d", first)
+        if first is None:
+            metrics = self._evaluate(state, 0)
+            self._checkpoints.save(
+                0, state.params, state.optimizer, progress.to_meta(), score=metrics.get(BEST_BY)
+            )
+            self._checkpoints.wait()
+        start = IndexStart(
+            step=progress.step,
+            statistics=progress.index,
+            arrays=arrays,
+            allow_other_version=allow_other_version,
+        )
+        return state, progress, start
+
+    def stop_waiting(self, step: int) -> None:
+        """Stop here if asked to: training waits at a step that is saved."""
+        self._request.stop_waiting(self._run.path, step)
+
+    def save(
+        self,
+        state: TrainState,
+        progress: RlProgress,
+        index: LiveIndex,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Begin to save a checkpoint of this step."""
+        self._run.make_durable()
+        progress.index = index.statistics
+        self._checkpoints.save(
+            progress.step,
+            state.params,
+            state.optimizer,
+            progress.to_meta(),
+            arrays=index.checkpoint_arrays(),
+            score=(metrics or {}).get(BEST_BY),
+        )
+
+    def save_for_index(self, state: TrainState, progress: RlProgress, index: LiveIndex) -> None:
+        """Commit a checkpoint of this step, if there is none, for the indexer."""
+        if progress.step != self._checkpoints.latest():
+            index.checkpoint_saved()
+            self.save(state, progress, index)
+            self._checkpoints.wait()
+
+    def save_last(self, state: TrainState, progress: RlProgress, index: LiveIndex) -> None:
+        """Save the last step, where a finished run was called again with fewer steps between checkpoints."""
+        if progress.step > (self._checkpoints.latest() or 0):
+            self.save(state, progress, index)
+
+    def finish_step(
+        self,
+        state: TrainState,
+        progress: RlProgress,
+        sampled: Sampled,
+        scored: Scored,
+        metrics: dict[str, float],
+        index: LiveIndex,
+    ) -> None:
+        """Count, log, evaluate and save a step; raises UserError where the run cannot go on, StoppedError."""
+        rl, step = self._stage.config.rl, progress.step
+        phases = ("swap", "index_wait", "rollout", "environment", "update")
+        metrics["seconds"] = sum(metrics[f"{phase}_seconds"] for phase in phases)
+        progress.skipped_in_a_row = int(metrics.pop("skipped_in_a_row"))
+        progress.skipped += progress.skipped_in_a_row > 0
+        progress.reencoded += int(scored.result.stats["reencoded"])
+        progress.valid_rates.append(metrics["valid_rate"])
+        metrics |= {"skipped": progress.skipped, "save_seconds": self._save_seconds}
+        self._constant_terms.observe(step, metrics)
+        self._write_samples(step, sampled, scored)
+        progress.step, progress.index = step + 1, index.statistics
+        done = progress.step
+        self._stage.current = self._stage.merged(state.params)
+        evaluated = rl.eval_every > 0 and (done % rl.eval_every == 0 or done == rl.steps)
+        if evaluated:
+            metrics |= self._evaluate(state, done)
+        drifted, drift = index.drifted(done)
+        metrics |= drift
+        self._run.log(step, metrics)
+        self._on_step(done, rl.steps, metrics)
+        problem = self._reason_to_stop(step, metrics, progress)
+        stop_requested, self._save_seconds = self._request.asked(), 0.0
+        should_save = evaluated or drifted or done % rl.save_every == 0 or done == rl.steps
+        if should_save:
+            index.checkpoint_saved()
+        if should_save or problem or stop_requested:
+            started = time.perf_counter()
+            self.save(state, progress, index, metrics)
+            self._save_seconds = time.perf_counter() - started
+        if problem:
+            raise UserError(f"{problem} (checkpoints are in {self._run.path})")
+        if stop_requested and not progress.finished(rl):
+            self._checkpoints.wait()
+            self._request.stop(self._run.path, done)
+        self._checkpoints.check()
+        index.check()
+
+    def _write_samples(self, step: int, sampled: Sampled, scored: Scored) -> None:
+        stage = self._stage
+        for record in sample_records(
+            step,
+            stage.config.rl.sample_every,
+            sampled.queries,
+            sampled.rollout,
+            scored.result,
+            stage.prompter,
+            stage.collection,
+        ):
+            self._run.sample(record)
+
+    def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
+        """Metrics of the development queries, direct and reasoned; {} where there are none."""
+        if self._stage.development is None:
+            return {}
+        params = self._stage.merged(state.params)
+        metrics, searches = self._stage.development.evaluate(params, step, self._run.path)
+        for search in searches:
+            self._run.sample({"step": step - 1, **search})
+        swapped = ""
+        if "dev_swap_gain" in metrics:
+            swapped = f"; with another query's reasoning {-metrics['dev_swap_gain']:+.3f}"
+        direct, reasoned = metrics["dev_direct_ndcg@10"], metrics[BEST_BY]
+        valid, tokens = metrics["dev_reason_valid_rate"], metrics["dev_reason_reply_tokens"]
+        milliseconds = metrics["dev_reason_milliseconds_per_query"]
+        logger.info(
+            f"step {step}: nDCG@10 {direct:.3f} direct, {reasoned:.3f} reasoned ({valid:.0%} valid, "
+            f"{tokens:.0f} tokens and {milliseconds:.0f} ms a query{swapped})"
+        )
+        return metrics
+
+    def _reason_to_stop(self, step: int, metrics: Mapping[str, float], progress: RlProgress) -> str:
+        """Why the run cannot go on, or nothing; counts the step."""
+        rl = self._stage.config.rl
+        try:
+            self._guard.observe(step, valid_rate=metrics["valid_rate"], entropy=metrics["entropy"])
+        except UserError as error:
+            return str(error)
+        finally:
+            progress.guard = self._guard.state()
+        if progress.skipped_in_a_row >= rl.max_skipped * rl.inner_epochs:
+            return (
+                f"rl.optimizer.learning_rate: step {step}: {rl.max_skipped} steps in a row were not finite; "
+                "lower the rate"
+            )
+        return ""
+
+
+@contextmanager
+def _open_session(
+    stage: RlStage,
+    run_folder: Path,
+    record: dict[str, Any],
+    allow_config_change: bool,
+    on_step: OnStep,
+) -> Iterator[_Session]:
+    rl = stage.config.rl
+    run = Run(
+        run_folder,
+        stage.config,
+        stage="rl",
+        record=record,
+        allow_config_change=allow_config_change,
+        on_change=lambda: discard_index_versions_after(run_folder, stage.config),
+    )
+    with closing(run):
+        run.save_tokenizer(stage.model.tokenizer)
+        # Before the writer, which remembers the steps that are there: a damaged one is put aside.
+        first = latest_valid_checkpoint(run_folder)
+        checkpoints = CheckpointWriter(run_folder, keep=rl.keep, keep_every=rl.keep_every)
+        with StopRequest() as request, closing(checkpoints):
+            yield _Session(stage, run, checkpoints, request, first, on_step)

@@ -3,7 +3,8 @@ nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from search_r3_jax.training.monitor import log_prob_mismatch, rollout_health
 
 # A term that varies in no group for so many steps in a row is named.
 CONSTANT_STEPS = 5
+logger = logging.getLogger(__name__)
 
 
 def reward_scalars(result: StepResult) -> dict[str, float]:
@@ -54,8 +56,8 @@ class ConstantTerms:
     """Names, once, each term of the reward that has not varied within any group for `CONSTANT_STEPS` steps:
     advantages cancel it."""
 
-    def __init__(self, say: Callable[[str], object]):
-        self._say, self._steps, self._named = say, dict[str, int](), set[str]()
+    def __init__(self) -> None:
+        self._steps, self._named = dict[str, int](), set[str]()
 
     def observe(self, step: int, scalars: Mapping[str, float]) -> None:
         """Look at what `reward_scalars` gave."""
@@ -69,8 +71,8 @@ class ConstantTerms:
         for name in sorted(constant - self._named):
             if self._steps[name] == CONSTANT_STEPS:
                 self._named.add(name)
-                self._say(
-                    f"warning: step {step}: {name} was constant within every group for {CONSTANT_STEPS} "
+                logger.warning(
+                    f"step {step}: {name} was constant within every group for {CONSTANT_STEPS} "
                     "steps: it teaches nothing"
                 )
 

@@ -2,78 +2,111 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from search_r3_jax.config import RlConfig, RunConfig
 from search_r3_jax.data.collection import Collection
+from search_r3_jax.data.development import TrainingSet
 from search_r3_jax.errors import UserError
-from search_r3_jax.hub.checkpoint_writer import latest_valid_checkpoint
-from search_r3_jax.retrieval.environment.environment import EncodeDocuments, Environment
-from search_r3_jax.retrieval.environment.rewards import RewardSettings, check_rewards
-from search_r3_jax.retrieval.index.protocol import Index
-from search_r3_jax.retrieval.indexer.follower import NONE, IndexFollower
-from search_r3_jax.retrieval.indexer.schedule import IndexSchedule
-from search_r3_jax.retrieval.indexer.worker import index_folder
-from search_r3_jax.retrieval.store.versions import delete_version, list_versions
+from search_r3_jax.hub.load_model import LoadedModel
+from search_r3_jax.models.decoder import Decoder
+from search_r3_jax.models.lora import trainable_filter
+from search_r3_jax.retrieval.environment.rewards import check_reward, check_rewards
+from search_r3_jax.rollout.encoder import Encoder, ReasonedEncoder
 from search_r3_jax.rollout.sampler import Sampler
 from search_r3_jax.text.prompts import Prompter
+from search_r3_jax.training.development import Development
+from search_r3_jax.training.optimizer import make_optimizer
+from search_r3_jax.training.rl_step import Scorer, Update, make_scorer, make_update
+from search_r3_jax.training.state import TrainState, init_state, state_shardings
 
 
-def load_or_copy_schedule(run: Path, step: int, *, replay: Path | None) -> IndexSchedule:
-    """The record of index versions that a run goes by from `step` on: its own, or for one without, that of
-    the run it replays.
+@dataclass(kw_only=True)
+class RlStage:
+    """The programs and the data of stage 2.
 
-    Raises UserError for a record that cannot be read, and for one that ends before `step`.
+    Attributes:
+        start: trainable parameters that stage 2 starts from: the reference of the KL under full fine-tuning.
+        frozen: the other parameters.
+        current: all parameters as they are now, which `encode_documents` uses.
+        log_probs: log-probabilities of a batch's replies under given parameters.
+        update: one update on a batch.
+        development: evaluation on the development queries; None where there are none.
     """
-    schedule = IndexSchedule(run)
-    if replay is not None and not len(schedule):
-        schedule.copy(replay)
-    if len(schedule) < step:
+
+    config: RunConfig
+    collection: Collection
+    model: LoadedModel
+    prompter: Prompter
+    start: nnx.State
+    frozen: nnx.State
+    current: nnx.State
+    sampler: Sampler
+    encoder: Encoder
+    reasoned_encoder: ReasonedEncoder
+    log_probs: Scorer
+    update: Update
+    development: Development | None
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The mesh of training."""
+        return self.model.mesh
+
+    def merged(self, params: nnx.State) -> nnx.State:
+        """All parameters of the decoder, given the trainable ones."""
+        return nnx.merge_state(params, self.frozen)
+
+    def encode_queries(self, texts: Sequence[str], params: nnx.State | None = None) -> np.ndarray:
+        """Direct embeddings [N,E] of queries, under the current parameters or `params`."""
+        params = self.current if params is None else params
+        return self.encoder.encode(params, texts, max_tokens=self.config.text.max_query_tokens)
+
+    def encode_documents(self, rows: np.ndarray) -> np.ndarray:
+        """Embeddings [n,E] of corpus rows [n] under the current parameters."""
+        bodies = [self.collection.documents[int(row)].body for row in rows]
+        return self.encoder.encode(self.current, bodies, max_tokens=self.config.text.max_document_tokens)
+
+
+def make_stage(config: RunConfig, data: TrainingSet, model: LoadedModel) -> tuple[RlStage, TrainState]:
+    """Programs and initial state of stage 2; raises UserError where the model's embeddings are not finite."""
+    rl = config.rl
+    prompter = Prompter(model.tokenizer)
+    graph, params, frozen = nnx.split(model.decoder, trainable_filter(model.decoder), ...)
+    full_graph = nnx.split(model.decoder)[0]
+    optimizer = make_optimizer(rl.optimizer, rl.steps * rl.inner_epochs)
+    # As in stage 1: Orbax writes from the arrays' own memory on a CPU.
+    donate = jax.default_backend() != "cpu"
+    shardings = None if model.mesh is None else state_shardings(params, optimizer, model.mesh)
+    state = init_state(params, optimizer, shardings, copy=donate)
+    stage = RlStage(
+        config=config,
+        collection=data.train,
+        model=model,
+        prompter=prompter,
+        start=params,
+        frozen=frozen,
+        current=nnx.merge_state(state.params, frozen),
+        sampler=make_sampler(full_graph, prompter, rl, model.mesh),
+        encoder=Encoder(full_graph, prompter, mesh=model.mesh),
+        reasoned_encoder=ReasonedEncoder(full_graph, prompter, mesh=model.mesh),
+        log_probs=make_scorer(graph, prompter, rl, shardings),
+        update=make_update(graph, prompter, optimizer, rl, shardings, donate=donate),
+        development=_make_development(config, data, full_graph, prompter, model.mesh),
+    )
+    if not np.isfinite(stage.encode_queries([data.train.queries[0].text])).all():
         raise UserError(
-            f"{run}: its record of index versions ends at step {len(schedule)}, its checkpoint is of {step}; "
-            "give another --run"
+            f"model: {config.model}: its embeddings are not finite, nor would any reward be; start from "
+            "another checkpoint"
         )
-    return schedule
-
-
-def discard_index_versions_after(run: Path, config: RunConfig, say: Callable[[str], object]) -> None:
-    """From its newest checkpoint on it is another run: neither the indexes made since nor their order are to
-    be taken up."""
-    step = latest_valid_checkpoint(run, say) or 0
-    IndexSchedule(run).truncate(step)
-    root = index_folder(run, config.index.folder)
-    for version in list_versions(root):
-        if version > step:
-            delete_version(root, version)
-
-
-def open_initial_index(
-    follower: IndexFollower,
-    schedule: IndexSchedule,
-    step: int,
-    version: int,
-    *,
-    allow_other: bool,
-    on_wait: Callable[[], object],
-) -> Index:
-    """The index in use before `step`, `version`, or before the first step the recorded one; where it is gone,
-    another if allowed."""
-    if step == 0:
-        version = schedule.version_at(0) or 0
-        follower.wait_for(version, on_wait=on_wait)
-    try:
-        return follower.recorded(version)
-    except UserError:
-        if not allow_other:
-            raise
-        schedule.truncate(step)
-        return follower.wait_for_newer(NONE, at_most=step, on_wait=on_wait)
+    return stage, state
 
 
 def check_settings(config: RunConfig, collection: Collection) -> None:
@@ -98,14 +131,17 @@ def check_settings(config: RunConfig, collection: Collection) -> None:
             "on; give 1 to that many"
         )
     most = len(collection.documents) - rl.global_queries
-    if rl.infonce_negatives < 0 or rl.infonce_negatives > most:
+    if rl.infonce.negatives < 0 or rl.infonce.negatives > most:
         raise UserError(
-            f"rl.infonce_negatives: {rl.infonce_negatives}: the corpus has {len(collection.documents)} "
+            f"rl.infonce.negatives: {rl.infonce.negatives}: the corpus has {len(collection.documents)} "
             f"documents, {rl.global_queries} of"
             f" them the queries' own; give 0 to {most}"
         )
-    if not -1 <= rl.near_duplicate_cosine <= 1:
-        raise UserError(f"rl.infonce_alike: {rl.near_duplicate_cosine}: is a cosine; 1 keeps every candidate")
+    if not -1 <= rl.infonce.near_duplicate_cosine <= 1:
+        raise UserError(
+            f"rl.infonce.near_duplicate_cosine: {rl.infonce.near_duplicate_cosine}: is a "
+            "cosine; 1 keeps every candidate"
+        )
     if rl.inner_epochs < 1:
         raise UserError(
             f"rl.inner_epochs: {rl.inner_epochs}: a rollout is trained on at least once; give 1 or more"
@@ -131,7 +167,7 @@ def check_settings(config: RunConfig, collection: Collection) -> None:
                 f"{collection.name}: query {query.query_id!r}: has no relevant document, so no reward; "
                 "remove it"
             )
-    _reward_settings(rl)
+    check_reward(rl.reward, max_tokens=rl.sampler.max_think_tokens)
 
 
 def make_sampler(graph: nnx.GraphDef[Any], prompter: Prompter, rl: RlConfig, mesh: Mesh | None) -> Sampler:
@@ -148,32 +184,13 @@ def make_sampler(graph: nnx.GraphDef[Any], prompter: Prompter, rl: RlConfig, mes
     )
 
 
-def make_environment(config: RunConfig, index: Index, encode_documents: EncodeDocuments) -> Environment:
-    """Rewards replies as the config says, beginning with `index`."""
-    return Environment(
-        index,
-        encode_documents,
-        candidates=config.index.candidates,
-        # The index's vectors as they are, for the scoring that asks for them.
-        refresh_budget=config.index.refresh_budget if config.index.scoring == "fresh" else 0,
-        neighbours=config.index.neighbours,
-        overlay_max_age_steps=config.index.overlay_max_age_steps,
-        reward=_reward_settings(config.rl),
-    )
-
-
-def _reward_settings(rl: RlConfig) -> RewardSettings:
-    try:
-        return RewardSettings(
-            variant=rl.reward,
-            temperature=rl.reward_temperature,
-            margin_weight=rl.margin_weight,
-            margin_width=rl.margin_width,
-            hard_negatives=rl.hard_negatives,
-            floor_gap=rl.floor_gap,
-            length_weight=rl.length_weight,
-            free_tokens=rl.free_tokens,
-            max_tokens=rl.sampler.max_think_tokens,
-        )
-    except ValueError as error:
-        raise UserError(f"config: rl: {error}") from None
+def _make_development(
+    config: RunConfig,
+    data: TrainingSet,
+    graph: nnx.GraphDef[Decoder],
+    prompter: Prompter,
+    mesh: Mesh | None,
+) -> Development | None:
+    if data.dev is None or config.rl.eval_every == 0:
+        return None
+    return Development(config, [data.dev], graph, prompter, reasoned=True, probe=True, mesh=mesh)

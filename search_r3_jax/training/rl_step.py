@@ -54,16 +54,16 @@ class Replies(NamedTuple):
 
 class RlBatch(NamedTuple):
     """The replies of a step, and `documents` [P,E] float32: unit vectors under current parameters that
-    queries are told apart by.
+    the queries are contrasted with.
 
-    Where documents are trained too (`rl.infonce_train_documents`), `own_ids` [Q,S] and `own_lengths` [Q]
-    int32 are the rows of the first Q.
+    `trained_ids` [Q,S] and `trained_lengths` [Q] int32 are the tokens of the first Q documents, where
+    these are trained too (`rl.infonce.train_documents`).
     """
 
     replies: Replies
     documents: Any
-    own_ids: Any = None
-    own_lengths: Any = None
+    trained_ids: Any = None
+    trained_lengths: Any = None
 
 
 class _Part(NamedTuple):
@@ -80,14 +80,14 @@ def make_batch(
     documents: np.ndarray,
     relevance: np.ndarray,
     *,
-    own: tuple[np.ndarray, np.ndarray] | None = None,
+    trained: tuple[np.ndarray, np.ndarray] | None = None,
     micro_queries: int = 0,
 ) -> RlBatch:
     """The arrays of an update, in one shape whatever was sampled; `micro_queries` queries a micro-batch, 0 is
     all of them.
 
     Advantages [B] are those of the whole batch: a micro-batch holds whole groups and changes nothing of them.
-    `own` are ids and lengths of the queries' own documents, where these are trained. Raises ValueError where
+    `trained` are ids and lengths of the first Q documents, where these are trained. Raises ValueError where
     `micro_queries` does not divide the queries.
     """
     Q = len(rollout.prompt_lengths)
@@ -108,7 +108,7 @@ def make_batch(
         advantages=advantages.astype(np.float32),
         relevance=relevance.astype(np.float32),
     )
-    return RlBatch(Replies(*map(cut, replies)), documents.astype(np.float32), *(own or ()))
+    return RlBatch(Replies(*map(cut, replies)), documents.astype(np.float32), *(trained or ()))
 
 
 def tokenize_documents(
@@ -143,10 +143,14 @@ def batch_shardings(batch: RlBatch, mesh: Mesh) -> RlBatch:
 
     everywhere = NamedSharding(mesh, PartitionSpec())
     placed = RlBatch(replies=Replies(*map(of, batch.replies)), documents=everywhere)
-    if batch.own_ids is None:
+    if batch.trained_ids is None:
         return placed
-    rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES)) if len(batch.own_ids) % devices == 0 else everywhere
-    return placed._replace(own_ids=rows, own_lengths=rows)
+    rows = (
+        NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+        if len(batch.trained_ids) % devices == 0
+        else everywhere
+    )
+    return placed._replace(trained_ids=rows, trained_lengths=rows)
 
 
 def make_scorer(
@@ -231,21 +235,21 @@ def make_update(
                 entropies_bt=entropies_bt,
             )
             infonce = jnp.zeros(())
-            if config.infonce_weight > 0:
+            if config.infonce.weight > 0:
                 relevance_bp = jnp.repeat(part.relevance, G, axis=0)
                 excluded_bp = jnp.zeros(relevance_bp.shape, bool)
                 documents_pe = batch.documents
-                if config.infonce_train_documents:
-                    own_qe = _embedded(decoder, prompter, batch.own_ids, batch.own_lengths)
-                    documents_pe = jnp.concatenate([own_qe, documents_pe[len(own_qe) :]])
+                if config.infonce.train_documents:
+                    trained_qe = _embedded(decoder, prompter, batch.trained_ids, batch.trained_lengths)
+                    documents_pe = jnp.concatenate([trained_qe, documents_pe[len(trained_qe) :]])
                 infonce, _, _ = info_nce(
                     unit(embeds_bd),
                     documents_pe,
                     relevance_bp,
                     excluded_bp,
-                    temperature=config.infonce_temperature,
+                    temperature=config.infonce.temperature,
                 )
-            loss = policy / policy_total + config.infonce_weight * infonce / infonce_total
+            loss = policy / policy_total + config.infonce.weight * infonce / infonce_total
             return loss, (_Part(policy, infonce, statistics), log_probs_bt)
 
         def body(gradients: nnx.State, scanned: Any) -> tuple[nnx.State, tuple[jax.Array, _Part, jax.Array]]:

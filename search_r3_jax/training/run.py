@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,10 +23,10 @@ from search_r3_jax.errors import UserError
 from search_r3_jax.files import append_line, complete_lines, hold_lock, write_json, write_text
 from search_r3_jax.hub.checkpoint_reader import latest_checkpoint, read_run
 from search_r3_jax.hub.load_model import pinned_step
-from search_r3_jax.training.config_changes import changes_of, told
+from search_r3_jax.training.config_changes import changes_of, describe_changes
 
 LOCK, HISTORY = "trainer.lock", "changes"
-Say = Callable[[str], object]
+logger = logging.getLogger(__name__)
 
 
 class Run:
@@ -42,9 +44,8 @@ class Run:
         config: RunConfig,
         *,
         stage: str,
-        say: Say,
-        extra: dict[str, Any] | None = None,
-        allow_change: bool = False,
+        record: dict[str, Any] | None = None,
+        allow_config_change: bool = False,
         on_change: Callable[[], object] = lambda: None,
     ):
         if path.parts and path.parts[0].endswith(":"):
@@ -67,10 +68,9 @@ class Run:
                 )
             try:
                 self._claim(
-                    {"stage": stage, "config": dataclasses.asdict(config), **(extra or {})},
-                    allow_change,
+                    {"stage": stage, "config": dataclasses.asdict(config), **(record or {})},
+                    allow_config_change,
                     on_change,
-                    say,
                 )
             except BaseException:
                 self.close()
@@ -80,7 +80,7 @@ class Run:
             keep_programs(path / "compiled")
 
     def _claim(
-        self, record: dict[str, Any], allow_change: bool, on_change: Callable[[], object], say: Say
+        self, record: dict[str, Any], allow_config_change: bool, on_change: Callable[[], object]
     ) -> None:
         """Write down what this run is, where another call has not, or say what has changed since; raises
         UserError where it may not."""
@@ -92,16 +92,16 @@ class Run:
         history = before.pop(HISTORY, [])
         changes = changes_of(before, record)
         harmful = [change for change in changes if not change.harmless]
-        if harmful and not allow_change:
+        if harmful and not allow_config_change:
             raise UserError(
-                f"{file}: this run was made with other values ({told(harmful)}); "
+                f"{file}: this run was made with other values ({describe_changes(harmful)}); "
                 "give another --run, or --allow-config-change to go on with these"
             )
         harmless = [change for change in changes if change.harmless]
         if harmless:
-            say(f"changed since this run was started, harmless: {told(harmless)}")
+            logger.info(f"changed since this run was started, harmless: {describe_changes(harmless)}")
         if harmful:
-            say(f"changed since this run was started, as allowed: {told(harmful)}")
+            logger.info(f"changed since this run was started, as allowed: {describe_changes(harmful)}")
             # Before the change is on record: who is interrupted here is asked again.
             on_change()
         history += [
@@ -169,18 +169,52 @@ class Run:
             ) from error
 
 
-def start_record(run: Path, config: RunConfig) -> dict[str, Any]:
-    """What a run has to record of the model it starts from: `start`, relative to it, where that is a run, and
-    `start_step`.
+@dataclass(frozen=True, kw_only=True)
+class RlRecord:
+    """What `config.json` says of a run of stage 2 beside its config; paths may be relative to the run.
 
-    The checkpoint is chosen once: a run that goes on keeps to it, whatever the earlier stage has saved since.
+    Attributes:
+        data: folder of the data set, for the indexer.
+        split: its split.
+        start: the run that this one starts from; None where it starts from no run.
+        start_step: the checkpoint of that run.
+    """
+
+    data: str
+    split: str
+    start: str | None = None
+    start_step: int | None = None
+
+    def to_json(self, collection: Collection, replay: Path | None) -> dict[str, Any]:
+        """The record's fields, what the collection contains, and the run that is replayed."""
+        record: dict[str, Any] = {"data": self.data, "split": self.split, "start_step": self.start_step}
+        if self.start is not None:
+            record["start"] = self.start
+        if replay is not None:
+            record["replay"] = str(Path(replay).resolve())
+        return record | {"data_version": data_version(collection)}
+
+
+def rl_record(run: Path, config: RunConfig) -> RlRecord:
+    """The record of a run of stage 2 on the config's first data set, starting from the config's model.
+
+    The checkpoint to start from is chosen once: a resumed run keeps it, whatever stage 1 has saved since.
     """
     file = run / "config.json"
     before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     recorded: int | None = before.get("start_step") if config.start_step is None else None
-    step = pinned_step(config.model, config.start_step, flag="--start-step") if recorded is None else recorded
-    start = {"start": os.path.relpath(config.model, run.resolve())} if step is not None else {}
-    return {**start, "start_step": step}
+    step = recorded
+    if step is None:
+        step = pinned_step(config.model, config.start_step, flag="--start-step")
+    start = None if step is None else os.path.relpath(config.model, run.resolve())
+    return RlRecord(data=config.data.sets[0], split=config.data.split, start=start, start_step=step)
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """The config with absolute paths: a run is opened from anywhere, and remembers what it was made from."""
+    sets = tuple(str(Path(folder).resolve()) for folder in config.data.sets)
+    model = str(Path(config.model).resolve()) if Path(config.model).exists() else config.model
+    return dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, sets=sets))
 
 
 def data_version(collection: Collection) -> dict[str, str]:

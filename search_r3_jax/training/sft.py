@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from search_r3_jax.config import RunConfig
 from search_r3_jax.data.collection import Collection
 from search_r3_jax.data.development import TrainingSet
 from search_r3_jax.data.mixture import Mixture
-from search_r3_jax.data.pipeline import PairPipeline
+from search_r3_jax.data.pipeline import PairBatch, PairPipeline
 from search_r3_jax.data.tfidf_reasoning import TfidfReasoning
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub.checkpoint_writer import CheckpointWriter, latest_valid_checkpoint
@@ -25,8 +28,9 @@ from search_r3_jax.models.lora import trainable_filter
 from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training import sharding
 from search_r3_jax.training.development import Development
+from search_r3_jax.training.loading import load_sft_data, load_training_model
 from search_r3_jax.training.optimizer import make_optimizer
-from search_r3_jax.training.run import Run, data_version
+from search_r3_jax.training.run import Run, data_version, with_absolute_paths
 from search_r3_jax.training.self_generated_reasoning import with_self_generated_reasoning
 from search_r3_jax.training.sft_step import make_step
 from search_r3_jax.training.state import TrainState, init_state, state_shardings
@@ -34,124 +38,189 @@ from search_r3_jax.training.stopping import StopRequest
 from search_r3_jax.training.throughput import Throughput, peak_flops
 
 BEST_BY = "dev_direct_ndcg@10"
-Say = Callable[[str], object]
 OnStep = Callable[[int, int, dict[str, float]], object]
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class _Stage:
+    """The programs and the data of stage 1.
+
+    Attributes:
+        reference: starting values of the trainable parameters, for the KL of full fine-tuning; else None.
+        development: evaluation on the development queries; None where there are none.
+    """
+
+    config: RunConfig
+    pipeline: PairPipeline
+    step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+    frozen: nnx.State
+    reference: nnx.State | None
+    mesh: Mesh | None
+    throughput: Throughput
+    development: Development | None
+
+    def evaluates(self, done: int) -> bool:
+        """Whether the development queries are evaluated after so many steps."""
+        sft = self.config.sft
+        due = sft.eval_every > 0 and (done % sft.eval_every == 0 or done == sft.steps)
+        return self.development is not None and due
 
 
 def train_sft(
     config: RunConfig,
-    folder: Path,
-    sets: Sequence[TrainingSet],
-    model: LoadedModel,
-    on_step: OnStep,
+    run_folder: Path | str,
     *,
-    say: Say,
-    allow_change: bool = False,
+    sets: Sequence[TrainingSet] | None = None,
+    model: LoadedModel | None = None,
+    on_step: OnStep = lambda done, total, metrics: None,
+    allow_config_change: bool = False,
 ) -> nnx.State:
-    """Run stage 1 to its last step, from the newest sound checkpoint where there is one; returns the trained
-    parameters.
+    """Run stage 1 to its last step; a second call with the same folder resumes from the last checkpoint.
 
-    `on_step(steps done, steps in all, scalars)`; `allow_change` as in `Run`. Raises UserError when too many
-    steps in a row were not finite, and StoppedError when it was asked to stop (`StopRequest`), saved.
+    `sets` and `model` are loaded as the config says where they are not given. `on_step(steps done, steps in
+    all, metrics)`. `allow_config_change` resumes a run with other settings. Returns the trained parameters.
+    Raises UserError for settings that cannot work and when too many steps in a row were not finite, and
+    StoppedError on a stop signal, saved.
     """
-    # Act 1: what is needed.
-    sft = config.sft
+    # Act 1: what stage 1 is made of.
+    config, run_folder, sft = with_absolute_paths(config), Path(run_folder), config.sft
+    sets = load_sft_data(config) if sets is None else sets
     _check(config, sets)
-    prompter = Prompter(model.tokenizer)
-    pipeline = make_pipeline(config, [each.train for each in sets], prompter)
-    graph, params, frozen = nnx.split(model.decoder, trainable_filter(model.decoder), ...)
-    optimizer = make_optimizer(sft.optimizer, sft.steps)
-    # Orbax reads the arrays of a save before it returns, except on CPU, where it writes from their own memory
-    # in the background.
-    donate = jax.default_backend() != "cpu"
-    shardings = None if model.mesh is None else state_shardings(params, optimizer, model.mesh)
-    state = init_state(params, optimizer, shardings, copy=donate)
-    # Under LoRA the base itself is the reference; full fine-tuning keeps a copy of where it began.
-    reference = params if sft.kl_weight > 0 and config.lora.rank == 0 else None
-    step_function = make_step(graph, prompter, optimizer, sft, shardings, donate=donate)
-    throughput = Throughput(
-        model=model.decoder.config, lora=config.lora, peak=peak_flops(), with_base=sft.kl_weight > 0
-    )
-    development = _make_development(config, sets, model, prompter)
-
-    # Act 2: the run directory, and where to begin.
-    extra = {"data_version": [data_version(each.train) for each in sets]}
-    run = Run(folder, config, stage="sft", say=say, extra=extra, allow_change=allow_change)
-    run.save_tokenizer(model.tokenizer)
-    if sft.reasoning == "self":
-        pipeline = _self_generated_reasoning(config, folder, pipeline, model, say)
-    first, skipped = latest_valid_checkpoint(folder, say) or 0, 0
-    checkpoints = CheckpointWriter(folder, keep=sft.keep, keep_every=sft.keep_every)
-    with StopRequest(say) as request, closing(run), closing(checkpoints):
-        if first:
-            restored = checkpoints.restore(first, state.params, state.optimizer)
-            skipped = restored.meta["skipped"]
-            in_a_row = jax.device_put(np.int32(restored.meta["skipped_in_a_row"]), state.skipped.sharding)
-            state = TrainState(restored.params, restored.optimizer, in_a_row)
-            say(f"going on from step {first}")
-        elif development is not None:
-            scalars, _ = development.evaluate(nnx.merge_state(state.params, frozen), 0, folder)
-            say(f"before training: {_told(scalars)}")
-        run.start_at(first)
-
+    model = model or load_training_model(config)
+    stage, state = _make_stage(config, sets, model)
+    with _open_run(config, run_folder, sets, model, allow_config_change) as opened:
+        run, checkpoints, request, first = opened
+        # Act 2: where to begin.
+        if sft.reasoning == "self":
+            stage.pipeline = _self_generated_reasoning(config, run_folder, stage.pipeline, model)
+        state, skipped = _begin(stage, state, first, run, checkpoints)
         # Act 3: the loop.
-        batch, saving = pipeline.batch(min(first, sft.steps - 1)), 0.0
+        batch, save_seconds = stage.pipeline.batch(min(first, sft.steps - 1)), 0.0
         for step in range(first, sft.steps):
-            started = time.perf_counter()
-            key = jax.random.fold_in(jax.random.key(config.seed), step) if config.lora.dropout > 0 else None
-            state, found = step_function(state, frozen, sharding.put_batch(batch, model.mesh), reference, key)
-            # The host packs the next batch while the device computes this one.
-            following = pipeline.batch(step + 1) if step + 1 < sft.steps else batch
-            values = {name: float(value) for name, value in found.items()}
-            in_a_row = int(values.pop("skipped_in_a_row"))
+            done = step + 1
+            state, metrics, next_batch = _train_step(stage, state, batch, step)
+            in_a_row = int(metrics.pop("skipped_in_a_row"))
             skipped += in_a_row > 0
-            values |= {
-                "skipped": skipped,
-                "padding_share": batch.padding_share(),
-                "seconds": time.perf_counter() - started,
-            }
             # What the save before this step kept the loop from going on.
-            values["save_seconds"], saving = saving, 0.0
-            values |= throughput.of(batch.queries, batch.documents, values["seconds"])
-            batch, done = following, step + 1
-
-            looked = (
-                development is not None
-                and sft.eval_every > 0
-                and (done % sft.eval_every == 0 or done == sft.steps)
-            )
-            if development is not None and looked:
-                scalars, samples = development.evaluate(nnx.merge_state(state.params, frozen), done, folder)
-                values |= scalars
-                for sample in samples:
-                    run.sample({"step": step, **sample})
-                say(f"step {done}: {_told(scalars)}")
-            run.log(step, values)
-            on_step(done, sft.steps, values)
-            stop = request.asked()
-            if (
-                looked
-                or stop
-                or done % sft.save_every == 0
-                or done == sft.steps
-                or in_a_row >= sft.max_skipped
-            ):
+            metrics |= {"skipped": skipped, "save_seconds": save_seconds}
+            batch, save_seconds = next_batch, 0.0
+            evaluated = stage.evaluates(done)
+            if evaluated:
+                metrics |= _evaluate(stage, state, done, run)
+            run.log(step, metrics)
+            on_step(done, sft.steps, metrics)
+            stop_requested, failed = request.asked(), in_a_row >= sft.max_skipped
+            should_save = evaluated or done % sft.save_every == 0 or done == sft.steps
+            if should_save or stop_requested or failed:
                 started = time.perf_counter()
                 run.make_durable()
                 meta = {"skipped": skipped, "skipped_in_a_row": in_a_row}
-                checkpoints.save(done, state.params, state.optimizer, meta, score=values.get(BEST_BY))
-                saving = time.perf_counter() - started
-            if in_a_row >= sft.max_skipped:
+                checkpoints.save(done, state.params, state.optimizer, meta, score=metrics.get(BEST_BY))
+                save_seconds = time.perf_counter() - started
+            if failed:
                 raise UserError(
                     f"sft.optimizer.learning_rate: step {step}: {in_a_row} steps in a row were not finite; "
-                    "lower the rate, and "
-                    f"give another --run (the last good parameters are in {folder})"
+                    f"lower the rate, and give another --run (the last good parameters are in {run_folder})"
                 )
-            if stop and done < sft.steps:
+            if stop_requested and done < sft.steps:
                 checkpoints.wait()
-                request.stop(folder, done)
+                request.stop(run_folder, done)
             checkpoints.check()
     return state.params
+
+
+def _make_stage(
+    config: RunConfig, sets: Sequence[TrainingSet], model: LoadedModel
+) -> tuple[_Stage, TrainState]:
+    sft = config.sft
+    prompter = Prompter(model.tokenizer)
+    graph, params, frozen = nnx.split(model.decoder, trainable_filter(model.decoder), ...)
+    optimizer = make_optimizer(sft.optimizer, sft.steps)
+    # Orbax reads the arrays of a save before it returns, except on CPU, where it writes from their own
+    # memory in the background.
+    donate = jax.default_backend() != "cpu"
+    shardings = None if model.mesh is None else state_shardings(params, optimizer, model.mesh)
+    stage = _Stage(
+        config=config,
+        pipeline=make_pipeline(config, [each.train for each in sets], prompter),
+        step=make_step(graph, prompter, optimizer, sft, shardings, donate=donate),
+        frozen=frozen,
+        # Under LoRA the base itself is the reference; full fine-tuning keeps a copy of where it began.
+        reference=params if sft.kl_weight > 0 and config.lora.rank == 0 else None,
+        mesh=model.mesh,
+        throughput=Throughput(
+            model=model.decoder.config, lora=config.lora, peak=peak_flops(), with_base=sft.kl_weight > 0
+        ),
+        development=_make_development(config, sets, model, prompter),
+    )
+    return stage, init_state(params, optimizer, shardings, copy=donate)
+
+
+@contextmanager
+def _open_run(
+    config: RunConfig,
+    run_folder: Path,
+    sets: Sequence[TrainingSet],
+    model: LoadedModel,
+    allow_config_change: bool,
+) -> Iterator[tuple[Run, CheckpointWriter, StopRequest, int]]:
+    record = {"data_version": [data_version(each.train) for each in sets]}
+    run = Run(run_folder, config, stage="sft", record=record, allow_config_change=allow_config_change)
+    with closing(run):
+        run.save_tokenizer(model.tokenizer)
+        # Before the writer, which remembers the steps that are there: a damaged one is put aside.
+        first = latest_valid_checkpoint(run_folder) or 0
+        checkpoints = CheckpointWriter(run_folder, keep=config.sft.keep, keep_every=config.sft.keep_every)
+        with StopRequest() as request, closing(checkpoints):
+            yield run, checkpoints, request, first
+
+
+def _begin(
+    stage: _Stage, state: TrainState, first: int, run: Run, checkpoints: CheckpointWriter
+) -> tuple[TrainState, int]:
+    """State and skipped steps of the checkpoint `first`; 0 is the start, which is evaluated."""
+    skipped = 0
+    if first:
+        restored = checkpoints.restore(first, state.params, state.optimizer)
+        skipped = restored.meta["skipped"]
+        in_a_row = jax.device_put(np.int32(restored.meta["skipped_in_a_row"]), state.skipped.sharding)
+        state = TrainState(restored.params, restored.optimizer, in_a_row)
+        logger.info(f"going on from step {first}")
+    elif stage.development is not None:
+        scalars, _ = stage.development.evaluate(nnx.merge_state(state.params, stage.frozen), 0, run.path)
+        logger.info(f"before training: {_summary(scalars)}")
+    run.start_at(first)
+    return state, skipped
+
+
+def _train_step(
+    stage: _Stage, state: TrainState, batch: PairBatch, step: int
+) -> tuple[TrainState, dict[str, float], PairBatch]:
+    """One update: the new state, its metrics, and the next batch, packed while the device computes."""
+    started = time.perf_counter()
+    config = stage.config
+    key = jax.random.fold_in(jax.random.key(config.seed), step) if config.lora.dropout > 0 else None
+    placed = sharding.put_batch(batch, stage.mesh)
+    state, scalars = stage.step(state, stage.frozen, placed, stage.reference, key)
+    next_batch = stage.pipeline.batch(step + 1) if step + 1 < config.sft.steps else batch
+    metrics = {name: float(value) for name, value in scalars.items()}
+    seconds = time.perf_counter() - started
+    metrics |= {"padding_share": batch.padding_share(), "seconds": seconds}
+    metrics |= stage.throughput.of(batch.queries, batch.documents, seconds)
+    return state, metrics, next_batch
+
+
+def _evaluate(stage: _Stage, state: TrainState, done: int, run: Run) -> dict[str, float]:
+    """Metrics of the development queries; a few searches go to the run's samples."""
+    if stage.development is None:
+        return {}
+    params = nnx.merge_state(state.params, stage.frozen)
+    scalars, searches = stage.development.evaluate(params, done, run.path)
+    for search in searches:
+        run.sample({"step": done - 1, **search})
+    logger.info(f"step {done}: {_summary(scalars)}")
+    return scalars
 
 
 def _check(config: RunConfig, sets: Sequence[TrainingSet]) -> None:
@@ -214,7 +283,7 @@ def make_pipeline(config: RunConfig, collections: Sequence[Collection], prompter
 
 
 def _self_generated_reasoning(
-    config: RunConfig, folder: Path, pipeline: PairPipeline, model: LoadedModel, say: Callable[[str], object]
+    config: RunConfig, folder: Path, pipeline: PairPipeline, model: LoadedModel
 ) -> PairPipeline:
     """The pipeline with the model's own text as the reasoning of just the queries that are trained in the
     reasoned format."""
@@ -227,7 +296,7 @@ def _self_generated_reasoning(
         pipeline.mixture.collections,
         wanted,
         model,
-        lambda done, total: say(f"the model writes its own reasoning: {done}/{total} queries"),
+        lambda done, total: logger.info(f"the model writes its own reasoning: {done}/{total} queries"),
     )
     return dataclasses.replace(
         pipeline, mixture=dataclasses.replace(pipeline.mixture, collections=collections)
@@ -246,13 +315,13 @@ def _make_development(
     )
 
 
-def _told(scalars: dict[str, float]) -> str:
+def _summary(scalars: dict[str, float]) -> str:
     """What a reader wants to know of an evaluation."""
-    told = f"nDCG@10 {scalars[BEST_BY]:.3f} direct"
+    text = f"nDCG@10 {scalars[BEST_BY]:.3f} direct"
     if "dev_reason_ndcg@10" in scalars:
-        told += (
+        text += (
             f", {scalars['dev_reason_ndcg@10']:.3f} reasoned ({scalars['dev_reason_valid_rate']:.0%} valid,"
             f" {scalars['dev_reason_reply_tokens']:.0f} tokens and "
             f"{scalars['dev_reason_milliseconds_per_query']:.0f} ms a query)"
         )
-    return told
+    return text

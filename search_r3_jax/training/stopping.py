@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -19,6 +20,7 @@ from search_r3_jax.errors import StoppedError
 
 # SIGTERM is what a machine that is taken away sends, SIGINT the keyboard; SIGUSR1 is what SLURM is mostly
 # told to send ahead of its limit.
+logger = logging.getLogger(__name__)
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -29,8 +31,7 @@ class StopRequest:
     Outside the main thread, where Python knows no signals, nothing changes.
     """
 
-    def __init__(self, say: Callable[[str], object]):
-        self._say = say
+    def __init__(self) -> None:
         self._asked_at: float | None = None
         self._previous: dict[signal.Signals, Callable[[int, FrameType | None], object] | int | None] = {}
 
@@ -88,7 +89,7 @@ class StopRequest:
                     os._exit(128 + number[0])
                 if number[0] in SIGNALS:
                     self._asked_at = time.monotonic()
-                    self._say(
+                    logger.info(
                         f"{signal.Signals(number[0]).name}: saving at the end of this step; once more leaves "
                         "at once"
                     )

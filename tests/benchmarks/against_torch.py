@@ -118,9 +118,9 @@ def measure(task: Task, folder: Path, file: Path, arguments: Arguments) -> dict[
 
 def worker(side: str, task: str, folder: str, file: str) -> None:
     """Load, warm up, say so; then one portion of work a line."""
-    from search_r3_jax.runtime_env import quiet
+    from search_r3_jax.runtime_env import configure_libraries
 
-    quiet()
+    configure_libraries()
     given = json.loads(Path(file).read_text())
     makers: dict[tuple[str, str], Callable[..., Work]] = {
         ("ours", "encode"): our_encoding,

@@ -53,7 +53,7 @@ def measured(run: Path, rank: int) -> dict[str, Any]:
     )
     collection = word_collection(documents=200, queries=200)
     model = with_lora(load_model("smollm2", compute_dtype="float32", remat="dots"), config.lora, seed=0)
-    train_sft(config, run, [TrainingSet(train=collection, dev=None)], model, lambda *_: None, say=print)
+    train_sft(config, run, sets=[TrainingSet(train=collection, dev=None)], model=model)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     # The first steps compile.
     counted = lines[2:]

@@ -69,10 +69,10 @@ RL = [
         "4",
         "--rl.beta",
         "0",
-        "--rl.infonce-weight",
+        "--rl.infonce.weight",
         "1",
     ],
-    *["--rl.infonce-negatives", "128", "--rl.sampler.max-think-tokens", "28", "--rl.sample-every", "4"],
+    *["--rl.infonce.negatives", "128", "--rl.sampler.max-think-tokens", "28", "--rl.sample-every", "4"],
     *["--index.refresh-budget", "32", "--index.candidates", "32"],
 ]
 # The only limits of an evaluation, the same for every system; the last two are for models of ours.
@@ -80,7 +80,7 @@ CUT = ["--max-queries", "1400", "--max-documents", "3000"]
 LIMITS = ["--max-query-tokens", "32", "--max-document-tokens", "40"]
 THINK = ["--max-think-tokens", "28"]
 # Stage 2 as it is evaluated, and what was tried before.
-TRIED = ["--rl.optimizer.learning-rate", "3e-4", "--rl.eval-every", "45", "--rl.checkpoint-every", "20"]
+TRIED = ["--rl.optimizer.learning-rate", "3e-4", "--rl.eval-every", "45", "--rl.save-every", "20"]
 STAGE_2 = {
     # One index is built while training: another would be ready when nobody asks it any more.
     "rl": [
@@ -90,12 +90,12 @@ STAGE_2 = {
         "2e-4",
         "--rl.eval-every",
         "15",
-        "--rl.checkpoint-every",
+        "--rl.save-every",
         "23",
     ],
     "rl-faster": [*TRIED, "--rl.min-tokens", "12"],
-    "rl-alike": [*TRIED, "--rl.min-tokens", "12", "--rl.infonce-alike", "0.8"],
-    "rl-documents": [*TRIED, "--rl.min-tokens", "12", "--rl.infonce-train-documents"],
+    "rl-alike": [*TRIED, "--rl.min-tokens", "12", "--rl.infonce.near-duplicate-cosine", "0.8"],
+    "rl-documents": [*TRIED, "--rl.min-tokens", "12", "--rl.infonce.train-documents"],
     "rl-free": TRIED,
 }
 STAGES = ("sft", *STAGE_2)

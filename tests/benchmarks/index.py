@@ -45,7 +45,7 @@ from search_r3_jax.retrieval.index.exact import ExactIndex
 from search_r3_jax.retrieval.index.protocol import Index, probe_recall, recall_at_k
 from search_r3_jax.retrieval.index.scann import ScannIndex, ScannSettings
 from search_r3_jax.retrieval.store.versions import CALLER_FIELDS, open_version, publish_version
-from search_r3_jax.runtime_env import quiet
+from search_r3_jax.runtime_env import configure_libraries
 
 K = 10
 CLOCKS = ("seconds", "cpu_seconds")
@@ -93,7 +93,7 @@ class Arguments:
 
 def main() -> None:
     """Measure what is asked for, or plan."""
-    quiet()
+    configure_libraries()
     arguments = tyro.cli(Arguments, description=__doc__)
     record: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
     if arguments.plan:

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from search_r3_jax.config import IndexConfig, LoraConfig
+from search_r3_jax.config import CollapseConfig, IndexConfig, LoraConfig, RunConfig
 from search_r3_jax.configs.smollm2 import config as smollm2
 from search_r3_jax.data.dataset import build_dataset
 from search_r3_jax.data.development import TrainingSet, for_stage_2, load_training_sets
@@ -40,8 +40,9 @@ from search_r3_jax.retrieval.indexer.heartbeat import read_beat
 from search_r3_jax.retrieval.indexer.schedule import IndexSchedule
 from search_r3_jax.retrieval.indexer.worker import index_folder
 from search_r3_jax.retrieval.store.versions import publish_version
-from search_r3_jax.training.live_index import MovingIndex
+from search_r3_jax.training.live_index import LiveIndex
 from search_r3_jax.training.rl import train_rl
+from search_r3_jax.training.run import RlRecord
 
 RESULT = Path(__file__).with_suffix(".json")
 BLOCK, BLOCKS, WARM_UP = 5, 6, 4
@@ -66,7 +67,7 @@ def steps(data: Path, out: Path) -> dict[str, Any]:
             group_size=4,
             eval_every=0,
             save_every=1,
-            collapse_steps=0,
+            collapse=CollapseConfig(steps=0),
             sampler=dataclasses.replace(smollm2.rl.sampler, max_think_tokens=12),
         ),
         index=dataclasses.replace(
@@ -94,9 +95,8 @@ def steps(data: Path, out: Path) -> dict[str, Any]:
             os.kill(beat.pid, signal.SIGCONT)
 
     model = with_lora(load_model("smollm2", compute_dtype="float32", remat="dots"), config.lora, seed=0)
-    train_rl(
-        config, out / "run", train, model, on_step, say=print, extra={"data": "../data", "split": "train"}
-    )
+    record = RlRecord(data="../data", split="train")
+    train_rl(config, out / "run", data=train, model=model, record=record, on_step=on_step)
     counted = [
         (is_on(step), line, phase)
         for step, line, phase in zip(range(len(lines)), lines, busy, strict=True)
@@ -153,23 +153,18 @@ def swap(out: Path, kind: IndexKind, rows: int, dim: int) -> dict[str, float]:
         )
 
     publish(1)
-    follower = IndexFollower(run, "c", 0, say=print, settings=IndexConfig(local=False))
+    follower = IndexFollower(run, "c", 0, settings=IndexConfig(local=False))
     follower.start()
     try:
         environment = Environment(
-            follower.wait_for_newer(-1, at_most=1), lambda rows: np.zeros((len(rows), dim), np.float32)
+            follower.wait_for_newer(None, at_most=1), lambda rows: np.zeros((len(rows), dim), np.float32)
         )
-        moving = MovingIndex(
-            IndexConfig(),
+        live = LiveIndex(
             run,
+            RunConfig(),
             follower,
             environment,
-            lambda _: np.zeros((0, dim), np.float32),
-            schedule=IndexSchedule(run),
-            needed=set,
-            swaps=[],
-            index_versions=[],
-            say=print,
+            IndexSchedule(run),
         )
         a = generator.standard_normal((800, 800), dtype=np.float32)
 
@@ -185,7 +180,7 @@ def swap(out: Path, kind: IndexKind, rows: int, dim: int) -> dict[str, float]:
         while environment.index.version == 1:
             beside.append(foreground())
             started = time.perf_counter()
-            moving.before_step(len(beside) - 1, lambda: None)
+            live.before_step(len(beside) - 1, lambda: None)
             taken = {"swap_seconds": time.perf_counter() - started}
         return {
             **taken,

@@ -223,9 +223,9 @@ def prepare(arguments: Arguments, temporary: Path) -> Path:
 
 def worker(side: str, folder: str) -> None:
     """One side, until it is dismissed."""
-    from search_r3_jax.runtime_env import quiet
+    from search_r3_jax.runtime_env import configure_libraries
 
-    quiet()
+    configure_libraries()
     given = json.loads((Path(folder) / "work.json").read_text())
     given |= {"model": str(Path(folder) / "model"), "vectors": np.load(Path(folder) / "vectors.npy")}
     if side == "trl":

@@ -31,7 +31,7 @@ RL = [
     str(RL_STEPS),
     "--rl.eval-every",
     "20",
-    "--rl.checkpoint-every",
+    "--rl.save-every",
     "20",
     "--data.rl-queries",
     "600",

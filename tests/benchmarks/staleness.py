@@ -44,8 +44,9 @@ from search_r3_jax.retrieval.index.exact import ExactIndex
 from search_r3_jax.rollout.encoder import Encoder, ReasonedEncoder
 from search_r3_jax.rollout.sampler import Sampler, rollout_seeds
 from search_r3_jax.text.prompts import Prompter
-from search_r3_jax.training import rl, rl_setup
-from search_r3_jax.training.live_index import reencode_rollout
+from search_r3_jax.training import live_index, rl
+from search_r3_jax.training.rl import reencode_rollout
+from search_r3_jax.training.run import RlRecord
 from search_r3_jax.training.sft import train_sft
 
 HERE = Path(__file__).parent
@@ -145,7 +146,7 @@ class Watched(Environment):
 
     def __init__(self, index: Any, encode_documents: EncodeDocuments, **options: Any):
         budget = round(SHARE_A_PERIOD * index.shape[0] / PERIOD)
-        self._options = {**options, "overlay_max_age": OVERLAY_MAX_AGE}
+        self._options = {**options, "overlay_max_age_steps": OVERLAY_MAX_AGE}
         super().__init__(
             index,
             encode_documents,
@@ -244,7 +245,7 @@ def watch(
         lead,
         log,
     )
-    rl_setup.Environment = Watched
+    live_index.Environment = Watched
     return log
 
 
@@ -303,7 +304,8 @@ def real(
     out.mkdir(parents=True, exist_ok=True)
     sets = [dataclasses.replace(load_training_sets(config.data)[0], dev=None)]
     base = load_model(model, compute_dtype="float32", remat="dots")
-    train_sft(config, out / "sft", sets, with_lora(base, config.lora, seed=0), report, say=print)
+    adapted = with_lora(base, config.lora, seed=0)
+    train_sft(config, out / "sft", sets=sets, model=adapted, on_step=report)
 
     measured = [steps - before for before in (11, 7, 3)]
     rl_config = dataclasses.replace(
@@ -327,8 +329,8 @@ def real(
     build_dataset({"train": train.train}, out / "data", name="chosen", source={"kind": "benchmark"})
     log = watch(SETTINGS[-1], others=SETTINGS[:-1], measured_at=measured, lead=PERIOD)
     start = with_lora(load_model(out / "sft", compute_dtype="float32", remat="dots"), config.lora, seed=0)
-    extra = {"data": "../data", "split": "train", "start": "../sft"}
-    rl.train_rl(config, out / "rl", train, start, report, say=print, extra=extra)
+    record = RlRecord(data="../data", split="train", start="../sft")
+    rl.train_rl(config, out / "rl", data=train, model=start, record=record, on_step=report)
     write_json(out / "real-steps.json", log)
     lines = {setting.name: [line for line in log if line["setting"] == setting.name] for setting in SETTINGS}
     result = {

@@ -457,7 +457,8 @@ def test_a_browser_shows_it_without_scrolling_sideways(tmp_path: Path, width: in
     # In a frame, because a browser's window cannot be made as narrow as a phone; only the frame around the
     # page has a script.
     page = html.escape((tmp_path / "report.html").read_text(encoding="utf-8"))
-    script = """onload = () => { const page = document.querySelector("iframe").contentDocument, root = page.documentElement;
+    script = """onload = () => { const page = document.querySelector("iframe").contentDocument;
+    const root = page.documentElement;
         const shown = [...page.images].filter((image) => image.complete && image.naturalWidth > 0).length;
         document.title = [root.scrollWidth, root.clientWidth, page.images.length, shown].join(" "); }"""
     frame = (

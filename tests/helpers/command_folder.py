@@ -50,14 +50,14 @@ RL = {
     "rl.global-queries": 3,
     "rl.group-size": 4,
     "rl.eval-every": 0,
-    "rl.checkpoint-every": 3,
+    "rl.save-every": 3,
     "rl.keep": 2,
     "rl.inner-epochs": 2,
-    "rl.collapse-steps": 0,
+    "rl.collapse.steps": 0,
     "rl.sampler.max-think-tokens": 6,
     "index.candidates": 12,
     "index.refresh-budget": 8,
-    "index.overlay-max-age": 4,
+    "index.overlay-max-age-steps": 4,
     "index.nice": 0,
 }
 

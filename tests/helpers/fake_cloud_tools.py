@@ -41,7 +41,8 @@ from pathlib import Path
 folder, tool = Path({folder!r}), {tool!r}
 words = sys.argv[1:]
 with (folder / f"{{tool}}.calls").open("a") as calls:
-    calls.write(json.dumps([words, os.environ.get("JAX_LOCAL_DEVICE_IDS", ""), sys.stdin.read() if {reads!r} else ""]) + "\\n")
+    record = [words, os.environ.get("JAX_LOCAL_DEVICE_IDS", ""), sys.stdin.read() if {reads!r} else ""]
+    calls.write(json.dumps(record) + "\\n")
 rules = json.loads((folder / f"{{tool}}.answers").read_text())
 text = " ".join(words)
 found = next((number for number, rule in enumerate(rules) if rule["when"] in text), None)
@@ -55,7 +56,8 @@ if any(other["when"] == rule["when"] for other in rules[found + 1 :]):
 status = rule["status"]
 for home in rule["homes"]:
     command = next(word for word in words if word.startswith("--command=")).removeprefix("--command=")
-    status = subprocess.run(["bash", "-c", command], cwd=home, env=os.environ | {{"HOME": home}}).returncode or status
+    shell = subprocess.run(["bash", "-c", command], cwd=home, env=os.environ | {{"HOME": home}})
+    status = shell.returncode or status
 sys.stdout.write(rule["out"])
 sys.stderr.write(rule["err"])
 sys.exit(status)

@@ -19,7 +19,7 @@ from helpers.tiny_models import word_collection
 from jax.sharding import Mesh
 
 from search_r3_jax.chips import CHIPS
-from search_r3_jax.config import LoraConfig, RlConfig, SamplerConfig
+from search_r3_jax.config import InfoNceConfig, LoraConfig, RlConfig, SamplerConfig
 from search_r3_jax.hub.load_model import load_model, with_lora
 from search_r3_jax.mesh import make_mesh
 from search_r3_jax.models.lora import trainable_filter
@@ -39,7 +39,11 @@ def update(
     """What is sampled, the scalars and the gradient of one update on it."""
     sampling = SamplerConfig(max_think_tokens=8)
     config = RlConfig(
-        global_queries=Q, group_size=G, sampler=sampling, importance_cap=2.0, infonce_train_documents=True
+        global_queries=Q,
+        group_size=G,
+        sampler=sampling,
+        importance_cap=2.0,
+        infonce=InfoNceConfig(train_documents=True),
     )
     model = with_lora(load_model(folder, remat="dots", mesh=mesh), LoraConfig(rank=4 if lora else 0), seed=0)
     prompter = Prompter(model.tokenizer)
@@ -69,7 +73,7 @@ def update(
     documents /= np.linalg.norm(documents, axis=-1, keepdims=True)
     own = tokenize_documents(prompter, texts, 16)
     batch = make_batch(
-        rollout, np.asarray(advantages), documents, np.eye(Q, Q + 8), own=own, micro_queries=micro_queries
+        rollout, np.asarray(advantages), documents, np.eye(Q, Q + 8), trained=own, micro_queries=micro_queries
     )
     batch = put_batch(batch, mesh)
     score = make_scorer(graph, prompter, config, shardings)

@@ -79,7 +79,7 @@ class IndexedRun:
         texts = [document.body for document in self.collection.documents]
         return Encoder(graph, Prompter(self.model.tokenizer)).encode(state, texts, max_tokens=32)
 
-    def follower(self, said: list[str], fault: str = "", **settings: Any) -> IndexFollower:
+    def follower(self, fault: str = "", **settings: Any) -> IndexFollower:
         """The trainer's side, with an indexer process that meets a fault of `faulty_indexer.py`, once."""
         program = str(Path(__file__).parent / "faulty_indexer.py")
         # The test's own interpreter and sources, wherever they are.
@@ -94,7 +94,7 @@ class IndexedRun:
         ]
         index = dataclasses.replace(self.config.index, **settings)
         return IndexFollower(
-            self.path, self.corpus_hash, self.model.embed_id, say=said.append, settings=index, command=command
+            self.path, self.corpus_hash, self.model.embed_id, settings=index, command=command
         )
 
     def log(self) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from helpers.index_versions import FIELDS, unit
+from helpers.log_lines import collect_log_lines
 from jax.experimental import multihost_utils
 
 from search_r3_jax.config import IndexConfig
@@ -39,11 +40,16 @@ def main(folder: str, process: int, processes: int, port: int) -> None:
         return opened(root, step, **named)
 
     module.open_version = stubborn
-    said: list[str] = []
-    follower = IndexFollower(run, "c", 9, say=said.append, settings=IndexConfig(local=False))
+    with collect_log_lines() as lines:
+        taken = follow(run, process)
+    print(json.dumps({"taken": taken, "said": lines}))
+
+
+def follow(run: Path, process: int) -> list[list[int]]:
+    follower = IndexFollower(run, "c", 9, settings=IndexConfig(local=False))
     follower.start()
     taken: list[list[int]] = []
-    version = -1
+    version: int | None = None
     for step in range(3 * STEPS_A_VERSION):
         if step % STEPS_A_VERSION == 0 and process == 0:
             number = step // STEPS_A_VERSION + 1
@@ -64,7 +70,7 @@ def main(folder: str, process: int, processes: int, port: int) -> None:
             np.testing.assert_allclose(index.take(np.arange(50)), unit(50, seed=version))
         time.sleep(0.05)
     follower.close()
-    print(json.dumps({"taken": taken, "said": said}))
+    return taken
 
 
 if __name__ == "__main__":

@@ -74,7 +74,9 @@ def test_what_is_saved_comes_back_arrays_without_elements_too(tmp_path: Path) ->
     assert verify_checkpoint(checkpoint_folder(tmp_path) / "7") is None
 
 
-def test_a_newest_checkpoint_cut_off_anywhere_is_put_aside_for_the_one_before(tmp_path: Path) -> None:
+def test_a_newest_checkpoint_cut_off_anywhere_is_put_aside_for_the_one_before(
+    tmp_path: Path, log_lines: list[str]
+) -> None:
     generator = np.random.default_rng(0)
     cut = set[str]()
     trials = 20
@@ -89,15 +91,15 @@ def test_a_newest_checkpoint_cut_off_anywhere_is_put_aside_for_the_one_before(tm
         with file.open("r+b") as opened:
             opened.truncate(int(generator.integers(0, file.stat().st_size)))
         cut.add(file.name)
-        said = list[str]()
-        assert latest_valid_checkpoint(run, said.append) == 3, file
-        assert len(said) == 1
-        assert "checkpoint 6 is damaged: " in said[0]
+        log_lines.clear()
+        assert latest_valid_checkpoint(run) == 3, file
+        assert len(log_lines) == 1
+        assert "checkpoint 6 is damaged: " in log_lines[0]
         assert checkpoint_steps(run) == [3]
         check(run, 3)
         # The step can be taken, and saved, again.
         save(run, 6)
-        assert latest_valid_checkpoint(run, said.append) == 6
+        assert latest_valid_checkpoint(run) == 6
         check(run, 6)
     assert len(cut) > 8
 
@@ -126,7 +128,7 @@ def test_other_bytes_a_missing_file_and_a_broken_seal_are_damage(tmp_path: Path)
     (folder / "1" / CHECKSUMS).write_text("{")
     assert "cannot be understood" in str(verify_checkpoint(folder / "1"))
     with pytest.raises(UserError, match="all checkpoints are damaged"):
-        latest_valid_checkpoint(tmp_path, lambda _: None)
+        latest_valid_checkpoint(tmp_path)
 
 
 def test_a_full_disk_comes_up_at_the_next_call_and_leaves_the_steps_before(
@@ -146,7 +148,7 @@ def test_a_full_disk_comes_up_at_the_next_call_and_leaves_the_steps_before(
         writer.wait()
     monkeypatch.setattr("search_r3_jax.hub.checkpoint_integrity.write_json", write_json)
     writer.close()
-    assert latest_valid_checkpoint(tmp_path, lambda _: None) == 1
+    assert latest_valid_checkpoint(tmp_path) == 1
     save(tmp_path, 2)
     check(tmp_path, 2)
     assert [

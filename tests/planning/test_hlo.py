@@ -11,7 +11,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from search_r3_jax.config import MeshConfig
-from search_r3_jax.mesh import make_mesh, reduce_scatter_sum
+from search_r3_jax.mesh import make_mesh
+from search_r3_jax.models.layers import reduce_scatter_sum
 from search_r3_jax.planning.hlo import LoopError, Program, read_program
 from search_r3_jax.planning.plan import open_slice
 

@@ -9,6 +9,7 @@ import pytest
 
 from search_r3_jax.chips import CHIPS
 from search_r3_jax.config import (
+    InfoNceConfig,
     LoraConfig,
     MeshConfig,
     ModelConfig,
@@ -57,7 +58,7 @@ CONFIG = RunConfig(
         group_size=8,
         micro_queries=8,
         beta=0.0,
-        infonce_train_documents=True,
+        infonce=InfoNceConfig(train_documents=True),
         sampler=SamplerConfig(max_think_tokens=24),
     ),
 )
@@ -153,10 +154,11 @@ def test_meshes_that_make_sense_divide_the_model() -> None:
 
 
 @pytest.mark.slow
-def test_meshes_are_tried_and_the_fastest_comes_first(capsys: pytest.CaptureFixture[str]) -> None:
-    heard = list[str]()
-    tried = try_meshes(CONFIG, "encode", open_slice("v5e:2x2"), say=heard.append)
-    assert len(heard) == len(tried) == len(sensible_meshes(CONFIG, open_slice("v5e:2x2"))) > 3
+def test_meshes_are_tried_and_the_fastest_comes_first(
+    capsys: pytest.CaptureFixture[str], log_lines: list[str]
+) -> None:
+    tried = try_meshes(CONFIG, "encode", open_slice("v5e:2x2"))
+    assert len(log_lines) == len(tried) == len(sensible_meshes(CONFIG, open_slice("v5e:2x2"))) > 3
     rates = [plan.tokens_per_second for _, plan in tried if plan is not None]
     assert rates == sorted(rates, reverse=True)
     for mesh, plan in tried:
@@ -201,7 +203,7 @@ def test_the_largest_chunk_is_the_largest_divisor_that_fits(
 
     monkeypatch.setattr(search, "make_plan", plan_of)
     config = dataclasses.replace(CONFIG, sft=dataclasses.replace(CONFIG.sft, global_batch=48))
-    found: Any = largest_chunk(config, "sft", open_slice("v5e:2x2"), say=lambda line: None)
+    found: Any = largest_chunk(config, "sft", open_slice("v5e:2x2"))
     assert found.chunk == max(size for size in range(1, most + 1) if 48 % size == 0)
     # Every one is some minutes of a compiler.
     assert len(asked) <= 4
@@ -213,6 +215,6 @@ def test_where_nothing_fits_the_remedy_is_said(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(search, "make_plan", too_large)
     with pytest.raises(UserError, match=r"not even a chunk of 1 fits; take more chips, or adapters"):
-        largest_chunk(CONFIG, "sft", open_slice("v5e:2x2"), say=lambda line: None)
+        largest_chunk(CONFIG, "sft", open_slice("v5e:2x2"))
     with pytest.raises(UserError, match=r"--largest: encode has no chunk to find"):
-        largest_chunk(CONFIG, "encode", open_slice("v5e:2x2"), say=lambda line: None)
+        largest_chunk(CONFIG, "encode", open_slice("v5e:2x2"))

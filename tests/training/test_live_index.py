@@ -12,19 +12,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from search_r3_jax.config import IndexConfig, LoraConfig
+from search_r3_jax.config import IndexConfig, LoraConfig, RunConfig
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub.checkpoint_reader import pinned_checkpoints
 from search_r3_jax.hub.load_model import load_model, with_lora
 from search_r3_jax.retrieval.environment.environment import Environment
 from search_r3_jax.retrieval.index.exact import ExactIndex
 from search_r3_jax.retrieval.index.protocol import Index
-from search_r3_jax.retrieval.indexer.follower import IndexFollower
 from search_r3_jax.retrieval.indexer.schedule import IndexSchedule
 from search_r3_jax.rollout.encoder import ReasonedEncoder
 from search_r3_jax.rollout.sampler import Sampler, rollout_seeds
 from search_r3_jax.text.prompts import Prompter
-from search_r3_jax.training.live_index import MovingIndex, reencode_rollout
+from search_r3_jax.training.live_index import LiveIndex
+from search_r3_jax.training.rl import reencode_rollout
 
 ROWS = 30
 
@@ -39,7 +39,7 @@ def index(step: int) -> ExactIndex:
     return ExactIndex(vectors(step), [str(row) for row in range(ROWS)], step)
 
 
-class Handed(IndexFollower):
+class ScriptedFollower:
     """Hands over an index when the test has put it there; waiting finds the checkpoint that was saved
     last."""
 
@@ -48,42 +48,52 @@ class Handed(IndexFollower):
         self.saved = 0
         self.waited = 0
 
-    def newer_than(self, version: int, *, at_most: int) -> Index | None:
-        return self.ready if self.ready is not None and version < self.ready.version <= at_most else None
+    def newer_than(self, version: int | None, *, at_most: int) -> Index | None:
+        if self.ready is None or not (version or 0) < self.ready.version <= at_most:
+            return None
+        return self.ready
 
-    def wait_for_newer(self, version: int, *, at_most: int, on_wait: Any = None) -> Index:
+    def wait_for_newer(self, version: int | None, *, at_most: int, on_wait: Any = None) -> Index:
         assert self.saved <= at_most
         self.waited += 1
         time.sleep(0.05)
         return index(self.saved)
 
-    def measured(self, version: int) -> dict[str, float]:
+    def version_stats(self, version: int) -> dict[str, float]:
         return {"step": version}
 
-    def is_there(self, version: int, *, own: bool = False) -> bool:
+    def is_published(self, version: int, *, local_only: bool = False) -> bool:
         return True
 
+    def versions_to_keep(self) -> set[int]:
+        return set()
 
-class Subject:
+    def wait_for(self, version: int, *, on_wait: Any = None) -> None:
+        raise AssertionError(f"version {version} is published")
+
+    def open_version(self, version: int) -> Index:
+        raise AssertionError(f"version {version} is not asked for")
+
+    def start(self) -> None:
+        """Nothing runs beside the test."""
+
+    def check(self) -> None:
+        """Nothing runs beside the test."""
+
+    def close(self) -> None:
+        """Nothing runs beside the test."""
+
+
+class IndexedSteps:
+    """A live index over vectors that drift with every step."""
+
     def __init__(self, folder: Path, **settings: Any):
-        self.follower, self.said, self.now = Handed(), list[str](), 0
-        self.swaps: list[list[int]] = []
-        self.versions: list[dict[str, float]] = []
+        self.follower, self.now = ScriptedFollower(), 0
         self.environment = Environment(index(0), lambda rows: vectors(self.now)[rows])
         folder.mkdir(exist_ok=True)
         self.schedule = IndexSchedule(folder)
-        self.moving = MovingIndex(
-            dataclasses.replace(IndexConfig(), **settings),
-            folder,
-            self.follower,
-            self.environment,
-            lambda rows: vectors(self.now)[rows],
-            schedule=self.schedule,
-            needed=set,
-            swaps=self.swaps,
-            index_versions=self.versions,
-            say=self.said.append,
-        )
+        config = RunConfig(index=IndexConfig(**settings))
+        self.index = LiveIndex(folder, config, self.follower, self.environment, self.schedule)
 
     def step(self, step: int) -> dict[str, float]:
         def save() -> None:
@@ -92,76 +102,76 @@ class Subject:
         # The steps that the test leaves out.
         for passed in range(len(self.schedule), step):
             self.schedule.record(passed, self.environment.index.version)
-        return self.moving.before_step(step, save)
+        return self.index.before_step(step, save)
 
 
-def test_a_newer_index_is_taken_in_and_recorded(tmp_path: Path) -> None:
-    subject = Subject(tmp_path)
+def test_a_newer_index_is_taken_in_and_recorded(tmp_path: Path, log_lines: list[str]) -> None:
+    subject = IndexedSteps(tmp_path)
     subject.step(1)
-    assert subject.swaps == []
+    assert subject.index.statistics.swaps == ()
     subject.follower.ready = index(2)
     subject.step(3)
     subject.step(4)
-    assert subject.swaps == [[3, 2]]
-    assert subject.versions == [{"step": 0}, {"step": 2}]
+    assert subject.index.statistics.swaps == ((3, 2),)
+    assert list(subject.index.statistics.versions) == [{"step": 0}, {"step": 2}]
     assert subject.environment.index.version == 2
-    assert subject.said == ["step 3: the index built from step 2 is in use"]
+    assert log_lines == ["step 3: the index built from step 2 is in use"]
 
 
-def test_an_old_index_is_waited_for(tmp_path: Path) -> None:
-    subject = Subject(tmp_path, max_age=5, on_stale_index="wait")
+def test_an_old_index_is_waited_for(tmp_path: Path, log_lines: list[str]) -> None:
+    subject = IndexedSteps(tmp_path, max_index_age_steps=5, on_stale_index="wait")
     assert subject.step(5)["index_wait_seconds"] < 0.01
     stalls = subject.step(6)
     assert (subject.follower.saved, subject.follower.waited, subject.environment.index.version) == (6, 1, 6)
     assert stalls["index_wait_seconds"] >= 0.05
     assert 0 < stalls["index_stall_share"] <= 1
-    assert "the index is 6 steps old, more than index.max_age 5; waiting" in subject.said[0]
+    assert "the index is 6 steps old, more than index.max_index_age_steps 5; waiting" in log_lines[0]
     assert subject.step(11)["index_wait_seconds"] < 0.01
 
 
-def test_an_old_index_is_warned_of_once(tmp_path: Path) -> None:
-    subject = Subject(tmp_path, max_age=5, on_stale_index="warn")
+def test_an_old_index_is_warned_of_once(tmp_path: Path, log_lines: list[str]) -> None:
+    subject = IndexedSteps(tmp_path, max_index_age_steps=5, on_stale_index="warn")
     for step in (5, 6, 7):
         subject.step(step)
-    assert len(subject.said) == 1
-    assert "warning: step 6" in subject.said[0]
+    assert len(log_lines) == 1
+    assert "warning: step 6" in log_lines[0]
     subject.follower.ready = index(7)
     subject.step(12)
     subject.step(13)
-    assert [line for line in subject.said if "warning" in line][1:] == [subject.said[-1]]
+    assert [line for line in log_lines if "warning" in line][1:] == [log_lines[-1]]
 
 
 def test_an_old_index_stops_the_run_with_a_checkpoint(tmp_path: Path) -> None:
-    subject = Subject(tmp_path, max_age=5, on_stale_index="stop")
+    subject = IndexedSteps(tmp_path, max_index_age_steps=5, on_stale_index="stop")
     subject.step(5)
     with pytest.raises(UserError, match="a checkpoint was saved"):
         subject.step(6)
     assert subject.follower.saved == 6
 
 
-def test_drift_asks_for_a_snapshot(tmp_path: Path) -> None:
-    subject = Subject(tmp_path, drift_every=2, drift_cosine=0.99, drift_overlap=0.0)
-    subject.moving.checkpoint_saved()
+def test_drift_asks_for_a_checkpoint(tmp_path: Path) -> None:
+    subject = IndexedSteps(tmp_path, drift_every=2, drift_cosine=0.99, drift_overlap=0.0)
+    subject.index.checkpoint_saved()
     subject.now = 1
-    assert subject.moving.drifted(1) == (False, {})
-    due, scalars = subject.moving.drifted(2)
+    assert subject.index.drifted(1) == (False, {})
+    due, scalars = subject.index.drifted(2)
     assert not due
     assert scalars["drift_cosine"] == pytest.approx(
         np.einsum("ne,ne->n", vectors(0), vectors(1)).mean(), abs=1e-6
     )
     subject.now = 4
-    due, scalars = subject.moving.drifted(4)
+    due, scalars = subject.index.drifted(4)
     assert due
     assert scalars["drift_cosine"] < 0.99
     # From the checkpoint on it counts anew.
-    subject.moving.checkpoint_saved()
-    assert not subject.moving.drifted(6)[0]
+    subject.index.checkpoint_saved()
+    assert not subject.index.drifted(6)[0]
 
 
-def test_the_snapshot_of_the_index_is_kept_for_the_scoring_that_reads_it(tmp_path: Path) -> None:
-    Subject(tmp_path / "other", scoring="fresh")
+def test_the_checkpoint_of_the_index_is_kept_for_the_scoring_that_reads_it(tmp_path: Path) -> None:
+    IndexedSteps(tmp_path / "other", scoring="fresh")
     assert pinned_checkpoints(tmp_path / "other") == []
-    subject = Subject(tmp_path / "run", scoring="consistent_stale")
+    subject = IndexedSteps(tmp_path / "run", scoring="consistent_stale")
     assert pinned_checkpoints(tmp_path / "run") == [0]
     subject.follower.ready = index(2)
     subject.step(3)

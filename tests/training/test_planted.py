@@ -21,9 +21,12 @@ from flax import nnx
 from helpers.planted_task import NAMES, PlantedTask, planted_task, write_word_checkpoint
 
 from search_r3_jax.config import (
+    CollapseConfig,
     IndexConfig,
+    InfoNceConfig,
     LoraConfig,
     OptimizerConfig,
+    RewardConfig,
     RlConfig,
     RunConfig,
     SamplerConfig,
@@ -38,6 +41,7 @@ from search_r3_jax.models.lora import merge_lora
 from search_r3_jax.retrieval.environment.environment import Environment, StepResult
 from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training.rl import train_rl
+from search_r3_jax.training.run import RlRecord
 from search_r3_jax.training.sft import train_sft
 
 SEED = 0
@@ -88,13 +92,12 @@ def config_of(model: Path, seed: int) -> RunConfig:
             beta=0.04,
             # A name whose documents lie near the right ones earns little: under dcg, half, and the policy
             # settles for it.
-            reward="rank_margin",
-            margin_weight=0,
+            reward=RewardConfig(variant="rank_margin", margin_weight=0),
             # By group, the little that tells wrong names apart would weigh as much as the right one.
             scale_rewards="batch",
-            infonce_weight=0,
+            infonce=InfoNceConfig(weight=0),
             # Without information in the rewards anything may happen to the replies.
-            collapse_steps=0,
+            collapse=CollapseConfig(steps=0),
             # Nothing goes stale: the overlay holds every document, of this very step.
             save_every=10**6,
             sampler=SamplerConfig(max_think_tokens=6, temperature=1),
@@ -111,7 +114,7 @@ def start_of_stage_2(folder: Path, seed: int, *, distractors: int = 0) -> Start:
     config = config_of(write_word_checkpoint(folder / "base", task.words, seed=seed), seed)
     build_dataset({"train": task.planted}, folder / "data", name="planted", source={"kind": "test"})
     sets = [TrainingSet(train=task.warm, dev=None)]
-    train_sft(config, folder / "sft", sets, load_model(config.model), lambda *_: None, say=lambda _: None)
+    train_sft(config, folder / "sft", sets=sets, model=load_model(config.model))
     return Start(dataclasses.replace(config, lora=LoraConfig(rank=16)), folder, task)
 
 
@@ -134,16 +137,14 @@ def stage_2(start: Start, run: str) -> tuple[Scores, Scores, list[dict[str, floa
 
     before = scores()
     steps: list[dict[str, float]] = []
-    extra = {"data": "../data", "split": "train", "start": "../sft"}
     data = TrainingSet(train=task.planted, dev=None)
     result = train_rl(
         config,
         folder / run,
-        data,
-        model,
-        lambda *done: steps.append(done[2]),
-        say=lambda _: None,
-        extra=extra,
+        data=data,
+        model=model,
+        record=RlRecord(data="../data", split="train", start="../sft"),
+        on_step=lambda *done: steps.append(done[2]),
     )
     nnx.update(model.decoder, result.params)
     return before, scores(), steps

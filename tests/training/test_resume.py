@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers.failing_disk import DISK_FULL
+from helpers.log_lines import collect_log_lines
 from helpers.tiny_models import word_collection
 
 from search_r3_jax import files
@@ -56,18 +57,17 @@ class Runs:
         self, name: str, on_step: Callable[[int], object] = lambda done: None, **settings: Any
     ) -> tuple[Any, list[str]]:
         """The trained parameters, and what was said."""
-        said = list[str]()
         config = settings.pop("config", self.config)
         model = with_lora(load_model(self._model), config.lora, seed=0)
-        params = train_sft(
-            config,
-            self.folder / name,
-            self._sets,
-            model,
-            lambda done, *_: on_step(done),
-            say=said.append,
-            **settings,
-        )
+        with collect_log_lines() as said:
+            params = train_sft(
+                config,
+                self.folder / name,
+                sets=self._sets,
+                model=model,
+                on_step=lambda done, *_: on_step(done),
+                **settings,
+            )
         return jax.tree.map(np.asarray, nnx.to_pure_dict(params)), said
 
     def losses(self, name: str) -> list[tuple[int, float]]:
@@ -154,7 +154,7 @@ def test_a_changed_config_goes_on_where_that_is_allowed(runs: Runs) -> None:
         match=r"config\.sft\.temperature was 0\.05, is 0\.1\); give another --run, or --allow-config-change",
     ):
         runs.train("run", config=changed)
-    _, said = runs.train("run", config=changed, allow_change=True)
+    _, said = runs.train("run", config=changed, allow_config_change=True)
     assert "going on from step 4" in said
     assert [step for step, _ in runs.losses("run")] == list(range(STEPS))
     assert files.complete_lines(runs.folder / "run" / "metrics.jsonl")

@@ -20,10 +20,13 @@ from flax import nnx
 from helpers.tiny_models import word_collection
 
 from search_r3_jax.config import (
+    CollapseConfig,
     DataConfig,
     IndexConfig,
+    InfoNceConfig,
     LoraConfig,
     OptimizerConfig,
+    RewardConfig,
     RlConfig,
     RunConfig,
     SamplerConfig,
@@ -41,6 +44,7 @@ from search_r3_jax.rollout.encoder import Encoder
 from search_r3_jax.rollout.sampler import Rollout, Sampler
 from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training.rl import RlResult, train_rl
+from search_r3_jax.training.run import RlRecord
 
 CONFIG = RunConfig(
     compute_dtype="float32",
@@ -53,7 +57,7 @@ CONFIG = RunConfig(
         group_size=4,
         save_every=2,
         # A tiny random model hardly ever writes the embed token.
-        collapse_steps=0,
+        collapse=CollapseConfig(steps=0),
         sampler=SamplerConfig(max_think_tokens=8),
         optimizer=OptimizerConfig(learning_rate=1e-3),
     ),
@@ -78,12 +82,13 @@ def run_it(
     folder: Path,
     data: TrainingSet,
     model: LoadedModel,
-    said: list[str],
     *,
     pause: float = 0.0,
 ) -> RlResult:
-    extra = {"data": "../data", "split": "train"}
-    return train_rl(config, folder, data, model, lambda *_: time.sleep(pause), say=said.append, extra=extra)
+    record = RlRecord(data="../data", split="train")
+    return train_rl(
+        config, folder, data=data, model=model, record=record, on_step=lambda *_: time.sleep(pause)
+    )
 
 
 def lines_of(file: Path) -> list[dict[str, Any]]:
@@ -92,12 +97,12 @@ def lines_of(file: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_a_run_swaps_to_an_index_built_meanwhile_and_resumes(
-    tiny_folders: dict[str, Path], tmp_path: Path
+    tiny_folders: dict[str, Path], tmp_path: Path, log_lines: list[str]
 ) -> None:
     config, data, model = start_of_run(tmp_path, tiny_folders["llama"], min_swaps=1, max_extra_steps=400)
-    run, said = tmp_path / "run", list[str]()
-    result = run_it(config, run, data, model, said, pause=0.1)
-    assert result.swaps, (said, (run / "indexer.log").read_text(), list_versions(index_folder(run)))
+    run = tmp_path / "run"
+    result = run_it(config, run, data, model, pause=0.1)
+    assert result.swaps, (log_lines, (run / "indexer.log").read_text(), list_versions(index_folder(run)))
     assert result.swaps[0][1] > 0
     versions = list_versions(index_folder(run))
     assert result.swaps[-1][1] in versions
@@ -120,7 +125,7 @@ def test_a_run_swaps_to_an_index_built_meanwhile_and_resumes(
     assert result.valid_rate == pytest.approx(
         np.mean([line["valid_rate"] for line in lines[-max(1, len(lines) // 4) :]])
     )
-    again = run_it(config, run, data, model, said)
+    again = run_it(config, run, data, model)
     assert again.steps == result.steps
     assert again.swaps == result.swaps
 
@@ -132,7 +137,7 @@ def test_the_indexer_ends_with_a_killed_trainer(tiny_folders: dict[str, Path], t
     code = (
         "import sys, time; from pathlib import Path; from search_r3_jax.retrieval.indexer.follower import "
         "IndexFollower\n"
-        "follower = IndexFollower(Path(sys.argv[1]), 'x', 0, say=print); follower.start()\n"
+        "follower = IndexFollower(Path(sys.argv[1]), 'x', 0); follower.start()\n"
         "print(follower._process._process.pid, flush=True)\n"
         "time.sleep(60)"
     )
@@ -176,19 +181,15 @@ def test_everything_turned_on_and_what_is_logged_of_it(tiny_folders: dict[str, P
         inner_epochs=2,
         micro_queries=1,
         importance_cap=2.0,
-        infonce_negatives=5,
-        near_duplicate_cosine=0.9,
-        infonce_train_documents=True,
-        reward="gain_over_direct",
-        length_weight=0.1,
-        free_tokens=2,
+        infonce=InfoNceConfig(negatives=5, near_duplicate_cosine=0.9, train_documents=True),
+        reward=RewardConfig(variant="gain_over_direct", length_weight=0.1, free_tokens=2),
         eval_every=2,
         sample_every=5,
         save_every=10,
     )
     dev = word_collection(documents=30, queries=6, seed=1, split="dev")
-    run, said = tmp_path / "run", list[str]()
-    run_it(config, run, dataclasses.replace(data, dev=dev), model, said)
+    run = tmp_path / "run"
+    run_it(config, run, dataclasses.replace(data, dev=dev), model)
     lines = lines_of(run / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     for line in lines:
@@ -252,7 +253,7 @@ def test_rewards_by_the_index_alone_encode_nothing_anew(
         config.index, scoring=scoring, drift_every=1, drift_documents=20, drift_cosine=2.0
     )
     run = tmp_path / "run"
-    run_it(dataclasses.replace(config, index=index), run, data, model, [])
+    run_it(dataclasses.replace(config, index=index), run, data, model)
     lines = lines_of(run / "metrics.jsonl")
     assert [line["reencoded"] for line in lines] == [0, 0, 0]
     assert all(line["index_stall_share"] >= 0 and 0 < line["drift_cosine"] <= 1 + 1e-6 for line in lines)
@@ -268,18 +269,18 @@ def test_a_collapse_stops_the_run_and_keeps_its_checkpoint(
     tiny_folders: dict[str, Path], tmp_path: Path
 ) -> None:
     config, data, model = start_of_run(
-        tmp_path, tiny_folders["llama"], collapse_steps=2, collapse_valid=0.9, save_every=50
+        tmp_path, tiny_folders["llama"], collapse=CollapseConfig(steps=2, valid_rate=0.9), save_every=50
     )
-    run, said = tmp_path / "run", list[str]()
+    run = tmp_path / "run"
     with pytest.raises(
         UserError,
         match=r"stage 2, step 1: valid_rate: below 0\.9 for 2 steps in a row .* \(checkpoints are in .*run\)",
     ):
-        run_it(config, run, data, model, said)
+        run_it(config, run, data, model)
     assert latest_checkpoint(run) == 2
     # The same command does not forget how low it had sunk.
     with pytest.raises(UserError, match=r"step 2: valid_rate: below 0\.9 for 3 steps in a row"):
-        run_it(config, run, data, model, said)
+        run_it(config, run, data, model)
     assert [line["step"] for line in lines_of(run / "metrics.jsonl")] == [0, 1, 2]
 
 
@@ -296,7 +297,7 @@ def test_replies_that_are_too_short_earn_nothing(
 
     monkeypatch.setattr(Sampler, "sample", every_other_is_short)
     config, data, model = start_of_run(tmp_path, tiny_folders["llama"], steps=1, min_tokens=7, sample_every=1)
-    run_it(config, tmp_path / "run", data, model, [])
+    run_it(config, tmp_path / "run", data, model)
     assert [line["valid_rate"] for line in lines_of(tmp_path / "run" / "metrics.jsonl")] == [0.5]
     for reply in lines_of(tmp_path / "run" / "samples.jsonl"):
         assert reply["valid"] == (reply["tokens"] == 7) == (reply["reward"] > 0)
@@ -316,12 +317,16 @@ def with_first_query(**changes: Any) -> Collection:
         ({"rl": {"micro_queries": 2}}, {}, "rl.micro_queries: 2: does not divide rl.global_queries 3"),
         ({"rl": {"global_queries": 21}}, {}, "rl.global_queries: 21: there are 20"),
         (
-            {"rl": {"infonce_negatives": 38}},
+            {"rl": {"infonce": InfoNceConfig(negatives=38)}},
             {},
-            "rl.infonce_negatives: 38: the corpus has 40 documents.*give 0 to 37",
+            "rl.infonce.negatives: 38: the corpus has 40 documents.*give 0 to 37",
         ),
-        ({"rl": {"infonce_negatives": -1}}, {}, "rl.infonce_negatives: -1"),
-        ({"rl": {"infonce_alike": 1.1}}, {}, "rl.infonce_alike: 1.1: is a cosine"),
+        ({"rl": {"infonce": InfoNceConfig(negatives=-1)}}, {}, "rl.infonce.negatives: -1"),
+        (
+            {"rl": {"infonce": InfoNceConfig(near_duplicate_cosine=1.1)}},
+            {},
+            "near_duplicate_cosine: 1.1: is a cosine",
+        ),
         ({"rl": {"inner_epochs": 0}}, {}, "rl.inner_epochs: 0"),
         (
             {"rl": {"min_tokens": 9}},
@@ -329,8 +334,8 @@ def with_first_query(**changes: Any) -> Collection:
             "rl.min_tokens: 9: at most rl.sampler.max_think_tokens 8 are written",
         ),
         ({"rl": {"sample_every": 0}}, {}, "rl.sample_every: 0"),
-        ({"rl": {"length_weight": 0.1, "free_tokens": 8}}, {}, "free_tokens 8"),
-        ({"rl": {"floor_gap": 0.0}}, {}, "floor_gap 0"),
+        ({"rl": {"reward": RewardConfig(length_weight=0.1, free_tokens=8)}}, {}, "free_tokens 8"),
+        ({"rl": {"reward": RewardConfig(floor_gap=0.0)}}, {}, "floor_gap: 0"),
         ({}, {"text": " \t"}, "words: query 'q0': is empty"),
         ({}, {"positives": {}}, "words: query 'q0': has no relevant document"),
     ],
@@ -348,7 +353,7 @@ def test_impossible_settings_are_refused_before_the_first_step(
     )
     data = TrainingSet(train=with_first_query(**collection), dev=None)
     with pytest.raises(UserError, match=named):
-        run_it(dataclasses.replace(CONFIG, rl=rl, index=index), tmp_path / "run", data, tiny_model, [])
+        run_it(dataclasses.replace(CONFIG, rl=rl, index=index), tmp_path / "run", data, tiny_model)
     assert not (tmp_path / "run").exists()
 
 
@@ -358,7 +363,7 @@ def test_a_model_that_embeds_no_numbers_is_refused(tiny_folders: dict[str, Path]
     nnx.update(model.decoder, jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), scale))
     data = TrainingSet(train=word_collection(documents=40, queries=20), dev=None)
     with pytest.raises(UserError, match="embeddings are not finite"):
-        run_it(CONFIG, tmp_path / "run", data, with_lora(model, CONFIG.lora, seed=0), [])
+        run_it(CONFIG, tmp_path / "run", data, with_lora(model, CONFIG.lora, seed=0))
     assert not (tmp_path / "run").exists()
 
 

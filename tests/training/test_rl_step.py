@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from helpers.tiny_models import plain_hidden
 
-from search_r3_jax.config import LoraConfig, OptimizerConfig, RlConfig, SamplerConfig
+from search_r3_jax.config import InfoNceConfig, LoraConfig, OptimizerConfig, RlConfig, SamplerConfig
 from search_r3_jax.hub.load_model import LoadedModel, load_model, with_lora
 from search_r3_jax.models.decoder import Decoder
 from search_r3_jax.models.layers import LoraParam
@@ -148,7 +148,7 @@ def assert_same_gradient(found: nnx.State, expected: nnx.State) -> None:
 
 def test_gradient_equals_one_row_at_a_time(prepared: Prepared) -> None:
     """Shared prompts, compaction and groups against a loop over whole rows through the same decoder."""
-    config = dataclasses.replace(RL, beta=0.0, infonce_weight=0.0)
+    config = dataclasses.replace(RL, beta=0.0, infonce=InfoNceConfig(weight=0.0))
     graph, params, frozen = nnx.split(prepared.model.decoder, LoraParam, ...)
     gradient, scalars = gradient_of(prepared, config, prepared.batch, reference=False)
     advantages = prepared.batch.replies.advantages.reshape(-1)
@@ -171,7 +171,7 @@ def test_gradient_equals_one_row_at_a_time(prepared: Prepared) -> None:
 
 @pytest.mark.parametrize("variant", ["grpo", "dr_grpo", "dapo", "gspo"])
 def test_micro_batches_change_nothing(prepared: Prepared, variant: Any) -> None:
-    config = dataclasses.replace(RL, variant=variant, infonce_weight=0.3, importance_cap=1.5)
+    config = dataclasses.replace(RL, variant=variant, infonce=InfoNceConfig(weight=0.3), importance_cap=1.5)
     whole, of_whole = gradient_of(prepared, config, prepared.batch)
     parts, of_parts = gradient_of(prepared, config, batch_of(prepared.rollout, micro_queries=1))
     assert_same_gradient(parts, whole)
@@ -183,7 +183,7 @@ def test_micro_batches_change_nothing(prepared: Prepared, variant: Any) -> None:
 
 
 def test_the_auxiliary_loss_counts_every_relevant_document(prepared: Prepared) -> None:
-    config = dataclasses.replace(RL, beta=0.0, infonce_weight=1.0, infonce_temperature=0.1)
+    config = dataclasses.replace(RL, beta=0.0, infonce=InfoNceConfig(weight=1.0, temperature=0.1))
     _, scalars = gradient_of(prepared, config, prepared.batch, reference=False)
     documents, relevance = (
         np.asarray(prepared.batch.documents, np.float64),
@@ -212,11 +212,11 @@ def test_documents_that_are_trained_have_the_plain_gradient(prepared: Prepared) 
     documents /= np.linalg.norm(documents, axis=-1, keepdims=True)
     own = tokenize_documents(prompter, bodies, 16)
     config = dataclasses.replace(
-        RL, beta=0.0, infonce_weight=1.0, infonce_temperature=0.1, infonce_train_documents=True
+        RL, beta=0.0, infonce=InfoNceConfig(weight=1.0, temperature=0.1, train_documents=True)
     )
     nothing = np.zeros(len(prepared.rollout.ids), np.float32)
     whole, parts = (
-        make_batch(prepared.rollout, nothing, documents, relevance, own=own, micro_queries=micro)
+        make_batch(prepared.rollout, nothing, documents, relevance, trained=own, micro_queries=micro)
         for micro in (0, 1)
     )
     gradient, scalars = gradient_of(prepared, config, whole, reference=False)
@@ -253,7 +253,10 @@ def test_documents_that_are_trained_have_the_plain_gradient(prepared: Prepared) 
     assert_same_gradient(gradient, expected)
     # They are no constants: without their part it is another gradient.
     constant, _ = gradient_of(
-        prepared, dataclasses.replace(config, infonce_train_documents=False), whole, reference=False
+        prepared,
+        dataclasses.replace(config, infonce=dataclasses.replace(config.infonce, train_documents=False)),
+        whole,
+        reference=False,
     )
     assert float(optax.tree.norm(jax.tree.map(jnp.subtract, constant, expected))) > 0.1 * float(
         optax.tree.norm(expected)

@@ -19,8 +19,8 @@ from search_r3_jax.training.run import Run, data_version
 CONFIG = RunConfig()
 
 
-def opened(path: Path, config: RunConfig = CONFIG, said: list[str] | None = None, **settings: Any) -> Run:
-    return Run(path, config, stage="sft", say=(said if said is not None else []).append, **settings)
+def opened(path: Path, config: RunConfig = CONFIG, **settings: Any) -> Run:
+    return Run(path, config, stage="sft", **settings)
 
 
 def interrupted() -> None:
@@ -71,14 +71,17 @@ def test_every_step_stands_once_after_any_number_of_restarts(tmp_path: Path) -> 
     assert samples == [{"step": step, "query": f"{first} ä"} for step, first in enumerate(starts)]
 
 
-def test_harmless_changes_are_named_and_taken_over(tmp_path: Path) -> None:
-    path, said = tmp_path / "run", list[str]()
-    opened(path, said=said).close()
+def test_harmless_changes_are_named_and_taken_over(
+    tmp_path: Path,
+    log_lines: list[str],
+) -> None:
+    path, said = tmp_path / "run", log_lines
+    opened(path).close()
     assert said == []
     changed = dataclasses.replace(
         CONFIG, mesh=MeshConfig(data=2, fsdp=4), sft=SftConfig(save_every=7), remat="none"
     )
-    opened(path, changed, said, on_change=interrupted).close()
+    opened(path, changed, on_change=interrupted).close()
     assert len(said) == 1
     for part in (
         "harmless",
@@ -94,12 +97,14 @@ def test_harmless_changes_are_named_and_taken_over(tmp_path: Path) -> None:
         "config.sft.save_every",
         "config.remat",
     }
-    opened(path, changed, said).close()
+    opened(path, changed).close()
     assert len(said) == 1
     assert json.loads((path / "config.json").read_text()) == record
 
 
-def test_harmful_changes_are_refused_all_at_once_and_leave_the_record(tmp_path: Path) -> None:
+def test_harmful_changes_are_refused_all_at_once_and_leave_the_record(
+    tmp_path: Path, log_lines: list[str]
+) -> None:
     path = tmp_path / "run"
     opened(path).close()
     before = (path / "config.json").read_bytes()
@@ -114,13 +119,13 @@ def test_harmful_changes_are_refused_all_at_once_and_leave_the_record(tmp_path: 
         opened(path, changed)
     assert (path / "config.json").read_bytes() == before
     with pytest.raises(UserError, match=r"data_version was nothing, is \["):
-        opened(path, extra={"data_version": [{"corpus_hash": "x"}]})
-    said = list[str]()
+        opened(path, record={"data_version": [{"corpus_hash": "x"}]})
+    said = log_lines
     with pytest.raises(InterruptedError):
-        opened(path, changed, said, allow_change=True, on_change=interrupted)
+        opened(path, changed, allow_config_change=True, on_change=interrupted)
     assert (path / "config.json").read_bytes() == before
     said.clear()
-    opened(path, changed, said, allow_change=True).close()
+    opened(path, changed, allow_config_change=True).close()
     assert "as allowed: config.lora.rank was 16, is 8" in said[0]
     # From here on these are the run's values.
     opened(path, changed).close()

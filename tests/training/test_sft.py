@@ -65,7 +65,7 @@ def train(
     """The trained parameters of a fresh model, as plain arrays."""
     sets = [TrainingSet(train=collection, dev=dev)]
     return nnx.to_pure_dict(
-        train_sft(config, run, sets, ready(Path(config.model), config), on_step, say=lambda _: None)
+        train_sft(config, run, sets=sets, model=ready(Path(config.model), config), on_step=on_step)
     )
 
 

@@ -34,10 +34,10 @@ with StopRequest(lambda text: print(text, flush=True)):
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_first_signal_asks_and_leaves_the_handlers_as_they_were(
-    tmp_path: Path, number: signal.Signals
+    tmp_path: Path, number: signal.Signals, log_lines: list[str]
 ) -> None:
-    before, said = signal.getsignal(number), list[str]()
-    with StopRequest(said.append) as request:
+    before, said = signal.getsignal(number), log_lines
+    with StopRequest() as request:
         assert not request.asked()
         request.stop_waiting(tmp_path, 3)
         os.kill(os.getpid(), number)
@@ -58,7 +58,7 @@ def test_elsewhere_than_in_the_main_thread_signals_are_left_alone() -> None:
     found = list[bool]()
 
     def work() -> None:
-        with StopRequest(lambda _: None) as request:
+        with StopRequest() as request:
             found.append(request.asked())
 
     before = signal.getsignal(signal.SIGTERM)

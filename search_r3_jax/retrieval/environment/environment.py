@@ -4,12 +4,12 @@ completions."""
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain, islice, zip_longest
 
 import numpy as np
 
+from search_r3_jax.config import RewardConfig
 from search_r3_jax.retrieval.environment.overlay import Overlay
-from search_r3_jax.retrieval.environment.rewards import RewardSettings, reward_terms, total_reward
+from search_r3_jax.retrieval.environment.rewards import check_reward, reward_terms, total_reward
 from search_r3_jax.retrieval.index.protocol import Index, recall_at_k
 
 EncodeDocuments = Callable[[np.ndarray], np.ndarray]
@@ -50,27 +50,29 @@ class Environment:
         refresh_budget: int = 1024,
         overlay_max_age_steps: int = 0,
         neighbours: int = 0,
-        reward: RewardSettings | None = None,
+        reward: RewardConfig | None = None,
+        max_tokens: int = 0,
     ) -> None:
         """`encode_documents` maps distinct rows [n] int32 to unit vectors [n,E] of the current parameters.
 
         `candidates` a query beside its positives; `per_completion` of them from each completion's own search;
         `neighbours` more for each candidate, its nearest in the index: what was near it may have come nearer
         to the query; `refresh_budget` documents encoded a step at most, none for rewards by the index alone;
-        `overlay_max_age` in steps, 0 = this step's only.
+        `overlay_max_age_steps` in steps, 0 = this step's only.
         """
         if candidates < 1 or per_completion < 1 or min(refresh_budget, overlay_max_age_steps, neighbours) < 0:
             raise ValueError(
-                "candidates and per_completion must be at least 1, refresh_budget, overlay_max_age and "
+                "candidates and per_completion must be at least 1, refresh_budget, overlay_max_age_steps and "
                 "neighbours at least 0"
             )
         self.index = index
-        self._encode_documents = encode_documents
+        self.encode_documents = encode_documents
         self._candidates = candidates
         self._per_completion = per_completion
         self._refresh_budget = refresh_budget
         self._neighbours = neighbours
-        self._reward = reward or RewardSettings()
+        self._reward, self._max_tokens = reward or RewardConfig(), max_tokens
+        check_reward(self._reward, max_tokens=max_tokens)
         self._overlay = Overlay(max_age=overlay_max_age_steps)
         self._reencoded_total = self._reencoded_before_swap = 0
 
@@ -229,7 +231,7 @@ class Environment:
         chosen = sorted(priority, key=lambda row: (-priority[row], row))[: self._refresh_budget]
         if not chosen:
             return 0
-        fresh = np.asarray(self._encode_documents(np.array(chosen, dtype=np.int32)), dtype=np.float32)
+        fresh = np.asarray(self.encode_documents(np.array(chosen, dtype=np.int32)), dtype=np.float32)
         if fresh.shape != (len(chosen), vectors.shape[2]) or not np.isfinite(fresh).all():
             raise ValueError(
                 f"encode_documents returned {fresh.shape} for {len(chosen)} rows, or numbers that are not "
@@ -262,6 +264,7 @@ class Environment:
                 valid[query],
                 self._reward,
                 tokens=None if tokens is None else tokens[query],
+                max_tokens=self._max_tokens,
                 direct_similarities=None if direct is None else direct[query] @ documents.T,
             )
             rewards[query] = total_reward(terms)
@@ -275,23 +278,6 @@ class Environment:
     def vectors_of(self, rows: np.ndarray) -> np.ndarray:
         """The vectors [n,E] that ranking uses: the overlay's where there is one, the index's otherwise."""
         return self._overlay.over(self.index, rows)
-
-    def unlike(
-        self, positives: Sequence[Mapping[int, float]], candidates: Sequence[np.ndarray], alike: float
-    ) -> list[np.ndarray]:
-        """Each query's candidates, int32, without what says the same as a positive, though nobody has judged
-        it: copies, near duplicates.
-
-        That is a candidate whose cosine to the best document of any query of the step is above `alike`.
-        Judged documents stay.
-        """
-        judged = [row for grades in positives for row in grades]
-        best_qe = self.vectors_of(np.array(_best(positives), np.int32))
-        kept = []
-        for each in candidates:
-            same = (self.vectors_of(each) @ best_qe.T).max(axis=1) > alike
-            kept.append(each[~same | np.isin(each, judged)])
-        return kept
 
     def _check(
         self, positives: Sequence[Mapping[int, float]], vectors: np.ndarray, valid: np.ndarray
@@ -313,37 +299,6 @@ class Environment:
                     f"query {query}: positives {dict(grades)} must be rows below {rows} with grades above 0, "
                     "at least one"
                 )
-
-
-def infonce_document_rows(
-    positives: Sequence[Mapping[int, float]], candidates: Sequence[np.ndarray], negatives: int, *, rows: int
-) -> np.ndarray:
-    """Rows [Q+negatives] int32: each query's best relevant document, then candidates, a rank of all queries
-    before the next.
-
-    Where the queries propose too few, others fill up from the first of the corpus' `rows` on. Raises
-    ValueError where it has too few.
-    """
-    best = _best(positives)
-    ranked = (
-        row
-        for rank in zip_longest(*(each.tolist() for each in candidates))
-        for row in rank
-        if row is not None
-    )
-    distinct = len(set(best))
-    others = islice(dict.fromkeys(chain(best, ranked, range(rows))), distinct, distinct + negatives)
-    found = np.array([*best, *others], np.int32)
-    if len(found) < len(best) + negatives:
-        raise ValueError(
-            f"a corpus of {rows} documents has no {negatives} beside those of {len(best)} queries"
-        )
-    return found
-
-
-def _best(positives: Sequence[Mapping[int, float]]) -> list[int]:
-    """Each query's row of the highest grade; of equal ones the first."""
-    return [max(grades, key=lambda row: (grades[row], -row)) for grades in positives]
 
 
 def _unit_means(vectors: np.ndarray, valid: np.ndarray) -> np.ndarray:

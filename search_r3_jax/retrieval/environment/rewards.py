@@ -4,77 +4,46 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
+from search_r3_jax.config import RewardConfig
 from search_r3_jax.errors import UserError
 
-RewardVariant = Literal["dcg", "log_rank", "rank_margin", "gain_over_direct"]
 
-
-@dataclass(frozen=True, kw_only=True)
-class RewardSettings:
-    """What a completion earns; raises ValueError where a value is out of range.
-
-    Attributes:
-        variant: `dcg` (see `dcg_reward`), `log_rank`, `rank_margin`, or `gain_over_direct`: 0.5 + (dcg of the
-            completion − dcg of the direct embedding of the same query) / 2, 0.5 being no gain. What the
-            direct embedding earns is one number a group, which advantages cancel: within a group this differs
-            from `dcg` in how far invalid completions lie below valid ones.
-        temperature: of the soft ranks, in cosine.
-        margin_weight: share of the margin in `rank_margin`, in [0,1]; the ranks have the rest.
-        margin_width: the margin, in cosine, from which on a larger one earns no more (`rank_margin`).
-        hard_negatives: how many of the highest negatives the margin is taken to (`rank_margin`).
-        floor_gap: the worst valid completion is so far above an invalid one, in (0,1).
-        length_weight: weight of the length beside the retrieval's 1; 0 leaves it out.
-        free_tokens: tokens of a reply that cost nothing; the cost rises along a line from there to
-            `max_tokens`, a reply's budget.
-    """
-
-    variant: RewardVariant = "dcg"
-    temperature: float = 0.02
-    margin_weight: float = 0.5
-    margin_width: float = 0.5
-    hard_negatives: int = 4
-    floor_gap: float = 0.1
-    length_weight: float = 0.0
-    free_tokens: int = 0
-    max_tokens: int = 0
-
-    def __post_init__(self) -> None:
-        if self.variant not in ("dcg", "log_rank", "rank_margin", "gain_over_direct"):
-            raise ValueError(f"unknown reward variant {self.variant!r}")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature {self.temperature} must be above 0")
-        if not 0 < self.floor_gap < 1:
-            raise ValueError(
-                f"floor_gap {self.floor_gap} is not between 0 and 1: invalid must be worse than the worst "
-                "valid"
-            )
-        if not 0 <= self.margin_weight <= 1 or self.margin_width <= 0 or self.hard_negatives < 1:
-            raise ValueError(
-                f"margin_weight {self.margin_weight}, margin_width {self.margin_width}, hard_negatives "
-                f"{self.hard_negatives}: "
-                "want one in [0,1], one above 0 and at least one"
-            )
-        if self.length_weight < 0 or (self.length_weight > 0 and not 0 <= self.free_tokens < self.max_tokens):
-            raise ValueError(
-                f"length_weight {self.length_weight}, free_tokens {self.free_tokens}, max_tokens "
-                f"{self.max_tokens}: "
-                "want a weight of at least 0, and free tokens below the budget"
-            )
+def check_reward(reward: RewardConfig, *, max_tokens: int) -> None:
+    """Raise UserError for a setting out of range; `max_tokens` is the longest reply."""
+    if reward.variant not in ("dcg", "log_rank", "rank_margin", "gain_over_direct"):
+        raise UserError(f"rl.reward.variant: {reward.variant!r}: no such reward")
+    if reward.temperature <= 0:
+        raise UserError(f"rl.reward.temperature: {reward.temperature}: must be above 0")
+    if not 0 < reward.floor_gap < 1:
+        raise UserError(
+            f"rl.reward.floor_gap: {reward.floor_gap}: must be between 0 and 1, so that every "
+            "valid reply earns more than an invalid one"
+        )
+    if not 0 <= reward.margin_weight <= 1:
+        raise UserError(f"rl.reward.margin_weight: {reward.margin_weight}: must be in [0, 1]")
+    if reward.margin_width <= 0:
+        raise UserError(f"rl.reward.margin_width: {reward.margin_width}: must be above 0")
+    if reward.hard_negatives < 1:
+        raise UserError(f"rl.reward.hard_negatives: {reward.hard_negatives}: must be at least 1")
+    if reward.length_weight < 0 or (reward.length_weight > 0 and not 0 <= reward.free_tokens < max_tokens):
+        raise UserError(
+            f"rl.reward.length_weight: {reward.length_weight}, free_tokens {reward.free_tokens}: "
+            f"want a weight of at least 0, and fewer free tokens than the {max_tokens} of a reply"
+        )
 
 
 def reward_terms(
     similarities: np.ndarray,
     relevance: np.ndarray,
     valid: np.ndarray,
-    settings: RewardSettings,
+    settings: RewardConfig,
     *,
     direct_similarities: np.ndarray | None = None,
     tokens: np.ndarray | None = None,
+    max_tokens: int = 0,
 ) -> dict[str, np.ndarray]:
     """What each term adds to the reward of G completions, [G] float64 by name; all are 0 where a completion
     is invalid.
@@ -123,7 +92,7 @@ def reward_terms(
         if tokens is None:
             raise ValueError(f"length_weight {weight} needs the tokens of each reply")
         excess = (np.asarray(tokens, dtype=np.float64) - settings.free_tokens) / (
-            settings.max_tokens - settings.free_tokens
+            max_tokens - settings.free_tokens
         )
         terms["length"] = -scale * weight * np.clip(excess, 0, 1)
     terms["format"] = np.full(len(valid), settings.floor_gap + scale * weight)

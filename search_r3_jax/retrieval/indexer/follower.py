@@ -3,10 +3,12 @@ steps."""
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -31,15 +33,61 @@ from search_r3_jax.retrieval.store.versions import (
 )
 
 POLL_SECONDS = 0.5
-NONE = -1
 NOT_YET, OPEN, FAILED = 0, 1, 2
+logger = logging.getLogger(__name__)
+
+
+class Follower(Protocol):
+    """What a live index asks of whoever finds new versions for it."""
+
+    def versions_to_keep(self) -> Collection[int]:
+        """Versions that must not be pruned, beside those in use."""
+        ...
+
+    def start(self) -> None:
+        """Begin to look for what is published."""
+        ...
+
+    def check(self) -> None:
+        """Raise what went wrong in the background; call between steps."""
+        ...
+
+    def newer_than(self, version: int | None, *, at_most: int) -> Index | None:
+        """An open index of a step after `version` and up to `at_most`; None where there is none."""
+        ...
+
+    def wait_for_newer(
+        self, version: int | None, *, at_most: int, on_wait: Callable[[], object] = lambda: None
+    ) -> Index:
+        """Block until `newer_than` gives an index; raises UserError when there will be none."""
+        ...
+
+    def is_published(self, version: int, *, local_only: bool = False) -> bool:
+        """Whether a version is published, here or in a replayed run (not with `local_only`)."""
+        ...
+
+    def wait_for(self, version: int, *, on_wait: Callable[[], object] = lambda: None) -> None:
+        """Block until a version is published; raises as `wait_for_newer`."""
+        ...
+
+    def open_version(self, version: int) -> Index:
+        """A version that the schedule names; raises UserError where it cannot be opened."""
+        ...
+
+    def version_stats(self, version: int) -> dict[str, float]:
+        """Step, recall@10 against exact search, seconds to encode and to build."""
+        ...
+
+    def close(self) -> None:
+        """Stop looking."""
+        ...
 
 
 class IndexFollower:
-    """Finds, checks and opens new versions of a run's index while training goes on; process 0 decides which
-    is taken in, and when.
+    """Finds, checks and opens new versions of a run's index in the background; implements `Follower`.
 
-    Opening reads a whole version, which takes seconds; taking in one that is open takes none.
+    Opening reads a whole version, which takes seconds; swapping to one that is open takes none. Of several
+    processes, process 0 decides which version is swapped in, and when.
     """
 
     def __init__(
@@ -48,26 +96,24 @@ class IndexFollower:
         corpus_hash: str,
         embed_id: int,
         *,
-        say: Callable[[str], object],
         settings: IndexConfig | None = None,
         command: Sequence[str] | None = None,
-        needed: Callable[[], Collection[int]] = tuple,
+        versions_to_keep: Callable[[], Collection[int]] = tuple,
         replayed: epath.Path | None = None,
     ):
         """`command` is what to start in place of `search-r3 indexer`.
 
-        `needed` are versions that must not be pruned beside those in use; `replayed` is another run's index,
-        where versions that a record names are looked for first.
+        `versions_to_keep` names versions that must not be pruned, beside those in use; `replayed` is another
+        run's index, where versions that a schedule names are looked for first.
         """
         self._settings = settings or IndexConfig()
         self._root = index_folder(run, self._settings.folder)
         self._roots = [*([] if replayed is None else [replayed]), self._root]
-        self._needed = needed
-        self._corpus_hash, self._embed_id, self._say = corpus_hash, embed_id, say
+        self._versions_to_keep = versions_to_keep
+        self._corpus_hash, self._embed_id = corpus_hash, embed_id
         self._first = jax.process_index() == 0
         self._process = IndexerProcess(
             run,
-            say=say,
             local=self._settings.local and self._first,
             silent_seconds=self._settings.silent_seconds,
             command=command,
@@ -76,14 +122,19 @@ class IndexFollower:
         self._lock = threading.Lock()
         self._open: dict[int, Index] = {}
         self._failed: set[int] = set()
-        self._proposed, self._wanted = NONE, NONE
-        self._in_use = NONE
-        self._news: list[str] = []
+        self._proposed: int | None = None
+        self._wanted: int | None = None
+        self._current: int | None = None
+        self._last_logged = ""
         self._error: BaseException | None = None
-        # What was refused, and by which manifest: a version made anew is another one.
-        self._refused: tuple[int, str] | None = None
+        # What was rejected, and its manifest: a version that is built again has another one.
+        self._rejected: tuple[int, str] | None = None
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="index", daemon=True)
+
+    def versions_to_keep(self) -> Collection[int]:
+        """Versions that must not be pruned, beside those in use."""
+        return self._versions_to_keep()
 
     def start(self) -> None:
         """Start the indexer process, where it is to run here, and to look for what is published."""
@@ -93,22 +144,22 @@ class IndexFollower:
     def check(self) -> None:
         """Between steps: keep the indexer alive, and raise what went wrong in the background."""
         self._process.check()
-        self._tell()
+        self._raise_background_error()
 
-    def newer_than(self, version: int, *, at_most: int) -> Index | None:
+    def newer_than(self, version: int | None, *, at_most: int) -> Index | None:
         """An index from a later step than `version`, open and checked on all processes; None where there is
         none yet. Never waits.
 
         One of a later step than `at_most` is left for later: a run that went back to an earlier checkpoint
         will come to it again. Every process calls it at the same step, with the same versions.
         """
-        self._tell()
+        self._raise_background_error()
         # Process 0 proposes one version until all have it open, or one of them cannot.
         with self._lock:
             if self._proposed not in self._open:
-                self._proposed = max((step for step in self._open if step <= at_most), default=NONE)
+                self._proposed = max((step for step in self._open if step <= at_most), default=None)
         chosen = self._proposed_by_first()
-        if chosen <= version:
+        if chosen is None or (version is not None and chosen <= version):
             return None
         with self._lock:
             if not self._first and chosen not in (*self._open, *self._failed):
@@ -124,12 +175,12 @@ class IndexFollower:
             return None
         with self._lock:
             index = self._open[chosen]
-            self._take_in(chosen)
+            self._set_current(chosen)
         self._process.succeeded()
         return index
 
     def wait_for_newer(
-        self, version: int, *, at_most: int, on_wait: Callable[[], object] = lambda: None
+        self, version: int | None, *, at_most: int, on_wait: Callable[[], object] = lambda: None
     ) -> Index:
         """Block until there is an index as `newer_than` gives; `on_wait` is called again and again, and may
         raise.
@@ -142,21 +193,21 @@ class IndexFollower:
                 return index
             self._wait(on_wait)
 
-    def is_there(self, version: int, *, own: bool = False) -> bool:
-        """Whether a version is published, here or, without `own`, where the replayed run has its index."""
-        return any(version in list_versions(root) for root in ([self._root] if own else self._roots))
+    def is_published(self, version: int, *, local_only: bool = False) -> bool:
+        """Whether a version is published, here or (not with `local_only`) in the replayed run."""
+        return any(version in list_versions(root) for root in ([self._root] if local_only else self._roots))
 
     def wait_for(self, version: int, *, on_wait: Callable[[], object] = lambda: None) -> None:
         """Block until a version is published; raises as `wait_for_newer`."""
-        while not self.is_there(version):
+        while not self.is_published(version):
             self._wait(on_wait)
 
-    def recorded(self, version: int) -> Index:
+    def open_version(self, version: int) -> Index:
         """A version that the record names, open and checked; raises UserError where there is none."""
         with self._lock:
             index = self._open.get(version)
             if index is not None:
-                self._take_in(version)
+                self._set_current(version)
                 return index
         self._pin(version)
         problem = "it is not there"
@@ -171,7 +222,7 @@ class IndexFollower:
                 problem = str(error)
                 continue
             with self._lock:
-                self._take_in(version)
+                self._set_current(version)
             return index
         raise UserError(
             f"{self._root}: v{version}: the run's record names this index, but {problem}; put it back, or go "
@@ -179,7 +230,7 @@ class IndexFollower:
             "a new one, as another run: --allow-config-change"
         )
 
-    def measured(self, version: int) -> dict[str, float]:
+    def version_stats(self, version: int) -> dict[str, float]:
         """What the manifest of a version says: step, recall@10 against exact search, seconds it took."""
         root = next(root for root in self._roots if version in list_versions(root))
         manifest = read_version(root, version).manifest
@@ -220,17 +271,16 @@ class IndexFollower:
         """The version to open next, or None."""
         if not self._first:
             with self._lock:
-                return None if self._wanted in (NONE, *self._open, *self._failed) else self._wanted
+                return None if self._wanted in (*self._open, *self._failed) else self._wanted
         try:
             newest = current_version(self._root)
         except IndexVersionError as error:
-            self._tell_later(f"keeping the index in use: {error}")
+            self._log_once(f"keeping the index in use: {error}")
             return None
         with self._lock:
-            known = newest is None or newest <= self._in_use or newest in (*self._open, *self._failed)
-        if known or (newest is not None and self._refused == (newest, self._manifest_text(newest))):
-            return None
-        return newest
+            if newest is None or not self._is_newer(newest) or newest in (*self._open, *self._failed):
+                return None
+        return None if self._rejected == (newest, self._manifest_text(newest)) else newest
 
     def _try_open(self, step: int) -> None:
         # Before it is opened: the indexer prunes whenever it has published.
@@ -241,8 +291,8 @@ class IndexFollower:
                 self._root, step, expect_corpus_hash=self._corpus_hash, expect_embed_token_id=self._embed_id
             )
         except IndexVersionError as error:
-            self._tell_later(f"keeping the index in use: {error}")
-            self._refused = (step, text)
+            self._log_once(f"keeping the index in use: {error}")
+            self._rejected = (step, text)
             if self._first and current_version(self._root) == step:
                 mark_rejected(self._root, step)
             if not self._first:
@@ -253,20 +303,23 @@ class IndexFollower:
         index.search(index.take(np.zeros(1, np.int32)), 1)
         with self._lock:
             # Training may have opened the same one meanwhile, because its record names it.
-            if step > self._in_use:
+            if self._is_newer(step):
                 self._open[step] = index
 
-    def _take_in(self, version: int) -> None:
+    def _is_newer(self, step: int) -> bool:
+        return self._current is None or step > self._current
+
+    def _set_current(self, version: int) -> None:
         """Under the lock: this one is in use from now on; only later ones stay open, or an earlier one would
         be proposed for ever."""
         self._open = {step: index for step, index in self._open.items() if step > version}
-        self._in_use = version
+        self._current = version
 
     def _pin(self, *opening: int) -> None:
         if self._first:
             with self._lock:
-                used = {self._in_use, *self._open} - {NONE}
-                pin_versions(self._root, {*used, *opening, *self._needed()})
+                used = {*self._open} if self._current is None else {self._current, *self._open}
+                pin_versions(self._root, {*used, *opening, *self.versions_to_keep()})
 
     def _manifest_text(self, step: int) -> str:
         try:
@@ -274,28 +327,30 @@ class IndexFollower:
         except OSError:
             return ""
 
-    def _tell_later(self, message: str) -> None:
-        with self._lock:
-            if message not in self._news:
-                self._news.append(message)
+    def _log_once(self, message: str) -> None:
+        """Log a message, unless it is the last one over again."""
+        if message != self._last_logged:
+            self._last_logged = message
+            logger.info(message)
 
-    def _tell(self) -> None:
-        """Say what the thread has to say, and raise what it met."""
+    def _raise_background_error(self) -> None:
+        """Raise what the thread met."""
         with self._lock:
-            news, self._news, error, self._error = self._news, [], self._error, None
-        for message in news:
-            self._say(message)
+            error, self._error = self._error, None
         if error is not None:
             raise error
 
-    def _proposed_by_first(self) -> int:
+    def _proposed_by_first(self) -> int | None:
         """Process 0's proposal, on every process."""
-        mine = np.array(self._proposed, np.int32)
-        return int(mine if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(mine))
+        if jax.process_count() == 1:
+            return self._proposed
+        # Collectives carry numbers: −1 is no step.
+        sent = np.array(-1 if self._proposed is None else self._proposed, np.int32)
+        received = int(multihost_utils.broadcast_one_to_all(sent))
+        return None if received < 0 else received
 
     def _of_all(self, mine: int) -> list[int]:
         """What each process says."""
-        own = np.array(mine, np.int32)
-        return np.atleast_1d(
-            own if jax.process_count() == 1 else multihost_utils.process_allgather(own)
-        ).tolist()
+        if jax.process_count() == 1:
+            return [mine]
+        return np.atleast_1d(multihost_utils.process_allgather(np.array(mine, np.int32))).tolist()

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 
 from search_r3_jax.errors import UserError
-from search_r3_jax.retrieval.indexer.heartbeat import Beat, is_followed, read_beat
+from search_r3_jax.retrieval.indexer.heartbeat import is_followed, read_beat
 
 LONGEST_PAUSE = 300.0
 PATIENCE = 5
+logger = logging.getLogger(__name__)
 
 
 class IndexerProcess:
@@ -30,13 +32,12 @@ class IndexerProcess:
         self,
         run: Path,
         *,
-        say: Callable[[str], object],
         local: bool,
         silent_seconds: float,
         command: Sequence[str] | None = None,
     ):
         """`command` is what to start in place of `search-r3 indexer`; without `local` nothing is."""
-        self._run, self._say, self._local, self._silent_seconds = run, say, local, silent_seconds
+        self._run, self._local, self._silent_seconds = run, local, silent_seconds
         self._command = command or [
             sys.executable,
             "-m",
@@ -49,7 +50,7 @@ class IndexerProcess:
         ]
         self._process: subprocess.Popen[bytes] | None = None
         self._failures, self._start_at, self._elsewhere = 0, 0.0, False
-        self._beat, self._beat_since, self._told = read_beat(run), time.monotonic(), ""
+        self._beat, self._beat_since, self._last_message = read_beat(run), time.monotonic(), ""
 
     def start(self) -> None:
         """Start the process, unless another follows the run already; what it prints goes to `indexer.log`."""
@@ -58,7 +59,7 @@ class IndexerProcess:
         if is_followed(self._run):
             if not self._elsewhere:
                 beat = read_beat(self._run)
-                self._say(
+                logger.info(
                     f"another indexer follows this run{f' (process {beat.pid})' if beat else ''}; using what "
                     "it publishes"
                 )
@@ -90,7 +91,7 @@ class IndexerProcess:
                 self.start()
             return
         if self._process.poll() is None and now - self._beat_since > self._silent_seconds:
-            self._say(f"the indexer has been silent for {now - self._beat_since:.0f} s; ending it")
+            logger.info(f"the indexer has been silent for {now - self._beat_since:.0f} s; ending it")
             self._process.kill()
             self._process.wait()
         code = self._process.poll()
@@ -104,7 +105,7 @@ class IndexerProcess:
         self._failures += 1
         pause = min(2.0 ** (self._failures - 1), LONGEST_PAUSE)
         self._start_at = now + pause
-        self._say(
+        logger.info(
             f"the indexer ended with status {code}; the index stays, starting it again in {pause:.0f} s: "
             f"{self._last_words()}"
         )
@@ -114,8 +115,8 @@ class IndexerProcess:
         self._failures = 0
 
     def raise_if_failing(self) -> None:
-        """For who can only wait: raises UserError when the process keeps ending, or has given up on its
-        checkpoint."""
+        """Raise UserError if the indexer has crashed more than PATIENCE times in a row or given up its
+        checkpoint. Call while blocked on a new index."""
         if self._failures > PATIENCE:
             raise UserError(
                 f"{self._run / 'indexer.log'}: the indexer ended {self._failures} times in a row: "
@@ -128,11 +129,6 @@ class IndexerProcess:
             and (self._process is None or beat.pid == self._process.pid)
         ):
             raise UserError(f"{self._run / 'indexer.log'}: no index to go on with: {beat.message}")
-
-    def progress(self) -> Beat | None:
-        """The last sign of life."""
-        self._listen()
-        return self._beat
 
     def stop(self) -> None:
         """End the process; returns when it is gone."""
@@ -150,13 +146,17 @@ class IndexerProcess:
             self._beat is None or (beat.pid, beat.beat) != (self._beat.pid, self._beat.beat)
         ):
             self._beat, self._beat_since = beat, time.monotonic()
-            if beat.message and beat.message != self._told:
-                self._told = beat.message
-                self._say(f"the indexer says: {beat.message}")
+            if beat.message and beat.message != self._last_message:
+                self._last_message = beat.message
+                logger.info(f"the indexer says: {beat.message}")
         silent = time.monotonic() - self._beat_since
-        if silent > self._silent_seconds and (self._elsewhere or not self._local) and self._told != "silent":
-            self._told = "silent"
-            self._say(
+        if (
+            silent > self._silent_seconds
+            and (self._elsewhere or not self._local)
+            and self._last_message != "silent"
+        ):
+            self._last_message = "silent"
+            logger.info(
                 f"the indexer, which runs elsewhere, has been silent for {silent:.0f} s; is it still there?"
             )
 

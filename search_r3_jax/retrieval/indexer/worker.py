@@ -4,6 +4,7 @@ index version."""
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import os
 import shutil
@@ -11,7 +12,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ from search_r3_jax.retrieval.store.versions import (
 from search_r3_jax.rollout.encoder import Encoder
 from search_r3_jax.text.prompts import Prompter
 
+logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.5
 RETRY_SECONDS = 10.0
 PROBE_QUERIES = 64
@@ -158,12 +159,12 @@ class IndexWorker:
         try:
             self.build(newest)
         except CheckpointGoneError as error:
-            _log(f"{error}; taking the newest")
+            logger.info(f"{error}; taking the newest")
         except IndexGateError as error:
             self._abandon(newest, str(error))
         except OSError as error:
             message = f"index v{newest}: cannot be written ({error.strerror or error}); trying again"
-            _log(message)
+            logger.info(message)
             self._heartbeat.beat("failed", step=newest, message=message)
             time.sleep(RETRY_SECONDS)
         return True
@@ -203,7 +204,7 @@ class IndexWorker:
             shutil.rmtree(self._shards / str(step))
             # No one else writes here, so whatever is temporary was left by a writer that is gone.
             prune_versions(self._root, keep=config.index.keep_versions, stale_seconds=-math.inf)
-        _log(
+        logger.info(
             f"index v{step}: published; {encoded - started:.1f} s to encode, {time.time() - encoded:.1f} s "
             "to build"
         )
@@ -274,7 +275,7 @@ class IndexWorker:
                 self._last_assisted_step = step
             else:
                 # Process 0 has gone on to a newer one, or will say what is wrong.
-                _log(f"checkpoint {step}: {error}")
+                logger.info(f"checkpoint {step}: {error}")
                 time.sleep(RETRY_SECONDS)
         return True
 
@@ -319,7 +320,7 @@ class IndexWorker:
         try:
             current = current_version(self._root)
         except IndexVersionError as error:
-            _log(f"{error}; making a new one")
+            logger.info(f"{error}; making a new one")
             return None
         return current if current in list_versions(self._root) else None
 
@@ -336,7 +337,7 @@ class IndexWorker:
                 expect_embed_token_id=self._model.embed_id,
             )
         except IndexVersionError as error:
-            _log(f"{error}; making it anew")
+            logger.info(f"{error}; making it anew")
             delete_version(self._root, current)
 
     def _check_rejected(self) -> None:
@@ -352,11 +353,11 @@ class IndexWorker:
                 f"index v{refused}: was refused {MAX_REMAKES + 1} times by the trainer, whose log says why",
             )
         else:
-            _log(f"index v{refused}: was refused by the trainer; making it anew")
+            logger.info(f"index v{refused}: was refused by the trainer; making it anew")
 
     def _abandon(self, step: int, message: str) -> None:
         self._abandoned_step = step
-        _log(f"{message}; waiting for the next checkpoint")
+        logger.info(f"{message}; waiting for the next checkpoint")
         self._heartbeat.beat("refused", step=step, message=message)
 
 
@@ -373,11 +374,6 @@ def _limit_resources(index: IndexConfig) -> None:
     if index.threads:
         # What XLA's pool of threads on a CPU goes by.
         os.environ["NPROC"] = str(index.threads)
-
-
-def _log(message: str) -> None:
-    # Standard output is the run's indexer.log.
-    print(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {message}", flush=True)
 
 
 def _exit_with(parent: int) -> None:

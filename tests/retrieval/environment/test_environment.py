@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import pytest
 
-from search_r3_jax.retrieval.environment.environment import Environment, infonce_document_rows
+from search_r3_jax.retrieval.environment.environment import Environment
+from search_r3_jax.retrieval.environment.negatives import drop_near_duplicates, infonce_document_rows
 from search_r3_jax.retrieval.index.exact import ExactIndex
 
 ROWS, DIM, QUERIES, GROUP = 120, 16, 4, 5
@@ -211,7 +212,7 @@ def test_state_restores_the_same_rewards() -> None:
     first.score(10, *batch())
     second = environment(Encoder(11), overlay_max_age_steps=9, refresh_budget=30)
     second.restore(first.state())
-    first._encode_documents = Encoder(11)
+    first.encode_documents = Encoder(11)
     one, other = first.score(11, *batch(seed=5)), second.score(11, *batch(seed=5))
     np.testing.assert_array_equal(one.rewards, other.rewards)
     assert (
@@ -348,7 +349,7 @@ def test_where_candidates_are_few_the_corpus_fills_up() -> None:
         infonce_document_rows(positives, candidates[2:], 5, rows=6)
 
 
-def test_near_copies_of_a_positive_are_not_told_apart_from_it() -> None:
+def test_near_duplicates_of_a_positive_are_no_negatives() -> None:
     positives, vectors, valid = batch()
     documents = corpus(0)
     # An unjudged near copy of a best document, and a judged one.
@@ -360,7 +361,7 @@ def test_near_copies_of_a_positive_are_not_told_apart_from_it() -> None:
     )
     found = subject.score(1, positives, vectors, valid).candidates
     assert any(50 in rows for rows in found)
-    kept = subject.unlike(positives, found, 0.5)
+    kept = drop_near_duplicates(subject.vectors_of, positives, found, max_cosine=0.5)
     judged = {row for grades in positives for row in grades}
     best = documents[[3, 40, 99, 5]].astype(np.float64)
     for ours, rows in zip(kept, found, strict=True):

@@ -9,10 +9,10 @@ import pytrec_eval
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from search_r3_jax.config import RewardConfig, RewardVariant
 from search_r3_jax.errors import UserError
 from search_r3_jax.retrieval.environment.rewards import (
-    RewardSettings,
-    RewardVariant,
+    check_reward,
     check_rewards,
     constant_terms,
     dcg_reward,
@@ -61,7 +61,7 @@ def test_invalid_is_strictly_below_the_worst_valid() -> None:
     relevance = np.zeros(2000)
     relevance[0] = 1
     rewards = total_reward(
-        reward_terms(similarities, relevance, np.array([True, False, False]), RewardSettings())
+        reward_terms(similarities, relevance, np.array([True, False, False]), RewardConfig())
     )
     assert rewards.dtype == np.float32
     assert rewards[0] >= 0.1
@@ -73,7 +73,7 @@ def test_valid_rewards_are_mapped_above_the_gap() -> None:
     relevance = np.eye(9)[0]
     raw = dcg_reward(similarities, relevance)
     rewards = total_reward(
-        reward_terms(similarities, relevance, np.ones(4, bool), RewardSettings(floor_gap=0.25))
+        reward_terms(similarities, relevance, np.ones(4, bool), RewardConfig(floor_gap=0.25))
     )
     np.testing.assert_allclose(rewards, 0.25 + 0.75 * raw, rtol=1e-6)
 
@@ -181,7 +181,7 @@ def test_a_better_rank_never_earns_less(
     better, lower = scores.copy(), scores.copy()
     better[generator.integers(positives)] += raised
     lower[generator.integers(positives, 9)] -= raised
-    setting = RewardSettings(variant=variant, temperature=temperature)
+    setting = RewardConfig(variant=variant, temperature=temperature)
     terms = reward_terms(
         np.stack([scores, better, lower]), grades, np.ones(3, bool), setting, direct_similarities=direct
     )
@@ -196,7 +196,7 @@ def test_a_better_rank_never_earns_less(
 def test_of_two_hard_ranks_the_better_never_earns_less(variant: RewardVariant) -> None:
     similarities = np.tile(np.linspace(-0.9, 0.9, 21)[None], (22, 1))
     similarities[:, 0] = np.linspace(-0.99, 0.99, 22)
-    setting = RewardSettings(variant=variant, temperature=1e-9)
+    setting = RewardConfig(variant=variant, temperature=1e-9)
     rewards = total_reward(
         reward_terms(
             similarities, np.eye(21)[0], np.ones(22, bool), setting, direct_similarities=similarities[9]
@@ -211,7 +211,7 @@ def test_of_two_hard_ranks_the_better_never_earns_less(variant: RewardVariant) -
 def test_no_gain_over_the_direct_embedding_is_one_half() -> None:
     similarities = np.random.default_rng(0).uniform(-1, 1, size=(4, 6))
     relevance = np.eye(6)[2]
-    setting = RewardSettings(variant="gain_over_direct", floor_gap=0.2)
+    setting = RewardConfig(variant="gain_over_direct", floor_gap=0.2)
     rewards = total_reward(
         reward_terms(similarities, relevance, np.ones(4, bool), setting, direct_similarities=similarities[1])
     )
@@ -224,21 +224,21 @@ def test_length_costs_along_a_line_beyond_what_is_free_and_never_reaches_the_flo
     similarities = np.tile([[-1.0, 1.0, 0.5]], (6, 1))
     tokens = np.array([0, 10, 15, 20, 30, 30])
     valid = np.array([True] * 5 + [False])
-    setting = RewardSettings(
-        length_weight=0.25, free_tokens=10, max_tokens=30, floor_gap=0.1, variant="log_rank", temperature=1e-9
+    setting = RewardConfig(
+        length_weight=0.25, free_tokens=10, floor_gap=0.1, variant="log_rank", temperature=1e-9
     )
-    terms = reward_terms(similarities, np.eye(3)[0], valid, setting, tokens=tokens)
+    terms = reward_terms(similarities, np.eye(3)[0], valid, setting, tokens=tokens, max_tokens=30)
     np.testing.assert_allclose(terms["length"], -0.9 * 0.2 * np.array([0, 0, 0.25, 0.5, 1, 0]), atol=1e-12)
     np.testing.assert_allclose(total_reward(terms), [0.28, 0.28, 0.235, 0.19, 0.1, 0], atol=1e-6)
-    best = reward_terms(-similarities, np.eye(3)[0], valid, setting, tokens=tokens)
+    best = reward_terms(-similarities, np.eye(3)[0], valid, setting, tokens=tokens, max_tokens=30)
     np.testing.assert_allclose(total_reward(best)[[0, 4]], [1, 0.82], atol=1e-6)
 
 
 def test_terms_are_what_the_reward_is_made_of() -> None:
     similarities = np.random.default_rng(0).uniform(-1, 1, size=(5, 8))
-    setting = RewardSettings(variant="rank_margin", margin_weight=0.3, length_weight=0.1, max_tokens=40)
+    setting = RewardConfig(variant="rank_margin", margin_weight=0.3, length_weight=0.1)
     valid = np.array([True, True, False, True, True])
-    terms = reward_terms(similarities, np.eye(8)[1], valid, setting, tokens=np.arange(5))
+    terms = reward_terms(similarities, np.eye(8)[1], valid, setting, tokens=np.arange(5), max_tokens=40)
     assert set(terms) == {"rank", "margin", "length", "format"}
     rank, margin = rank_and_margin(similarities, np.eye(8)[1])
     value = (0.7 * rank + 0.3 * margin + 0.1 * (1 - np.arange(5) / 40)) / 1.1
@@ -272,8 +272,9 @@ def test_a_term_that_is_constant_in_every_group_is_named() -> None:
     ],
 )
 def test_refuses_nonsense(wrong: dict) -> None:
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        RewardSettings(**wrong)
+    max_tokens = wrong.pop("max_tokens", 9)
+    with pytest.raises(UserError, match=rf"rl\.reward\.{next(iter(wrong))}: "):
+        check_reward(RewardConfig(**wrong), max_tokens=max_tokens)
 
 
 def test_refuses_what_cannot_be_rewarded() -> None:
@@ -282,21 +283,21 @@ def test_refuses_what_cannot_be_rewarded() -> None:
     broken[1, 2] = np.nan
     valid = np.ones(2, bool)
     with pytest.raises(ValueError, match=r"completion 1 are not finite \(1 of 2"):
-        reward_terms(broken, one, valid, RewardSettings())
+        reward_terms(broken, one, valid, RewardConfig())
     with pytest.raises(ValueError, match="positives"):
-        reward_terms(similarities, np.zeros(3), valid, RewardSettings())
+        reward_terms(similarities, np.zeros(3), valid, RewardConfig())
     with pytest.raises(ValueError, match="direct"):
-        reward_terms(similarities, one, valid, RewardSettings(variant="gain_over_direct"))
+        reward_terms(similarities, one, valid, RewardConfig(variant="gain_over_direct"))
     with pytest.raises(ValueError, match="not finite"):
         reward_terms(
             similarities,
             one,
             valid,
-            RewardSettings(variant="gain_over_direct"),
+            RewardConfig(variant="gain_over_direct"),
             direct_similarities=broken[1],
         )
     with pytest.raises(ValueError, match="tokens"):
-        reward_terms(similarities, one, valid, RewardSettings(length_weight=0.1, max_tokens=9))
+        reward_terms(similarities, one, valid, RewardConfig(length_weight=0.1), max_tokens=9)
     with pytest.raises(ValueError, match="terms: length"):
         total_reward({"format": np.ones(2), "length": np.array([0.0, np.nan])})
 

@@ -225,7 +225,7 @@ def test_import_is_silent_and_without_tensorflow(tmp_path) -> None:
     program = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
         "import numpy as np\n"
-        "from search_r3_jax.retrieval.index.protocol import build_index\n"
+        "from search_r3_jax.retrieval.index.build import build_index\n"
         "build_index('scann', np.eye(3, dtype=np.float32), list('abc'), 0).search(np.eye(3, "
         "dtype=np.float32), 1)\n"
         "assert 'tensorflow' not in sys.modules and 'scann' in sys.modules\n"

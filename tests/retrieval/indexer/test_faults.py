@@ -99,13 +99,16 @@ FAULTS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
-def test_training_goes_on_and_the_next_version_is_right(run: IndexedRun, fault: str) -> None:
+def test_training_goes_on_and_the_next_version_is_right(
+    run: IndexedRun,
+    fault: str,
+    log_lines: list[str],
+) -> None:
     worker_of(run).build(0)
     run.save(2)
-    said: list[str] = []
     # A start takes longer than that, and beats meanwhile.
-    with following(run.follower(said, fault, silent_seconds=15 if fault == "silent" else 600)) as follower:
-        first = until(lambda: follower.newer_than(-1, at_most=9))
+    with following(run.follower(fault, silent_seconds=15 if fault == "silent" else 600)) as follower:
+        first = until(lambda: follower.newer_than(None, at_most=9))
         assert first.version == 0
         training = Training(run, first)
         second = until(
@@ -114,7 +117,7 @@ def test_training_goes_on_and_the_next_version_is_right(run: IndexedRun, fault: 
     assert training.steps > 0
     assert second.version == 2
     check_vectors(run, second)
-    assert FAULTS[fault] in " ".join(said)
+    assert FAULTS[fault] in " ".join(log_lines)
     if fault != "clocks jump":
         assert (run.path / "fault-met").read_text() == fault
     assert list_versions(index_folder(run.path)) in ([0, 2], [2])
@@ -126,9 +129,8 @@ def test_training_goes_on_and_the_next_version_is_right(run: IndexedRun, fault: 
 @pytest.mark.slow
 def test_a_snapshot_deleted_under_the_reader_is_left_for_the_newest(run: IndexedRun) -> None:
     run.save(2, 4)
-    said: list[str] = []
-    with following(run.follower(said, "checkpoint deleted")) as follower:
-        index = until(lambda: follower.newer_than(-1, at_most=9), seconds=120, meanwhile=[follower.check])
+    with following(run.follower("checkpoint deleted")) as follower:
+        index = until(lambda: follower.newer_than(None, at_most=9), seconds=120, meanwhile=[follower.check])
     assert latest_checkpoint(run.path) == 2
     assert index.version == 2
     check_vectors(run, index)
@@ -137,9 +139,12 @@ def test_a_snapshot_deleted_under_the_reader_is_left_for_the_newest(run: Indexed
 
 
 @pytest.mark.slow
-def test_a_second_indexer_leaves_the_run_to_the_first(run: IndexedRun) -> None:
-    with following(run.follower([])) as follower:
-        until(lambda: follower.newer_than(-1, at_most=9), seconds=120)
+def test_a_second_indexer_leaves_the_run_to_the_first(
+    run: IndexedRun,
+    log_lines: list[str],
+) -> None:
+    with following(run.follower()) as follower:
+        until(lambda: follower.newer_than(None, at_most=9), seconds=120)
         command = [sys.executable, "-m", "search_r3_jax", "indexer", "--run", str(run.path)]
         second = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         assert second.returncode == 2
@@ -147,11 +152,10 @@ def test_a_second_indexer_leaves_the_run_to_the_first(run: IndexedRun) -> None:
         assert beat is not None
         assert f"another indexer follows this run (process {beat.pid})" in second.stderr
         assert len(second.stderr.strip().splitlines()) == 1
-        said: list[str] = []
-        with following(run.follower(said)) as other:
-            assert until(lambda: other.newer_than(-1, at_most=9)).version == 0
+        with following(run.follower()) as other:
+            assert until(lambda: other.newer_than(None, at_most=9)).version == 0
             other.check()
-        assert "another indexer follows this run" in said[0]
+        assert "another indexer follows this run" in log_lines[0]
         # It was not the second trainer's to end.
         os.kill(beat.pid, 0)
 
@@ -195,15 +199,14 @@ HOW = ["flipped", "truncated", "gone", "corpus", "token"]
 
 @pytest.mark.parametrize("how", HOW)
 def test_a_version_that_is_damaged_or_of_something_else_is_never_used_and_made_anew(
-    run: IndexedRun, how: str
+    run: IndexedRun, how: str, log_lines: list[str]
 ) -> None:
     worker = worker_of(run)
     assert worker.advance()
     run.save(2)
     assert worker.advance()
-    said: list[str] = []
-    with following(run.follower(said, local=False)) as follower:
-        assert until(lambda: follower.newer_than(-1, at_most=9)).version == 2
+    with following(run.follower(local=False)) as follower:
+        assert until(lambda: follower.newer_than(None, at_most=9)).version == 2
         run.save(4)
         # The follower must not be faster than the damage.
         with follower._lock:
@@ -211,7 +214,7 @@ def test_a_version_that_is_damaged_or_of_something_else_is_never_used_and_made_a
             damage(Path(index_folder(run.path)) / "v4", how)
         until(lambda: (index_folder(run.path) / "REFUSED").exists() or None)
         assert follower.newer_than(2, at_most=9) is None
-        assert any("keeping the index in use" in line for line in said)
+        assert any("keeping the index in use" in line for line in log_lines)
         # The indexer hears of it.
         assert worker.advance()
         mended = until(lambda: follower.newer_than(2, at_most=9))
@@ -315,39 +318,37 @@ def test_an_error_in_the_background_is_raised_where_training_goes_on(
     worker_of(run).build(0)
     monkeypatch.setattr("search_r3_jax.retrieval.indexer.follower.open_version", broken)
     with (
-        following(run.follower([], local=False)) as follower,
+        following(run.follower(local=False)) as follower,
         pytest.raises(ZeroDivisionError, match="a bug"),
     ):
-        until(lambda: follower.newer_than(-1, at_most=9), meanwhile=[follower.check])
+        until(lambda: follower.newer_than(None, at_most=9), meanwhile=[follower.check])
 
 
 class TestSupervisor:
     """With a process that is no indexer."""
 
-    def start(self, run: Path, said: list[str], program: str, **settings: Any) -> IndexerProcess:
+    def start(self, run: Path, program: str, **settings: Any) -> IndexerProcess:
         process = IndexerProcess(
             run,
-            say=said.append,
             **({"local": True, "silent_seconds": 60} | settings),
             command=[sys.executable, "-c", program],
         )
         process.start()
         return process
 
-    def test_restarts_with_pauses_that_grow_and_tells_why(self, tmp_path: Path) -> None:
-        said: list[str] = []
-        process = self.start(tmp_path, said, "print('no way'); raise SystemExit(7)")
-        until(lambda: len(said) >= 3 or None, meanwhile=[process.check])
-        assert [f"in {pause} s: no way" in line for pause, line in zip((1, 2, 4), said, strict=False)] == [
-            True
-        ] * 3
-        assert "ended with status 7" in said[0]
+    def test_restarts_with_pauses_that_grow_and_tells_why(self, tmp_path: Path, log_lines: list[str]) -> None:
+        process = self.start(tmp_path, "print('no way'); raise SystemExit(7)")
+        until(lambda: len(log_lines) >= 3 or None, meanwhile=[process.check])
+        assert [
+            f"in {pause} s: no way" in line for pause, line in zip((1, 2, 4), log_lines, strict=False)
+        ] == [True] * 3
+        assert "ended with status 7" in log_lines[0]
 
     def test_who_can_only_wait_is_told_when_it_is_in_vain(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("search_r3_jax.retrieval.indexer.supervisor.LONGEST_PAUSE", 0.01)
-        process = self.start(tmp_path, [], "raise SystemExit('no corpus')")
+        process = self.start(tmp_path, "raise SystemExit('no corpus')")
         process.raise_if_failing()
 
         def hopeless() -> str | None:
@@ -362,20 +363,19 @@ class TestSupervisor:
         process.succeeded()
         process.raise_if_failing()
 
-    def test_a_refused_snapshot_ends_the_wait(self, tmp_path: Path) -> None:
-        process = self.start(tmp_path, [], "import time; time.sleep(60)", local=False)
+    def test_a_refused_checkpoint_ends_the_wait(self, tmp_path: Path) -> None:
+        process = self.start(tmp_path, "import time; time.sleep(60)", local=False)
         Heartbeat(tmp_path).beat("refused", step=0, message="recall too low")
         process.check()
         with pytest.raises(UserError, match="no index to go on with: recall too low"):
             process.raise_if_failing()
 
-    def test_silence_elsewhere_is_told_once(self, tmp_path: Path) -> None:
-        said: list[str] = []
-        process = self.start(tmp_path, said, "", local=False, silent_seconds=0.2)
-        until(lambda: said or None, meanwhile=[process.check])
+    def test_silence_elsewhere_is_told_once(self, tmp_path: Path, log_lines: list[str]) -> None:
+        process = self.start(tmp_path, "", local=False, silent_seconds=0.2)
+        until(lambda: log_lines or None, meanwhile=[process.check])
         process.check()
-        assert len(said) == 1
-        assert "which runs elsewhere, has been silent" in said[0]
+        assert len(log_lines) == 1
+        assert "which runs elsewhere, has been silent" in log_lines[0]
 
     def test_a_half_written_heartbeat_is_none(self, tmp_path: Path) -> None:
         assert read_beat(tmp_path) is None

@@ -45,7 +45,7 @@ def publish(run: Path, *steps: int) -> None:
 
 def follower_of(run: Path, **settings: Any) -> IndexFollower:
     run.mkdir(exist_ok=True)
-    return IndexFollower(run, "c", 9, say=lambda _: None, settings=IndexConfig(local=False), **settings)
+    return IndexFollower(run, "c", 9, settings=IndexConfig(local=False), **settings)
 
 
 def holds(index: Any, step: int) -> None:
@@ -59,23 +59,23 @@ def test_a_recorded_version_is_opened_from_the_replayed_run_or_the_own(tmp_path:
     publish(other, 0, 2)
     follower = follower_of(own, replayed=index_folder(other))
     for step in (0, 2, 4):
-        assert follower.is_there(step)
-        holds(follower.recorded(step), step)
+        assert follower.is_published(step)
+        holds(follower.open_version(step), step)
         assert step in pinned_versions(index_folder(own))
-        assert follower.measured(step)["step"] == step
-    assert follower.is_there(4, own=True)
-    assert not follower.is_there(2, own=True)
-    assert not follower.is_there(6)
+        assert follower.version_stats(step)["step"] == step
+    assert follower.is_published(4, local_only=True)
+    assert not follower.is_published(2, local_only=True)
+    assert not follower.is_published(6)
     with pytest.raises(
         UserError,
         match=r"v6: the run's record names this index, but it is not there; put it back, or "
         r".*--allow-config-change",
     ):
-        follower.recorded(6)
+        follower.open_version(6)
     # Damaged there, it is not taken; the error says what is wrong with it.
     (index_folder(other) / "v2" / "vectors").write_bytes(b"")
     with pytest.raises(UserError, match=r"v2: the run's record names this index, but .*v2"):
-        follower.recorded(2)
+        follower.open_version(2)
 
 
 def test_a_version_from_a_later_step_is_left_until_that_step(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_a_version_that_training_and_the_thread_open_at_once_hides_no_later_one(
     monkeypatch.setattr("search_r3_jax.retrieval.indexer.follower.open_version", open_at_once)
     follower.start()
     try:
-        holds(follower.recorded(0), 0)
+        holds(follower.open_version(0), 0)
         training_has_it.set()
         end = time.monotonic() + 2 * POLL_SECONDS
         while time.monotonic() < end:
@@ -157,7 +157,7 @@ def test_what_a_kept_checkpoint_may_need_is_not_pruned(tmp_path: Path) -> None:
 
     publish(run, 0, 2, 4, 8, 10, 12)
     (checkpoint_folder(run) / "9").mkdir()
-    follower = follower_of(run, needed=lambda: versions_to_keep(run, schedule, 2))
-    follower.recorded(10)
+    follower = follower_of(run, versions_to_keep=lambda: versions_to_keep(run, schedule, 2))
+    follower.open_version(10)
     assert prune_versions(index_folder(run), keep=1) == [0, 2]
     assert list_versions(index_folder(run)) == [4, 8, 10, 12]

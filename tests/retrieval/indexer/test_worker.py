@@ -76,10 +76,11 @@ def test_a_process_that_there_is_not_is_refused(run: IndexedRun) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_versions_in_a_bucket(tiny_folders: dict[str, Path], tmp_path: Path, dtype: str) -> None:
+def test_versions_in_a_bucket(
+    tiny_folders: dict[str, Path], tmp_path: Path, dtype: str, log_lines: list[str]
+) -> None:
     run = IndexedRun(tmp_path, tiny_folders["llama"], folder="gs://bucket/index", vector_dtype=dtype)
     run.save(0)
-    said: list[str] = []
     with fake_bucket():
         worker = worker_of(run)
         assert worker.advance()
@@ -87,7 +88,6 @@ def test_versions_in_a_bucket(tiny_folders: dict[str, Path], tmp_path: Path, dty
             run.path,
             run.corpus_hash,
             run.model.embed_id,
-            say=said.append,
             settings=dataclasses.replace(run.config.index, local=False),
         )
         follower.start()
@@ -96,13 +96,13 @@ def test_versions_in_a_bucket(tiny_folders: dict[str, Path], tmp_path: Path, dty
             run.save(2)
             assert worker.advance()
             index = until(lambda: follower.newer_than(0, at_most=9))
-            assert follower.measured(2)["recall@10"] == 1
+            assert follower.version_stats(2)["recall@10"] == 1
         finally:
             follower.close()
         assert current_version("gs://bucket/index") == 2
     tolerance = 1e-5 if dtype == "float32" else 2**-8
     np.testing.assert_allclose(index.take(np.arange(40)), run.vectors(2), atol=tolerance)
-    assert said == []
+    assert log_lines == []
     assert not (run.path / "index").exists()
 
 

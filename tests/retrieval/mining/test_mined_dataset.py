@@ -252,7 +252,8 @@ if kill_at == "build":
 if kill_at == "clean-up":
     mined_dataset.build_dataset = build_then_only_die
 mined_dataset.mine_dataset(
-    sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), split="train", options=MiningOptions(num_negatives=3, margin=0.0), index="exact",
+    sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), split="train",
+    options=MiningOptions(num_negatives=3, margin=0.0), index="exact",
     max_query_tokens=16, max_document_tokens=24, shard_documents=16,
 )
 """

@@ -1,0 +1,64 @@
+"""The index that stage 2 searches, and the indexer that rebuilds it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from search_r3_jax.config.mesh import MeshConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexConfig:
+    """The index that stage 2 searches, and the indexer that rebuilds it.
+
+    Attributes:
+        kind: `scann`, `exact`, or `auto`: ScaNN where it is installed, else exact search.
+        scoring: Which vectors rank the candidates. `fresh`: re-encode them with the current parameters.
+            `stale`: the index's own. `consistent_stale`: those, and queries embedded with the index's
+            checkpoint too.
+        candidates: Candidates per query that the index proposes, beside the relevant documents.
+        neighbours: For each candidate, add this many of its nearest documents as candidates.
+        refresh_budget: Documents to re-encode per step, at most.
+        overlay_max_age_steps: Steps for which a re-encoded vector counts as fresh.
+        drift_every: Steps between drift measurements on a fixed part of the corpus. Where it has drifted, a
+            checkpoint is saved. 0 never measures.
+        drift_documents: Documents in that part.
+        drift_cosine: Mean cosine to the last checkpoint's vectors below which it has drifted.
+        drift_overlap: Share of unchanged ten-nearest documents below which it has drifted.
+        max_index_age_steps: Age in steps above which the index is stale. 0: no limit.
+        on_stale_index: What to do then: `wait` for a newer one, `warn`, or `stop` with a checkpoint.
+        recall_gate: Smallest recall@10 against exact search at which a version is published.
+        vector_dtype: How a version stores its vectors.
+        folder: Where versions are kept, a folder or a bucket (`gs://…`). Empty: `index` in the run folder.
+        keep_versions: Newest versions to keep.
+        local: Start an indexer beside the trainer. Without it, start one yourself: `search-r3 indexer`.
+        silent_seconds: Restart an indexer that shows no sign of life for this long.
+        nice: Added to the indexer's niceness, 0 to 19.
+        threads: CPU threads of the indexer. 0 lets XLA choose.
+        cores: CPU cores that the indexer may use. Empty: all.
+        mesh: Mesh of an indexer process.
+    """
+
+    kind: Literal["auto", "scann", "exact"] = "auto"
+    scoring: Literal["fresh", "stale", "consistent_stale"] = "fresh"
+    candidates: int = 64
+    neighbours: int = 0
+    refresh_budget: int = 256
+    overlay_max_age_steps: int = 4
+    drift_every: int = 0
+    drift_documents: int = 1000
+    drift_cosine: float = 0.95
+    drift_overlap: float = 0.7
+    max_index_age_steps: int = 0
+    on_stale_index: Literal["wait", "warn", "stop"] = "wait"
+    recall_gate: float = 0.99
+    vector_dtype: Literal["float32", "bfloat16"] = "float32"
+    folder: str = ""
+    keep_versions: int = 2
+    local: bool = True
+    silent_seconds: float = 600.0
+    nice: int = 10
+    threads: int = 0
+    cores: tuple[int, ...] = ()
+    mesh: MeshConfig = field(default_factory=MeshConfig)

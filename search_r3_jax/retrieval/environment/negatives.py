@@ -1,0 +1,60 @@
+"""Which documents the auxiliary InfoNCE contrasts the sampled queries with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain, islice, zip_longest
+
+import numpy as np
+
+
+def drop_near_duplicates(
+    vectors_of: Callable[[np.ndarray], np.ndarray],
+    positives: Sequence[Mapping[int, float]],
+    candidates: Sequence[np.ndarray],
+    *,
+    max_cosine: float,
+) -> list[np.ndarray]:
+    """Each query's candidates, int32, without near duplicates of a positive of any query of the step.
+
+    A near duplicate's cosine to the best positive of a query exceeds `max_cosine`: it says the same, and
+    nobody has judged it. Judged documents stay. `vectors_of` gives unit vectors [n,E] of rows [n].
+    """
+    judged = [row for grades in positives for row in grades]
+    best_qe = vectors_of(np.array(best_rows(positives), np.int32))
+    kept = []
+    for rows in candidates:
+        duplicate = (vectors_of(rows) @ best_qe.T).max(axis=1) > max_cosine
+        kept.append(rows[~duplicate | np.isin(rows, judged)])
+    return kept
+
+
+def infonce_document_rows(
+    positives: Sequence[Mapping[int, float]], candidates: Sequence[np.ndarray], negatives: int, *, rows: int
+) -> np.ndarray:
+    """Rows [Q+negatives] int32: each query's best relevant document, then candidates, a rank of all queries
+    before the next.
+
+    Where the queries propose too few, others fill up from the first of the corpus' `rows` on. Raises
+    ValueError where it has too few.
+    """
+    best = best_rows(positives)
+    ranked = (
+        row
+        for rank in zip_longest(*(each.tolist() for each in candidates))
+        for row in rank
+        if row is not None
+    )
+    distinct = len(set(best))
+    others = islice(dict.fromkeys(chain(best, ranked, range(rows))), distinct, distinct + negatives)
+    chosen = np.array([*best, *others], np.int32)
+    if len(chosen) < len(best) + negatives:
+        raise ValueError(
+            f"a corpus of {rows} documents has no {negatives} beside those of {len(best)} queries"
+        )
+    return chosen
+
+
+def best_rows(positives: Sequence[Mapping[int, float]]) -> list[int]:
+    """Each query's row of the highest grade; of equal ones the first."""
+    return [max(grades, key=lambda row: (grades[row], -row)) for grades in positives]
