@@ -42,7 +42,7 @@ def main() -> None:
     configure_libraries()
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        command = _parse(sys.argv[1:])
+        command = parse(sys.argv[1:])
         command.run()
     except UserError as error:
         if "--debug" in sys.argv:
@@ -58,7 +58,7 @@ def main() -> None:
         os._exit(INTERRUPTED)
 
 
-def _parse(arguments: Sequence[str]) -> Any:
+def parse(arguments: Sequence[str]) -> Any:
     """The subcommand that the arguments name, with its flags."""
     if list(arguments) == ["--version"]:
         print(f"search-r3 {__version__}")
@@ -67,7 +67,7 @@ def _parse(arguments: Sequence[str]) -> Any:
     for note in notes:
         print(f"search-r3: note: {note}", file=sys.stderr)
     return tyro.cli(
-        _commands(arguments),
+        subcommands(arguments),
         prog="search-r3",
         description=DESCRIPTION,
         args=arguments,
@@ -75,7 +75,7 @@ def _parse(arguments: Sequence[str]) -> Any:
     )
 
 
-def _commands(arguments: Sequence[str]) -> Any:
+def subcommands(arguments: Sequence[str]) -> Any:
     """The subcommands in order of use, with the settings of the experiment that --config names."""
     name = _value_of("--config", arguments)
     required = tyro.MISSING

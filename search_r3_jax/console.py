@@ -37,14 +37,10 @@ class Bar:
         self._console, self._what, self._total = console, what, total
         self._progress = progress
         self._task = progress.add_task(what, total=total, note="") if progress is not None else None
-        self._done, self._started, self._spoken = 0, time.monotonic(), time.monotonic()
-        self._resumed_at = 0
-
-    def resume_at(self, done: int) -> None:
-        """Work that was finished before says nothing of the rate."""
-        self._done = self._resumed_at = done
-        if self._progress is not None and self._task is not None:
-            self._progress.reset(self._task, completed=done, total=self._total)
+        self._done, self._first = 0, 0
+        # The clock runs from the first report on: what came before was loading, compiling, or another call.
+        self._started: float | None = None
+        self._spoken = time.monotonic()
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """`count` more are finished; `note` is shown beside the bar."""
@@ -52,15 +48,19 @@ class Bar:
 
     def to(self, done: int, note: str = "", total: int | None = None) -> None:
         """`done` in all are finished."""
+        now = time.monotonic()
         self._done = done
         self._total = total or self._total
+        if self._started is None:
+            self._first, self._started = done, now
+            if self._progress is not None and self._task is not None:
+                self._progress.reset(self._task, completed=done, total=self._total)
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=done, total=self._total, note=note)
             return
-        now = time.monotonic()
-        if now - self._spoken >= PLAIN_LINE_SECONDS and done:
+        if now - self._spoken >= PLAIN_LINE_SECONDS and done > self._first:
             self._spoken = now
-            speed = (done - self._resumed_at) / (now - self._started)
+            speed = (done - self._first) / (now - self._started)
             left = (self._total - done) / speed
             line = (
                 f"      {self._what} {done}/{self._total}, {_rate(speed)}, {_clock(left)} "
@@ -103,14 +103,13 @@ class Stages:
     def log(self) -> Iterator[None]:
         """While entered, the package's log messages are lines within a stage."""
         handler = _StageHandler(self)
-        before = LOGGER.level
-        LOGGER.addHandler(handler)
-        LOGGER.setLevel(logging.INFO)
+        before = LOGGER.level, LOGGER.propagate
+        _install(handler)
         try:
             yield
         finally:
             LOGGER.removeHandler(handler)
-            LOGGER.setLevel(before)
+            LOGGER.level, LOGGER.propagate = before
 
     @contextmanager
     def bar(self, what: str, total: int) -> Iterator[Bar]:
@@ -134,8 +133,14 @@ def show_log(stream: TextIO, *, timestamps: bool = False) -> None:
     """Print the package's log messages to a stream, from now on."""
     handler = logging.StreamHandler(stream)
     handler.setFormatter(_LineFormatter(timestamps))
+    _install(handler)
+
+
+def _install(handler: logging.Handler) -> None:
     LOGGER.addHandler(handler)
     LOGGER.setLevel(logging.INFO)
+    # Libraries beneath give the root logger a handler, which would print each message again.
+    LOGGER.propagate = False
 
 
 class _LineFormatter(logging.Formatter):

@@ -152,12 +152,12 @@ def parsers() -> dict[tuple[str, ...], argparse.ArgumentParser]:
     """The parser of each subcommand, by its words."""
     import tyro
 
-    from search_r3_jax.cli import _commands
+    from search_r3_jax.cli import subcommands
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         whole = tyro.extras.get_parser(
-            _commands(["--config", "smollm2"]), prog="search-r3", config=(tyro.conf.OmitSubcommandPrefixes,)
+            subcommands(["--config", "smollm2"]), prog="search-r3", config=(tyro.conf.OmitSubcommandPrefixes,)
         )
     found: dict[tuple[str, ...], argparse.ArgumentParser] = {}
 

@@ -1,69 +1,45 @@
-"""Settings of each stage as its command shows them: those of the other stage are hidden."""
+"""Settings as a stage's command shows them: those that only concern the other stage are hidden."""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import tyro
 
-from search_r3_jax.config import (
-    DataConfig,
-    FunctionsConfig,
-    IndexConfig,
-    RlConfig,
-    RunConfig,
-    SftConfig,
-)
+from search_r3_jax.config import DataConfig, RlConfig, RunConfig
+
+T = TypeVar("T")
 
 
-@dataclass(frozen=True, kw_only=True)
-class SftData(DataConfig):
-    """Which data sets to train on and to evaluate on during training."""
-
-    rl_queries: Annotated[int, tyro.conf.Suppress] = 0
-    rl_documents: Annotated[int, tyro.conf.Suppress] = 0
-    functions: Annotated[FunctionsConfig, tyro.conf.Suppress] = field(default_factory=FunctionsConfig)
+def sft_settings(config: RunConfig) -> RunConfig:
+    """A config as `sft` shows it. Of stage 2 only the sampler is left, which evaluation uses too."""
+    data = _hiding(config.data, "rl_queries", "rl_documents", "functions")
+    rl = _hiding(config.rl, *(name for name in _fields(config.rl) if name != "sampler"))
+    return _hiding(dataclasses.replace(config, data=data, rl=rl), "index")
 
 
-@dataclass(frozen=True, kw_only=True)
-class SftSettings(RunConfig):
-    """Settings of stage 1."""
-
-    data: SftData = field(default_factory=SftData)
-    rl: Annotated[RlConfig, tyro.conf.Suppress] = field(default_factory=RlConfig)
-    index: Annotated[IndexConfig, tyro.conf.Suppress] = field(default_factory=IndexConfig)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RlData(DataConfig):
-    """Which data set to train on and to evaluate on during training."""
-
-    functions: Annotated[FunctionsConfig, tyro.conf.Suppress] = field(default_factory=FunctionsConfig)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RlSettings(RunConfig):
-    """Settings of stage 2."""
-
-    data: RlData = field(default_factory=RlData)
-    sft: Annotated[SftConfig, tyro.conf.Suppress] = field(default_factory=SftConfig)
-
-
-def sft_settings(config: RunConfig) -> SftSettings:
-    """A config as `sft` shows it."""
-    return SftSettings(**{**_fields(config), "data": SftData(**_fields(config.data))})
-
-
-def rl_settings(config: RunConfig) -> RlSettings:
+def rl_settings(config: RunConfig) -> RunConfig:
     """A config as `rl` shows it."""
-    return RlSettings(**{**_fields(config), "data": RlData(**_fields(config.data))})
+    data = _hiding(config.data, "batches", "weights", "functions")
+    return _hiding(dataclasses.replace(config, data=data), "sft")
 
 
 def run_config(settings: RunConfig) -> RunConfig:
-    """The config that a command was given."""
-    return RunConfig(**{**_fields(settings), "data": DataConfig(**_fields(settings.data))})
+    """The config that a command was given, of the classes that it was hidden in."""
+    data, rl = DataConfig(**_fields(settings.data)), RlConfig(**_fields(settings.rl))
+    return RunConfig(**{**_fields(settings), "data": data, "rl": rl})
+
+
+def _hiding(config: T, *names: str) -> T:
+    """The same values in a subclass whose named fields tyro leaves out: it goes by the class of a default."""
+    kind: Any = type(config)
+    hints = get_type_hints(kind)
+    hidden = [(name, Annotated[hints[name], tyro.conf.Suppress]) for name in names]
+    subclass = dataclasses.make_dataclass(
+        kind.__name__, hidden, bases=(kind,), frozen=True, kw_only=True, namespace={"__doc__": kind.__doc__}
+    )
+    return subclass(**_fields(config))
 
 
 def _fields(config: Any) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from typing import Annotated
 
 import tyro
 
-from search_r3_jax.commands.settings import RlSettings, SftSettings, run_config
+from search_r3_jax.commands.settings import run_config
+from search_r3_jax.config import RunConfig
 from search_r3_jax.distributed.spec import Cluster
 
 
@@ -49,7 +50,7 @@ class Sft:
 
     config: str
     run_folder: Annotated[Path, tyro.conf.arg(name="run")]
-    settings: Annotated[SftSettings, tyro.conf.arg(name="")]
+    settings: Annotated[RunConfig, tyro.conf.arg(name="")]
     cluster: Cluster = field(default_factory=Cluster)
     allow_config_change: bool = False
     debug: bool = False
@@ -63,30 +64,22 @@ class Sft:
     def _train(self) -> None:
         from search_r3_jax.console import Stages
         from search_r3_jax.distributed.runtime import is_first
-        from search_r3_jax.hub.checkpoint_reader import latest_checkpoint
-        from search_r3_jax.training.loading import load_sft_data, load_training_model
-        from search_r3_jax.training.run import with_absolute_paths
         from search_r3_jax.training.sft import train_sft
 
-        config, console = with_absolute_paths(run_config(self.settings)), Stages(1, silent=not is_first())
-        with console.log():
-            sets, model = load_sft_data(config), load_training_model(config)
-            with console.bar("steps", config.sft.steps) as bar:
-                bar.resume_at(latest_checkpoint(self.run_folder) or 0)
+        console = Stages(1, silent=not is_first())
+        with console.log(), console.bar("steps", self.settings.sft.steps) as bar:
 
-                def on_step(done: int, total: int, metrics: dict[str, float]) -> None:
-                    rate = f"{metrics['tokens_per_second']:,.0f} tokens/s, MFU {metrics['mfu']:.0%}"
-                    accuracy = f"in-batch accuracy {metrics['in_batch_accuracy']:.0%}"
-                    bar.to(done, f"loss {metrics['loss']:.3f}, {accuracy}, {rate}", total)
+            def on_step(done: int, total: int, metrics: dict[str, float]) -> None:
+                rate = f"{metrics['tokens_per_second']:,.0f} tokens/s, MFU {metrics['mfu']:.0%}"
+                accuracy = f"in-batch accuracy {metrics['in_batch_accuracy']:.0%}"
+                bar.to(done, f"loss {metrics['loss']:.3f}, {accuracy}, {rate}", total)
 
-                train_sft(
-                    config,
-                    self.run_folder,
-                    sets=sets,
-                    model=model,
-                    on_step=on_step,
-                    allow_config_change=self.allow_config_change,
-                )
+            train_sft(
+                run_config(self.settings),
+                self.run_folder,
+                on_step=on_step,
+                allow_config_change=self.allow_config_change,
+            )
         console.say(
             f"{self.run_folder}: done; search-r3 export --run {self.run_folder} --out FOLDER writes the model"
         )
@@ -111,40 +104,30 @@ class Rl:
 
     config: str
     run_folder: Annotated[Path, tyro.conf.arg(name="run")]
-    settings: Annotated[RlSettings, tyro.conf.arg(name="")]
+    settings: Annotated[RunConfig, tyro.conf.arg(name="")]
     replay: Path | None = None
     allow_config_change: bool = False
     debug: bool = False
 
     def run(self) -> None:
         from search_r3_jax.console import Stages
-        from search_r3_jax.hub.checkpoint_reader import latest_checkpoint
-        from search_r3_jax.training.loading import load_rl_data, load_training_model
         from search_r3_jax.training.rl import train_rl
-        from search_r3_jax.training.run import rl_record, with_absolute_paths
 
-        config, console = with_absolute_paths(run_config(self.settings)), Stages(1)
-        with console.log():
-            data, record = load_rl_data(config), rl_record(self.run_folder, config)
-            model = load_training_model(config, step=record.start_step)
-            with console.bar("steps", config.rl.steps) as bar:
-                bar.resume_at(latest_checkpoint(self.run_folder) or 0)
+        console = Stages(1)
+        with console.log(), console.bar("steps", self.settings.rl.steps) as bar:
 
-                def on_step(done: int, total: int, metrics: dict[str, float]) -> None:
-                    reward = f"reward {metrics['reward']:.3f}, valid {metrics['valid_rate']:.0%}"
-                    rate = f"{metrics['rollout_tokens_per_second']:,.0f} tokens/s written"
-                    bar.to(done, f"{reward}, entropy {metrics['entropy']:.2f}, {rate}", max(done, total))
+            def on_step(done: int, total: int, metrics: dict[str, float]) -> None:
+                reward = f"reward {metrics['reward']:.3f}, valid {metrics['valid_rate']:.0%}"
+                rate = f"{metrics['rollout_tokens_per_second']:,.0f} tokens/s written"
+                bar.to(done, f"{reward}, entropy {metrics['entropy']:.2f}, {rate}", max(done, total))
 
-                train_rl(
-                    config,
-                    self.run_folder,
-                    data=data,
-                    model=model,
-                    record=record,
-                    on_step=on_step,
-                    replay=self.replay,
-                    allow_config_change=self.allow_config_change,
-                )
+            train_rl(
+                run_config(self.settings),
+                self.run_folder,
+                on_step=on_step,
+                replay=self.replay,
+                allow_config_change=self.allow_config_change,
+            )
         console.say(
             f"{self.run_folder}: done; search-r3 export --run {self.run_folder} --out FOLDER writes the model"
         )

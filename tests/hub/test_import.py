@@ -284,11 +284,11 @@ def test_an_id_in_the_local_cache_is_found(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cached = tmp_path / "cache" / "models--some-one--tiny"
-    shutil.copytree(folder, cached / "checkpoints" / ("0" * 40))
+    shutil.copytree(folder, cached / "snapshots" / ("0" * 40))
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("0" * 40)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    assert resolve("some-one/tiny") == cached / "checkpoints" / ("0" * 40)
+    assert resolve("some-one/tiny") == cached / "snapshots" / ("0" * 40)
     assert load_model("some-one/tiny").embed_id == 259
 
 

@@ -229,7 +229,7 @@ def test_the_loop_ends_with_the_longest_reply(
         choice = sample_token(logits, keys, step, **settings)
         return choice._replace(token=jnp.where(step >= 2, tiny_model.embed_id, 5))
 
-    monkeypatch.setattr(sampler_module, "choose", ending)
+    monkeypatch.setattr(sampler_module, "sample_token", ending)
     graph, state = nnx.split(tiny_model.decoder)
     sampler = Sampler(
         graph, Prompter(tiny_model.tokenizer), max_think_tokens=400, temperature=1.0, slots=slots

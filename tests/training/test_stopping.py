@@ -22,8 +22,11 @@ from search_r3_jax.training.stopping import SIGNALS, StopRequest
 # A second signal ends the process although its main thread is within a call that returns after a minute.
 BUSY = """
 import ctypes, time
+import sys
+from search_r3_jax.console import show_log
 from search_r3_jax.training.stopping import StopRequest
-with StopRequest(lambda text: print(text, flush=True)):
+show_log(sys.stdout)
+with StopRequest():
     print("ready", flush=True)
     # Like a compilation: Python's own handlers do not run before this returns.
     ctypes.CDLL(None).usleep.argtypes = [ctypes.c_uint]

@@ -92,7 +92,7 @@ def test_versions_in_a_bucket(
         )
         follower.start()
         try:
-            assert until(lambda: follower.newer_than(-1, at_most=9)).version == 0
+            assert until(lambda: follower.newer_than(None, at_most=9)).version == 0
             run.save(2)
             assert worker.advance()
             index = until(lambda: follower.newer_than(0, at_most=9))
@@ -102,7 +102,7 @@ def test_versions_in_a_bucket(
         assert current_version("gs://bucket/index") == 2
     tolerance = 1e-5 if dtype == "float32" else 2**-8
     np.testing.assert_allclose(index.take(np.arange(40)), run.vectors(2), atol=tolerance)
-    assert log_lines == []
+    assert [line.split(":")[0] for line in log_lines] == ["index v0", "index v2"]
     assert not (run.path / "index").exists()
 
 

@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tyro
 from helpers.tiny_models import byte_tokenizer, word_collection
 
-from search_r3_jax.cli import Command
+from search_r3_jax.cli import parse
 from search_r3_jax.commands.data import DataMine
 from search_r3_jax.data.collection import Collection
 from search_r3_jax.data.dataset import build_dataset, load_collection, load_collections
@@ -352,11 +351,7 @@ def test_the_command_says_what_it_did(
         "--first-rank",
         "1",
     ]
-    command = tyro.cli(
-        Command,
-        args=["data", "mine", *options, "--index", "exact"],
-        config=(tyro.conf.OmitSubcommandPrefixes,),
-    )
+    command = parse(["data", "mine", *options, "--index", "exact"])
     assert isinstance(command, DataMine)
     command.run()
     lines = capsys.readouterr().out.splitlines()

@@ -1,0 +1,109 @@
+"""Configs that were written by older versions are read under present names; what is unknown is refused."""
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+from search_r3_jax.config import RunConfig, config_from_dict, renamed_flags
+from search_r3_jax.config.reading import RENAMED
+from search_r3_jax.errors import UserError
+
+# A run of stage 2 as version 0.1.0 wrote it, with every setting that has another name now.
+OLDER: dict[str, Any] = {
+    "data": {
+        "sets": ["a"],
+        "source": "python-functions",
+        "train_functions": 1,
+        "dev_functions": 2,
+        "test_functions": 3,
+        "test_queries": 4,
+    },
+    "rl": {
+        "steps": 7,
+        "snapshot_every": 5,
+        "reward": "rank_margin",
+        "reward_temperature": 0.3,
+        "margin_weight": 0.25,
+        "margin_width": 0.75,
+        "hard_negatives": 2,
+        "floor_gap": 0.2,
+        "length_weight": 0.125,
+        "free_tokens": 3,
+        "infonce_weight": 0.5,
+        "infonce_negatives": 6,
+        "infonce_alike": 0.9,
+        "infonce_train_documents": True,
+        "infonce_temperature": 0.07,
+        "collapse_steps": 8,
+        "collapse_valid": 0.3,
+        "collapse_entropy": 0.02,
+    },
+    "index": {"overlay_max_age": 9, "max_age": 11, "when_old": "stop"},
+}
+
+
+def test_settings_of_older_runs_are_read_under_their_present_names() -> None:
+    config = config_from_dict(RunConfig, OLDER)
+    assert config.data.sets == ("a",)
+    assert dataclasses.astuple(config.data.functions) == (1, 2, 3, 4)
+    assert (config.rl.steps, config.rl.save_every) == (7, 5)
+    assert dataclasses.astuple(config.rl.reward) == ("rank_margin", 0.3, 0.25, 0.75, 2, 0.2, 0.125, 3)
+    assert dataclasses.astuple(config.rl.infonce) == (0.5, 0.07, 6, 0.9, True)
+    assert dataclasses.astuple(config.rl.collapse) == (8, 0.3, 0.02)
+    index = config.index
+    assert (index.overlay_max_age_steps, index.max_index_age_steps, index.on_stale_index) == (9, 11, "stop")
+
+
+def test_every_renamed_setting_is_tried_above_and_exists() -> None:
+    older = {f"{section}.{name}" for section, values in OLDER.items() for name in values}
+    assert set(RENAMED) <= older
+    config = RunConfig()
+    for path in filter(None, RENAMED.values()):
+        value: Any = config
+        for part in path.split("."):
+            value = getattr(value, part)
+
+
+def test_a_config_comes_back_from_json_as_it_was() -> None:
+    config = config_from_dict(RunConfig, OLDER)
+    assert config_from_dict(RunConfig, json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    assert config_from_dict(RunConfig, {}) == RunConfig()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"sed": 1}, "sed: no such setting; the nearest is seed"),
+        ({"sft": {"global_bath": 3}}, "sft.global_bath: no such setting; the nearest is sft.global_batch"),
+        ({"rl": {"reward": {"temprature": 1}}}, "rl.reward.temprature: .* nearest is rl.reward.temperature"),
+        ({"rl": {"optimizer": {"lr": 1}}}, "rl.optimizer.lr: no such setting"),
+    ],
+)
+def test_an_unknown_setting_is_refused_with_the_nearest(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        config_from_dict(RunConfig, fields)
+
+
+def test_flags_of_older_commands_are_taken_under_their_present_names() -> None:
+    arguments = [
+        "rl",
+        "--rl.infonce-alike",
+        "0.8",
+        "--index.max-age=3",
+        "--rl.reward",
+        "dcg",
+        "--rl.steps",
+        "2",
+    ]
+    present, notes = renamed_flags(arguments)
+    assert present == [
+        *("rl", "--rl.infonce.near-duplicate-cosine", "0.8", "--index.max-index-age-steps=3"),
+        *("--rl.reward.variant", "dcg", "--rl.steps", "2"),
+    ]
+    assert notes == [
+        "--rl.infonce-alike is now --rl.infonce.near-duplicate-cosine",
+        "--index.max-age is now --index.max-index-age-steps",
+        "--rl.reward is now --rl.reward.variant",
+    ]
