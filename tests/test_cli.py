@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from helpers.tiny_models import word_collection
 
+import search_r3_jax
 from search_r3_jax.commands.data import DataBuild
 from search_r3_jax.commands.models import Embed, Export
 from search_r3_jax.configs import load_config
@@ -274,3 +275,43 @@ def test_data_build_from_a_beir_folder_and_from_lines(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match="--input: missing; --source beir reads it"):
         DataBuild(source="beir", out=tmp_path / "other").run()
+
+
+def test_the_version_is_the_packages() -> None:
+    shown = search_r3("--version")
+    assert (shown.returncode, shown.stdout, shown.stderr) == (
+        0,
+        f"search-r3 {search_r3_jax.__version__}\n",
+        "",
+    )
+
+
+def test_subcommands_are_listed_in_order_of_use() -> None:
+    shown = search_r3("--help").stdout
+    order = (
+        "quickstart data sft rl indexer eval compare budget perplexity mteb curves report export embed plan"
+    )
+    assert f"{{{order.replace(' ', ',')}}}" in shown
+
+
+@pytest.mark.parametrize(
+    ("stage", "shown", "hidden"),
+    [
+        (
+            "sft",
+            ["--sft.steps", "--rl.sampler.top-k", "--data.batches"],
+            ["--rl.steps", "--index.", "--data.rl-"],
+        ),
+        ("rl", ["--rl.steps", "--index.kind", "--data.rl-queries"], ["--sft.", "--data.batches"]),
+    ],
+)
+def test_a_stage_shows_its_own_settings(stage: str, shown: list[str], hidden: list[str]) -> None:
+    text = search_r3(stage, "--config", "smollm2", "--help").stdout
+    assert all(flag in text for flag in shown)
+    assert not any(flag in text for flag in hidden)
+
+
+def test_a_flag_of_an_older_version_is_taken_with_a_note(tmp_path: Path) -> None:
+    shown = search_r3("rl", "--config", "smollm2", "--run", str(tmp_path / "run"), "--rl.floor-gap", "0.2")
+    assert shown.stderr.splitlines()[0] == "search-r3: note: --rl.floor-gap is now --rl.reward.floor-gap"
+    assert "data.sets" in shown.stderr
