@@ -69,7 +69,8 @@ class Embedder:
         prompter = Prompter(model.tokenizer)
         graph, self._state = nnx.split(model.decoder)
         self._encoder = Encoder(graph, prompter)
-        self._sampler = Sampler(graph, prompter, max_think_tokens=max_think_tokens, temperature=temperature)
+        sampling = SamplerConfig(max_think_tokens=max_think_tokens, temperature=temperature, prefill_chunk=0)
+        self._sampler = Sampler(graph, prompter, sampling)
         self._prompter = prompter
         self.tokenizer: PreTrainedTokenizerBase = model.tokenizer
         self.dimension = model.decoder.config.hidden_size

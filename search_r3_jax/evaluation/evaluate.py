@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -120,9 +121,7 @@ class Evaluator:
         self._sampler = Sampler(
             graph,
             prompter,
-            max_think_tokens=sampler.max_think_tokens,
-            temperature=0.0,
-            prefill_chunk=sampler.prefill_chunk,
+            dataclasses.replace(sampler, temperature=0.0, top_k=0, top_p=1.0),
             mesh=mesh,
         )
         self._prompter, self._text = prompter, text

@@ -21,12 +21,11 @@ from search_r3_jax.models.flops import head_flops, layers_flops, training_flops
 from search_r3_jax.models.lora import trainable_filter
 from search_r3_jax.planning.models import planned_model
 from search_r3_jax.rollout.encoder import BATCH_TOKENS, Encoder
-from search_r3_jax.rollout.sampler import Rollout
+from search_r3_jax.rollout.sampler import Rollout, Sampler
 from search_r3_jax.text.packing import bucket_length
 from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training import rl_step, sharding
 from search_r3_jax.training.optimizer import make_optimizer
-from search_r3_jax.training.rl_setup import make_sampler
 from search_r3_jax.training.sft import make_pipeline
 from search_r3_jax.training.sft_step import make_step
 from search_r3_jax.training.state import TrainState, state_shardings
@@ -180,7 +179,7 @@ def _decode(config: RunConfig, mesh: Mesh) -> LoweredStage:
     graph, state = nnx.split(nnx.merge(trained.graph, trained.state.params, trained.frozen))
     state = _placed(state, sharding.params_shardings(state, mesh))
     Q, G = rl.global_queries, rl.group_size
-    lowered = make_sampler(graph, trained.prompter, rl, mesh).lower(
+    lowered = Sampler(graph, trained.prompter, rl.sampler, mesh=mesh).lower(
         state, Q, G, max_tokens=text.max_query_tokens
     )
     prompt = trained.prompter.reason

@@ -6,25 +6,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from search_r3_jax.chips import chip_of
 from search_r3_jax.compiler import compiler_options
-from search_r3_jax.config import ModelConfig
+from search_r3_jax.config import ModelConfig, SamplerConfig
 from search_r3_jax.errors import UserError
-from search_r3_jax.mesh import BATCH_AXES, constrain, map_params, reshaped, use_mesh
-from search_r3_jax.models.decoder import Decoder, positions_from_lengths
-from search_r3_jax.models.embedding import unit
-from search_r3_jax.models.kv_block import EMPTY_POSITION, KVBlock
-from search_r3_jax.rollout.encoder import prefix_block
-from search_r3_jax.rollout.prefill import prefill
-from search_r3_jax.rollout.token_sampling import sample_token
+from search_r3_jax.mesh import constrain, map_params, reshaped, use_mesh
+from search_r3_jax.models.decoder import Decoder
+from search_r3_jax.rollout.sampling_program import Replies, make_program
 from search_r3_jax.text.packing import bucket_length, pad_rows
 from search_r3_jax.text.prompts import Prompter
 
@@ -77,223 +71,45 @@ def rollout_throughput(rollout: Rollout, seconds: float) -> dict[str, float]:
     return {"rollout_tokens": float(rollout.tokens), "rollout_tokens_per_second": rollout.tokens / seconds}
 
 
-class _Slots(NamedTuple):
-    """Rows being written, S of them: which (`row` [S], B where idle), how far each is, and what the next
-    token is drawn from."""
-
-    row: jax.Array
-    step: jax.Array
-    closing_step: jax.Array
-    logits: jax.Array
-    cache: KVBlock
-
-
-class _Replies(NamedTuple):
-    """What was written, all B rows."""
-
-    ids: jax.Array
-    lengths: jax.Array
-    sampled: jax.Array
-    log_probs: jax.Array
-    entropies: jax.Array
-    vectors: jax.Array
-    valid: jax.Array
-
-
-class _Loop(NamedTuple):
-    slots: _Slots
-    # Of each slot, where slots change their rows; else the prompts themselves are read, once for a whole
-    # group.
-    prompts: KVBlock | None
-    replies: _Replies
-    next_row: jax.Array
-
-
 class Sampler:
-    """Samples replies with whatever parameters it is handed; compiled once per (Q, G, prompt length)
-    bucket."""
+    """Samples replies under given parameters; compiled once per (Q, G, prompt length) bucket."""
 
     def __init__(
         self,
         graph: nnx.GraphDef[Decoder],
         prompter: Prompter,
+        config: SamplerConfig,
         *,
-        max_think_tokens: int,
-        temperature: float,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        prefill_chunk: int = 0,
         slots: int = 0,
         mesh: Mesh | None = None,
     ):
-        """`slots` rows are written at a time, and a finished one makes room for the next; 0 writes all at
-        once.
+        """`slots` rows are written at a time; a finished one makes room for the next. 0 writes all at once.
 
-        On a `mesh` the parameters lie as the caller laid them out, and each process, which gives the same
-        texts and seeds, has all replies.
-
-        Raises UserError for a temperature, `top_k`, `top_p` or `slots` out of range.
+        On a `mesh` the parameters keep the caller's sharding; each process passes the same texts and seeds,
+        and has all replies. Raises UserError for a setting out of range.
         """
-        if temperature < 0:
-            raise UserError(
-                f"sampler.temperature: {temperature} is below 0; 0 is greedy, 1 the model's own distribution"
-            )
-        if top_k < 0:
-            raise UserError(f"sampler.top_k: {top_k} is below 0; 0 turns it off")
-        if not 0 < top_p <= 1:
-            raise UserError(f"sampler.top_p: {top_p} is not above 0 and at most 1; 1 turns it off")
-        if slots < 0:
-            raise UserError(f"sampler.slots: {slots} is below 0; 0 writes all rows at once")
+        _check(config, slots)
         self._prompter = prompter
-        prompt, embed_id = prompter.reason, prompter.embed_id
-        eos_id = prompter.eos_id
-        closing = jnp.asarray(prompt.closing, jnp.int32)
-        T = max_think_tokens + len(prompt.closing)
+        program = make_program(graph, prompter, config, slots)
 
-        def sample(
-            state: nnx.State, ids_qs: jax.Array, lengths_q: jax.Array, seeds_qg: jax.Array
-        ) -> _Replies:
+        def sample_on_mesh(state: nnx.State, *arguments: jax.Array) -> Replies:
             decoder = nnx.merge(graph, state)
-            Q, G = seeds_qg.shape
-            B = Q * G
-            S = min(slots, B) if slots else B
-            shared = prefix_block(decoder, prompt.prefix)
-            positions_qs = positions_from_lengths(lengths_q, ids_qs.shape[1], len(prompt.prefix))
-            hidden_qsd, prompts = prefill(
-                decoder, ids_qs, positions_qs, chunk=prefill_chunk, contexts=[shared]
-            )
-            last_qd = jnp.take_along_axis(hidden_qsd, lengths_q[:, None, None] - 1, axis=1)[:, 0]
-            first_logits_qv = decoder.logits(last_qd)
-            first_position_q = lengths_q + len(prompt.prefix)
-            keys_b = jax.vmap(jax.random.key)(seeds_qg.reshape(B))
-
-            def prompts_of(row_s: jax.Array) -> KVBlock:
-                q = jnp.minimum(row_s, B - 1) // G
-                return KVBlock(prompts.keys[:, q], prompts.values[:, q], prompts.positions[q])
-
-            L, _, _, K, H = prompts.keys.shape
-            empty = constrain(
-                jnp.zeros((L, S, T, K, H), prompts.keys.dtype), None, BATCH_AXES, None, "tensor"
-            )
-            row_s = jnp.arange(S, dtype=jnp.int32)
-            start = _Loop(
-                slots=_Slots(
-                    row=row_s,
-                    step=jnp.zeros((S,), jnp.int32),
-                    closing_step=jnp.full((S,), EMPTY_POSITION, jnp.int32),
-                    logits=first_logits_qv[row_s // G],
-                    cache=KVBlock(empty, empty, jnp.full((S, T), EMPTY_POSITION, jnp.int32)),
-                ),
-                prompts=None if S == B else prompts_of(row_s),
-                replies=_Replies(
-                    ids=jnp.zeros((B, T), jnp.int32),
-                    lengths=jnp.zeros((B,), jnp.int32),
-                    sampled=jnp.zeros((B, T), bool),
-                    log_probs=jnp.zeros((B, T), jnp.float32),
-                    entropies=jnp.zeros((B, T), jnp.float32),
-                    vectors=jnp.zeros((B, last_qd.shape[-1]), jnp.float32),
-                    valid=jnp.zeros((B,), bool),
-                ),
-                next_row=jnp.asarray(S, jnp.int32),
-            )
-
-            def write(loop: _Loop) -> _Loop:
-                slots, replies = loop.slots, loop.replies
-                row, t = slots.row, slots.step
-                active = row < B
-                known = jnp.minimum(row, B - 1)
-                # Out of budget: the closing is forced, token by token, so that every row ends with an
-                # embedding.
-                closing_step = jnp.where(
-                    (slots.closing_step == EMPTY_POSITION) & (t >= max_think_tokens), 0, slots.closing_step
-                )
-                forced = closing_step != EMPTY_POSITION
-                choice = sample_token(
-                    slots.logits, keys_b[known], t, temperature=temperature, top_k=top_k, top_p=top_p
-                )
-                token = jnp.where(
-                    forced, closing[jnp.clip(closing_step, 0, len(prompt.closing) - 1)], choice.token
-                )
-                ends = token == embed_id
-                # A reply that ends its turn without an embedding is closed for it, and is not valid.
-                gave_up = ~forced & (token == eos_id)
-                position = jnp.where(active, first_position_q[known // G] + t, EMPTY_POSITION)
-                context = prompts if loop.prompts is None else loop.prompts
-                hidden, own = decoder(
-                    token[:, None], position[:, None], contexts=[shared, context, slots.cache]
-                )
-                state = hidden[:, 0]
-                # Idle rows are B, one past the end, where nothing is written.
-                chosen = jnp.where(forced, B, row)
-                return loop._replace(
-                    slots=_Slots(
-                        row=jnp.where(ends, B, row),
-                        step=t + 1,
-                        closing_step=jnp.where(forced, closing_step + 1, jnp.where(gave_up, 0, closing_step)),
-                        logits=decoder.logits(state),
-                        cache=_grown(slots.cache, own, t, together=S == B),
-                    ),
-                    replies=_Replies(
-                        ids=replies.ids.at[row, t].set(token, mode="drop"),
-                        lengths=replies.lengths.at[row].set(t + 1, mode="drop"),
-                        sampled=replies.sampled.at[chosen, t].set(True, mode="drop"),
-                        log_probs=replies.log_probs.at[chosen, t].set(choice.log_prob, mode="drop"),
-                        entropies=replies.entropies.at[chosen, t].set(choice.entropy, mode="drop"),
-                        vectors=replies.vectors.at[jnp.where(ends, row, B)].set(unit(state), mode="drop"),
-                        valid=replies.valid.at[jnp.where(ends, chosen, B)].set(True, mode="drop"),
-                    ),
-                )
-
-            def refill(loop: _Loop) -> _Loop:
-                slots = loop.slots
-                idle = slots.row == B
-                row = jnp.where(idle, jnp.minimum(loop.next_row + jnp.cumsum(idle) - 1, B), slots.row).astype(
-                    jnp.int32
-                )
-                fresh = idle & (row < B)
-                keys, values, positions, _ = slots.cache
-                return loop._replace(
-                    slots=_Slots(
-                        row=row,
-                        step=jnp.where(fresh, 0, slots.step),
-                        closing_step=jnp.where(fresh, EMPTY_POSITION, slots.closing_step),
-                        logits=jnp.where(
-                            fresh[:, None], first_logits_qv[jnp.minimum(row, B - 1) // G], slots.logits
-                        ),
-                        cache=KVBlock(keys, values, jnp.where(fresh[:, None], EMPTY_POSITION, positions)),
-                    ),
-                    prompts=prompts_of(row),
-                    next_row=loop.next_row + jnp.sum(fresh, dtype=jnp.int32),
-                )
-
-            def body(loop: _Loop) -> _Loop:
-                loop = write(loop)
-                if S == B:
-                    return loop
-                return jax.lax.cond(
-                    jnp.any(loop.slots.row == B) & (loop.next_row < B), refill, lambda loop: loop, loop
-                )
-
-            return jax.lax.while_loop(lambda loop: jnp.any(loop.slots.row < B), body, start).replies
-
-        def sample_on_mesh(state: nnx.State, *arguments: jax.Array) -> _Replies:
-            decoder = nnx.merge(graph, state)
-            # Every token reads all weights: they are cast once, and once brought to where they are read.
+            # Every token reads all weights: they are cast once, and gathered once to where they are read.
             state = jax.tree.map(lambda x: x.astype(decoder.compute_dtype), state)
             views = writing_meshes(mesh, decoder.config, _bytes(state))
             for view in views:
                 with use_mesh(view):
                     state = map_params(lambda x, spec: constrain(x, *spec), state)
             with use_mesh(views[-1]):
-                return sample(state, *arguments)
+                return program(state, *arguments)
 
-        everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+        replicated = None if mesh is None else NamedSharding(mesh, PartitionSpec())
         self._sample = jax.jit(
             sample_on_mesh,
-            # Parameters lie where they do. JAX asks the compiler of the rest, and would look for its answer,
-            # of another view, in `mesh`.
-            in_shardings=(None, everywhere, everywhere, everywhere),
-            out_shardings=everywhere,
+            # Parameters keep their sharding. For the rest JAX asks the compiler, and would look for its
+            # answer, which is of another view, in `mesh`.
+            in_shardings=(None, replicated, replicated, replicated),
+            out_shardings=replicated,
             compiler_options=compiler_options(mesh),
         )
 
@@ -327,8 +143,8 @@ class Sampler:
         """
         rows = self._prompter.reason_rows(texts, max_tokens)
         prompt_ids, prompt_lengths = pad_rows(rows, length=self._prompt_tokens(max_tokens), pad_id=0)
-        found = self._sample(state, prompt_ids, prompt_lengths, seeds_qg.astype(np.uint32))
-        arrays = {name: np.asarray(array) for name, array in found._asdict().items()}
+        replies = self._sample(state, prompt_ids, prompt_lengths, seeds_qg.astype(np.uint32))
+        arrays = {name: np.asarray(array) for name, array in replies._asdict().items()}
         return Rollout(prompt_ids=prompt_ids, prompt_lengths=prompt_lengths, **arrays)
 
 
@@ -358,23 +174,18 @@ def _bytes(tree: nnx.State) -> float:
     return float(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)))
 
 
-def _grown(cache: KVBlock, own: KVBlock, step_s: jax.Array, *, together: bool) -> KVBlock:
-    """The cache with the keys and values of one more token a row; rows that go `together` are all at the same
-    step."""
-    if together:
-        t = step_s[0]
-        at_slot = (0, 0, t, 0, 0)
-        return KVBlock(
-            jax.lax.dynamic_update_slice(cache.keys, own.keys, at_slot),
-            jax.lax.dynamic_update_slice(cache.values, own.values, at_slot),
-            jax.lax.dynamic_update_slice(cache.positions, own.positions, (0, t)),
+def _check(config: SamplerConfig, slots: int) -> None:
+    if config.temperature < 0:
+        raise UserError(
+            f"sampler.temperature: {config.temperature} is below 0; 0 is greedy, 1 the model's own "
+            "distribution"
         )
-    s = jnp.arange(step_s.shape[0])
-    return KVBlock(
-        cache.keys.at[:, s, step_s].set(own.keys[:, :, 0], mode="drop"),
-        cache.values.at[:, s, step_s].set(own.values[:, :, 0], mode="drop"),
-        cache.positions.at[s, step_s].set(own.positions[:, 0], mode="drop"),
-    )
+    if config.top_k < 0:
+        raise UserError(f"sampler.top_k: {config.top_k} is below 0; 0 turns it off")
+    if not 0 < config.top_p <= 1:
+        raise UserError(f"sampler.top_p: {config.top_p} is not above 0 and at most 1; 1 turns it off")
+    if slots < 0:
+        raise UserError(f"sampler.slots: {slots} is below 0; 0 writes all rows at once")
 
 
 def rollout_seeds(seed: int, step: int, queries: Sequence[int], group_size: int) -> np.ndarray:

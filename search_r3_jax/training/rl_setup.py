@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from search_r3_jax.config import RlConfig, RunConfig
+from search_r3_jax.config import RunConfig
 from search_r3_jax.data.collection import Collection
 from search_r3_jax.data.development import TrainingSet
 from search_r3_jax.errors import UserError
@@ -94,7 +93,7 @@ def make_stage(config: RunConfig, data: TrainingSet, model: LoadedModel) -> tupl
         start=params,
         frozen=frozen,
         current=nnx.merge_state(state.params, frozen),
-        sampler=make_sampler(full_graph, prompter, rl, model.mesh),
+        sampler=Sampler(full_graph, prompter, rl.sampler, mesh=model.mesh),
         encoder=Encoder(full_graph, prompter, mesh=model.mesh),
         reasoned_encoder=ReasonedEncoder(full_graph, prompter, mesh=model.mesh),
         log_probs=make_scorer(graph, prompter, rl, shardings),
@@ -168,20 +167,6 @@ def check_settings(config: RunConfig, collection: Collection) -> None:
                 "remove it"
             )
     check_reward(rl.reward, max_tokens=rl.sampler.max_think_tokens)
-
-
-def make_sampler(graph: nnx.GraphDef[Any], prompter: Prompter, rl: RlConfig, mesh: Mesh | None) -> Sampler:
-    """Writes replies as the config says."""
-    return Sampler(
-        graph,
-        prompter,
-        max_think_tokens=rl.sampler.max_think_tokens,
-        temperature=rl.sampler.temperature,
-        top_k=rl.sampler.top_k,
-        top_p=rl.sampler.top_p,
-        prefill_chunk=rl.sampler.prefill_chunk,
-        mesh=mesh,
-    )
 
 
 def _make_development(

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
-from search_r3_jax.config import RunConfig
+from search_r3_jax.config import RunConfig, SamplerConfig
 from search_r3_jax.data.collection import Collection, Query
 from search_r3_jax.distributed.runtime import is_first, wait_for_all
 from search_r3_jax.files import write_text
@@ -44,9 +44,8 @@ def with_self_generated_reasoning(
     wait_for_all("own reasoning is read")
     prompter = Prompter(model.tokenizer)
     graph, state = nnx.split(model.decoder)
-    sampler = Sampler(
-        graph, prompter, max_think_tokens=config.text.max_thought_tokens, temperature=0.0, mesh=model.mesh
-    )
+    greedy = SamplerConfig(max_think_tokens=config.text.max_thought_tokens, temperature=0.0, prefill_chunk=0)
+    sampler = Sampler(graph, prompter, greedy, mesh=model.mesh)
     # Sorted by length, so that a pass holds prompts of one bucket.
     missing.sort(key=lambda at: (len(collections[at[0]].queries[at[1]].text), at))
     for start in range(0, len(missing), QUERIES_A_PASS):

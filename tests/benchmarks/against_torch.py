@@ -180,7 +180,13 @@ def our_training(folder: str, given: dict[str, Any], lora: bool) -> Work:
     import jax
     from flax import nnx
 
-    from search_r3_jax.config import LoraConfig, OptimizerConfig, RunConfig, SftConfig, TextConfig
+    from search_r3_jax.config import (
+        LoraConfig,
+        OptimizerConfig,
+        RunConfig,
+        SftConfig,
+        TextConfig,
+    )
     from search_r3_jax.data.collection import Collection, Document, Query
     from search_r3_jax.hub.load_model import load_model, with_lora
     from search_r3_jax.models.lora import trainable_filter
@@ -293,6 +299,7 @@ def torch_training(folder: str, given: dict[str, Any], lora: bool) -> Work:
 def our_generation(folder: str, given: dict[str, Any]) -> Work:
     from flax import nnx
 
+    from search_r3_jax.config import SamplerConfig
     from search_r3_jax.hub.load_model import load_model
     from search_r3_jax.rollout.sampler import Sampler, rollout_seeds
     from search_r3_jax.text.prompts import Prompter
@@ -300,7 +307,9 @@ def our_generation(folder: str, given: dict[str, Any]) -> Work:
     model = load_model(folder)
     graph, state = nnx.split(model.decoder)
     # Embedding included: the closing is forced behind the budget.
-    sampler = Sampler(graph, Prompter(model.tokenizer), max_think_tokens=NEW_TOKENS, temperature=1.0)
+    sampler = Sampler(
+        graph, Prompter(model.tokenizer), SamplerConfig(max_think_tokens=NEW_TOKENS, temperature=1.0)
+    )
 
     def work(i: int) -> None:
         seeds = rollout_seeds(0, i, range(len(given["prompts"])), GROUP)

@@ -44,7 +44,12 @@ from search_r3_jax.files import write_json
 from search_r3_jax.retrieval.index.exact import ExactIndex
 from search_r3_jax.retrieval.index.protocol import Index, probe_recall, recall_at_k
 from search_r3_jax.retrieval.index.scann import ScannIndex, ScannSettings
-from search_r3_jax.retrieval.store.versions import CALLER_FIELDS, open_version, publish_version
+from search_r3_jax.retrieval.store.versions import (
+    CALLER_FIELDS,
+    PublishOptions,
+    open_version,
+    publish_version,
+)
 from search_r3_jax.runtime_env import configure_libraries
 
 K = 10
@@ -167,9 +172,7 @@ def written(
         vectors=vectors,
         ids=ids,
         manifest_fields=fields,
-        settings=settings,
-        recall_gate=0.0,
-        vector_dtype=settings.reorder_dtype,
+        options=PublishOptions(settings=settings, recall_gate=0.0, vector_dtype=settings.reorder_dtype),
     )
     started = time.perf_counter()
     open_version(root, step, verify=False)

@@ -39,7 +39,7 @@ from search_r3_jax.retrieval.indexer.follower import IndexFollower
 from search_r3_jax.retrieval.indexer.heartbeat import read_beat
 from search_r3_jax.retrieval.indexer.schedule import IndexSchedule
 from search_r3_jax.retrieval.indexer.worker import index_folder
-from search_r3_jax.retrieval.store.versions import publish_version
+from search_r3_jax.retrieval.store.versions import PublishOptions, publish_version
 from search_r3_jax.training.live_index import LiveIndex
 from search_r3_jax.training.rl import train_rl
 from search_r3_jax.training.run import RlRecord
@@ -148,8 +148,7 @@ def swap(out: Path, kind: IndexKind, rows: int, dim: int) -> dict[str, float]:
             vectors=vectors,
             ids=ids,
             manifest_fields=fields,
-            kind=kind,
-            recall_gate=0.0,
+            options=PublishOptions(kind=kind, recall_gate=0.0),
         )
 
     publish(1)

@@ -277,9 +277,8 @@ def our_step(given: dict[str, Any]) -> Callable[[int], dict[str, Any]]:
     optimizer = make_optimizer(rl.optimizer, rl.steps)
     state = init_state(params, optimizer)
     encoder = Encoder(full_graph, prompter)
-    sampler = Sampler(
-        full_graph, prompter, max_think_tokens=given["new_tokens"], temperature=given["temperature"]
-    )
+    sampling = SamplerConfig(max_think_tokens=given["new_tokens"], temperature=given["temperature"])
+    sampler = Sampler(full_graph, prompter, sampling)
     score, update = make_scorer(graph, prompter, rl), make_update(graph, prompter, optimizer, rl)
 
     def encode_documents(rows: np.ndarray) -> np.ndarray:

@@ -25,9 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from search_r3_jax.config import SamplerConfig
 from search_r3_jax.hub.load_model import load_model
 from search_r3_jax.models.decoder import Decoder
-from search_r3_jax.rollout import sampler as sampler_module
+from search_r3_jax.rollout import sampling_program
 from search_r3_jax.rollout.sampler import Rollout, Sampler, rollout_seeds, rollout_throughput
 from search_r3_jax.rollout.token_sampling import SampledToken, sample_token
 from search_r3_jax.text.prompts import Prompter
@@ -64,7 +65,7 @@ def replies_case(decoder: Decoder, prompter: Prompter, budget: int, rounds: int)
     """Seconds of each way to write the same replies."""
     graph, state = nnx.split(decoder)
     at_once, slotted = (
-        Sampler(graph, prompter, max_think_tokens=budget, temperature=1.0, slots=slots)
+        Sampler(graph, prompter, SamplerConfig(max_think_tokens=budget, temperature=1.0), slots=slots)
         for slots in (0, SLOTS)
     )
 
@@ -182,7 +183,9 @@ def main() -> None:
     print(found, flush=True)
     found["even"] = replies_case(model.decoder, prompter, arguments.even, arguments.rounds)
     print(found["even"], flush=True)
-    with mock.patch.object(sampler_module, "choose", ending(model.embed_id, SHORTER / arguments.uneven)):
+    with mock.patch.object(
+        sampling_program, "sample_token", ending(model.embed_id, SHORTER / arguments.uneven)
+    ):
         found["uneven"] = replies_case(model.decoder, prompter, arguments.uneven, arguments.rounds)
     print(found["uneven"], flush=True)
     if arguments.out:

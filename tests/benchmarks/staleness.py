@@ -31,6 +31,7 @@ import numpy as np
 from flax import nnx
 from scipy.stats import kendalltau
 
+from search_r3_jax.config import SamplerConfig
 from search_r3_jax.configs.smollm2 import config as smollm2
 from search_r3_jax.data.dataset import build_dataset, load_collection
 from search_r3_jax.data.development import TrainingSet, for_stage_2, load_training_sets
@@ -364,7 +365,9 @@ def varied(out: Path, *, batches: int = 12) -> dict[str, Any]:
         nnx.merge_state(read_checkpoint(out / "rl", step, params), frozen) for step in (0, last)
     )
     encoder, reasoned = Encoder(full, prompter), ReasonedEncoder(full, prompter)
-    sampler = Sampler(full, prompter, max_think_tokens=config.rl.sampler.max_think_tokens, temperature=1.0)
+    sampler = Sampler(
+        full, prompter, SamplerConfig(max_think_tokens=config.rl.sampler.max_think_tokens, temperature=1.0)
+    )
     ids, bodies = (
         [document.doc_id for document in collection.documents],
         [document.body for document in collection.documents],

@@ -38,9 +38,9 @@ def test_teacher_forcing_gives_the_samplers_vectors(
 ) -> None:
     graph, state, prompter = parts
     seeds = rollout_seeds(0, 1, range(len(TEXTS)), 3)
-    rollout = Sampler(graph, prompter, max_think_tokens=budget, temperature=temperature).sample(
-        state, TEXTS, seeds, max_tokens=20
-    )
+    rollout = Sampler(
+        graph, prompter, SamplerConfig(max_think_tokens=budget, temperature=temperature)
+    ).sample(state, TEXTS, seeds, max_tokens=20)
     repeated = [text for text in TEXTS for _ in range(3)]
     # Small batches, so that rows of several lengths and fillers occur.
     encoder = ReasonedEncoder(graph, prompter, batch_tokens=256)

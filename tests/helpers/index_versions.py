@@ -1,5 +1,6 @@
 """Made-up versions of an index for tests, and what they left in a folder or in the fake bucket."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 from etils import epath
 from helpers.fake_bucket import FakeBucket
 
-from search_r3_jax.retrieval.store.versions import VersionInfo, publish_version
+from search_r3_jax.retrieval.store.versions import PublishOptions, VersionInfo, publish_version
 
 FIELDS = {
     "parameter_hash": "p",
@@ -24,13 +25,18 @@ def unit(rows: int, seed: int = 0, dim: int = 24) -> np.ndarray:
 
 
 def publish(root: epath.PathLike, step: int = 5, **changes: Any) -> VersionInfo:
+    """Publish a version of 200 vectors by exact search; `changes` are of the arguments or of the options."""
     arguments: dict[str, Any] = {
         "vectors": unit(200),
         "ids": [f"d{row}" for row in range(200)],
         "manifest_fields": FIELDS,
-        "kind": "exact",
     }
-    return publish_version(root, step=step, **{**arguments, **changes})
+    of_options = {field.name for field in dataclasses.fields(PublishOptions)}
+    options: dict[str, Any] = {"kind": "exact"} | {
+        name: value for name, value in changes.items() if name in of_options
+    }
+    arguments |= {name: value for name, value in changes.items() if name not in of_options}
+    return publish_version(root, step=step, options=PublishOptions(**options), **arguments)
 
 
 def stored_files(folder: epath.PathLike) -> dict[str, bytes]:

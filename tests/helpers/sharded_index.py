@@ -16,13 +16,14 @@ from search_r3_jax.retrieval.index.build import build_index
 from search_r3_jax.retrieval.index.exact import ExactIndex
 from search_r3_jax.retrieval.index.protocol import hash_of_ids
 from search_r3_jax.retrieval.store.sharded import (
+    Shard,
     ShardedIndex,
     open_shard,
     publish_shard,
     shard_root,
     shard_rows,
 )
-from search_r3_jax.retrieval.store.versions import IndexVersionError
+from search_r3_jax.retrieval.store.versions import IndexVersionError, PublishOptions
 
 # Odd: one shard has a row more.
 N, E = 203, 24
@@ -46,15 +47,12 @@ def main(folder: str, kind: Any, process: int, processes: int, port: int) -> Non
     start, stop = shard_rows(N, process, processes)
     publish_shard(
         folder,
-        process=process,
-        processes=processes,
-        corpus_rows=N,
-        ids_hash=HASH,
+        Shard(process=process, processes=processes, corpus_rows=N, ids_hash=HASH),
         step=5,
         vectors=VECTORS[start:stop],
         ids=IDS[start:stop],
         manifest_fields=FIELDS,
-        kind=kind,
+        options=PublishOptions(kind=kind),
     )
     index = open_shard(folder, 5, corpus_rows=N, expect_corpus_hash="c", expect_embed_token_id=9)
     whole = ExactIndex(VECTORS, IDS, 5)

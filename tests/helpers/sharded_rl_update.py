@@ -63,7 +63,9 @@ def update(
         sampler_module.chip_of = lambda kind: dataclasses.replace(
             CHIPS["v5e"], hbm=share * size / sampler_module.MOST_OF_MEMORY
         )
-    sampler = Sampler(nnx.split(model.decoder)[0], prompter, max_think_tokens=8, temperature=1.0, mesh=mesh)
+    sampler = Sampler(
+        nnx.split(model.decoder)[0], prompter, SamplerConfig(max_think_tokens=8, temperature=1.0), mesh=mesh
+    )
     rollout = sampler.sample(
         nnx.merge_state(state.params, frozen), texts, rollout_seeds(0, 0, range(Q), G), max_tokens=16
     )

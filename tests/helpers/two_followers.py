@@ -21,7 +21,7 @@ from search_r3_jax.config import IndexConfig
 from search_r3_jax.retrieval.indexer import follower as module
 from search_r3_jax.retrieval.indexer.follower import IndexFollower
 from search_r3_jax.retrieval.indexer.worker import index_folder
-from search_r3_jax.retrieval.store.versions import IndexVersionError, publish_version
+from search_r3_jax.retrieval.store.versions import IndexVersionError, PublishOptions, publish_version
 
 STEPS_A_VERSION = 40
 
@@ -60,7 +60,7 @@ def follow(run: Path, process: int) -> list[list[int]]:
                 vectors=vectors,
                 ids=[f"d{i}" for i in range(50)],
                 manifest_fields=FIELDS,
-                kind="exact",
+                options=PublishOptions(kind="exact"),
             )
         multihost_utils.sync_global_devices(f"step {step}")
         index = follower.newer_than(version, at_most=step)

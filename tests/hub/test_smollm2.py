@@ -15,7 +15,7 @@ from flax import nnx
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForCausalLM
 
-from search_r3_jax.config import EMBED_TOKEN, LoraConfig
+from search_r3_jax.config import EMBED_TOKEN, LoraConfig, SamplerConfig
 from search_r3_jax.hub.export import export_model
 from search_r3_jax.hub.load_model import LoadedModel, load_model, resolve, with_lora
 from search_r3_jax.models.decoder import positions_from_lengths
@@ -64,7 +64,7 @@ def test_logits_equal_transformers(smollm2: LoadedModel, theirs: Any) -> None:
 def test_greedy_reply_equals_generate(smollm2: LoadedModel, theirs: Any) -> None:
     prompter = Prompter(smollm2.tokenizer)
     graph, state = nnx.split(smollm2.decoder)
-    sampler = Sampler(graph, prompter, max_think_tokens=16, temperature=0.0)
+    sampler = Sampler(graph, prompter, SamplerConfig(max_think_tokens=16, temperature=0.0))
     queries = ["how do plants make sugar", "sort a list of tuples by their second element in python"]
     rollout = sampler.sample(state, queries, np.zeros((2, 1), np.uint32), max_tokens=32)
     for query, reply in zip(queries, rollout.replies(), strict=True):

@@ -10,9 +10,10 @@ import pytest
 from flax import nnx
 from helpers.tiny_models import plain_hidden
 
+from search_r3_jax.config import SamplerConfig
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub.load_model import LoadedModel
-from search_r3_jax.rollout import sampler as sampler_module
+from search_r3_jax.rollout import sampling_program
 from search_r3_jax.rollout.encoder import Encoder
 from search_r3_jax.rollout.sampler import Rollout, Sampler, rollout_seeds, rollout_throughput
 from search_r3_jax.rollout.token_sampling import SampledToken, sample_token
@@ -29,10 +30,12 @@ def sampler_of(tiny_model: LoadedModel) -> Callable[..., Sampler]:
     made: dict[str, Sampler] = {}
 
     def sampler_of(**settings: Any) -> Sampler:
-        settings = {"max_think_tokens": BUDGET, "temperature": 1.0} | settings
+        settings = {"max_think_tokens": BUDGET, "prefill_chunk": 0} | settings
         name = str(sorted(settings.items()))
         if name not in made:
-            made[name] = Sampler(nnx.split(tiny_model.decoder)[0], Prompter(tiny_model.tokenizer), **settings)
+            slots = settings.pop("slots", 0)
+            graph, prompter = nnx.split(tiny_model.decoder)[0], Prompter(tiny_model.tokenizer)
+            made[name] = Sampler(graph, prompter, SamplerConfig(**settings), slots=slots)
         return made[name]
 
     return sampler_of
@@ -179,10 +182,12 @@ def test_one_shape_is_compiled_whatever_the_length_of_the_queries(
         traced.append(1)
         return prefix_block(*arguments, **settings)
 
-    prefix_block = sampler_module.prefix_block
-    monkeypatch.setattr(sampler_module, "prefix_block", counted)
+    prefix_block = sampling_program.prefix_block
+    monkeypatch.setattr(sampling_program, "prefix_block", counted)
     graph, state = nnx.split(tiny_model.decoder)
-    sampler = Sampler(graph, Prompter(tiny_model.tokenizer), max_think_tokens=2, temperature=1.0)
+    sampler = Sampler(
+        graph, Prompter(tiny_model.tokenizer), SamplerConfig(max_think_tokens=2, temperature=1.0)
+    )
     for texts in (["a", "b"], ["a much longer query", "c"], ["x" * 90, "y"]):
         sampler.sample(state, texts, rollout_seeds(0, 0, range(2), 2), max_tokens=20)
     assert len(traced) == 1
@@ -198,7 +203,7 @@ def test_what_was_compiled_ahead_is_what_runs(tiny_model: LoadedModel) -> None:
     graph, state = nnx.split(tiny_model.decoder)
     prompter = Prompter(tiny_model.tokenizer)
     sampler, encoder = (
-        Sampler(graph, prompter, max_think_tokens=2, temperature=0.0),
+        Sampler(graph, prompter, SamplerConfig(max_think_tokens=2, temperature=0.0)),
         Encoder(graph, prompter, batch_tokens=128),
     )
     sampler.compile(state, 3, 2, max_tokens=20)
@@ -229,10 +234,13 @@ def test_the_loop_ends_with_the_longest_reply(
         choice = sample_token(logits, keys, step, **settings)
         return choice._replace(token=jnp.where(step >= 2, tiny_model.embed_id, 5))
 
-    monkeypatch.setattr(sampler_module, "sample_token", ending)
+    monkeypatch.setattr(sampling_program, "sample_token", ending)
     graph, state = nnx.split(tiny_model.decoder)
     sampler = Sampler(
-        graph, Prompter(tiny_model.tokenizer), max_think_tokens=400, temperature=1.0, slots=slots
+        graph,
+        Prompter(tiny_model.tokenizer),
+        SamplerConfig(max_think_tokens=400, temperature=1.0),
+        slots=slots,
     )
     rollout = sampler.sample(state, TEXTS, rollout_seeds(0, 0, range(3), 4), max_tokens=16)
     jax.effects_barrier()
@@ -254,17 +262,18 @@ def test_tokens_a_second(sampled: Callable[..., Rollout]) -> None:
     "wrong", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"slots": -2}]
 )
 def test_settings_out_of_range_are_the_users_mistake(tiny_model: LoadedModel, wrong: dict[str, Any]) -> None:
-    settings: dict[str, Any] = {"temperature": 1.0} | wrong
-    with pytest.raises(UserError, match=f"sampler.{next(iter(wrong))}: "):
-        Sampler(
-            nnx.split(tiny_model.decoder)[0], Prompter(tiny_model.tokenizer), max_think_tokens=2, **settings
-        )
+    name, slots = next(iter(wrong)), wrong.pop("slots", 0)
+    graph, prompter = nnx.split(tiny_model.decoder)[0], Prompter(tiny_model.tokenizer)
+    with pytest.raises(UserError, match=f"sampler.{name}: "):
+        Sampler(graph, prompter, SamplerConfig(max_think_tokens=2, **wrong), slots=slots)
 
 
 def test_samples_follow_the_models_distribution(tiny_model: LoadedModel) -> None:
     """First tokens of many samples: chi-square-like distance to the probabilities of a plain forward."""
     graph, state = nnx.split(tiny_model.decoder)
-    sampler = Sampler(graph, Prompter(tiny_model.tokenizer), max_think_tokens=1, temperature=1.0)
+    sampler = Sampler(
+        graph, Prompter(tiny_model.tokenizer), SamplerConfig(max_think_tokens=1, temperature=1.0)
+    )
     n = 4000
     rollout = sampler.sample(state, TEXTS[:1], rollout_seeds(3, 0, [0], n), max_tokens=64)
     hidden, starts = whole_rows(tiny_model, [[]])

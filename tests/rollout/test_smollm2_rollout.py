@@ -40,7 +40,7 @@ def test_embedding_ratio_and_tokens_against_the_trainers_forward(smollm2: Loaded
     params = jax.tree.map(lambda x: x + 0.01 * generator.standard_normal(x.shape).astype(np.float32), params)
     whole = nnx.merge_state(params, frozen)
     full_graph = nnx.split(model.decoder)[0]
-    sampler = Sampler(full_graph, prompter, max_think_tokens=TOKENS, temperature=1.0)
+    sampler = Sampler(full_graph, prompter, SamplerConfig(max_think_tokens=TOKENS, temperature=1.0))
     rollout = sampler.sample(whole, TEXTS, rollout_seeds(0, 0, range(8), G), max_tokens=32)
     assert rollout.sampled.sum() > 8 * G * TOKENS / 2
 

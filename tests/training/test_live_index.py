@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from search_r3_jax.config import IndexConfig, LoraConfig, RunConfig
+from search_r3_jax.config import IndexConfig, LoraConfig, RunConfig, SamplerConfig
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub.checkpoint_reader import pinned_checkpoints
 from search_r3_jax.hub.load_model import load_model, with_lora
@@ -184,7 +184,7 @@ def test_replies_are_embedded_by_whose_parameters_they_are_given(tiny_folders: d
     graph, state = nnx.split(model.decoder)
     generator = np.random.default_rng(0)
     other = jax.tree.map(lambda x: x + 0.05 * generator.standard_normal(x.shape).astype(x.dtype), state)
-    rollout = Sampler(graph, prompter, max_think_tokens=8, temperature=1.0).sample(
+    rollout = Sampler(graph, prompter, SamplerConfig(max_think_tokens=8, temperature=1.0)).sample(
         state, texts, rollout_seeds(0, 0, range(3), 4), max_tokens=16
     )
     # A random model writes hardly any embed token; the forced ones do as well here.

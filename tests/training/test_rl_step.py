@@ -60,7 +60,7 @@ def prepared(tiny_folders: dict[str, Path]) -> Prepared:
     )
     prompter = Prompter(model.tokenizer)
     graph, state = nnx.split(model.decoder)
-    sampler = Sampler(graph, prompter, max_think_tokens=8, temperature=1.0)
+    sampler = Sampler(graph, prompter, SamplerConfig(max_think_tokens=8, temperature=1.0))
     rollout = sampler.sample(state, TEXTS, rollout_seeds(0, 0, range(3), 4), max_tokens=16)
     return Prepared(model, prompter, rollout, batch_of(rollout))
 

@@ -41,6 +41,7 @@ from search_r3_jax.retrieval.store.corpus_vectors import RECORD, SHARD_DOCUMENTS
 from search_r3_jax.retrieval.store.versions import (
     IndexGateError,
     IndexVersionError,
+    PublishOptions,
     current_version,
     delete_version,
     list_versions,
@@ -195,11 +196,13 @@ class IndexWorker:
                     "max_document_tokens": config.text.max_document_tokens,
                     "encode_seconds": encoded - started,
                 },
-                kind=config.index.kind,
-                recall_gate=config.index.recall_gate,
-                probe_queries=probe_vectors,
-                vector_dtype=config.index.vector_dtype,
-                threads=config.index.threads,
+                options=PublishOptions(
+                    kind=config.index.kind,
+                    recall_gate=config.index.recall_gate,
+                    probe_queries=probe_vectors,
+                    vector_dtype=config.index.vector_dtype,
+                    threads=config.index.threads,
+                ),
             )
             shutil.rmtree(self._shards / str(step))
             # No one else writes here, so whatever is temporary was left by a writer that is gone.

@@ -4,6 +4,7 @@ the whole answer."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,15 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from search_r3_jax.retrieval.index.exact import next_power_of_two
-from search_r3_jax.retrieval.index.protocol import IndexKind, LocalIndex, check_queries
-from search_r3_jax.retrieval.index.scann import ScannSettings
+from search_r3_jax.retrieval.index.protocol import LocalIndex, check_queries
 from search_r3_jax.retrieval.store.manifest import IndexVersionError
-from search_r3_jax.retrieval.store.vector_files import VectorDtype
-from search_r3_jax.retrieval.store.versions import VersionInfo, open_version, publish_version, read_version
+from search_r3_jax.retrieval.store.versions import (
+    PublishOptions,
+    VersionInfo,
+    open_version,
+    publish_version,
+    read_version,
+)
 
 
 class ShardedIndex:
@@ -107,52 +112,54 @@ def shard_root(root: epath.PathLike, process: int, processes: int) -> epath.Path
     return epath.Path(root) / f"shard-{process:05d}-of-{processes:05d}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """The rows of a corpus that one of several processes holds.
+
+    Attributes:
+        corpus_rows: documents of the whole corpus.
+        ids_hash: `hash_of_ids` of the whole corpus.
+    """
+
+    process: int
+    processes: int
+    corpus_rows: int
+    ids_hash: str
+
+
 def publish_shard(
     root: epath.PathLike,
+    shard: Shard,
     *,
-    process: int,
-    processes: int,
-    corpus_rows: int,
-    ids_hash: str,
     step: int,
     vectors: np.ndarray,
     ids: Sequence[str],
     manifest_fields: Mapping[str, Any],
-    kind: IndexKind = "scann",
-    settings: ScannSettings | None = None,
-    recall_gate: float = 0.99,
-    probe_queries: np.ndarray | None = None,
-    vector_dtype: VectorDtype = "float32",
-    threads: int = 0,
+    options: PublishOptions | None = None,
 ) -> VersionInfo:
-    """`publish_version` of the `shard_rows` of a corpus of so many rows, whose `hash_of_ids` is `ids_hash`,
-    under `shard_root`.
+    """`publish_version` of a shard under its `shard_root`.
 
     Raises ValueError when `vectors` [n,E] are not as many as the shard's rows, and what `publish_version`
     raises.
     """
-    start, stop = shard_rows(corpus_rows, process, processes)
+    start, stop = shard_rows(shard.corpus_rows, shard.process, shard.processes)
     if len(vectors) != stop - start:
         raise ValueError(
-            f"{len(vectors)} vectors: shard {process} of {processes} of {corpus_rows} rows has {stop - start}"
+            f"{len(vectors)} vectors: shard {shard.process} of {shard.processes} of {shard.corpus_rows} rows "
+            f"has {stop - start}"
         )
+    shard_fields = {
+        "first_row": start,
+        "corpus_rows": shard.corpus_rows,
+        "corpus_ids_hash": shard.ids_hash,
+    }
     return publish_version(
-        shard_root(root, process, processes),
+        shard_root(root, shard.process, shard.processes),
         step=step,
         vectors=vectors,
         ids=ids,
-        manifest_fields={
-            **manifest_fields,
-            "first_row": start,
-            "corpus_rows": corpus_rows,
-            "corpus_ids_hash": ids_hash,
-        },
-        kind=kind,
-        settings=settings,
-        recall_gate=recall_gate,
-        probe_queries=probe_queries,
-        vector_dtype=vector_dtype,
-        threads=threads,
+        manifest_fields={**manifest_fields, **shard_fields},
+        options=options,
     )
 
 

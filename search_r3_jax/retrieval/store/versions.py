@@ -35,6 +35,7 @@ from search_r3_jax.retrieval.store.vector_files import VectorDtype, chunks_of, o
 __all__ = [
     "IndexGateError",
     "IndexVersionError",
+    "PublishOptions",
     "VersionInfo",
     "current_version",
     "delete_version",
@@ -86,6 +87,27 @@ class VersionInfo:
     manifest: Mapping[str, Any]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PublishOptions:
+    """How a version is built and measured.
+
+    Attributes:
+      kind: of the index.
+      settings: of ScaNN; None chooses them by the corpus' size.
+      recall_gate: smallest recall@10 against exact search at which the version is published.
+      probe_queries: unit vectors [Q,E] that measure it; None takes rows of the corpus.
+      vector_dtype: how vectors are stored.
+      threads: that build and search ScaNN; 0 is all.
+    """
+
+    kind: IndexKind = "scann"
+    settings: ScannSettings | None = None
+    recall_gate: float = 0.99
+    probe_queries: np.ndarray | None = None
+    vector_dtype: VectorDtype = "float32"
+    threads: int = 0
+
+
 def publish_version(
     root: epath.PathLike,
     *,
@@ -93,12 +115,7 @@ def publish_version(
     vectors: np.ndarray,
     ids: Sequence[str],
     manifest_fields: Mapping[str, Any],
-    kind: IndexKind = "scann",
-    settings: ScannSettings | None = None,
-    recall_gate: float = 0.99,
-    probe_queries: np.ndarray | None = None,
-    vector_dtype: VectorDtype = "float32",
-    threads: int = 0,
+    options: PublishOptions | None = None,
 ) -> VersionInfo:
     """Build, measure and publish `v<step>` from unit vectors [N,E], then point CURRENT at it; the only writer
     of `root`.
@@ -117,10 +134,8 @@ def publish_version(
         info = _confirm_existing(final, step, manifest_fields)
     else:
         with storage.staging(root, step) as work:
-            own_fields = _write_version(
-                work, step, vectors, ids, kind, settings, recall_gate, probe_queries, vector_dtype, threads
-            )
-            manifest = write_manifest(work, {**manifest_fields, **own_fields})
+            index_fields = _write_version(work, step, vectors, ids, options or PublishOptions())
+            manifest = write_manifest(work, {**manifest_fields, **index_fields})
             version_files.verify(work, step)
             storage.publish_folder(work, final)
         info = VersionInfo(step=step, path=final, manifest=manifest)
@@ -289,36 +304,32 @@ def _write_version(
     step: int,
     vectors: np.ndarray,
     ids: Sequence[str],
-    kind: IndexKind,
-    settings: ScannSettings | None,
-    recall_gate: float,
-    probe_queries: np.ndarray | None,
-    vector_dtype: VectorDtype,
-    threads: int,
+    options: PublishOptions,
 ) -> dict[str, Any]:
     """Write everything but the manifest and return our part of it; raises IndexGateError."""
-    write_vectors(work / VECTORS, chunks_of(vectors), vectors.shape, vector_dtype)
+    settings, probe_queries = options.settings, options.probe_queries
+    write_vectors(work / VECTORS, chunks_of(vectors), vectors.shape, options.vector_dtype)
     (work / IDS).write_text(json.dumps(list(ids)))
     # From here on the stored vectors, rounded as readers will see them.
-    stored = open_vectors(work / VECTORS, vector_dtype)
+    stored = open_vectors(work / VECTORS, options.vector_dtype)
     _gate_norms(stored, step)
     exact = ExactIndex(stored, ids, step)
     started = time.perf_counter()
     index: LocalIndex = exact
-    if resolve_kind(kind) == "scann":
+    if resolve_kind(options.kind) == "scann":
         settings = settings or ScannSettings.for_corpus(*stored.shape)
         (work / SCANN).mkdir()
-        ScannIndex.build(stored, ids, step, settings, threads).save(os.fspath(work / SCANN))
+        ScannIndex.build(stored, ids, step, settings, options.threads).save(os.fspath(work / SCANN))
         # Measured as loaded from the files, which is what readers get.
-        index = ScannIndex.load(os.fspath(work / SCANN), stored, ids, step, threads)
+        index = ScannIndex.load(os.fspath(work / SCANN), stored, ids, step, options.threads)
     build_seconds = time.perf_counter() - started
     if probe_queries is None:
         probe_queries = stored[np.linspace(0, len(stored) - 1, min(PROBE_ROWS, len(stored))).astype(int)]
     recall = probe_recall(index, exact, np.asarray(probe_queries, dtype=np.float32), 10)
-    if recall < recall_gate:
+    if recall < options.recall_gate:
         raise IndexGateError(
-            f"index v{step}: recall@10 {recall:.4f} is under the gate {recall_gate}; raise leaves_to_search "
-            "or reorder"
+            f"index v{step}: recall@10 {recall:.4f} is under the gate {options.recall_gate}; raise "
+            "leaves_to_search or reorder"
         )
     return {
         "step": step,
@@ -326,7 +337,7 @@ def _write_version(
         "settings": dataclasses.asdict(settings) if settings and index.kind == "scann" else {},
         "rows": len(stored),
         "dim": stored.shape[1],
-        "vector_dtype": vector_dtype,
+        "vector_dtype": options.vector_dtype,
         "recall_at_10": recall,
         "recall_probes": len(probe_queries),
         "build_seconds": round(build_seconds, 3),

@@ -21,6 +21,7 @@ from search_r3_jax.retrieval.indexer.follower import POLL_SECONDS, IndexFollower
 from search_r3_jax.retrieval.indexer.schedule import IndexSchedule
 from search_r3_jax.retrieval.indexer.worker import index_folder
 from search_r3_jax.retrieval.store.versions import (
+    PublishOptions,
     list_versions,
     open_version,
     pinned_versions,
@@ -39,7 +40,7 @@ def publish(run: Path, *steps: int) -> None:
             vectors=unit(30, seed=step),
             ids=ids,
             manifest_fields=FIELDS,
-            kind="exact",
+            options=PublishOptions(kind="exact"),
         )
 
 

@@ -1,5 +1,6 @@
 """An index in shards finds what one index over everything finds, in one process and in two."""
 
+import dataclasses
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from search_r3_jax.retrieval.index.build import build_index
 from search_r3_jax.retrieval.index.protocol import Index, hash_of_ids
 from search_r3_jax.retrieval.index.scann import scann_available
 from search_r3_jax.retrieval.store.sharded import (
+    Shard,
     ShardedIndex,
     merge_top_k,
     open_shard,
@@ -21,7 +23,7 @@ from search_r3_jax.retrieval.store.sharded import (
     shard_root,
     shard_rows,
 )
-from search_r3_jax.retrieval.store.versions import IndexVersionError, current_version
+from search_r3_jax.retrieval.store.versions import IndexVersionError, PublishOptions, current_version
 
 needs_scann = pytest.mark.skipif(not scann_available(), reason="scann has wheels for Linux only")
 KINDS = ["exact", pytest.param("scann", marks=needs_scann)]
@@ -104,21 +106,21 @@ def test_one_process_asks_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_shard_says_which_rows_it_holds(tmp_path: Path) -> None:
     fields: dict[str, Any] = {
-        "corpus_rows": 41,
-        "ids_hash": hash_of_ids(["whole"]),
         "step": 5,
         "manifest_fields": FIELDS,
-        "kind": "exact",
+        "options": PublishOptions(kind="exact"),
     }
+    first = Shard(process=0, processes=2, corpus_rows=41, ids_hash=hash_of_ids(["whole"]))
     ids = [f"d{row}" for row in range(21)]
-    info = publish_shard(tmp_path, process=0, processes=2, vectors=unit(21), ids=ids, **fields)
+    info = publish_shard(tmp_path, first, vectors=unit(21), ids=ids, **fields)
     assert (info.manifest["first_row"], info.manifest["corpus_rows"], info.manifest["rows"]) == (0, 41, 21)
     assert current_version(shard_root(tmp_path, 0, 2)) == 5
     with pytest.raises(ValueError, match="21 vectors: shard 1 of 2 of 41 rows has 20"):
-        publish_shard(tmp_path, process=1, processes=2, vectors=unit(21), ids=ids, **fields)
-    fields["corpus_rows"] = 42
+        publish_shard(tmp_path, dataclasses.replace(first, process=1), vectors=unit(21), ids=ids, **fields)
     with pytest.raises(IndexVersionError, match="corpus_rows"):
-        publish_shard(tmp_path, process=0, processes=2, vectors=unit(21), ids=ids, **fields)
+        publish_shard(
+            tmp_path, dataclasses.replace(first, corpus_rows=42), vectors=unit(21), ids=ids, **fields
+        )
     # In one process, the shard of one: there is none, or a version that is no shard.
     with pytest.raises(IndexVersionError, match="no such index version"):
         open_shard(tmp_path, 5, corpus_rows=41)
@@ -133,15 +135,12 @@ def test_a_shard_in_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with fake_bucket():
         publish_shard(
             "gs://bucket/index",
-            process=0,
-            processes=1,
-            corpus_rows=50,
-            ids_hash=hash_of_ids(ids),
+            Shard(process=0, processes=1, corpus_rows=50, ids_hash=hash_of_ids(ids)),
             step=5,
             vectors=vectors,
             ids=ids,
             manifest_fields=FIELDS,
-            kind="exact",
+            options=PublishOptions(kind="exact"),
         )
         index = open_shard("gs://bucket/index", 5, corpus_rows=50, cache=tmp_path)
     np.testing.assert_array_equal(index.take(np.arange(50)), vectors)
