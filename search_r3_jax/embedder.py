@@ -23,6 +23,7 @@ from search_r3_jax.hub.weights import parameter_hash
 from search_r3_jax.rollout.encoder import Encoder
 from search_r3_jax.rollout.sampler import Sampler
 from search_r3_jax.text.prompts import CLOSING, Mode, Prompter
+from search_r3_jax.vectors import l2_normalize_numpy
 
 Kind = Literal["query", "document"]
 MAX_THINK_TOKENS = SamplerConfig().max_think_tokens
@@ -139,7 +140,7 @@ class Embedder:
                 vectors = self._encoder.encode(
                     self._state, texts, max_tokens=self.max_tokens, on_progress=on_progress
                 )
-        return vectors if truncate_dim is None else _unit(vectors[:, :truncate_dim])
+        return vectors if truncate_dim is None else l2_normalize_numpy(vectors[:, :truncate_dim])
 
     @overload
     def think(self, texts: str, *, seed: int = 0, progress: bool | None = None) -> Thought: ...
@@ -190,11 +191,6 @@ class Embedder:
     def _thought_text(self, reply: list[int]) -> str:
         written = str(self.tokenizer.decode(reply)).strip()
         return written.removesuffix(CLOSING).strip()
-
-
-def _unit(vectors_ne: np.ndarray) -> np.ndarray:
-    norms = np.linalg.norm(vectors_ne, axis=-1, keepdims=True)
-    return vectors_ne / np.where(norms > 0, norms, 1.0)
 
 
 def _bar(what: str, total: int, progress: bool | None) -> AbstractContextManager[Bar | None]:

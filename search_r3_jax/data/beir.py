@@ -22,12 +22,6 @@ SCORE_HEADERS = ("score", "relevance", "rel", "label")
 MAX_SCORE = 2**31 - 1
 
 
-def read_beir(folder: Path | str, split: str) -> Collection:
-    """The collection in `folder` with the queries judged in `split`; raises UserError naming file and
-    line."""
-    return read_beir_splits(Path(folder), [split], Problems())[split]
-
-
 def read_beir_splits(folder: Path, splits: Sequence[str], problems: Problems) -> dict[str, Collection]:
     """Split name → collection, all with the same documents; what `problems` lets pass is left out."""
     corpus_file = _find(folder, "corpus.jsonl")

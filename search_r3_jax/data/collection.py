@@ -1,10 +1,11 @@
 """The in-memory shape of a retrieval collection."""
 
-import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+
+from search_r3_jax.files import digest_of
 
 # TFDS reserves the split name "all".
 SHARED_CORPUS = "shared"
@@ -73,10 +74,4 @@ class Collection:
 
 def corpus_hash(documents: Iterable[Document]) -> str:
     """Hexadecimal sha256 over ids and bodies in order: equal hashes, equal index rows."""
-    digest = hashlib.sha256()
-    for document in documents:
-        for field in (document.doc_id, document.body):
-            encoded = field.encode()
-            # Lengths keep ("ab", "c") and ("a", "bc") apart.
-            digest.update(len(encoded).to_bytes(8, "big") + encoded)
-    return digest.hexdigest()
+    return digest_of(field for document in documents for field in (document.doc_id, document.body))

@@ -24,6 +24,7 @@ from search_r3_jax.data.collection import SHARED_CORPUS, Collection, Document, Q
 from search_r3_jax.data.lines import Problems
 from search_r3_jax.data.stored import StoredDocuments, document_of
 from search_r3_jax.errors import UserError
+from search_r3_jax.files import file_sha256
 
 FORMAT_VERSION = 2
 MANIFEST = "dataset.json"
@@ -57,7 +58,7 @@ def build_dataset(
     shutil.rmtree(building, ignore_errors=True)
     try:
         _write_parts(collections, description, building)
-        manifest = {**description, "files": {file: _sha256(building / file) for file in _files(building)}}
+        manifest = {**description, "files": {file: file_sha256(building / file) for file in _files(building)}}
         (building / MANIFEST).write_text(
             json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8"
         )
@@ -81,7 +82,7 @@ def load_collections(path: Path | str) -> dict[str, Collection]:
     return _load(Path(path), None)
 
 
-def queries_hash(queries: Iterable[Query]) -> str:
+def ordered_queries_hash(queries: Iterable[Query]) -> str:
     """Hexadecimal sha256 over all fields of the queries in order."""
     digest = hashlib.sha256()
     for query in queries:
@@ -127,7 +128,7 @@ def _describe(
                 "queries": len(collection.queries),
                 "corpus_split": SHARED_CORPUS if shared else split,
                 "corpus_hash": corpus_hashes[split],
-                "queries_hash": queries_hash(collection.queries),
+                "queries_hash": ordered_queries_hash(collection.queries),
             }
             for split, collection in collections.items()
         },
@@ -164,7 +165,7 @@ def _check_files(path: Path, manifest: Mapping[str, Any]) -> None:
     for file, expected in manifest["files"].items():
         if not (path / file).is_file():
             raise UserError(f"{path / file}: missing; remove {path} and build it again")
-        if _sha256(path / file) != expected:
+        if file_sha256(path / file) != expected:
             raise UserError(
                 f"{path / file}: content differs from its sha256 in {MANIFEST}; remove {path} and build it "
                 "again"
@@ -344,8 +345,3 @@ def _query(record: dict[str, Any]) -> Query:
 
 def _files(folder: Path) -> list[str]:
     return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -9,7 +9,7 @@ from pathlib import Path
 from search_r3_jax.config import DataConfig
 from search_r3_jax.data.collection import Collection, Query
 from search_r3_jax.data.dataset import load_collection, splits_of
-from search_r3_jax.data.subsample import cut_corpus
+from search_r3_jax.data.subsample import sample_corpus
 from search_r3_jax.errors import UserError
 
 
@@ -49,7 +49,7 @@ def _load(folder: Path, config: DataConfig, stored: bool) -> TrainingSet:
     train = dataclasses.replace(
         train, queries=tuple(query for query in train.queries if query.text not in texts)
     )
-    return TrainingSet(train=train, dev=cut_corpus(dev, config.dev_documents)[0])
+    return TrainingSet(train=train, dev=sample_corpus(dev, config.dev_documents)[0])
 
 
 def for_stage_2(training: TrainingSet, config: DataConfig) -> TrainingSet:
@@ -65,7 +65,7 @@ def for_stage_2(training: TrainingSet, config: DataConfig) -> TrainingSet:
         queries = tuple(query for query in queries if query.query_id in chosen)
     train = dataclasses.replace(train, queries=queries)
     if config.rl_documents:
-        train = cut_corpus(train, config.rl_documents)[0]
+        train = sample_corpus(train, config.rl_documents)[0]
     return dataclasses.replace(training, train=train)
 
 

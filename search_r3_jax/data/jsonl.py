@@ -1,6 +1,5 @@
 """Reads a .jsonl file of queries with their documents, gzipped or not: one object a line."""
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from search_r3_jax.data.lines import (
     string_field,
 )
 from search_r3_jax.errors import UserError
+from search_r3_jax.files import digest_of
 
 ID_CHARACTERS = 32
 MAX_RELEVANCE = 2**31 - 1
@@ -164,9 +164,4 @@ def _document(item: object, name: str, lowest: int, highest: int) -> tuple[Docum
 
 
 def _content_id(*fields: str) -> str:
-    digest = hashlib.sha256()
-    for each in fields:
-        encoded = each.encode()
-        # Lengths keep ("ab", "c") and ("a", "bc") apart.
-        digest.update(len(encoded).to_bytes(8, "big") + encoded)
-    return digest.hexdigest()[:ID_CHARACTERS]
+    return digest_of(fields)[:ID_CHARACTERS]

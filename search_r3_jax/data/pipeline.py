@@ -44,14 +44,6 @@ class TextChunks(NamedTuple):
             **{name: _padded(getattr(self, name), shares, fill) for name, fill in fills.items()}
         )
 
-    def slice(self, index: int, count: int) -> TextChunks:
-        """Share `index` of `count` of each chunk's rows, padded as they are; positions still count from the
-        whole chunk's first row."""
-        whole = self.padded(count)
-        return whole._replace(
-            **{name: np.split(getattr(whole, name), count, axis=1)[index] for name in ROW_FIELDS}
-        )
-
 
 class PairBatch(NamedTuple):
     """B queries and P documents: of each chunk its queries' positives, then their negatives.
@@ -79,12 +71,6 @@ class PairBatch(NamedTuple):
     def padded(self, shares: int) -> PairBatch:
         """With the rows of queries and of documents filled up to multiples of `shares`."""
         return self._replace(queries=self.queries.padded(shares), documents=self.documents.padded(shares))
-
-    def slice(self, index: int, count: int) -> PairBatch:
-        """What process `index` of `count` holds: its share of the rows, and everything else whole."""
-        return self._replace(
-            queries=self.queries.slice(index, count), documents=self.documents.slice(index, count)
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -304,8 +304,3 @@ def _collection(split: str, functions: Iterable[_Function]) -> Collection:
             for function in functions
         ),
     )
-
-
-def package_of(doc_id: str) -> str:
-    """The top-level package of a document of this source."""
-    return doc_id.split(":")[0].split(".")[0]

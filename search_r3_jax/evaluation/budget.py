@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -31,7 +30,7 @@ from search_r3_jax.evaluation.report import (
 from search_r3_jax.evaluation.settings import BudgetSettings
 from search_r3_jax.evaluation.significance import bootstrap_interval
 from search_r3_jax.evaluation.systems import BudgetResult, DecoderSystem, is_baseline
-from search_r3_jax.files import check_output, write_json
+from search_r3_jax.files import check_output, replacing, write_json
 
 # Heading and how a value is written; 80 columns hold them all.
 COLUMNS = (
@@ -70,9 +69,8 @@ def draw_budget(record: Mapping[str, Any], out: Path) -> None:
     pyplot = open_pyplot("budget")
     figure = budget_figure(pyplot, record, size=(6, 4))
     figure.axes[0].set_title(title_of(record), fontsize=9)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    figure.savefig(temporary, dpi=110, format="png")
-    temporary.replace(out)
+    with replacing(out) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
     pyplot.close(figure)
 
 

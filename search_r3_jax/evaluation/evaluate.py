@@ -21,6 +21,7 @@ from search_r3_jax.retrieval.index.protocol import LocalIndex
 from search_r3_jax.rollout.encoder import Encoder, ReasonedEncoder
 from search_r3_jax.rollout.sampler import Sampler
 from search_r3_jax.text.prompts import Prompter
+from search_r3_jax.vectors import l2_normalize_numpy
 
 QUERIES_A_PASS = 128
 # The rows of a pass are a multiple of this: similar numbers of queries run the same program.
@@ -251,7 +252,7 @@ def averaged(direct: EmbeddedQueries, reasoned: EmbeddedQueries) -> EmbeddedQuer
     """Both of a query's vectors in one, their unit mean; it costs what the two cost."""
     sums = direct.vectors + reasoned.vectors
     return EmbeddedQueries(
-        vectors=sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12),
+        vectors=l2_normalize_numpy(sums),
         seconds=direct.seconds + reasoned.seconds,
         warm_seconds=direct.warm_seconds + reasoned.warm_seconds,
         valid=reasoned.valid,

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from search_r3_jax.data.collection import Collection
-from search_r3_jax.data.subsample import documents_hash
+from search_r3_jax.data.subsample import unordered_documents_hash
 from search_r3_jax.errors import UserError
 from search_r3_jax.evaluation.mteb_encoder import MtebEncoder
 from search_r3_jax.evaluation.report import check_evaluation, open_collection
@@ -51,7 +51,7 @@ def collection_task(collection: Collection, *, prompt: str | None = None) -> Abs
         description=f"{collection.name}, from this machine",
         type="Retrieval",
         category="t2t",
-        dataset={"path": collection.name, "revision": documents_hash(collection)},
+        dataset={"path": collection.name, "revision": unordered_documents_hash(collection)},
         eval_splits=[collection.split],
         eval_langs=["eng-Latn"],
         main_score="ndcg_at_10",

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from search_r3_jax.config import Step
 from search_r3_jax.console import progress_bar
 from search_r3_jax.data.dataset import load_collection
-from search_r3_jax.data.subsample import cut_corpus, documents_hash
+from search_r3_jax.data.subsample import sample_corpus, unordered_documents_hash
 from search_r3_jax.errors import UserError
 from search_r3_jax.files import check_output, write_json
 from search_r3_jax.hub.checkpoint_reader import read_run
@@ -107,7 +107,7 @@ def measure_perplexity(
         raise UserError("--max-documents, --max-tokens: give at least 1 document and 2 tokens")
     whole = load_collection(data, split)
     # Without queries nothing counts as judged: the documents are random ones.
-    collection, cut = cut_corpus(dataclasses.replace(whole, queries=()), max_documents, seed=seed)
+    collection, cut = sample_corpus(dataclasses.replace(whole, queries=()), max_documents, seed=seed)
     pinned = pinned_step(model, step)
     run_config = None if pinned is None else read_run(resolve(model))[1]["config"]
     loaded = load_model(model, step=pinned)
@@ -126,7 +126,7 @@ def measure_perplexity(
             "path": str(data),
             "name": whole.name,
             "split": split,
-            "documents_sha256": documents_hash(collection),
+            "documents_sha256": unordered_documents_hash(collection),
         },
         "cut": dataclasses.asdict(cut),
         "max_tokens": limit,

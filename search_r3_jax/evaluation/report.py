@@ -18,11 +18,11 @@ from search_r3_jax.data.collection import Collection
 from search_r3_jax.data.dataset import load_collection
 from search_r3_jax.data.subsample import (
     CorpusSample,
-    QueryCut,
-    cut_corpus,
-    cut_queries,
-    documents_hash,
-    queries_hash,
+    QuerySample,
+    sample_corpus,
+    sample_queries,
+    unordered_documents_hash,
+    unordered_queries_hash,
 )
 from search_r3_jax.errors import UserError
 from search_r3_jax.evaluation.controls import CONTROLS
@@ -60,7 +60,7 @@ SAMPLES = 10_000
 class Cuts(NamedTuple):
     """What was left out of a collection; None where nothing was asked for."""
 
-    queries: QueryCut | None
+    queries: QuerySample | None
     corpus: CorpusSample | None
 
 
@@ -118,10 +118,10 @@ def open_collection(settings: EvalSettings | BudgetSettings, notes: Console) -> 
     than asked for."""
     collection, of_queries = load_collection(settings.data, settings.split), None
     if settings.max_queries is not None:
-        collection, of_queries = cut_queries(collection, settings.max_queries, seed=settings.seed)
+        collection, of_queries = sample_queries(collection, settings.max_queries, seed=settings.seed)
     if settings.max_documents is None:
         return collection, Cuts(of_queries, None)
-    collection, cut = cut_corpus(collection, settings.max_documents, seed=settings.seed)
+    collection, cut = sample_corpus(collection, settings.max_documents, seed=settings.seed)
     if cut.documents > cut.asked:
         notes.print(
             f"{cut.judged} documents are judged: all of them stay, more than the {cut.asked} asked for",
@@ -165,8 +165,8 @@ def common_record(
             "split": collection.split,
             "documents": len(collection.documents),
             "queries": len(collection.queries),
-            "documents_sha256": documents_hash(collection),
-            "queries_sha256": queries_hash(collection),
+            "documents_sha256": unordered_documents_hash(collection),
+            "queries_sha256": unordered_queries_hash(collection),
             "cut": None if cuts.corpus is None else dataclasses.asdict(cuts.corpus),
             "query_cut": None if cuts.queries is None else dataclasses.asdict(cuts.queries),
         },

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-import numpy as np
-
 from search_r3_jax.config import ModelConfig, RopeScaling
 from search_r3_jax.errors import UserError
 
@@ -333,8 +331,3 @@ def _rope_to_hf(scaling: RopeScaling) -> dict[str, Any]:
         "truncate": scaling.truncate,
         "attention_factor": scaling.attention_factor,
     }
-
-
-def to_ours(tensor: np.ndarray, transposed: bool) -> np.ndarray:
-    """A torch-layout tensor in the decoder's layout, and the other way round."""
-    return np.ascontiguousarray(tensor.T) if transposed else tensor

@@ -60,24 +60,6 @@ def merge_lora(decoder: Decoder) -> Decoder:
     return merged
 
 
-def unmerge_lora(merged: Decoder, adapted: Decoder) -> Decoder:
-    """The adapters of `adapted` over `merged` minus their updates: the inverse of `merge_lora` up to float32
-    rounding.
-
-    For a decoder that came merged, from an export say, when its adapters are at hand but its base is not. The
-    embed token's row of the base is gone; it is left as merged, which only the reference policy sees.
-    """
-    if adapted.lora is None:
-        return merged
-    restored = _empty_like(merged, adapted.lora)
-    nnx.update(restored, nnx.state(merged, nnx.Param))
-    nnx.update(restored, nnx.state(adapted, LoraParam))
-    for name in adapted.lora.targets:
-        linear = getattr(restored.layers, name)
-        linear.kernel.set_value(linear.kernel[...] - _update_of(linear))
-    return restored
-
-
 def _update_of(linear: Linear) -> jax.Array:
     """What an adapter adds to its kernels [L,I,O], float32."""
     if linear.lora_a is None or linear.lora_b is None:

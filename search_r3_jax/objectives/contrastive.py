@@ -9,17 +9,14 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from search_r3_jax.vectors import l2_normalize
+
 Direction = Literal["query_to_document", "query_to_query", "document_to_query", "document_to_document"]
 Loss = tuple[jax.Array, jax.Array, dict[str, jax.Array]]
 
 # A score that contributes nothing. Finite, so that nothing here or in a gradient is ∞ − ∞ or 0 · ∞, whatever
 # is excluded.
 FLOOR = -1e30
-
-
-def one_positive(positive_b: jax.Array, P: int) -> jax.Array:
-    """Relevance [B,P] float32 of queries that have one positive each: row `positive_b` int32 of P."""
-    return jax.nn.one_hot(positive_b, P, dtype=jnp.float32)
 
 
 def exclusions(document_ids_p: jax.Array, known_positive_ids_bk: jax.Array) -> jax.Array:
@@ -275,7 +272,4 @@ def matryoshka(
 def _truncated(x: jax.Array, dim: int) -> jax.Array:
     if not 0 < dim <= x.shape[-1]:
         raise ValueError(f"matryoshka dimension {dim}: the vectors have {x.shape[-1]}")
-    x = x[..., :dim].astype(jnp.float32)
-    squared = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-    # A zero vector stays zero and has a zero gradient.
-    return x * jax.lax.rsqrt(jnp.where(squared > 0, squared, 1.0))
+    return l2_normalize(x[..., :dim])

@@ -20,13 +20,13 @@ from search_r3_jax.config import ModelConfig
 from search_r3_jax.errors import UserError
 from search_r3_jax.mesh import BATCH_AXES, constrain, map_params, reshaped, use_mesh
 from search_r3_jax.models.decoder import Decoder, positions_from_lengths
-from search_r3_jax.models.embedding import unit
 from search_r3_jax.models.kv_block import EMPTY_POSITION, KVBlock
 from search_r3_jax.rollout.encoder import prefix_block
 from search_r3_jax.rollout.prefill import prefill
 from search_r3_jax.rollout.token_sampling import sample_token
 from search_r3_jax.text.packing import bucket_length, pad_rows
 from search_r3_jax.text.prompts import Prompter
+from search_r3_jax.vectors import l2_normalize
 
 # The share of a chip's memory that the weights may have while replies are written; a trainer's state and the
 # caches have the rest.
@@ -239,7 +239,9 @@ class Sampler:
                         sampled=replies.sampled.at[chosen, t].set(True, mode="drop"),
                         log_probs=replies.log_probs.at[chosen, t].set(choice.log_prob, mode="drop"),
                         entropies=replies.entropies.at[chosen, t].set(choice.entropy, mode="drop"),
-                        vectors=replies.vectors.at[jnp.where(ends, row, B)].set(unit(state), mode="drop"),
+                        vectors=replies.vectors.at[jnp.where(ends, row, B)].set(
+                            l2_normalize(state), mode="drop"
+                        ),
                         valid=replies.valid.at[jnp.where(ends, chosen, B)].set(True, mode="drop"),
                     ),
                 )

@@ -19,7 +19,7 @@ from rich.console import Console
 from search_r3_jax.config import Step
 from search_r3_jax.console import progress_bar
 from search_r3_jax.data.collection import Collection, Document
-from search_r3_jax.data.dataset import build_dataset, load_collections, queries_hash
+from search_r3_jax.data.dataset import build_dataset, load_collections, ordered_queries_hash
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub.export import text_room
 from search_r3_jax.hub.load_model import load_model, pinned_step, resolve
@@ -187,7 +187,10 @@ def _model_hash(decoder: Decoder, prompter: Prompter) -> str:
 def _identity(collections: Mapping[str, Collection]) -> dict[str, Any]:
     """Name and contents of a data set, wherever it lies."""
     hashes = {
-        split: {"corpus_hash": collection.corpus_hash(), "queries_hash": queries_hash(collection.queries)}
+        split: {
+            "corpus_hash": collection.corpus_hash(),
+            "queries_hash": ordered_queries_hash(collection.queries),
+        }
         for split, collection in collections.items()
     }
     return {"name": next(iter(collections.values())).name, "splits": hashes}
