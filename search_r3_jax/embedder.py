@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from search_r3_jax.config import SamplerConfig, Step
 from search_r3_jax.console import Bar, progress_bar
 from search_r3_jax.errors import UserError
-from search_r3_jax.hub.export import MAX_TOKENS, read_record, text_room
+from search_r3_jax.hub.export import MAX_TOKENS, max_text_tokens, read_export_manifest
 from search_r3_jax.hub.load_model import LoadedModel, load_model, resolve
 from search_r3_jax.hub.weights import parameter_hash
 from search_r3_jax.rollout.encoder import Encoder
@@ -75,7 +75,7 @@ class Embedder:
         self.tokenizer: PreTrainedTokenizerBase = model.tokenizer
         self.dimension = model.decoder.config.hidden_size
         self.parameters = sum(x.size for x in jax.tree.leaves(self._state))
-        self.max_tokens = min(max_tokens, text_room(prompter, model.decoder.config.max_positions))
+        self.max_tokens = min(max_tokens, max_text_tokens(prompter, model.decoder.config.max_positions))
 
     @classmethod
     def load(
@@ -94,9 +94,9 @@ class Embedder:
         `max_tokens` None is what an exported folder says, else 512. Raises UserError when the model cannot be
         read or has other prompts.
         """
-        record = read_record(resolve(name))
+        manifest = read_export_manifest(resolve(name))
         if max_tokens is None:
-            max_tokens = MAX_TOKENS if record is None else int(record["max_tokens"])
+            max_tokens = MAX_TOKENS if manifest is None else int(manifest["max_tokens"])
         model = load_model(name, step=step, compute_dtype=compute_dtype)
         return cls(model, max_tokens=max_tokens, max_think_tokens=max_think_tokens, temperature=temperature)
 
@@ -159,7 +159,7 @@ class Embedder:
         # By length, so that a batch is padded to little more than its own texts.
         order = sorted(range(len(texts)), key=lambda i: -lengths[i])
         seeds = np.random.SeedSequence(seed).generate_state(len(texts))
-        found: dict[int, Thought] = {}
+        thoughts_by_row: dict[int, Thought] = {}
         with _bar("thoughts", len(texts), progress) as bar:
             for start in range(0, len(order), THINK_BATCH):
                 rows = order[start : start + THINK_BATCH]
@@ -170,7 +170,7 @@ class Embedder:
                     self._state, [texts[i] for i in filled], seeds[filled][:, None], max_tokens=longest
                 )
                 for at, (i, reply) in enumerate(zip(rows, rollout.replies(), strict=False)):
-                    found[i] = Thought(
+                    thoughts_by_row[i] = Thought(
                         text=self._thought_text(reply),
                         vector=rollout.vectors[at],
                         valid=bool(rollout.valid[at]),
@@ -178,7 +178,7 @@ class Embedder:
                     )
                 if bar is not None:
                     bar.advance(len(rows))
-        return [found[i] for i in range(len(texts))]
+        return [thoughts_by_row[i] for i in range(len(texts))]
 
     def similarity(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
         """Cosines [Q,N] float32 of unit vectors [Q,E] and [N,E]; a single vector [E] counts as one row."""

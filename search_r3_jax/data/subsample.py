@@ -1,5 +1,4 @@
-"""Fewer queries, and a smaller corpus, that are the same for every system, and what tells two sets of texts
-apart."""
+"""Reproducible subsamples of queries and corpus, and hashes that ignore their order."""
 
 from __future__ import annotations
 
@@ -15,11 +14,11 @@ class CorpusSample:
     """Which part of a corpus was searched.
 
     Attributes:
-        asked: how many documents were wanted; more remain where more are judged.
-        documents: how many remain, of `whole`.
-        judged: how many of them the split's queries judge.
-        seed: draws the others.
-        ids_sha256: hash of the remaining ids, whatever their order.
+        asked: requested number of documents; more remain if more are judged.
+        documents: number of documents that remain, of `whole`.
+        judged: how many of these the split's queries judge.
+        seed: seed of the draw of the others.
+        ids_sha256: hash of the sorted remaining ids.
     """
 
     asked: int
@@ -42,8 +41,10 @@ class QuerySample:
 def sample_queries(
     collection: Collection, max_queries: int, *, seed: int = 0
 ) -> tuple[Collection, QuerySample]:
-    """At most so many queries, in their order; chosen by a hash of their ids, and a larger number holds the
-    smaller one's."""
+    """At most `max_queries` queries in their order, drawn by a hash of their ids.
+
+    A larger sample of the same seed contains the smaller one.
+    """
     drawn = sorted(
         (query.query_id for query in collection.queries),
         key=lambda query_id: digest_of((str(seed), query_id)),
@@ -58,8 +59,10 @@ def sample_queries(
 def sample_corpus(
     collection: Collection, max_documents: int, *, seed: int = 0
 ) -> tuple[Collection, CorpusSample]:
-    """All documents that the queries judge, and others up to `max_documents`; chosen by a hash of their ids,
-    not by their order."""
+    """All documents that the queries judge, plus others up to `max_documents`, drawn by a hash of their ids.
+
+    The order of the documents does not change the draw.
+    """
     judged = {doc_id for query in collection.queries for doc_id in (*query.positives, *query.negatives)}
     others = [document.doc_id for document in collection.documents if document.doc_id not in judged]
     drawn = sorted(others, key=lambda doc_id: digest_of((str(seed), doc_id)))[
@@ -67,7 +70,7 @@ def sample_corpus(
     ]
     kept = judged.union(drawn)
     documents = tuple(document for document in collection.documents if document.doc_id in kept)
-    cut = CorpusSample(
+    sample = CorpusSample(
         asked=max_documents,
         documents=len(documents),
         whole=len(collection.documents),
@@ -75,16 +78,16 @@ def sample_corpus(
         seed=seed,
         ids_sha256=digest_of(sorted(document.doc_id for document in documents)),
     )
-    return dataclasses.replace(collection, documents=documents), cut
+    return dataclasses.replace(collection, documents=documents), sample
 
 
 def unordered_documents_hash(collection: Collection) -> str:
-    """Hexadecimal sha256 over ids and bodies of the corpus, whatever its order."""
+    """Hexadecimal sha256 over ids and bodies of the corpus; their order does not matter."""
     return digest_of(sorted(digest_of((document.doc_id, document.body)) for document in collection.documents))
 
 
 def unordered_queries_hash(collection: Collection) -> str:
-    """Hexadecimal sha256 over ids, texts and relevant documents of the queries, whatever their order."""
+    """Hexadecimal sha256 over ids, texts and judgements of the queries; their order does not matter."""
     parts = [
         digest_of(
             (

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from search_r3_jax.errors import UserError
 from search_r3_jax.evaluation.metrics import METRICS
-from search_r3_jax.evaluation.result_files import read_record
+from search_r3_jax.evaluation.result_files import read_result_file
 from search_r3_jax.evaluation.significance import Interval, bootstrap_interval, sign_flip_p_value
 
 SHOWN = 5
@@ -58,10 +58,10 @@ def read_result(name: str) -> Result:
     head, _, tail = name.rpartition(":")
     if tail in MODES and not path.is_file():
         path, mode = Path(head), tail
-    record = read_record(path, wrote="`search-r3 eval --out`")
-    if "modes" not in record:
+    content = read_result_file(path, wrote="`search-r3 eval --out`")
+    if "modes" not in content:
         raise UserError(f"{path}: modes: missing, so it is no result of `search-r3 eval`; evaluate again")
-    modes = record["modes"]
+    modes = content["modes"]
     if mode is None and len(modes) > 1:
         raise UserError(
             f"{path}: has the modes {' and '.join(modes)}; append one, as in {path}:{next(iter(modes))}"
@@ -69,7 +69,7 @@ def read_result(name: str) -> Result:
     mode = mode or next(iter(modes))
     if mode not in modes:
         raise UserError(f"{path}: modes: has no {mode}; it has {' and '.join(modes)}")
-    return Result(name=f"{path}, {mode}", data=record["data"], queries=modes[mode]["per_query"])
+    return Result(name=f"{path}, {mode}", data=content["data"], queries=modes[mode]["per_query"])
 
 
 def compare_results(first: Result, second: Result, metric: str, *, samples: int, seed: int) -> Comparison:

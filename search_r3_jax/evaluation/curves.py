@@ -27,11 +27,11 @@ def draw_curves(runs: Sequence[Path], out: Path) -> None:
     """
     check_output("--out", out)
     pyplot = open_pyplot("curves")
-    read = {run.name: _read(run) for run in runs}
+    files_of = {run.name: _read(run) for run in runs}
     figure, axes = pyplot.subplots(
-        2, len(read), figsize=(4 * len(read), 6), squeeze=False, sharex="col", layout="constrained"
+        2, len(files_of), figsize=(4 * len(files_of), 6), squeeze=False, sharex="col", layout="constrained"
     )
-    for (run, (evaluations, metrics)), (above, below) in zip(read.items(), axes.T, strict=True):
+    for (run, (evaluations, metrics)), (above, below) in zip(files_of.items(), axes.T, strict=True):
         for mode, style in MODES.items():
             seen = [
                 (step, sets) for step, sets in evaluations if all(mode in modes for modes in sets.values())
@@ -86,11 +86,11 @@ def _read(run: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[dict[str, A
     file = run / "metrics.jsonl"
     if not file.is_file():
         raise UserError(f"{run}: no metrics.jsonl; give folders that sft or rl wrote to")
-    records = [
+    evaluations = [
         json.loads(path.read_text(encoding="utf-8")) for path in sorted((run / "eval").glob("dev_*.json"))
     ]
     metrics = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return [(record["step"], record["results"]) for record in records], metrics
+    return [(evaluation["step"], evaluation["results"]) for evaluation in evaluations], metrics
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:

@@ -23,12 +23,12 @@ from search_r3_jax.rollout.sampler import Sampler
 from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.vectors import l2_normalize_numpy
 
-QUERIES_A_PASS = 128
+QUERIES_PER_PASS = 128
 # The rows of a pass are a multiple of this: similar numbers of queries run the same program.
 PASS_MULTIPLE = 8
 DEPTH = 100
 OnProgress = Callable[[int], object]
-Searched = Literal["direct", "reason", "average"]
+QueryMode = Literal["direct", "reason", "average"]
 """What a query is embedded by: a prompt's mode, or the mean of both."""
 
 
@@ -190,7 +190,7 @@ class Evaluator:
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         vectors: dict[int, np.ndarray] = {}
         valid, replies = [False] * len(texts), [[0]] * len(texts)
-        width = pass_width(len(texts))
+        width = rows_per_pass(len(texts))
         self._sampler.compile(state, width, 1, max_tokens=self._text.max_query_tokens)
         compiled = time.perf_counter()
         for start in range(0, len(order), width):
@@ -231,7 +231,7 @@ class Evaluator:
         of_control = control_replies(
             self._prompter, texts, reasoned.replies, corpus_words(collection), seed=seed
         )
-        found: dict[str, EmbeddedQueries] = {}
+        results: dict[str, EmbeddedQueries] = {}
         for name in names:
             replies = of_control[name]
             started = time.perf_counter()
@@ -242,13 +242,13 @@ class Evaluator:
             )
             ended = time.perf_counter()
             tokens = [len(reply) for reply in replies]
-            found[name] = EmbeddedQueries(
+            results[name] = EmbeddedQueries(
                 vectors=vectors, seconds=ended - started, warm_seconds=ended - compiled, tokens=tokens
             )
-        return found
+        return results
 
 
-def averaged(direct: EmbeddedQueries, reasoned: EmbeddedQueries) -> EmbeddedQueries:
+def average_queries(direct: EmbeddedQueries, reasoned: EmbeddedQueries) -> EmbeddedQueries:
     """Both of a query's vectors in one, their unit mean; it costs what the two cost."""
     sums = direct.vectors + reasoned.vectors
     return EmbeddedQueries(
@@ -262,9 +262,9 @@ def averaged(direct: EmbeddedQueries, reasoned: EmbeddedQueries) -> EmbeddedQuer
     )
 
 
-def pass_width(queries: int) -> int:
-    """Rows of a pass, so that as many passes as `QUERIES_A_PASS` asks for are all about full."""
-    passes = -(-queries // QUERIES_A_PASS)
+def rows_per_pass(queries: int) -> int:
+    """Rows of a pass, so that as many passes as `QUERIES_PER_PASS` asks for are all about full."""
+    passes = -(-queries // QUERIES_PER_PASS)
     return -(-queries // (passes * PASS_MULTIPLE)) * PASS_MULTIPLE
 
 

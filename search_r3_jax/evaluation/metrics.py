@@ -30,7 +30,7 @@ class Metrics:
 
 
 METRICS = ("ndcg@10", "recall@10", "recall@100", "mrr", "map")
-NOTHING_FOUND = Metrics(ndcg_at_10=0.0, recall_at_10=0.0, recall_at_100=0.0, mrr=0.0, map=0.0)
+ZERO_METRICS = Metrics(ndcg_at_10=0.0, recall_at_10=0.0, recall_at_100=0.0, mrr=0.0, map=0.0)
 # What trec_eval calls them.
 _MEASURES = {"ndcg_cut.10", "recall.10,100", "recip_rank", "map"}
 
@@ -51,7 +51,7 @@ def evaluate_run(
     answered = {query_id: _plain_floats(run[query_id]) for query_id in qrels if run.get(query_id)}
     results = evaluator.evaluate(answered) if answered else {}
     of_query = {
-        query_id: _metrics(results[query_id]) if query_id in results else NOTHING_FOUND for query_id in qrels
+        query_id: _metrics(results[query_id]) if query_id in results else ZERO_METRICS for query_id in qrels
     }
     return _mean(of_query.values()), of_query
 

@@ -113,19 +113,19 @@ def run_mteb(settings: MtebSettings) -> list[TaskScores]:
         max_think_tokens=settings.max_think_tokens,
         instruction_template=settings.instruction_template,
     )
-    found: list[TaskScores] = []
+    scores_of_tasks: list[TaskScores] = []
     for task in tasks:
         result = mteb.evaluate(encoder, task, cache=mteb.ResultCache(settings.out), co2_tracker=False)
         for each in result.task_results:
             for split, subsets in each.scores.items():
-                found += [
+                scores_of_tasks += [
                     TaskScores(
                         task=each.task_name, split=split, subset=scores["hf_subset"], scores=dict(scores)
                     )
                     for scores in subsets
                 ]
-    _show(settings, found)
-    return found
+    _show(settings, scores_of_tasks)
+    return scores_of_tasks
 
 
 def _named_tasks(names: Sequence[str]) -> list[Any]:
@@ -135,12 +135,12 @@ def _named_tasks(names: Sequence[str]) -> list[Any]:
         raise UserError(f"--tasks: {' '.join(str(error.args[0]).split())}") from None
 
 
-def _show(settings: MtebSettings, found: Sequence[TaskScores]) -> None:
+def _show(settings: MtebSettings, scores_of_tasks: Sequence[TaskScores]) -> None:
     table = Table(title=f"{settings.model}, {settings.mode}", title_justify="left", box=SIMPLE_HEAD)
     table.add_column("", no_wrap=True)
     for name in SCORES:
         table.add_column(name, justify="right", no_wrap=True)
-    for each in found:
+    for each in scores_of_tasks:
         values = [f"{each.scores[key]:.4f}" if key in each.scores else "" for key in SCORES.values()]
         where = each.split if each.subset == "default" else f"{each.subset}, {each.split}"
         table.add_row(f"{each.task} ({where})", *values)

@@ -83,13 +83,13 @@ def write_report(
         )
     check_output("--out", out)
     _check_pictures(pictures)
-    found, (evaluations, budgets) = read_runs(runs), read_results(results)
+    run_files, (evaluations, budgets) = read_runs(runs), read_results(results)
     sections = [
         section
-        for section in _sections(found, evaluations, budgets)
+        for section in _sections(run_files, evaluations, budgets)
         if section.pictures or section.tables or section.samples
     ]
-    page = _page([run.name for run in found] or [file.stem for file in results], sections)
+    page = _page([run.name for run in run_files] or [file.stem for file in results], sections)
     if pictures is not None:
         for picture in (picture for section in sections for picture in section.pictures):
             _write(pictures / f"{picture.name}.png", picture.png)
@@ -122,9 +122,9 @@ def _sections(
         sections.append(Section(anchor="results", title="Results", tables=result_tables(results)))
     if budgets:
         curves = [
-            draw_budget_curve(f"budget-{number}", record) for number, record in enumerate(budgets, start=1)
+            draw_budget_curve(f"budget-{number}", content) for number, content in enumerate(budgets, start=1)
         ]
-        tables = [budget_table(record) for record in budgets]
+        tables = [budget_table(content) for content in budgets]
         sections.append(Section(anchor="budget", title="Think budget", pictures=curves, tables=tables))
     for stage, title in STAGES.items():
         of_stage = [run for run in runs if run.stage == stage]
@@ -162,7 +162,7 @@ def _searches(run: RunFiles) -> SampleGroup:
     for sample in run.samples:
         if sample.origin and sample.text:
             of_query.setdefault((*sample.origin, sample.query), []).append(sample)
-    ends = [end for found in list(of_query.values())[:SHOWN_SEARCHES] for end in _spread(found, 2)]
+    ends = [end for searches in list(of_query.values())[:SHOWN_SEARCHES] for end in _spread(searches, 2)]
     return SampleGroup(
         title=f"{run.name}: development queries, first and last evaluation",
         samples=[_shown(sample) for sample in ends],

@@ -11,7 +11,7 @@ import numpy as np
 from search_r3_jax.evaluation.controls import CONTROLS
 from search_r3_jax.evaluation.metrics import METRICS
 from search_r3_jax.evaluation.report import ROWS, SAMPLES, interval_text, title_of
-from search_r3_jax.evaluation.result_files import EvalResult, SetKey
+from search_r3_jax.evaluation.result_files import DataKey, EvalResult
 from search_r3_jax.evaluation.run_files import RunFiles
 from search_r3_jax.evaluation.significance import bootstrap_interval
 
@@ -60,7 +60,7 @@ def index_table(runs: Sequence[RunFiles]) -> Table:
 def result_tables(results: Sequence[EvalResult]) -> list[Table]:
     """All sets by all systems, where there are several sets; then each set's systems with every metric, and
     controls of reasoning."""
-    of_set: dict[SetKey, dict[str, EvalResult]] = {}
+    of_set: dict[DataKey, dict[str, EvalResult]] = {}
     for result in results:
         systems = of_set.setdefault(result.searched, {})
         # Two checkpoints of one name, for one: the files tell them apart.
@@ -78,7 +78,7 @@ def result_tables(results: Sequence[EvalResult]) -> list[Table]:
     return tables
 
 
-def budget_table(record: Mapping[str, Any]) -> Table:
+def budget_table(content: Mapping[str, Any]) -> Table:
     """The numbers of a think-budget curve."""
 
     def row(name: str, point: Mapping[str, Any]) -> list[Cell]:
@@ -92,36 +92,36 @@ def budget_table(record: Mapping[str, Any]) -> Table:
         return [Cell(text=name), score, over, *_costs(point)]
 
     rows = [
-        row("direct", record["direct"]),
-        *(row(str(point["max_think_tokens"]), point) for point in record["budgets"]),
+        row("direct", content["direct"]),
+        *(row(str(point["max_think_tokens"]), point) for point in content["budgets"]),
     ]
     head = ["tokens allowed", "nDCG@10", "over direct", *_COST_NAMES]
-    return Table(title=title_of(record), head=head, rows=rows, note=f"{INTERVALS_NOTE} {COSTS_NOTE}")
+    return Table(title=title_of(content), head=head, rows=rows, note=f"{INTERVALS_NOTE} {COSTS_NOTE}")
 
 
 def _columns(title: str, rows: Iterable[tuple[str, Show]], runs: Sequence[RunFiles], note: str = "") -> Table:
     """A row each of what at least one run has."""
     shown = [[Cell(text=name), *(Cell(text=show(run)) for run in runs)] for name, show in rows]
-    told = [row for row in shown if any(cell.text for cell in row[1:])]
-    return Table(title=title, head=["", *(run.name for run in runs)], rows=told, note=note, texts=True)
+    filled_rows = [row for row in shown if any(cell.text for cell in row[1:])]
+    return Table(title=title, head=["", *(run.name for run in runs)], rows=filled_rows, note=note, texts=True)
 
 
-def _overview(of_set: Mapping[SetKey, Mapping[str, EvalResult]]) -> Table:
+def _overview(of_set: Mapping[DataKey, Mapping[str, EvalResult]]) -> Table:
     names = list(dict.fromkeys(name for systems in of_set.values() for name in systems))
     rows = []
     for name in names:
-        found = [systems.get(name) for systems in of_set.values()]
+        results = [systems.get(name) for systems in of_set.values()]
         rows.append(
             [
                 Cell(text=name),
-                *(Cell(text="") if each is None else _scored(each.values("ndcg@10")) for each in found),
+                *(Cell(text="") if each is None else _scored(each.values("ndcg@10")) for each in results),
             ]
         )
     head = ["nDCG@10", *(f"{each.name} ({each.split}), {each.documents} documents" for each in of_set)]
     return Table(title="nDCG@10 of every system on every set", head=head, rows=rows, note=INTERVALS_NOTE)
 
 
-def _set_table(searched: SetKey, systems: Mapping[str, EvalResult]) -> Table:
+def _set_table(searched: DataKey, systems: Mapping[str, EvalResult]) -> Table:
     first = next(iter(systems.values()))
     rows = []
     for name, result in systems.items():
@@ -141,24 +141,29 @@ def _set_table(searched: SetKey, systems: Mapping[str, EvalResult]) -> Table:
     )
 
 
-def _controls_table(searched: SetKey, system: str, controls: Mapping[str, Mapping[str, Any]]) -> Table:
+def _controls_table(searched: DataKey, system: str, controls: Mapping[str, Mapping[str, Any]]) -> Table:
     rows = []
     for name, values in controls.items():
         gain = values["own_minus_this"]
-        own = (
+        difference = (
             Cell(text="")
             if name == "own"
             else Cell(text=f"{gain['mean']:+.4f}", small=interval_text(gain, "{:+.3f}"))
         )
         score = Cell(text=f"{values['ndcg@10']:.4f}", small=interval_text(values["ndcg@10_interval"]))
         rows.append(
-            [Cell(text=CONTROLS.get(name, name)), score, own, Cell(text=f"{values['reply_tokens']:.1f}")]
+            [
+                Cell(text=CONTROLS.get(name, name)),
+                score,
+                difference,
+                Cell(text=f"{values['reply_tokens']:.1f}"),
+            ]
         )
     title = f"What its own reasoning is worth: {system}, {_set_title(searched)}"
     return Table(title=title, head=["reasoning", "nDCG@10", "own − this", "tokens"], rows=rows)
 
 
-def _set_title(searched: SetKey) -> str:
+def _set_title(searched: DataKey) -> str:
     return (
         f"{len(searched.query_ids)} queries of {searched.name} ({searched.split}) over "
         f"{searched.documents} documents"
@@ -216,15 +221,15 @@ def _weights(run: RunFiles) -> str:
 
 
 def _sets(run: RunFiles) -> str:
-    version = run.record.get("data_version", [])
+    version = run.run_json.get("data_version", [])
     sets = version if isinstance(version, list) else [version]
-    told = [f"{each.get('name')} ({each.get('split')})" for each in sets if isinstance(each, dict)]
-    return ", ".join(told) or _plain(run.config.data.sets)
+    names = [f"{each.get('name')} ({each.get('split')})" for each in sets if isinstance(each, dict)]
+    return ", ".join(names) or _plain(run.config.data.sets)
 
 
 def _changes(run: RunFiles) -> str:
     """Settings that another call changed, and when."""
-    changes = run.record.get("changes")
+    changes = run.run_json.get("changes")
     changes = [each for each in changes if isinstance(each, dict)] if isinstance(changes, list) else []
     return "; ".join(
         f"{each.get('field')}: {each.get('before')} → {each.get('now')} at step {each.get('step')}"

@@ -107,7 +107,7 @@ def measure_perplexity(
         raise UserError("--max-documents, --max-tokens: give at least 1 document and 2 tokens")
     whole = load_collection(data, split)
     # Without queries nothing counts as judged: the documents are random ones.
-    collection, cut = sample_corpus(dataclasses.replace(whole, queries=()), max_documents, seed=seed)
+    collection, sample = sample_corpus(dataclasses.replace(whole, queries=()), max_documents, seed=seed)
     pinned = pinned_step(model, step)
     run_config = None if pinned is None else read_run(resolve(model))[1]["config"]
     loaded = load_model(model, step=pinned)
@@ -118,7 +118,7 @@ def measure_perplexity(
         raise UserError(f"{data}: no document of at least two tokens, so there is none to predict")
     with progress_bar(Console(stderr=True, highlight=False, soft_wrap=True), "documents", usable) as bar:
         measured = perplexity(loaded.decoder, rows, on_progress=bar.advance)
-    record = {
+    result = {
         "model": model,
         "step": pinned,
         "run_config": run_config,
@@ -128,10 +128,10 @@ def measure_perplexity(
             "split": split,
             "documents_sha256": unordered_documents_hash(collection),
         },
-        "cut": dataclasses.asdict(cut),
+        "cut": dataclasses.asdict(sample),
         "max_tokens": limit,
         **dataclasses.asdict(measured),
     }
     if out is not None:
-        write_json(out, record)
-    return record
+        write_json(out, result)
+    return result

@@ -64,7 +64,7 @@ class Picture:
     """A picture in both formats; `name` is that of its file, `told` says in words what it shows."""
 
     name: str
-    told: str
+    alt_text: str
     svg: bytes
     png: bytes
 
@@ -159,20 +159,20 @@ def draw_panels(stage: str, runs: Sequence[RunFiles], panels: Sequence[Panel]) -
         if lines:
             with pyplot.rc_context(RC):
                 figure = _figure(pyplot, panel, [run.name for run in runs], lines)
-                told = f"{panel.title}: " + "; ".join(
-                    _told(runs[at].name, panel, term, values) for at, term, _, values in lines
+                alt_text = f"{panel.title}: " + "; ".join(
+                    _line_summary(runs[at].name, panel, term, values) for at, term, _, values in lines
                 )
-                pictures.append(_picture(pyplot, f"{stage}-{panel.name.replace('_', '-')}", told, figure))
+                pictures.append(_picture(pyplot, f"{stage}-{panel.name.replace('_', '-')}", alt_text, figure))
     return pictures
 
 
-def draw_budget_curve(name: str, record: Mapping[str, Any]) -> Picture:
+def draw_budget_curve(name: str, content: Mapping[str, Any]) -> Picture:
     """The think-budget curve of a record of `budget`."""
     pyplot = open_pyplot("report")
     with pyplot.rc_context(RC):
-        figure = budget_figure(pyplot, record, size=(WIDTH * 1.1, HEIGHT * 1.3))
+        figure = budget_figure(pyplot, content, size=(WIDTH * 1.1, HEIGHT * 1.3))
         return _picture(
-            pyplot, name, f"nDCG@10 over the tokens written for a query. {title_of(record)}", figure
+            pyplot, name, f"nDCG@10 over the tokens written for a query. {title_of(content)}", figure
         )
 
 
@@ -189,7 +189,7 @@ def _figure(
         if panel.measured:
             axis.plot(steps, values, **look, marker="o", markersize=3.5)
         else:
-            steps, values = _fewer(steps), _fewer(values)
+            steps, values = _downsampled(steps), _downsampled(values)
             axis.plot(steps, values, **look | {"linewidth": 0.8, "alpha": 0.3})
             # A single step makes no line.
             axis.plot(
@@ -218,15 +218,15 @@ def _legend(
     """Runs by colour where there are several, then terms by style where there are several."""
     runs = sorted({at for at, *_ in lines})
     terms = sorted({term for _, term, *_ in lines})
-    told = list(panel.terms.values())
+    term_names = list(panel.terms.values())
     handles, labels = [], []
     if len(names) > 1:
         handles += [pyplot.Line2D([], [], color=f"C{at % 10}") for at in runs]
         labels += [_short(names[at]) for at in runs]
-    if len(terms) > 1 or told[terms[0]]:
+    if len(terms) > 1 or term_names[terms[0]]:
         color = "C0" if len(names) == 1 else "0.4"
         handles += [pyplot.Line2D([], [], color=color, linestyle=STYLES[term]) for term in terms]
-        labels += [told[term] for term in terms]
+        labels += [term_names[term] for term in terms]
     return handles, labels
 
 
@@ -242,12 +242,12 @@ def _short(name: str, most: int = 28) -> str:
     return name if len(name) <= most else "…" + name[1 - most :]
 
 
-def _fewer(values: np.ndarray) -> np.ndarray:
+def _downsampled(values: np.ndarray) -> np.ndarray:
     """Means of at most `MOST_POINTS` stretches of equal length."""
     return np.array([part.mean() for part in np.array_split(values, min(len(values), MOST_POINTS))])
 
 
-def _told(run: str, panel: Panel, term: int, values: np.ndarray) -> str:
+def _line_summary(run: str, panel: Panel, term: int, values: np.ndarray) -> str:
     """First and last value of a line; of what was logged at every step, the means of a few."""
     name = list(panel.terms.values())[term]
     few = 1 if panel.measured else SMOOTHED_STEPS
@@ -255,9 +255,9 @@ def _told(run: str, panel: Panel, term: int, values: np.ndarray) -> str:
     return f"{of}: from {values[:few].mean():.4g} to {values[-few:].mean():.4g}"
 
 
-def _picture(pyplot: ModuleType, name: str, told: str, figure: Any) -> Picture:
+def _picture(pyplot: ModuleType, name: str, alt_text: str, figure: Any) -> Picture:
     svg, png = io.BytesIO(), io.BytesIO()
     figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     figure.savefig(png, format="png", dpi=200, facecolor="white")
     pyplot.close(figure)
-    return Picture(name=name, told=told, svg=svg.getvalue(), png=png.getvalue())
+    return Picture(name=name, alt_text=alt_text, svg=svg.getvalue(), png=png.getvalue())

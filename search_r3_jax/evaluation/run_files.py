@@ -60,7 +60,7 @@ class RunFiles:
     name: str
     stage: str
     config: RunConfig
-    record: Mapping[str, Any]
+    run_json: Mapping[str, Any]
     metrics: Sequence[Mapping[str, float]]
     before: Mapping[str, float] = field(default_factory=dict)
     samples: Sequence[Sample] = ()
@@ -102,8 +102,8 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 def _read_run(folder: Path, name: str) -> RunFiles:
-    config, record = read_run(folder)
-    stage = record.get("stage")
+    config, run_json = read_run(folder)
+    stage = run_json.get("stage")
     if stage not in STAGES:
         raise UserError(
             f"{folder / 'config.json'}: stage: is none of {', '.join(STAGES)}; give a folder that sft or rl "
@@ -113,7 +113,7 @@ def _read_run(folder: Path, name: str) -> RunFiles:
         name=name,
         stage=stage,
         config=config,
-        record=record,
+        run_json=run_json,
         metrics=[_scalars(line, where) for line, where in _objects(folder / "metrics.jsonl")],
         before=_before(folder / "eval" / "dev_000000.json"),
         samples=[_sample(line, where) for line, where in _objects(folder / "samples.jsonl")],
@@ -122,7 +122,7 @@ def _read_run(folder: Path, name: str) -> RunFiles:
 
 def _objects(file: Path) -> list[tuple[dict[str, Any], str]]:
     """Each line of a .jsonl file with its place; a last line that is still being written is left out."""
-    found = []
+    objects = []
     for number, text in enumerate(complete_lines(file), start=1):
         where = f"{file}: line {number}"
         try:
@@ -132,8 +132,8 @@ def _objects(file: Path) -> list[tuple[dict[str, Any], str]]:
         if not isinstance(line, dict):
             raise UserError(f"{where}: is no JSON object; {DAMAGED}")
         _need(_is_count, "number of a step", line, "step", where)
-        found.append((line, where))
-    return found
+        objects.append((line, where))
+    return objects
 
 
 def _scalars(line: Mapping[str, Any], where: str) -> dict[str, float]:

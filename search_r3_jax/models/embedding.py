@@ -11,8 +11,10 @@ from search_r3_jax.vectors import l2_normalize
 
 
 class EmbedOutput(NamedTuple):
-    """`vectors` [B,E] float32 of unit norm (zeros where not valid); `valid` [B] bool: exactly one embed token
-    in the row."""
+    """`vectors` [B,E] float32 of unit norm (zeros where not valid) and `valid` [B] bool.
+
+    A row is valid if it has exactly one embed token.
+    """
 
     vectors: jax.Array
     valid: jax.Array

@@ -82,7 +82,7 @@ def read_program(
     """
     computations, entry = _computations(compiled.as_text() or "")
     flops, product_bytes, attention_flops = 0.0, 0.0, 0.0
-    found = list[Collective]()
+    collectives = list[Collective]()
     for name, runs, inside in _visits(computations, entry, open_rounds):
         lines = computations[name]
         for line in lines:
@@ -92,8 +92,8 @@ def read_program(
             attention_flops += runs * _attention_flops(line)
             collective = _collective(line, runs, inside, mesh_shape)
             if collective is not None:
-                found.append(collective)
-    return Program(flops, product_bytes, attention_flops, found)
+                collectives.append(collective)
+    return Program(flops, product_bytes, attention_flops, collectives)
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
@@ -296,9 +296,9 @@ def _pairs(outputs: int, inputs: int, kernel: int, window: Mapping[str, int]) ->
 
 
 def _window(attributes: str) -> dict[str, list[int]]:
-    found = re.search(r"window=\{([^}]*)\}", attributes)
+    match = re.search(r"window=\{([^}]*)\}", attributes)
     values = {}
-    for name, value in re.findall(r"(\w+)=([\w\-]+)", found.group(1) if found else ""):
+    for name, value in re.findall(r"(\w+)=([\w\-]+)", match.group(1) if match else ""):
         # Of the padding only what is before the first input moves anything.
         values[name] = [int(part.split("_")[0]) for part in value.split("x")]
     return values

@@ -69,7 +69,7 @@ def open_slice(topology: str, slices: int = 1) -> Slice:
         # Hosts have four chips, but for those that have one.
         settings["chips_per_host_bounds"] = (1, 1, 1)
     try:
-        found = topologies.get_topology_desc(shaped, platform="tpu", num_slices=slices, **settings)
+        description = topologies.get_topology_desc(shaped, platform="tpu", num_slices=slices, **settings)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         if "libtpu" in reason or "Unable to initialize" in reason or "not found" in reason.lower():
@@ -78,7 +78,7 @@ def open_slice(topology: str, slices: int = 1) -> Slice:
                 "Linux"
             ) from None
         raise UserError(f"--topology: {topology}: the TPU compiler knows no such slice ({reason})") from None
-    return Slice(CHIPS[generation], shaped, slices, list(found.devices))
+    return Slice(CHIPS[generation], shaped, slices, list(description.devices))
 
 
 def _shaped(topology: str) -> str:
@@ -260,56 +260,56 @@ def _plan(
 
 
 def _settings(config: RunConfig, stage: Stage) -> dict[str, Any]:
-    found: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "text": dataclasses.asdict(config.text),
         "lora_rank": config.lora.rank,
         "remat": config.remat,
     }
-    found |= {"attention": config.attention, "compute_dtype": config.compute_dtype}
+    settings |= {"attention": config.attention, "compute_dtype": config.compute_dtype}
     if stage == "sft":
         names = ("global_batch", "encode_chunk", "negatives", "reasoned_share", "kl_weight")
-        found |= {name: getattr(config.sft, name) for name in names}
+        settings |= {name: getattr(config.sft, name) for name in names}
     if stage in ("rl", "decode"):
-        found |= {
+        settings |= {
             name: getattr(config.rl, name)
             for name in ("global_queries", "group_size", "micro_queries", "beta", "inner_epochs")
         }
-        found["max_think_tokens"] = config.rl.sampler.max_think_tokens
-    return found
+        settings["max_think_tokens"] = config.rl.sampler.max_think_tokens
+    return settings
 
 
 def _memory(lowered: LoweredStage, compiled: jax.stages.Compiled) -> dict[str, float]:
     """Bytes on a chip by kind, as the compiler lays them out; results that take the place of arguments are
     counted once."""
-    found = compiled.memory_analysis()
-    assert found is not None
+    memory = compiled.memory_analysis()
+    assert memory is not None
     kept = {kind: _bytes_on_chip(tree) for kind, tree in lowered.kept.items()}
     return (
         kept
         | {kind: _bytes_on_chip(tree) for kind, tree in lowered.beside.items()}
         | {
-            "batch": max(found.argument_size_in_bytes - sum(kept.values()), 0.0),
-            "results": found.output_size_in_bytes - found.alias_size_in_bytes,
-            "temporary": found.temp_size_in_bytes,
-            "program": found.generated_code_size_in_bytes,
+            "batch": max(memory.argument_size_in_bytes - sum(kept.values()), 0.0),
+            "results": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+            "temporary": memory.temp_size_in_bytes,
+            "program": memory.generated_code_size_in_bytes,
         }
     )
 
 
 def _argument_bytes(lowered: LoweredStage, compiled: jax.stages.Compiled) -> float:
-    found = compiled.memory_analysis()
-    assert found is not None
-    return found.argument_size_in_bytes - _bytes_on_chip(lowered.batch)
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    return memory.argument_size_in_bytes - _bytes_on_chip(lowered.batch)
 
 
 def _shardings(params: Any) -> dict[str, Any]:
     """Each parameter by its path."""
-    found = {}
+    shardings = {}
     for path, x in jax.tree_util.tree_leaves_with_path(params):
         name = ".".join(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
         over = [*x.sharding.spec, *[None] * (x.ndim - len(x.sharding.spec))]
-        found[name] = {"shape": list(x.shape), "over": over}
-    return dict(sorted(found.items()))
+        shardings[name] = {"shape": list(x.shape), "over": over}
+    return dict(sorted(shardings.items()))
 
 
 def _bytes_on_chip(tree: Any) -> float:

@@ -66,11 +66,11 @@ def print_plan(plan: Plan, *, as_json: bool) -> None:
 def print_meshes(tried: Sequence[tuple[MeshConfig, Plan | None]], *, as_json: bool) -> None:
     """What each mesh comes to, the best first."""
     if as_json:
-        found = [
+        entries = [
             {"mesh": dataclasses.asdict(mesh), "plan": None if plan is None else dataclasses.asdict(plan)}
             for mesh, plan in tried
         ]
-        print(json.dumps(found, indent=1))
+        print(json.dumps(entries, indent=1))
         return
     table = Table(
         *("slice", "data", "fsdp", "tensor"),

@@ -133,7 +133,7 @@ def test_all_four_losses_equal_one_text_at_a_time(tiny_folders: dict[str, Path])
             replies.append(len(prompter.direct.closing))
             rows.append([*prompter.direct.prefix, *prompter.direct_rows([text], 16)[0]])
         else:
-            thought = prompter.thought_ids(pipeline.key_terms[0].thought(pair.document))
+            thought = prompter.thought_ids(pipeline.tfidf_reasoning[0].thought(pair.document))
             replies.append(len(thought))
             rows.append([*prompter.reason.prefix, *prompter.reason_rows([text], 16)[0], *thought])
     rows += [
