@@ -1,4 +1,4 @@
-"""The think-budget curve: what reasoning gives, and what it costs, at each budget of thinking tokens."""
+"""Think-budget curve: quality and cost of reasoning at each budget of thinking tokens."""
 
 from __future__ import annotations
 
@@ -45,8 +45,10 @@ COLUMNS = (
 
 
 def run_budget(settings: BudgetSettings) -> dict[str, Any]:
-    """Evaluates each budget, prints the table, writes JSON and picture; returns the record. Raises UserError
-    before any model is loaded."""
+    """Evaluate each budget, print the table, write JSON and picture; return the JSON content.
+
+    Raises UserError before any model is loaded.
+    """
     _check(settings)
     notes = Console(stderr=True, highlight=False, soft_wrap=True)
     collection, subset = open_collection(settings, notes)
@@ -64,8 +66,10 @@ def run_budget(settings: BudgetSettings) -> dict[str, Any]:
 
 
 def draw_budget(content: Mapping[str, Any], out: Path) -> None:
-    """nDCG@10 with its intervals over the tokens of a query, direct search as a level line, as PNG; `record`
-    is that of `run_budget`."""
+    """Draw nDCG@10 with its intervals over the tokens per query, and direct search as a level line, as PNG.
+
+    `content` is that of `run_budget`.
+    """
     pyplot = open_pyplot("budget")
     figure = budget_figure(pyplot, content, size=(6, 4))
     figure.axes[0].set_title(title_of(content), fontsize=9)
@@ -75,7 +79,7 @@ def draw_budget(content: Mapping[str, Any], out: Path) -> None:
 
 
 def budget_figure(pyplot: ModuleType, content: Mapping[str, Any], *, size: tuple[float, float]) -> Any:
-    """What `draw_budget` writes, as a figure of `size` inches without a title."""
+    """The figure of `draw_budget`, `size` in inches, without a title."""
     figure, axis = pyplot.subplots(figsize=size, layout="constrained")
     points = sorted(content["budgets"], key=lambda point: point["reply_tokens"])
     tokens = np.array([point["reply_tokens"] for point in points])

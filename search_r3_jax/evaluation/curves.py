@@ -1,4 +1,4 @@
-"""Pictures of runs: development metrics and losses over the steps, as PNG."""
+"""Training curves as PNG: development metrics and losses over the steps."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ SMOOTHED_STEPS = 5
 
 
 def draw_curves(runs: Sequence[Path], out: Path) -> None:
-    """nDCG@10 on each run's development queries (line: direct, dashes: reasoned) above its losses or rewards.
+    """Draw nDCG@10 on development queries (line: direct, dashes: reasoned) above losses or rewards.
 
-    Raises UserError for what is no run.
+    One column per run. Raises UserError for a folder that is no run.
     """
     check_output("--out", out)
     pyplot = open_pyplot("curves")
@@ -69,8 +69,7 @@ def draw_curves(runs: Sequence[Path], out: Path) -> None:
 
 
 def open_pyplot(command: str) -> ModuleType:
-    """`matplotlib.pyplot`, drawing to files alone; raises UserError, which begins with the command's name,
-    where it is not installed."""
+    """`matplotlib.pyplot` with a file backend; raises UserError naming `command` if it is not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -94,7 +93,7 @@ def _read(run: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[dict[str, A
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """The mean of each value and those just before it, `SMOOTHED_STEPS` in all."""
+    """Running mean over the last `SMOOTHED_STEPS` values."""
     sums = np.cumsum(np.concatenate([np.zeros(1), values]))
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(ends - SMOOTHED_STEPS, 0)

@@ -1,4 +1,4 @@
-"""Evaluates one model on one collection, direct and reasoned."""
+"""Evaluation of one model on one collection, direct and reasoned."""
 
 from __future__ import annotations
 
@@ -24,27 +24,26 @@ from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.vectors import l2_normalize_numpy
 
 QUERIES_PER_PASS = 128
-# The rows of a pass are a multiple of this: similar numbers of queries run the same program.
+# Rows per pass are a multiple of this, so that similar numbers of queries share a program.
 PASS_MULTIPLE = 8
 DEPTH = 100
 OnProgress = Callable[[int], object]
 QueryMode = Literal["direct", "reason", "average"]
-"""What a query is embedded by: a prompt's mode, or the mean of both."""
+"""How a query is embedded: by a prompt's mode, or as the mean of both."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddedQueries:
-    """The queries of a collection, in its order.
+    """The embedded queries of a collection, in its order.
 
     Attributes:
         vectors: [Q,E] float32 of unit norm.
-        seconds: what embedding them took, compiling included.
+        seconds: wall time of embedding, compiling included.
         warm_seconds: the same without compiling.
-        valid: [Q] whether the reasoning ended with an embed token of its own; empty where nothing was
-            written.
-        tokens: [Q] tokens of each reply; empty where there are none.
-        thoughts: what was written for each query; empty without reasoning.
-        replies: the token ids of that, up to and with the embed token.
+        valid: [Q] whether the model wrote the embed token itself; empty without reasoning.
+        tokens: [Q] tokens of each reply; empty without replies.
+        thoughts: reasoning of each query as text; empty without reasoning.
+        replies: token ids of the replies, embed token included.
     """
 
     vectors: np.ndarray
@@ -58,7 +57,7 @@ class EmbeddedQueries:
 
 @dataclass(frozen=True, kw_only=True)
 class ModeResult:
-    """One mode on one collection.
+    """Result of one mode on one collection.
 
     Attributes:
         metrics: means over the queries.
@@ -80,17 +79,16 @@ class ModeResult:
 
     @property
     def valid_rate(self) -> float:
-        """Share of queries whose reasoning ended with an embed token of its own; 1 where nothing was
-        written."""
+        """Share of queries whose embed token the model wrote itself; 1 without reasoning."""
         return float(np.mean(self.valid)) if self.valid else 1.0
 
     @property
     def reply_tokens(self) -> float:
-        """Tokens of a query's reply on average; 0 where there are none."""
+        """Mean number of tokens per reply; 0 without replies."""
         return float(np.mean(self.tokens)) if self.tokens else 0.0
 
     def as_dict(self) -> dict[str, float]:
-        """The numbers that a table shows."""
+        """The numbers shown in a table."""
         return {
             **self.metrics.as_dict(),
             "valid_rate": self.valid_rate,
@@ -101,7 +99,7 @@ class ModeResult:
 
 
 class Evaluator:
-    """Compiled once, then fed with any parameters of the same structure."""
+    """Evaluates parameters of one structure; programs are compiled once."""
 
     def __init__(
         self,
@@ -112,7 +110,7 @@ class Evaluator:
         *,
         mesh: Mesh | None = None,
     ):
-        """On a `mesh`, every process evaluates the same and comes to the same result."""
+        """On a `mesh`, every process computes the whole result."""
         self._encoder, self._reasoned_encoder = (
             Encoder(graph, prompter, mesh=mesh),
             ReasonedEncoder(graph, prompter, mesh=mesh),
@@ -138,8 +136,7 @@ class Evaluator:
         )
 
     def direct(self, state: nnx.State, collection: Collection, documents_ne: np.ndarray) -> ModeResult:
-        """Queries embedded without reasoning, by exact search; `documents_ne` are the vectors of the
-        collection's corpus."""
+        """Search with queries embedded without reasoning, over the corpus vectors `documents_ne`, exactly."""
         return search_result(
             collection, exact_index(collection, documents_ne), self.direct_queries(state, collection)
         )
@@ -151,7 +148,7 @@ class Evaluator:
         documents_ne: np.ndarray,
         on_progress: OnProgress | None = None,
     ) -> ModeResult:
-        """Queries embedded after greedy reasoning, by exact search."""
+        """Search with queries embedded after greedy reasoning, over `documents_ne`, exactly."""
         return search_result(
             collection,
             exact_index(collection, documents_ne),
@@ -161,7 +158,7 @@ class Evaluator:
     def direct_queries(
         self, state: nnx.State, collection: Collection, on_progress: OnProgress | None = None
     ) -> EmbeddedQueries:
-        """Queries embedded without reasoning; their reply is the words that close every reply."""
+        """Embed the queries without reasoning; their reply is the closing."""
         started = time.perf_counter()
         texts = [query.text for query in collection.queries]
         self._encoder.compile(state, texts, max_tokens=self._text.max_query_tokens)
@@ -182,8 +179,10 @@ class Evaluator:
     def reasoned_queries(
         self, state: nnx.State, collection: Collection, on_progress: OnProgress | None = None
     ) -> EmbeddedQueries:
-        """Queries embedded after greedy reasoning; where the embed token did not come in time it was forced,
-        and counts as not valid."""
+        """Embed the queries after greedy reasoning.
+
+        A query whose embed token was forced at the limit counts as not valid.
+        """
         started = time.perf_counter()
         texts = [query.text for query in collection.queries]
         # Sorted by length, so that a pass holds prompts of one bucket.
@@ -225,8 +224,10 @@ class Evaluator:
         names: Iterable[str] = tuple(CONTROLS),
         on_progress: OnProgress | None = None,
     ) -> dict[str, EmbeddedQueries]:
-        """The queries with each of `names` (of `CONTROLS`) in place of their own reasoning; raises ValueError
-        for a single query."""
+        """Embed the queries with each control of `names` (of `CONTROLS`) in place of their reasoning.
+
+        Raises ValueError for a single query.
+        """
         texts, max_tokens = [query.text for query in collection.queries], self._text.max_query_tokens
         of_control = control_replies(
             self._prompter, texts, reasoned.replies, corpus_words(collection), seed=seed
@@ -249,7 +250,7 @@ class Evaluator:
 
 
 def average_queries(direct: EmbeddedQueries, reasoned: EmbeddedQueries) -> EmbeddedQueries:
-    """Both of a query's vectors in one, their unit mean; it costs what the two cost."""
+    """The unit mean of a query's direct and reasoned vectors; costs are summed."""
     sums = direct.vectors + reasoned.vectors
     return EmbeddedQueries(
         vectors=l2_normalize_numpy(sums),
@@ -263,7 +264,7 @@ def average_queries(direct: EmbeddedQueries, reasoned: EmbeddedQueries) -> Embed
 
 
 def rows_per_pass(queries: int) -> int:
-    """Rows of a pass, so that as many passes as `QUERIES_PER_PASS` asks for are all about full."""
+    """Rows per pass of the sampler: about `QUERIES_PER_PASS`, chosen so that all passes are nearly full."""
     passes = -(-queries // QUERIES_PER_PASS)
     return -(-queries // (passes * PASS_MULTIPLE)) * PASS_MULTIPLE
 
@@ -274,7 +275,7 @@ def exact_index(collection: Collection, documents_ne: np.ndarray) -> LocalIndex:
 
 
 def search_result(collection: Collection, index: LocalIndex, queries: EmbeddedQueries) -> ModeResult:
-    """The `DEPTH` best documents of each query, and how good they are."""
+    """Search the `DEPTH` best documents of each query and evaluate them."""
     scores, rows = index.search(queries.vectors, min(DEPTH, len(index.ids)))
     run = run_from_scores([query.query_id for query in collection.queries], index.ids, scores, rows)
     metrics, of_query = evaluate_run(collection.qrels(), run)

@@ -42,8 +42,10 @@ class TaskScores:
 
 
 def collection_task(collection: Collection, *, prompt: str | None = None) -> AbsTaskRetrieval:
-    """A collection as a retrieval task; `prompt` is the task's instruction for queries. Its revision is a
-    hash of the documents."""
+    """A collection as a retrieval task of MTEB; its revision is a hash of the documents.
+
+    `prompt` is the task's instruction for queries.
+    """
     # MTEB makes its type of such a dictionary at run time.
     prompts: Any = None if prompt is None else {"query": prompt}
     metadata = TaskMetadata(
@@ -83,10 +85,9 @@ def collection_task(collection: Collection, *, prompt: str | None = None) -> Abs
 
 
 def run_mteb(settings: MtebSettings) -> list[TaskScores]:
-    """Evaluates, prints the table, and leaves MTEB's files under `settings.out`; tasks whose results are
-    there are not run again.
+    """Evaluate, print the table, and write MTEB's files under `settings.out`.
 
-    Raises UserError before any long work where it can.
+    Tasks whose results are there are not run again. Raises UserError before any long work where it can.
     """
     if not settings.tasks and not settings.data:
         raise UserError(

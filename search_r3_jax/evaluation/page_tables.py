@@ -1,4 +1,4 @@
-"""Tables of a report: what runs are and came to, their index, results of `eval` and `budget`."""
+"""Tables of the report: settings and outcome of runs, their index, results of `eval` and `budget`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Show = Callable[[RunFiles], str]
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """A value, and beside it in small what belongs to it: an interval, a unit."""
+    """A value, and in small print its interval or unit."""
 
     text: str
     small: str = ""
@@ -32,7 +32,7 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """`rows` begin with their heading; `head` names all columns; `texts` are not aligned as numbers are."""
+    """A table; each row begins with its heading, `head` names all columns; `texts` are left-aligned."""
 
     title: str
     head: Sequence[str]
@@ -42,7 +42,7 @@ class Table:
 
 
 def run_table(stage: str, runs: Sequence[RunFiles]) -> Table:
-    """Settings and outcome of runs of one stage, a column each."""
+    """Settings and outcome of runs of one stage, one column per run."""
     rows: list[tuple[str, Show]] = [*_SETTINGS, *_STAGE_SETTINGS[stage], *_OUTCOME, *_STAGE_OUTCOME[stage]]
     return _columns(
         "Settings and outcome",
@@ -53,17 +53,20 @@ def run_table(stage: str, runs: Sequence[RunFiles]) -> Table:
 
 
 def index_table(runs: Sequence[RunFiles]) -> Table:
-    """How stale the index was that rewards came from, of runs of stage 2, a column each."""
+    """Staleness of the index behind the rewards, for runs of stage 2, one column per run."""
     return _columns("How stale the index was", _INDEX, runs)
 
 
 def result_tables(results: Sequence[EvalResult]) -> list[Table]:
-    """All sets by all systems, where there are several sets; then each set's systems with every metric, and
-    controls of reasoning."""
+    """Tables of evaluation results.
+
+    First an overview of all systems on all sets, if there are several sets; then for each set its systems
+    with every metric, and the controls of reasoning.
+    """
     of_set: dict[DataKey, dict[str, EvalResult]] = {}
     for result in results:
         systems = of_set.setdefault(result.searched, {})
-        # Two checkpoints of one name, for one: the files tell them apart.
+        # Two systems of one name, such as two checkpoints, are distinguished by their files.
         systems[result.system if result.system not in systems else f"{result.system} ({result.file})"] = (
             result
         )
@@ -100,7 +103,7 @@ def budget_table(content: Mapping[str, Any]) -> Table:
 
 
 def _columns(title: str, rows: Iterable[tuple[str, Show]], runs: Sequence[RunFiles], note: str = "") -> Table:
-    """A row each of what at least one run has."""
+    """One row for each entry that at least one run has."""
     shown = [[Cell(text=name), *(Cell(text=show(run)) for run in runs)] for name, show in rows]
     filled_rows = [row for row in shown if any(cell.text for cell in row[1:])]
     return Table(title=title, head=["", *(run.name for run in runs)], rows=filled_rows, note=note, texts=True)
@@ -228,7 +231,7 @@ def _sets(run: RunFiles) -> str:
 
 
 def _changes(run: RunFiles) -> str:
-    """Settings that another call changed, and when."""
+    """Settings that were changed when the run was resumed, with the step."""
     changes = run.run_json.get("changes")
     changes = [each for each in changes if isinstance(each, dict)] if isinstance(changes, list) else []
     return "; ".join(
@@ -243,7 +246,7 @@ def _steps(run: RunFiles) -> str:
 
 
 def _duration(run: RunFiles) -> str:
-    """Evaluations and compiling of them are in no step."""
+    """Time in steps; evaluations and their compilation are not included."""
     seconds = sum(float(run.series(name)[1].sum()) for name in ("seconds", "save_seconds"))
     if not seconds:
         return ""
@@ -258,7 +261,7 @@ def _duration(run: RunFiles) -> str:
 
 
 def _skipped(run: RunFiles) -> str:
-    """The count goes through interruptions: the last step's is the run's."""
+    """The count survives interruptions, so the last step's is that of the run."""
     _, skipped = run.series("skipped")
     return f"{skipped[-1]:.0f}" if len(skipped) else ""
 
@@ -268,7 +271,7 @@ def _best(scalar: str) -> Show:
         steps, values = run.series(scalar)
         if not len(values):
             return ""
-        # As `--step best` chooses: of equal ones the later.
+        # Like `--step best`: the latest of equal steps.
         best = len(values) - 1 - int(np.argmax(values[::-1]))
         return f"{values[best]:.4f} at step {steps[best]:.0f}; last {values[-1]:.4f}"
 

@@ -1,4 +1,4 @@
-"""The HTML of a report. No script and nothing from elsewhere; what stands in double braces is escaped."""
+"""HTML template of the report; no scripts, no external resources, all values escaped."""
 
 PAGE = """\
 <!DOCTYPE html>

@@ -1,5 +1,4 @@
-"""Pictures of a report: a small one for each thing that a run logs, all runs of a stage in it, and the
-think-budget curve."""
+"""Pictures of the report: a panel per logged scalar with all runs of a stage, and the think-budget curve."""
 
 from __future__ import annotations
 
@@ -17,13 +16,13 @@ from search_r3_jax.evaluation.curves import SMOOTHED_STEPS, open_pyplot, smoothe
 from search_r3_jax.evaluation.report import title_of
 from search_r3_jax.evaluation.run_files import RunFiles
 
-# As wide as a phone shows without shrinking the text.
+# The width of a phone, so that text is not shrunk.
 WIDTH, HEIGHT = 4.2, 2.6
 STYLES = ("-", "--", ":")
-# More steps are drawn as so many means: a picture of this size cannot show more, and the page stays small.
+# Longer series are drawn as this many means: a picture of this size cannot show more.
 MOST_POINTS = 400
 RC = {
-    # Names of folders and models come from outside: a dollar sign in them begins no formula.
+    # A dollar sign in the name of a folder or model must not start a formula.
     "text.parse_math": False,
     # The same numbers give the same page.
     "svg.hashsalt": "search-r3",
@@ -41,14 +40,13 @@ _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """What one picture shows.
+    """Content of one picture.
 
     Attributes:
         terms: scalar of `metrics.jsonl` → what the legend calls it where there are several.
-        measured: now and then, not at every step: points, not a smoothed line.
-        weighted: a term of the loss; where its weight is 0 it was logged as zero throughout, and is left out
-            here.
-        limits: of the vertical axis, or a None in them, where the values decide.
+        measured: not at every step: drawn as points, not as a smoothed line.
+        weighted: a term of the loss; left out if it is zero throughout, as with weight 0.
+        limits: limits of the vertical axis; None means that the values decide.
     """
 
     name: str
@@ -61,7 +59,7 @@ class Panel:
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """A picture in both formats; `name` is that of its file, `told` says in words what it shows."""
+    """A picture in both formats; `name` is that of its file, `alt_text` describes it."""
 
     name: str
     alt_text: str
@@ -142,7 +140,7 @@ INDEX_PANELS = (
 
 
 def draw_panels(stage: str, runs: Sequence[RunFiles], panels: Sequence[Panel]) -> list[Picture]:
-    """A picture of each panel that any of the runs has values for."""
+    """A picture of each panel for which a run has values."""
     pyplot = open_pyplot("report")
     pictures = []
     for panel in panels:
@@ -167,7 +165,7 @@ def draw_panels(stage: str, runs: Sequence[RunFiles], panels: Sequence[Panel]) -
 
 
 def draw_budget_curve(name: str, content: Mapping[str, Any]) -> Picture:
-    """The think-budget curve of a record of `budget`."""
+    """The think-budget curve of a result of `budget`."""
     pyplot = open_pyplot("report")
     with pyplot.rc_context(RC):
         figure = budget_figure(pyplot, content, size=(WIDTH * 1.1, HEIGHT * 1.3))
@@ -182,7 +180,7 @@ def _figure(
     names: Sequence[str],
     lines: Sequence[tuple[int, int, np.ndarray, np.ndarray]],
 ) -> Any:
-    """A run has a colour, a term a style."""
+    """One colour per run, one line style per term."""
     figure, axis = pyplot.subplots(figsize=(WIDTH, HEIGHT), layout="constrained")
     for at, term, steps, values in lines:
         look = {"color": f"C{at % 10}", "linestyle": STYLES[term], "linewidth": 1.5}
@@ -203,7 +201,7 @@ def _figure(
     axis.xaxis.get_major_locator().set_params(integer=True, nbins=6)
     handles, labels = _legend(pyplot, panel, names, lines)
     if labels:
-        # What fits beside each other without shrinking the axes.
+        # As many columns as fit without shrinking the axes.
         columns = max(1, min(4, 48 // (max(map(len, labels)) + 6)))
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
     return figure
@@ -231,24 +229,23 @@ def _legend(
 
 
 def printable(text: str) -> str:
-    """A text whose control characters and halves of characters, which neither HTML nor UTF-8 can hold, are
-    replaced by U+FFFD."""
+    """Replace characters that HTML or UTF-8 cannot hold (controls, lone surrogates) by U+FFFD."""
     return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def _short(name: str, most: int = 28) -> str:
-    """A name that fits; its end tells runs apart."""
+    """A name that fits; the end is kept because it distinguishes runs."""
     name = printable(name)
     return name if len(name) <= most else "…" + name[1 - most :]
 
 
 def _downsampled(values: np.ndarray) -> np.ndarray:
-    """Means of at most `MOST_POINTS` stretches of equal length."""
+    """Means of at most `MOST_POINTS` equal stretches."""
     return np.array([part.mean() for part in np.array_split(values, min(len(values), MOST_POINTS))])
 
 
 def _line_summary(run: str, panel: Panel, term: int, values: np.ndarray) -> str:
-    """First and last value of a line; of what was logged at every step, the means of a few."""
+    """First and last value of a line; means of several steps for scalars logged at every step."""
     name = list(panel.terms.values())[term]
     few = 1 if panel.measured else SMOOTHED_STEPS
     of = f"{run}, {name}" if name else run

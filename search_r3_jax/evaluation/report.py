@@ -1,4 +1,4 @@
-"""One evaluation from its settings to its table, JSON record and TREC files."""
+"""One evaluation, from its settings to its table, result file and TREC files."""
 
 from __future__ import annotations
 
@@ -58,15 +58,17 @@ SAMPLES = 10_000
 
 
 class Subset(NamedTuple):
-    """What was left out of a collection; None where nothing was asked for."""
+    """The part of a collection that was searched; None where all of it was."""
 
     queries: QuerySample | None
     corpus: CorpusSample | None
 
 
 def run_evaluation(settings: EvalSettings) -> dict[str, Any]:
-    """Evaluates, prints the table and writes what was asked for; returns the record. Raises UserError before
-    any long work where it can."""
+    """Evaluate, print the table and write the requested files; return the content of the result file.
+
+    Raises UserError before any long work where it can.
+    """
     check_evaluation(settings)
     # Bars and notes go to standard error: standard output is the table.
     notes = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -88,7 +90,7 @@ def run_evaluation(settings: EvalSettings) -> dict[str, Any]:
 
 
 def check_evaluation(settings: EvalSettings) -> None:
-    """Raise UserError for settings that make no sense, or files that could not be written."""
+    """Raise UserError for contradictory settings, or for files that cannot be written."""
     check_output("--out", settings.out)
     check_output("--run-file", settings.run_file)
     check_limits(settings)
@@ -101,7 +103,7 @@ def check_evaluation(settings: EvalSettings) -> None:
 
 
 def check_limits(settings: EvalSettings | BudgetSettings) -> None:
-    """Raise UserError for a limit of the corpus or of its texts that leaves nothing."""
+    """Raise UserError for a limit of the corpus or of its texts that is below 1."""
     counts = {
         "--max-queries": settings.max_queries,
         "--max-documents": settings.max_documents,
@@ -114,8 +116,7 @@ def check_limits(settings: EvalSettings | BudgetSettings) -> None:
 
 
 def open_collection(settings: EvalSettings | BudgetSettings, notes: Console) -> tuple[Collection, Subset]:
-    """The split, cut where `max_queries` and `max_documents` ask for it; says on `notes` where more is judged
-    than asked for."""
+    """The split, sampled as `max_queries` and `max_documents` say; prints a note if more is judged."""
     collection, query_sample = load_collection(settings.data, settings.split), None
     if settings.max_queries is not None:
         collection, query_sample = sample_queries(collection, settings.max_queries, seed=settings.seed)
@@ -154,7 +155,7 @@ def common_content(
     subset: Subset,
     document_seconds: float,
 ) -> dict[str, Any]:
-    """What was measured, on what, and what its corpus cost."""
+    """The part of a result file that `eval` and `budget` share: system, data and cost of the corpus."""
     return {
         "format_version": FORMAT_VERSION,
         "search_r3_jax": __version__,
@@ -185,8 +186,7 @@ def query_values(collection: Collection, result: ModeResult) -> np.ndarray:
 def _controls(
     collection: Collection, controls: Mapping[str, ModeResult], seed: int
 ) -> dict[str, dict[str, Any]]:
-    """Each control's metrics and tokens, nDCG@10 with its interval, and how far its own reasoning is above it
-    (the paired bootstrap)."""
+    """Of each control: metrics, tokens, nDCG@10 with interval, and the paired difference to own reasoning."""
     reasoned_q = query_values(collection, controls["own"])
     results: dict[str, dict[str, Any]] = {}
     for name, result in controls.items():
@@ -207,7 +207,7 @@ def _controls(
 
 
 def per_query(collection: Collection, result: ModeResult) -> dict[str, dict[str, Any]]:
-    """Query id → text, metrics, what was written, and the best documents with their scores."""
+    """Query id → text, metrics, reasoning, and the best documents with their scores."""
     of_query: dict[str, dict[str, Any]] = {}
     for row, query in enumerate(collection.queries):
         top = sorted(result.run.get(query.query_id, {}).items(), key=lambda pair: (-pair[1], pair[0]))[:TOP]
@@ -239,7 +239,7 @@ def _show(content: Mapping[str, Any]) -> None:
 
 
 def title_of(content: Mapping[str, Any]) -> str:
-    """What was searched for what."""
+    """One line about model, queries and documents."""
     data, corpus_sample = content["data"], content["data"]["cut"]
     query_cut = data.get("query_cut")
     of_all = f" of {corpus_sample['whole']}" if corpus_sample is not None else ""

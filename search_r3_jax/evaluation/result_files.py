@@ -1,4 +1,4 @@
-"""Files that `eval` and `budget` wrote, read again and checked, so that whoever shows them need not."""
+"""Reader of the result files of `eval` and `budget`, with checks of every field that is used."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ ENDS = ("low", "high")
 
 @dataclass(frozen=True, kw_only=True)
 class DataKey:
-    """What was searched for what: results with an equal key can be held against each other, query by
-    query."""
+    """Identity of the searched data: results with equal keys can be compared query by query."""
 
     name: str
     split: str
@@ -34,7 +33,7 @@ class DataKey:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalResult:
-    """One mode of one file of `eval`.
+    """One mode of one result file of `eval`.
 
     Attributes:
         system: the model, and of a decoder the mode, checkpoint and limit of thinking.
@@ -58,7 +57,7 @@ class EvalResult:
 
 
 def read_result_file(path: Path, *, wrote: str) -> dict[str, Any]:
-    """The record in a file that the commands `wrote` write; raises UserError naming file and field."""
+    """The content of a result file of the commands `wrote`; raises UserError naming file and field."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -77,8 +76,10 @@ def read_result_file(path: Path, *, wrote: str) -> dict[str, Any]:
 
 
 def read_results(files: Sequence[Path]) -> tuple[list[EvalResult], list[dict[str, Any]]]:
-    """The results of `eval`, a mode each, and the records of `budget`; raises UserError for a file that is
-    neither or is there twice."""
+    """The results of `eval`, one per mode, and the contents of files of `budget`.
+
+    Raises UserError for any other file, or one that is named twice.
+    """
     results: list[EvalResult] = []
     budgets: list[dict[str, Any]] = []
     for at, file in enumerate(files):
@@ -100,7 +101,7 @@ def read_results(files: Sequence[Path]) -> tuple[list[EvalResult], list[dict[str
 
 
 def _check_data(file: Path, content: Mapping[str, Any]) -> None:
-    """What a title needs."""
+    """Check the fields of a title."""
     _value_at(file, content, "model", kind=str)
     for name in ("name", "split"):
         _value_at(file, content, "data", name, kind=str)
@@ -194,8 +195,7 @@ def _number(file: Path, content: Any, *keys: str | int) -> float:
 
 
 def _value_at(file: Path, content: Any, *keys: str | int, kind: type | tuple[type, ...]) -> Any:
-    """The value under `keys`, one in the other; raises UserError naming them where it is missing or of
-    another kind."""
+    """The value at a path of keys; raises UserError when it is missing or of another type."""
     value = content
     for key in keys:
         try:

@@ -1,4 +1,4 @@
-"""The systems that can be evaluated: BM25, sentence-transformers, and a decoder of ours."""
+"""Systems to evaluate: BM25, sentence-transformers, and decoders of this package."""
 
 from __future__ import annotations
 
@@ -47,8 +47,7 @@ _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 @dataclass(frozen=True, kw_only=True)
 class SystemResult:
-    """A result of each mode, and how long the corpus took to encode or index; `controls` of reasoning where
-    they were asked for."""
+    """Results by mode, seconds of encoding or indexing the corpus, and controls if requested."""
 
     modes: dict[QueryMode, ModeResult]
     document_seconds: float
@@ -57,8 +56,7 @@ class SystemResult:
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetResult:
-    """Direct search, and reasoned search at each budget of thinking tokens, over the same vectors of the
-    corpus."""
+    """Direct search, and reasoned search at each thinking budget, over the same corpus vectors."""
 
     direct: ModeResult
     reasoned: dict[int, ModeResult]
@@ -69,22 +67,24 @@ class System(Protocol):
     """Anything that ranks a collection's documents for its queries."""
 
     def identity(self) -> Mapping[str, Any]:
-        """What tells this system from others: kind, weights, settings."""
+        """Kind, weights and settings that identify this system."""
         ...
 
     def evaluate(self, collection: Collection, modes: Sequence[QueryMode], console: Console) -> SystemResult:
-        """Each mode's result, `average` after the two that it is made of; progress is shown on `console`."""
+        """Results by mode; `average` must follow `direct` and `reason`. Progress is shown on `console`."""
         ...
 
 
 def is_baseline(name: str) -> bool:
-    """Whether `--model` names something that cannot reason."""
+    """Whether `--model` names a system that cannot reason."""
     return name in ("bm25", "bm25-split", "minilm") or name.startswith("st:")
 
 
 def open_system(settings: EvalSettings) -> System:
-    """The system that `settings.model` names; raises UserError when it cannot be opened or has no such mode
-    or setting."""
+    """Open the system that `settings.model` names.
+
+    Raises UserError when it cannot be opened, or lacks the mode or a setting.
+    """
     name = settings.model
     if not is_baseline(name):
         return DecoderSystem(settings)
@@ -137,7 +137,7 @@ class Bm25System:
 
 
 class SentenceTransformersSystem:
-    """A sentence-transformers model in a folder; it cuts texts and adds prompts as the folder says."""
+    """A sentence-transformers model in a folder, with the folder's prompts and truncation."""
 
     def __init__(self, folder: Path, index: Literal["exact", "scann"]):
         """Raises UserError when the package or the model is missing, or the weights are pickled."""
@@ -200,7 +200,7 @@ class SentenceTransformersSystem:
         )
 
     def _encode(self, encode: Callable[..., Any], texts: list[str], bar: Bar) -> np.ndarray:
-        # Similar lengths together, over the whole corpus: a chunk is padded little.
+        # Sorted by length over the whole corpus, so that chunks need little padding.
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
         parts: list[np.ndarray] = []
         for start in range(0, len(order), ENCODE_CHUNK):
@@ -216,7 +216,7 @@ class SentenceTransformersSystem:
 
 
 class DecoderSystem:
-    """Whatever `load_model` opens, as an embedder."""
+    """A model that `load_model` opens, as an embedder."""
 
     def __init__(self, settings: EvalSettings):
         """Raises UserError when the model cannot be read."""
@@ -283,8 +283,10 @@ class DecoderSystem:
     def evaluate_budgets(
         self, collection: Collection, budgets: Sequence[int], console: Console
     ) -> BudgetResult:
-        """Direct, and reasoned at each of `budgets`, none above the `max_think_tokens` of the settings; the
-        corpus is encoded once."""
+        """Direct search, and reasoned search at each of `budgets`; the corpus is encoded once.
+
+        No budget may exceed the `max_think_tokens` of the settings.
+        """
         evaluators = {budget: self._evaluator(budget) for budget in budgets}
         first = evaluators[budgets[0]]
         index, document_seconds = self._build_index(first, collection, console)
@@ -308,7 +310,7 @@ class DecoderSystem:
     def _build_index(
         self, evaluator: Evaluator, collection: Collection, console: Console
     ) -> tuple[LocalIndex, float]:
-        """The corpus in the index that was asked for, and the seconds that encoding took."""
+        """The requested index over the corpus, and the seconds of encoding."""
         with progress_bar(console, "documents", len(collection.documents)) as bar:
             started = time.perf_counter()
             vectors = evaluator.documents(self._state, collection, bar.advance)
@@ -319,7 +321,7 @@ class DecoderSystem:
 
 
 def minilm_folder() -> Path:
-    """Where the package with all-MiniLM-L6-v2 keeps it; raises UserError when it is not installed."""
+    """The folder of all-MiniLM-L6-v2 in its package; raises UserError when it is not installed."""
     spec = importlib.util.find_spec(MINILM_PACKAGE)
     if spec is None or spec.origin is None:
         raise UserError(

@@ -78,9 +78,10 @@ class CheckpointWriter:
         arrays: Mapping[str, np.ndarray] | None = None,
         score: float | None = None,
     ) -> None:
-        """Begin to save one step after the previous one is committed; the step with the highest score is the best.
+        """Begin to save one step after the previous one is committed.
 
-        See `RestoredCheckpoint` for the content. Raises UserError when the previous save failed.
+        The step with the highest score is the best. See `RestoredCheckpoint` for the content. Raises
+        UserError when the previous save failed.
         """
         self.wait()
         if score is not None:

@@ -134,7 +134,7 @@ def save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
 def write_weights(
     tensors: Iterable[tuple[str, np.ndarray]], folder: Path, dtype: str, shard_bytes: int
 ) -> None:
-    """Write safetensors files of at most `shard_bytes` (or one tensor), with an index if there are several."""
+    """Write safetensors files of at most `shard_bytes` (or one tensor), and an index for several files."""
     shards: list[list[str]] = []
     held: dict[str, np.ndarray] = {}
     total = size = 0

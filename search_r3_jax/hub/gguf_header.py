@@ -32,7 +32,7 @@ _MAX_DIMENSIONS, _ALIGNMENT = 4, 32
 
 @dataclass(frozen=True, kw_only=True)
 class GgufTensor:
-    """Storage of a tensor: `shape` in torch order, `kind` the storage type, `offset` from the data's start."""
+    """Storage of a tensor: `shape` in torch order, `kind` its storage type, `offset` in the data section."""
 
     name: str
     shape: tuple[int, ...]

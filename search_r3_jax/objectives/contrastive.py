@@ -134,7 +134,7 @@ def info_nce(
 
     log_z, kept = _log_partition(scores_bp, pairs.negative_bp, ceiling_bp)
     partitions = [log_z]
-    # A query's positives and exclusions are no negatives of the query, in any direction, nor of its positives.
+    # A query's positives and exclusions are no negatives, in any direction, of the query and its positives.
     related_bp = (pairs.positive_bp | excluded_bp).astype(jnp.float32)
     positive_bp = pairs.positive_bp.astype(jnp.float32)
     if "query_to_query" in directions:

@@ -1,5 +1,4 @@
-"""Each stage as its own code lowers it for a mesh, with shapes in place of arrays, and what the mathematics
-of it asks for."""
+"""Lowering of each stage for a mesh, with shapes in place of arrays, and its model FLOPs."""
 
 from __future__ import annotations
 
@@ -39,15 +38,14 @@ class LoweredStage(NamedTuple):
     """A stage ready to be compiled.
 
     Attributes:
-        tokens: texts' tokens that one run reads or writes, on all chips together; every text as long as the
-            config allows.
-        model_flops: what the mathematics asks for, on all chips together; nothing twice, no padding.
-        kept: what lies on the chips between runs, by kind: shapes with their shardings.
-        batch: what is handed over for one run.
-        gathered: parameters that a pass through the layers has to gather, those that another model's pass has
-            to, and those that get a gradient.
-        beside: what else lies there, by kind, and is not handed over.
-        open_rounds: of a loop that ends when its work is done: the most that it can take.
+        tokens: tokens that one run reads or writes, on all chips together; every text has the maximal length.
+        model_flops: FLOPs of the mathematics on all chips together, without recomputation or padding.
+        kept: arrays on the chips between runs, by kind: shapes with their shardings.
+        batch: arguments of one run.
+        gathered: number of parameters that a pass through the layers gathers, that a reference model's pass
+            gathers, and that get a gradient.
+        beside: other arrays on the chips, by kind, that are no arguments.
+        open_rounds: largest trip count of a loop that ends when its work is done.
     """
 
     lowered: jax.stages.Lowered
@@ -61,7 +59,7 @@ class LoweredStage(NamedTuple):
 
 
 def lower_stage(config: RunConfig, stage: Stage, mesh: Mesh) -> LoweredStage:
-    """A stage of a config on a mesh; raises UserError where the mesh does not divide the model."""
+    """Lower a stage of a config for a mesh; raises UserError when the mesh does not divide the model."""
     return {"sft": _sft, "rl": _rl, "decode": _decode, "encode": _encode}[stage](config, mesh)
 
 
@@ -137,7 +135,7 @@ def _rl(config: RunConfig, mesh: Mesh) -> LoweredStage:
         vectors=np.zeros((Q * G, trained.model.hidden_size), np.float32),
         valid=np.zeros(Q * G, bool),
     )
-    # One document a query to tell it from the others by, and the candidates.
+    # One positive document per query, and the candidates.
     P = Q + rl.infonce.negatives
     documents = np.zeros((P, trained.model.hidden_size), np.float32)
     document_rows = (
@@ -168,7 +166,7 @@ def _rl(config: RunConfig, mesh: Mesh) -> LoweredStage:
     if rl.infonce.train_documents:
         direct = trained.prompter.direct
         document = text.max_document_tokens + len(direct.suffix) + len(direct.closing)
-        # Every micro-batch encodes them.
+        # Every micro-batch encodes the documents.
         times = Q * len(batch.replies.ids)
         tokens, attended = (
             tokens + times * document,
@@ -181,7 +179,7 @@ def _rl(config: RunConfig, mesh: Mesh) -> LoweredStage:
 def _decode(config: RunConfig, mesh: Mesh) -> LoweredStage:
     rl, text = config.rl, config.text
     trained = _trained(config, mesh, make_optimizer(rl.optimizer, rl.steps))
-    # The policy writes as it is trained, with its adapters.
+    # The policy samples with unmerged adapters, as in training.
     graph, state = nnx.split(nnx.merge(trained.graph, trained.state.params, trained.frozen))
     state = _with_shardings(state, sharding.params_shardings(state, mesh))
     Q, G = rl.global_queries, rl.group_size
@@ -229,8 +227,7 @@ def _encode(config: RunConfig, mesh: Mesh) -> LoweredStage:
 
 
 def _longest_texts(config: RunConfig) -> Collection:
-    """A collection in which every text is as long as the config allows, and every query has its positive and
-    its negatives."""
+    """A collection in which every text has the maximal length and every query its positive and negatives."""
     text, count = config.text, config.sft.global_batch
     words = {
         kind: " text" * tokens
@@ -261,7 +258,7 @@ def _parameter_count(tree: Any) -> float:
 
 
 def _attended_pairs(before: int, count: int) -> int:
-    """Pairs of a token and one that it attends to, of `own` tokens that stand behind `before` others."""
+    """Pairs of a token and one that it attends to, for `count` tokens after `before` others."""
     return count * before + count * (count + 1) // 2
 
 
