@@ -1,4 +1,4 @@
-"""What a chip of each TPU generation can do, as published."""
+"""Published peak numbers of each TPU generation."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Chip:
-    """One generation.
+    """One TPU generation.
 
     Attributes:
-        name: as topologies are called, `v5e`.
-        kinds: what JAX calls its devices; a device is a chip.
+        name: as in the name of a topology, `v5e`.
+        kinds: JAX's device kinds; one device is one chip.
         flops: dense bfloat16 peak, FLOP/s.
-        hbm: bytes of memory that a program can have: what the compiler says is available, a little less than
-            what is built in.
+        hbm: bytes of memory that the compiler makes available to a program, a little less than is built in.
         hbm_bandwidth: bytes/s.
-        ici_bandwidth: bytes/s that a chip can send to its neighbours, over all its links together.
+        ici_bandwidth: bytes/s that a chip can send to its neighbours over all links together.
         dcn_bandwidth: bytes/s of a chip's share of the data-centre network, which joins slices.
-        cores: how many cores of a chip the names of its slices count, as in v5p-16.
+        cores: cores per chip that the names of its slices count, as in v5p-16.
         source: where the peaks are published.
     """
 
@@ -90,5 +89,5 @@ CHIPS = {
 
 
 def chip_of(kind: str) -> Chip | None:
-    """The chip that JAX calls its devices by; None for what is no TPU of these generations."""
+    """The chip for a device kind of JAX; None for anything but these TPU generations."""
     return next((chip for chip in CHIPS.values() if kind in chip.kinds), None)

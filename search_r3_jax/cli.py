@@ -1,4 +1,4 @@
-"""`search-r3`: what can be called, and what becomes of errors."""
+"""The command line `search-r3`: its subcommands, and its handling of errors."""
 
 from __future__ import annotations
 
@@ -37,8 +37,10 @@ DataCommand = (
 
 
 def main() -> None:
-    """Parse the command line and run one subcommand; exit status 2 for a user's mistake, 130 when interrupted
-    before training began."""
+    """Parse the command line and run one subcommand.
+
+    Exit status 2 for a user's mistake, 130 when interrupted before training began.
+    """
     configure_libraries()
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -54,7 +56,7 @@ def main() -> None:
     except KeyboardInterrupt:
         print("search-r3: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.stderr.flush()
-        # Threads of the libraries beneath may still be busy; nothing of ours is unwritten.
+        # Library threads may still run and would block a normal exit; all our files are written.
         os._exit(INTERRUPTED)
 
 

@@ -1,4 +1,4 @@
-"""What a person sees of long work: a line a stage, a bar with rate and time left."""
+"""Progress for people: a line a stage, and a bar with rate and time left."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ class Bar:
         self._progress = progress
         self._task = progress.add_task(what, total=total, note="") if progress is not None else None
         self._done, self._first = 0, 0
-        # The clock runs from the first report on: what came before was loading, compiling, or another call.
+        # The clock starts at the first report: time before it is loading, compiling, or another call.
         self._started: float | None = None
         self._spoken = time.monotonic()
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """`count` more are finished; `note` is shown beside the bar."""
+        """Report `count` more as finished; `note` is shown beside the bar."""
         self.to(self._done + count, note)
 
     def to(self, done: int, note: str = "", total: int | None = None) -> None:
-        """`done` in all are finished."""
+        """Report `done` in total as finished."""
         now = time.monotonic()
         self._done = done
         self._total = total or self._total
@@ -73,14 +73,14 @@ class Stages:
     """Numbered stages on standard output, each with the time it took."""
 
     def __init__(self, count: int, *, silent: bool = False):
-        """`silent` shows nothing: of several processes one speaks."""
+        """With `silent`, print nothing: only one of several processes prints."""
         self.console = Console(highlight=False, soft_wrap=True, quiet=silent)
         self.seconds: dict[str, float] = {}
         self._count, self._number = count, 0
 
     @contextmanager
     def stage(self, key: str, title: str) -> Iterator[None]:
-        """One stage: announced, then closed with its time; `key` names it in `seconds`."""
+        """Announce a stage and print its duration at the end; `key` names it in `seconds`."""
         self._number += 1
         head = f"[{self._number}/{self._count}]"
         self.console.print(f"{head} {title} …", markup=False)
@@ -90,18 +90,18 @@ class Stages:
         self.console.print(f"      done in {_clock(self.seconds[key])}", style="green", markup=False)
 
     def reused(self, key: str, title: str, seconds: float) -> None:
-        """One stage whose result was there already."""
+        """Print a stage whose result already exists."""
         self._number += 1
         self.seconds[key] = seconds
         self.console.print(f"[{self._number}/{self._count}] {title}: reused", markup=False)
 
     def say(self, text: str) -> None:
-        """A line within a stage."""
+        """Print a line within a stage."""
         self.console.print(f"      {text}", markup=False)
 
     @contextmanager
     def log(self) -> Iterator[None]:
-        """While entered, the package's log messages are lines within a stage."""
+        """Print the package's log messages as lines within a stage while the context is open."""
         handler = _StageHandler(self)
         before = LOGGER.level, LOGGER.propagate
         _install(handler)
@@ -139,12 +139,12 @@ def show_log(stream: TextIO, *, timestamps: bool = False) -> None:
 def _install(handler: logging.Handler) -> None:
     LOGGER.addHandler(handler)
     LOGGER.setLevel(logging.INFO)
-    # Libraries beneath give the root logger a handler, which would print each message again.
+    # Other libraries add handlers to the root logger, which would print each message again.
     LOGGER.propagate = False
 
 
 class _LineFormatter(logging.Formatter):
-    """The message alone, or behind the time in UTC."""
+    """The message alone, or preceded by the time in UTC."""
 
     converter = time.gmtime
 
@@ -164,7 +164,7 @@ def _with_level(record: logging.LogRecord) -> str:
 
 @contextmanager
 def progress_bar(console: Console, what: str, total: int) -> Iterator[Bar]:
-    """A bar with rate and time left on `console`; plain lines where it is no terminal."""
+    """A bar with rate and time left on `console`; plain lines if it is no terminal."""
     if not console.is_terminal:
         yield Bar(console, what, total, None)
         return

@@ -1,4 +1,4 @@
-"""The public library: texts in, vectors out, with or without thinking first."""
+"""Search embeddings from Python: `Embedder` encodes texts, with or without reasoning."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from transformers import PreTrainedTokenizerBase
 from search_r3_jax.config import SamplerConfig, Step
 from search_r3_jax.console import Bar, progress_bar
 from search_r3_jax.errors import UserError
-from search_r3_jax.hub.export import MAX_TOKENS, read_record, text_room
+from search_r3_jax.hub.export import MAX_TOKENS, max_text_tokens, read_export_manifest
 from search_r3_jax.hub.load_model import LoadedModel, load_model, resolve
 from search_r3_jax.hub.weights import parameter_hash
 from search_r3_jax.rollout.encoder import Encoder
 from search_r3_jax.rollout.sampler import Sampler
 from search_r3_jax.text.prompts import CLOSING, Mode, Prompter
+from search_r3_jax.vectors import l2_normalize_numpy
 
 Kind = Literal["query", "document"]
 MAX_THINK_TOKENS = SamplerConfig().max_think_tokens
@@ -31,13 +32,13 @@ THINK_BATCH = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Thought:
-    """What the model wrote about a query, and where that led.
+    """The model's reasoning about a query, and the resulting embedding.
 
     Attributes:
-        text: the reasoning, without the words that close every reply.
+        text: the reasoning, without the closing of the reply.
         vector: [E] float32 of unit norm.
-        valid: the model wrote the embed token by itself; otherwise it was forced when the budget ran out.
-        tokens: length of the whole reply.
+        valid: the model wrote the embed token itself; otherwise it was forced at the limit.
+        tokens: length of the whole reply in tokens.
     """
 
     text: str
@@ -47,13 +48,13 @@ class Thought:
 
 
 class Embedder:
-    """Turns texts into unit vectors; compiled shapes are kept from call to call.
+    """Turns texts into unit vectors; compiled programs are reused from call to call.
 
     Attributes:
         tokenizer: with `<|embed_token|>` in it.
         dimension: E, before any truncation.
-        parameters: how many numbers the model has.
-        max_tokens: tokens of a text that are read; the prompt around it is never cut.
+        parameters: number of parameters.
+        max_tokens: limit of a text in tokens; the prompt around it is never cut.
     """
 
     def __init__(
@@ -64,8 +65,10 @@ class Embedder:
         max_think_tokens: int = MAX_THINK_TOKENS,
         temperature: float = 0.0,
     ):
-        """`max_tokens` is lowered to what the model's positions leave beside the prompt; temperature 0 is
-        greedy."""
+        """Wrap a loaded model; temperature 0 is greedy.
+
+        `max_tokens` is lowered to what the model's positions leave beside the prompt.
+        """
         prompter = Prompter(model.tokenizer)
         graph, self._state = nnx.split(model.decoder)
         self._encoder = Encoder(graph, prompter)
@@ -75,7 +78,7 @@ class Embedder:
         self.tokenizer: PreTrainedTokenizerBase = model.tokenizer
         self.dimension = model.decoder.config.hidden_size
         self.parameters = sum(x.size for x in jax.tree.leaves(self._state))
-        self.max_tokens = min(max_tokens, text_room(prompter, model.decoder.config.max_positions))
+        self.max_tokens = min(max_tokens, max_text_tokens(prompter, model.decoder.config.max_positions))
 
     @classmethod
     def load(
@@ -88,15 +91,14 @@ class Embedder:
         max_think_tokens: int = MAX_THINK_TOKENS,
         temperature: float = 0.0,
     ) -> Embedder:
-        """The embedder of an exported folder, a run (at checkpoint `step`), any supported checkpoint, or
-        `smollm2`.
+        """Load an exported folder, a run (at checkpoint `step`), any supported checkpoint, or `smollm2`.
 
-        `max_tokens` None is what an exported folder says, else 512. Raises UserError when the model cannot be
-        read or has other prompts.
+        `max_tokens` None takes the value of an exported folder, else 512. Raises UserError when the model
+        cannot be read or has other prompts.
         """
-        record = read_record(resolve(name))
+        manifest = read_export_manifest(resolve(name))
         if max_tokens is None:
-            max_tokens = MAX_TOKENS if record is None else int(record["max_tokens"])
+            max_tokens = MAX_TOKENS if manifest is None else int(manifest["max_tokens"])
         model = load_model(name, step=step, compute_dtype=compute_dtype)
         return cls(model, max_tokens=max_tokens, max_think_tokens=max_think_tokens, temperature=temperature)
 
@@ -109,11 +111,11 @@ class Embedder:
         truncate_dim: int | None = None,
         progress: bool | None = None,
     ) -> np.ndarray:
-        """Unit vectors [N,E] float32 in the order of `texts`, or [E] of a single text.
+        """Unit vectors [N,E] float32 in the order of `texts`, or [E] for a single text.
 
         `truncate_dim` keeps the first dimensions, normalised again. `progress` None shows a bar in a terminal
-        only, True plain lines elsewhere. Raises UserError for a document in mode "reason": documents are
-        embedded directly.
+        only; True also prints plain lines elsewhere. Raises UserError for a document in mode "reason":
+        documents are embedded directly.
         """
         if kind not in ("query", "document"):
             raise UserError(f"kind: {kind!r} is neither 'query' nor 'document'")
@@ -140,7 +142,7 @@ class Embedder:
                 vectors = self._encoder.encode(
                     self._state, texts, max_tokens=self.max_tokens, on_progress=on_progress
                 )
-        return vectors if truncate_dim is None else _unit(vectors[:, :truncate_dim])
+        return vectors if truncate_dim is None else l2_normalize_numpy(vectors[:, :truncate_dim])
 
     @overload
     def think(self, texts: str, *, seed: int = 0, progress: bool | None = None) -> Thought: ...
@@ -151,26 +153,25 @@ class Embedder:
     def think(
         self, texts: str | Sequence[str], *, seed: int = 0, progress: bool | None = None
     ) -> Thought | list[Thought]:
-        """What the model writes about each query, with the embedding that ends it; `seed` counts only at a
-        temperature above 0."""
+        """Reason about each query and embed it; `seed` matters only at a temperature above 0."""
         if isinstance(texts, str):
             return self.think([texts], seed=seed, progress=progress)[0]
         lengths = [len(ids) for ids in self._prompter.text_ids(texts, self.max_tokens)]
-        # By length, so that a batch is padded to little more than its own texts.
+        # Sorted by length, so that batches need little padding.
         order = sorted(range(len(texts)), key=lambda i: -lengths[i])
         seeds = np.random.SeedSequence(seed).generate_state(len(texts))
-        found: dict[int, Thought] = {}
+        thoughts_by_row: dict[int, Thought] = {}
         with _bar("thoughts", len(texts), progress) as bar:
             for start in range(0, len(order), THINK_BATCH):
                 rows = order[start : start + THINK_BATCH]
-                # A power of two, filled up with the last text again: few shapes are compiled.
+                # Padded to a power of two with the last text, so that few shapes are compiled.
                 filled = rows + rows[-1:] * ((1 << (len(rows) - 1).bit_length()) - len(rows))
                 longest = max(1, lengths[rows[0]])
                 rollout = self._sampler.sample(
                     self._state, [texts[i] for i in filled], seeds[filled][:, None], max_tokens=longest
                 )
                 for at, (i, reply) in enumerate(zip(rows, rollout.replies(), strict=False)):
-                    found[i] = Thought(
+                    thoughts_by_row[i] = Thought(
                         text=self._thought_text(reply),
                         vector=rollout.vectors[at],
                         valid=bool(rollout.valid[at]),
@@ -178,7 +179,7 @@ class Embedder:
                     )
                 if bar is not None:
                     bar.advance(len(rows))
-        return [found[i] for i in range(len(texts))]
+        return [thoughts_by_row[i] for i in range(len(texts))]
 
     def similarity(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
         """Cosines [Q,N] float32 of unit vectors [Q,E] and [N,E]; a single vector [E] counts as one row."""
@@ -193,13 +194,8 @@ class Embedder:
         return written.removesuffix(CLOSING).strip()
 
 
-def _unit(vectors_ne: np.ndarray) -> np.ndarray:
-    norms = np.linalg.norm(vectors_ne, axis=-1, keepdims=True)
-    return vectors_ne / np.where(norms > 0, norms, 1.0)
-
-
 def _bar(what: str, total: int, progress: bool | None) -> AbstractContextManager[Bar | None]:
-    # On standard error, because standard output belongs to whoever calls.
+    # On standard error, because standard output belongs to the caller.
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     shown = console.is_terminal if progress is None else progress
     return progress_bar(console, what, total) if shown and total else nullcontext()

@@ -1,4 +1,4 @@
-"""Atomic writes of files, locks, and texts read line by line. Imports no jax."""
+"""Atomic file writes, file locks, content hashes and line-by-line reading of texts. Imports no jax."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import fcntl
 import hashlib
 import json
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,44 +16,52 @@ import numpy as np
 from search_r3_jax.errors import UserError
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path` that replaces `path` when the block ends without an error.
+
+    A reader of `path` sees the old file or the new one, never a part. The temporary file is always removed.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old text or the new, never half of it."""
+    """Write a UTF-8 file atomically."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """`write_text` of what is no text."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    """Write a binary file atomically."""
+    with replacing(path) as temporary:
         temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_text` of indented JSON."""
+    """Write a value as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
-    """Write a .npy file at once or not at all; raises UserError when the disk refuses."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Write a .npy file atomically; raises UserError when the file cannot be written."""
     try:
-        with temporary.open("wb") as file:
+        with replacing(path) as temporary, temporary.open("wb") as file:
             np.save(file, array, allow_pickle=False)
-        temporary.replace(path)
     except OSError as error:
         raise UserError(
             f"{path}: cannot be written ({error.strerror or error}); make room or choose another --out"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def hold_lock(file: Path) -> TextIO | None:
-    """An opened file that only one process holds, until it is closed or the process ends, however that goes;
-    None while another does."""
+    """Open a file under an exclusive lock, or return None while another process holds it.
+
+    The lock ends when the file is closed or the process ends, for whatever reason.
+    """
     lock = file.open("a+", encoding="utf-8")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -62,8 +72,7 @@ def hold_lock(file: Path) -> TextIO | None:
 
 
 def append_line(file: Path, line: str, *, durable: bool = False) -> None:
-    """Append one line; with `durable` it is on the disk when this returns, whatever happens to the
-    machine."""
+    """Append one line; with `durable`, return only after it is on the disk (fsync)."""
     with file.open("a", encoding="utf-8") as opened:
         opened.write(line + "\n")
         if durable:
@@ -72,14 +81,14 @@ def append_line(file: Path, line: str, *, durable: bool = False) -> None:
 
 
 def complete_lines(file: Path) -> list[str]:
-    """The lines of a file that only grows, without a last one that was cut off; [] where there is no file."""
+    """The lines of an append-only file without a truncated last one; [] when the file is missing."""
     if not file.is_file():
         return []
     return file.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
 
 
 def check_output(flag: str, path: Path | None) -> None:
-    """Raise UserError, before any work, for a file that could not be written; `flag` is what named it."""
+    """Raise UserError, before any work, if the output file that `flag` names cannot be created."""
     if path is not None and not path.parent.is_dir():
         raise UserError(f"{flag}: {path.parent}: no such folder; make it first")
     if path is not None and path.is_dir():
@@ -92,9 +101,21 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def digest_of(strings: Iterable[str]) -> str:
+    """Hexadecimal sha256 of a sequence of strings, each preceded by its UTF-8 length (8 bytes)."""
+    digest = hashlib.sha256()
+    for string in strings:
+        encoded = string.encode()
+        # Lengths keep ("ab", "c") and ("a", "bc") apart.
+        digest.update(len(encoded).to_bytes(8, "big") + encoded)
+    return digest.hexdigest()
+
+
 def read_texts(path: Path) -> list[str]:
-    """The lines of a text file, or each line's `text` where the name ends in .jsonl; raises UserError naming
-    file and line."""
+    """The lines of a text file, or the `text` fields of a .jsonl file.
+
+    Raises UserError naming file and line.
+    """
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
@@ -119,9 +140,9 @@ def _text_of(line: bytes, where: str, is_json: bool) -> str:
     if not is_json:
         return text
     try:
-        record = json.loads(text)
+        entry = json.loads(text)
     except ValueError as error:
         raise UserError(f"{where}: is not JSON ({error}); a .jsonl file holds one object a line") from None
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+    if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
         raise UserError(f"{where}: text: missing or no string; each line is an object with a 'text'")
-    return record["text"]
+    return entry["text"]

@@ -1,4 +1,4 @@
-"""Meshes and shardings: one table from logical axes to mesh axes, one from parameters to logical axes."""
+"""Meshes and shardings: tables from parameters to logical axes and from logical axes to mesh axes."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ from search_r3_jax.config import MeshConfig, ModelConfig
 from search_r3_jax.errors import UserError
 
 MESH_AXES = ("slice", "data", "fsdp", "tensor", "sequence")
-# The rows of a batch lie over all three: fully sharded data parallelism is data parallelism with sharded
-# parameters.
+# A batch is sharded over all three: FSDP is data parallelism with sharded parameters.
 BATCH_AXES = ("slice", "data", "fsdp")
-# XLA propagates shardings from where `constrain` states them.
+# XLA propagates shardings from the constraints of `constrain`.
 _AUTO = (AxisType.Auto,) * len(MESH_AXES)
 TOKENS = (BATCH_AXES, "sequence")
-"""How the rows and the tokens of states [B,T,…] lie between layers."""
+"""Sharding of the dimensions B and T of states [B,T,…] between layers."""
 
 # Logical axis → mesh axis; None is replicated.
 LOGICAL_AXES: dict[str, str | None] = {
@@ -71,7 +70,7 @@ for _name, (_inputs, _outputs) in _LINEARS.items():
 
 
 class HasConfig(Protocol):
-    """A decoder, with arrays or with their shapes."""
+    """A decoder of arrays or of shapes."""
 
     config: ModelConfig
 
@@ -85,7 +84,7 @@ def make_mesh(
     sequence: int = 1,
     devices: Sequence[Any] | None = None,
 ) -> Mesh:
-    """A mesh over the devices (None: all there are); a size of -1 takes those that the others leave.
+    """A mesh over `devices`, by default all; a size of −1 takes the devices that the others leave.
 
     Raises UserError when the sizes do not multiply to the number of devices, or `slice` is not the number of
     TPU slices.
@@ -113,7 +112,7 @@ def make_mesh(
         )
     if len(slices) == 1:
         return _mesh(tuple(sizes.values()), chosen)
-    # Only the outermost axis leaves a slice: each slice is laid out for itself.
+    # Only the outermost axis crosses slices, so each slice gets its own inner mesh.
     within = [_mesh((1, *tuple(sizes.values())[1:]), each).devices for each in slices]
     return Mesh(np.concatenate(within), MESH_AXES, axis_types=_AUTO)
 
@@ -123,10 +122,10 @@ def _mesh(shape: tuple[int, ...], devices: Sequence[Any]) -> Mesh:
 
 
 def _by_slice(devices: Sequence[Any]) -> list[list[Any]]:
-    """The devices of each TPU slice; others are all of one."""
+    """Devices grouped by TPU slice; other devices form one group."""
     if devices[0].platform != "tpu":
         return [list(devices)]
-    # Chips that are only planned for have no number when there is but one slice.
+    # Devices of a topology description have no slice index when there is one slice.
     numbers = [getattr(device, "slice_index", 0) for device in devices]
     return [
         [device for device, number in zip(devices, numbers, strict=True) if number == each]
@@ -135,7 +134,7 @@ def _by_slice(devices: Sequence[Any]) -> list[list[Any]]:
 
 
 def mesh_from_config(config: MeshConfig) -> Mesh | None:
-    """The mesh of a run over all devices, or None where there is one device and nothing to lay out.
+    """The mesh of a run over all devices; None for a single device.
 
     Raises UserError when the sizes do not fit the devices.
     """
@@ -144,9 +143,9 @@ def mesh_from_config(config: MeshConfig) -> Mesh | None:
 
 
 def param_shardings(decoder: HasConfig, mesh: Mesh) -> dict[str, Any]:
-    """Each parameter's `NamedSharding`, nested like `nnx.to_pure_dict(nnx.state(decoder, nnx.Param))`.
+    """The `NamedSharding` of each parameter, nested like `nnx.to_pure_dict(nnx.state(decoder, nnx.Param))`.
 
-    Raises UserError when a size of the model is not a multiple of the mesh axis it lies on.
+    Raises UserError when a size of the model is not a multiple of its mesh axis.
     """
     check_divisible(decoder.config, mesh)
     return map_params(
@@ -155,7 +154,7 @@ def param_shardings(decoder: HasConfig, mesh: Mesh) -> dict[str, Any]:
 
 
 def map_params(function: Callable[[Any, PartitionSpec], Any], params: Any) -> Any:
-    """`function` of every parameter and of the axes that it lies over, in the parameters' own structure."""
+    """Apply `function` to every parameter and its `PartitionSpec`, keeping the tree structure."""
 
     def of(path: tuple[Any, ...], x: Any) -> Any:
         return function(
@@ -166,13 +165,12 @@ def map_params(function: Callable[[Any, PartitionSpec], Any], params: Any) -> An
 
 
 def param_spec(path: tuple[str, ...]) -> PartitionSpec:
-    """Over which axes the parameter at a path of `PARAMETER_AXES` lies."""
+    """The `PartitionSpec` of the parameter at a path of `PARAMETER_AXES`."""
     return PartitionSpec(*(LOGICAL_AXES[axis] for axis in PARAMETER_AXES[path]))
 
 
-def reshaped(mesh: Mesh, *, fsdp: int, tensor: int) -> Mesh:
-    """The same devices in the same order under other sizes of `fsdp` and `tensor`; `data` makes up for
-    them."""
+def reshape_mesh(mesh: Mesh, *, fsdp: int, tensor: int) -> Mesh:
+    """The same devices in the same order with other sizes of `fsdp` and `tensor`; `data` takes the rest."""
     devices = mesh.devices.reshape(mesh.shape["slice"], -1, fsdp, tensor, mesh.shape["sequence"])
     return Mesh(devices, MESH_AXES, axis_types=_AUTO)
 
@@ -194,29 +192,30 @@ def constrain(x: jax.Array, *axes: str | tuple[str, ...] | None) -> jax.Array:
 
 
 def layer_spec(linear: str, part: str) -> PartitionSpec:
-    """Where a part of one layer's linear lies."""
+    """The `PartitionSpec` of a part of one layer's linear, without the layer axis."""
     return PartitionSpec(*param_spec(("layers", linear, part))[1:])
 
 
 def reshard(x: jax.Array, spec: PartitionSpec, used: PartitionSpec) -> jax.Array:
-    """Change a parameter's sharding from `spec` to `used` on the active mesh, and its gradient's back. No-op
-    without a mesh."""
+    """Change a parameter's sharding from `spec` to `used` on the active mesh, and its gradient's back.
+
+    No-op without a mesh.
+    """
     return constrain(constrain(x, *spec), *used)
 
 
 def use_mesh(mesh: Mesh | None) -> AbstractContextManager[Any]:
-    """While a function is traced under it, `laid` lays activations out on this mesh."""
+    """Activate a mesh for `constrain` while a function is traced; no-op for None."""
     return nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def axis_size(mesh: Mesh | AbstractMesh, axes: str | tuple[str, ...] | None) -> int:
-    """Into how many parts a dimension over these mesh axes is cut."""
+    """Number of shards of a dimension that is sharded over these mesh axes."""
     return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
 
 
 def check_divisible(config: ModelConfig, mesh: Mesh | AbstractMesh) -> None:
-    """Raises UserError naming every mesh axis whose size does not divide the model, and the sizes that
-    would."""
+    """Raise UserError naming each mesh axis that does not divide the model, and the sizes that would."""
     # Heads, not their dimensions: a head is never split.
     sizes = {
         "vocab": config.vocab_size,

@@ -1,4 +1,4 @@
-"""Environment of the libraries beneath: quiet, and fast on a CPU. Call before they are imported."""
+"""Environment variables of the libraries: quiet, and fast on a CPU. Call before importing them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import os
 import warnings
 from pathlib import Path
 
-# XLA's default runs independent operations at once; on few cores they take turns at the caches: a decode step
-# took 1.3 to 1.6 times as long. Other back-ends ignore it.
+# XLA's default runs independent operations concurrently. On few cores they evict each other's caches: a
+# decode step took 1.3 to 1.6 times as long. Other back-ends ignore the flag.
 CPU_FLAG = "--xla_cpu_enable_concurrency_optimized_scheduler"
 
 
@@ -22,13 +22,13 @@ def configure_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    # A TPU compiler without a TPU, as for plans, looks for the machine that it is on, and complains.
+    # Without a TPU, as for plans, the TPU compiler would query the machine for one and print warnings.
     if not any(Path(device).exists() for device in ("/dev/accel0", "/dev/vfio")):
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
         os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
-    # Weights come from where the user says; nothing reaches for a hub on its own.
+    # Send no usage data to the hub.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     for name in ("absl", "jax", "orbax", "grain", "tensorflow_datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -56,9 +56,9 @@ class Sft:
     debug: bool = False
 
     def run(self) -> None:
-        from search_r3_jax.distributed.runtime import in_cluster
+        from search_r3_jax.distributed.runtime import join_cluster
 
-        with in_cluster(self.cluster):
+        with join_cluster(self.cluster):
             self._train()
 
     def _train(self) -> None:

@@ -1,1 +1,1 @@
-"""Collections: read, generated, and built into TFDS data sets."""
+"""Collections of documents and queries: formats, TFDS data sets, subsamples and training batches."""

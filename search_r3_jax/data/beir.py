@@ -1,4 +1,4 @@
-"""Reads a folder in BEIR's layout, gzipped or not."""
+"""Reader of folders in BEIR's layout, gzipped or not."""
 
 import re
 from collections.abc import Container, Sequence
@@ -17,19 +17,16 @@ from search_r3_jax.data.lines import (
 )
 from search_r3_jax.errors import UserError
 
-# The last word of a header, which the layout has and some copies of it lack; it is never a score.
+# The last column name of a header row; some copies of the layout have no header.
 SCORE_HEADERS = ("score", "relevance", "rel", "label")
 MAX_SCORE = 2**31 - 1
 
 
-def read_beir(folder: Path | str, split: str) -> Collection:
-    """The collection in `folder` with the queries judged in `split`; raises UserError naming file and
-    line."""
-    return read_beir_splits(Path(folder), [split], Problems())[split]
-
-
 def read_beir_splits(folder: Path, splits: Sequence[str], problems: Problems) -> dict[str, Collection]:
-    """Split name → collection, all with the same documents; what `problems` lets pass is left out."""
+    """Split name → collection, all with the same documents.
+
+    Lines that `problems` skips are left out. Raises UserError naming file and line.
+    """
     corpus_file = _find(folder, "corpus.jsonl")
     queries_file = _find(folder, "queries.jsonl")
     qrels_files = {split: _find_split(folder, split) for split in splits}
@@ -54,8 +51,10 @@ def read_beir_splits(folder: Path, splits: Sequence[str], problems: Problems) ->
 
 
 def find_splits(folder: Path) -> list[str]:
-    """The splits that `folder` has judgements of; raises UserError when there is none or a name is of no
-    use."""
+    """The splits that a BEIR folder has judgements of.
+
+    Raises UserError when there is none, or when a split has an unusable name.
+    """
     splits = _judged_splits(folder)
     if not splits:
         raise UserError(
@@ -72,7 +71,7 @@ def find_splits(folder: Path) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Known:
-    """What a judgement may name, and the files that say so."""
+    """The ids that a judgement may name, and the files that define them."""
 
     texts: Container[str]
     doc_ids: Container[str]
@@ -84,12 +83,12 @@ def _read_documents(path: Path, problems: Problems) -> dict[str, Document]:
     documents: dict[str, Document] = {}
     for where, line in read_lines(path, problems):
         with problems.at(where):
-            record = parse_object(line)
-            doc_id = _identifier(record, documents)
+            fields = parse_object(line)
+            doc_id = _identifier(fields, documents)
             document = Document(
                 doc_id=doc_id,
-                title=string_field(record, "title", default=""),
-                text=string_field(record, "text"),
+                title=string_field(fields, "title", default=""),
+                text=string_field(fields, "text"),
             )
             if not document.body.strip():
                 raise LineError(
@@ -105,9 +104,9 @@ def _read_query_texts(path: Path, problems: Problems) -> dict[str, str]:
     texts: dict[str, str] = {}
     for where, line in read_lines(path, problems):
         with problems.at(where):
-            record = parse_object(line)
-            query_id = _identifier(record, texts)
-            texts[query_id] = filled_field(record, "text")
+            fields = parse_object(line)
+            query_id = _identifier(fields, texts)
+            texts[query_id] = filled_field(fields, "text")
     if not texts:
         raise UserError(f"{path}: no queries; expected one JSON object a line")
     return texts
@@ -128,7 +127,7 @@ def _read_judgements(
         with problems.at(where):
             query_id, doc_id, score = _judgement(fields, known, highest)
             earlier = judged.setdefault(query_id, {}).setdefault(doc_id, score)
-            # A row repeated as it is says nothing new; nor do two ways to say "irrelevant".
+            # An exact repetition is no contradiction; nor are two scores that both mean "irrelevant".
             if earlier != score and max(earlier, score) > 0:
                 text = (
                     f"the pair {shown(query_id)}, {shown(doc_id)} is judged twice, {earlier} and {score}; "
@@ -175,8 +174,8 @@ def _queries(texts: dict[str, str], judged: dict[str, dict[str, int]]) -> tuple[
     return tuple(queries)
 
 
-def _identifier(record: dict[str, object], seen: Container[str]) -> str:
-    identifier = string_field(record, "_id")
+def _identifier(fields: dict[str, object], seen: Container[str]) -> str:
+    identifier = string_field(fields, "_id")
     if not identifier:
         raise LineError("empty id", "field '_id' is empty; give every line an id")
     if identifier in seen:

@@ -1,4 +1,4 @@
-"""What `data build` does: a source is read, checked and written as a TFDS data set."""
+"""Steps of `data build`: read a source, check it and write it as a TFDS data set."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from search_r3_jax.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class FunctionCounts:
-    """How many functions go into each split, and the seed that draws them."""
+    """How many functions to draw for each split, and the seed of the draw."""
 
     seed: int
     train_functions: int
@@ -27,10 +27,10 @@ class FunctionCounts:
 def build_beir(
     folder: Path, out: Path, *, splits: Sequence[str] = (), skip_bad: bool = False
 ) -> dict[str, Collection]:
-    """Builds `out` from a BEIR folder, all splits by default, and returns it; raises UserError naming file
-    and line.
+    """Build `out` from a BEIR folder and return its collections; all splits by default.
 
-    With `skip_bad` bad lines are left out; the first few are named on standard error, then their number.
+    Raises UserError naming file and line. With `skip_bad`, bad lines are left out: the first few are named on
+    standard error, then their number.
     """
     if not folder.is_dir():
         raise UserError(f"--input: {folder}: no such folder; give one in BEIR's layout")
@@ -45,7 +45,7 @@ def build_beir(
 def build_jsonl(
     file: Path, out: Path, *, splits: Sequence[str] = (), skip_bad: bool = False
 ) -> dict[str, Collection]:
-    """Builds `out` from a .jsonl file; the rest as in `build_beir`."""
+    """Build `out` from a .jsonl file; options and errors are those of `build_beir`."""
     if not file.is_file():
         raise UserError(f"--input: {file}: no such file; give a .jsonl or .jsonl.gz file")
     problems = Problems(skip_bad=skip_bad)
@@ -59,8 +59,10 @@ def build_jsonl(
 def build_python_functions(
     folder: Path | None, out: Path, *, counts: FunctionCounts, splits: Sequence[str] = ()
 ) -> dict[str, Collection]:
-    """Builds `out` from the packages in `folder`, by default those of this environment; raises UserError when
-    there are too few."""
+    """Build `out` from the Python packages in `folder`, by default those of this environment.
+
+    Raises UserError when there are too few functions.
+    """
     if folder is not None and not folder.is_dir():
         raise UserError(
             f"--input: {folder}: no such folder; give one that holds Python packages, or none for the "
@@ -95,7 +97,7 @@ def _chosen(
 def _written(
     collections: dict[str, Collection], out: Path, source: Mapping[str, object], problems: Problems
 ) -> dict[str, Collection]:
-    # In the order of their names, so that the order of --split or of a file's lines makes no other data set.
+    # Sorted by name: the order of --split or of a file's lines must not change the data set.
     collections = {split: collections[split] for split in sorted(collections)}
     name = next(iter(collections.values())).name
     try:

@@ -1,10 +1,11 @@
-"""The in-memory shape of a retrieval collection."""
+"""Documents, queries and collections in memory."""
 
-import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+
+from search_r3_jax.files import digest_of
 
 # TFDS reserves the split name "all".
 SHARED_CORPUS = "shared"
@@ -26,13 +27,13 @@ class Document:
 
     @property
     def body(self) -> str:
-        """What is embedded and indexed: the title, if any, on a line of its own, then the text."""
+        """The text that is embedded and indexed: the title line, if there is a title, then the text."""
         return f"{self.title}\n{self.text}" if self.title else self.text
 
 
 @dataclass(frozen=True, kw_only=True)
 class Query:
-    """One query; `positives` maps document ids to relevance > 0, `negatives` are judged irrelevant.
+    """One query; `positives` maps document ids to relevance > 0; `negatives` are judged irrelevant.
 
     Attributes:
         instruction: what kind of search this is; empty for none.
@@ -49,8 +50,10 @@ class Query:
 
 @dataclass(frozen=True, kw_only=True)
 class Collection:
-    """The documents and the queries of one split; row numbers are positions in `documents`, which may be on
-    disk."""
+    """The documents and queries of one split; a row is a position in `documents`.
+
+    `documents` may be stored on disk (`StoredDocuments`).
+    """
 
     name: str
     split: str
@@ -67,16 +70,10 @@ class Collection:
         return {document.doc_id: row for row, document in enumerate(self.documents)}
 
     def corpus_hash(self) -> str:
-        """`corpus_hash` of the documents."""
+        """Hash of the documents (see the function `corpus_hash`)."""
         return corpus_hash(self.documents)
 
 
 def corpus_hash(documents: Iterable[Document]) -> str:
-    """Hexadecimal sha256 over ids and bodies in order: equal hashes, equal index rows."""
-    digest = hashlib.sha256()
-    for document in documents:
-        for field in (document.doc_id, document.body):
-            encoded = field.encode()
-            # Lengths keep ("ab", "c") and ("a", "bc") apart.
-            digest.update(len(encoded).to_bytes(8, "big") + encoded)
-    return digest.hexdigest()
+    """Hexadecimal sha256 over ids and bodies in order; equal hashes mean equal index rows."""
+    return digest_of(field for document in documents for field in (document.doc_id, document.body))

@@ -1,4 +1,4 @@
-"""A TFDS data set (array_record, no TensorFlow) of collections: `corpus/`, `queries/` and `dataset.json`."""
+"""TFDS data sets of collections (array_record, no TensorFlow): `corpus/`, `queries/`, `dataset.json`."""
 
 import hashlib
 import itertools
@@ -24,6 +24,7 @@ from search_r3_jax.data.collection import SHARED_CORPUS, Collection, Document, Q
 from search_r3_jax.data.lines import Problems
 from search_r3_jax.data.stored import StoredDocuments, document_of
 from search_r3_jax.errors import UserError
+from search_r3_jax.files import file_sha256
 
 FORMAT_VERSION = 2
 MANIFEST = "dataset.json"
@@ -41,10 +42,10 @@ def build_dataset(
     source: Mapping[str, object],
     skipped: Mapping[str, int] | None = None,
 ) -> Path:
-    """Builds `out` from split name → collection, or reuses an equal one; raises UserError if `out` holds
-    anything else.
+    """Build `out` from split name → collection, or reuse an equal data set that is already there.
 
-    `skipped` says how many lines of the source were left out for which reason; it is recorded.
+    `skipped` counts the lines of the source that were left out, by reason; it is stored in the manifest.
+    Raises UserError if `out` holds anything else.
     """
     out = Path(out)
     _check_split_names(collections, out)
@@ -57,7 +58,7 @@ def build_dataset(
     shutil.rmtree(building, ignore_errors=True)
     try:
         _write_parts(collections, description, building)
-        manifest = {**description, "files": {file: _sha256(building / file) for file in _files(building)}}
+        manifest = {**description, "files": {file: file_sha256(building / file) for file in _files(building)}}
         (building / MANIFEST).write_text(
             json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8"
         )
@@ -68,21 +69,21 @@ def build_dataset(
 
 
 def load_collection(path: Path | str, split: str, *, stored: bool = False) -> Collection:
-    """One split of a built data set or of a BEIR folder, in its original order; raises UserError for anything
-    else.
+    """One split of a built data set or of a BEIR folder, in its original order.
 
-    With `stored` the documents of a built data set stay on disk, and are read when they are asked for.
+    With `stored`, the documents of a built data set stay on disk and are read on access. Raises UserError for
+    any other path.
     """
     return _load(Path(path), [split], stored=stored)[split]
 
 
 def load_collections(path: Path | str) -> dict[str, Collection]:
-    """Every split, by name; the rest as in `load_collection`."""
+    """All splits by name; otherwise like `load_collection`."""
     return _load(Path(path), None)
 
 
-def queries_hash(queries: Iterable[Query]) -> str:
-    """Hexadecimal sha256 over all fields of the queries in order."""
+def ordered_queries_hash(queries: Iterable[Query]) -> str:
+    """Hexadecimal sha256 over all fields of the queries in order; changes when their order does."""
     digest = hashlib.sha256()
     for query in queries:
         judgements = [list(query.positives.items()), query.negatives]
@@ -92,7 +93,7 @@ def queries_hash(queries: Iterable[Query]) -> str:
 
 
 def _load(path: Path, splits: Sequence[str] | None, *, stored: bool = False) -> dict[str, Collection]:
-    """The named splits, or all that there are where `splits` is None."""
+    """The named splits; all splits when `splits` is None."""
     if (path / MANIFEST).is_file():
         manifest = _read_manifest(path)
         return _read_splits(
@@ -127,7 +128,7 @@ def _describe(
                 "queries": len(collection.queries),
                 "corpus_split": SHARED_CORPUS if shared else split,
                 "corpus_hash": corpus_hashes[split],
-                "queries_hash": queries_hash(collection.queries),
+                "queries_hash": ordered_queries_hash(collection.queries),
             }
             for split, collection in collections.items()
         },
@@ -164,7 +165,7 @@ def _check_files(path: Path, manifest: Mapping[str, Any]) -> None:
     for file, expected in manifest["files"].items():
         if not (path / file).is_file():
             raise UserError(f"{path / file}: missing; remove {path} and build it again")
-        if _sha256(path / file) != expected:
+        if file_sha256(path / file) != expected:
             raise UserError(
                 f"{path / file}: content differs from its sha256 in {MANIFEST}; remove {path} and build it "
                 "again"
@@ -224,7 +225,7 @@ def _write_part(
     identity = DatasetIdentity(
         name=name, version=tfds.core.Version("1.0.0"), data_dir=str(folder), module_name="search_r3_jax"
     )
-    # Any: what TFDS says it returns here is wider than what it takes below.
+    # Any: the type that TFDS declares here is wider than the one it accepts below.
     described: Any = tfds.features.FeaturesDict(features)
     info = tfds.core.DatasetInfo(builder=identity, features=described)
     info.set_file_format(FileFormat.ARRAY_RECORD)
@@ -248,7 +249,7 @@ def _write_part(
     info.write_to_directory(folder)
 
 
-def _write_split(folder: Path, name: str, split: str, records: Iterator[bytes]) -> SplitInfo:
+def _write_split(folder: Path, name: str, split: str, examples: Iterator[bytes]) -> SplitInfo:
     template = ShardedFileTemplate(
         dataset_name=name,
         data_dir=epath.Path(folder),
@@ -258,17 +259,17 @@ def _write_split(folder: Path, name: str, split: str, records: Iterator[bytes]) 
     )
     shard_lengths: list[int] = []
     num_bytes = 0
-    while (first := next(records, None)) is not None:
+    while (first := next(examples, None)) is not None:
         path = template.sharded_filepath(shard_index=len(shard_lengths), num_shards=None)
         count = 0
         try:
             writer = ArrayRecordWriter(str(path), "group_size:1")
-            for record in itertools.chain([first], itertools.islice(records, MAX_EXAMPLES_PER_SHARD - 1)):
-                writer.write(record)
-                count, num_bytes = count + 1, num_bytes + len(record)
+            for example in itertools.chain([first], itertools.islice(examples, MAX_EXAMPLES_PER_SHARD - 1)):
+                writer.write(example)
+                count, num_bytes = count + 1, num_bytes + len(example)
             writer.close()
         except RuntimeError as error:
-            # How array_record says that the disk is full.
+            # array_record reports a full disk as a RuntimeError.
             raise OSError(str(error)) from error
         shard_lengths.append(count)
     return SplitInfo(name=split, shard_lengths=shard_lengths, num_bytes=num_bytes, filename_template=template)
@@ -301,7 +302,7 @@ def _read_splits(
             )
     _check_files(path, manifest)
     corpus_of = {split: manifest["splits"][split]["corpus_split"] for split in splits}
-    # A corpus that several splits share is read, and kept, once.
+    # A corpus that several splits share is read once.
     documents: dict[str, Sequence[Document]] = {
         corpus: StoredDocuments(path / "corpus", corpus)
         if stored
@@ -322,30 +323,25 @@ def _read_splits(
 def _read_part(folder: Path, split: str, decode: Callable[[dict[str, Any]], T]) -> tuple[T, ...]:
     # Any: a decorator of TFDS hides the signature of as_data_source from type checkers.
     builder: Any = tfds.builder_from_directory(folder)
-    records = builder.as_data_source(split)
+    examples = builder.as_data_source(split)
     numbered: list[tuple[int, T]] = []
-    for start in range(0, len(records), EXAMPLES_PER_CALL):
-        chunk = records.__getitems__(range(start, min(start + EXAMPLES_PER_CALL, len(records))))
-        numbered.extend((int(record["row"]), decode(record)) for record in chunk)
+    for start in range(0, len(examples), EXAMPLES_PER_CALL):
+        chunk = examples.__getitems__(range(start, min(start + EXAMPLES_PER_CALL, len(examples))))
+        numbered.extend((int(example["row"]), decode(example)) for example in chunk)
     return tuple(item for _, item in sorted(numbered, key=lambda pair: pair[0]))
 
 
-def _query(record: dict[str, Any]) -> Query:
-    positives = [doc_id.decode() for doc_id in record["positives"]]
+def _query(example: dict[str, Any]) -> Query:
+    positives = [doc_id.decode() for doc_id in example["positives"]]
     return Query(
-        query_id=record["query_id"].decode(),
-        text=record["text"].decode(),
-        positives=dict(zip(positives, map(int, record["relevance"]), strict=True)),
-        negatives=tuple(doc_id.decode() for doc_id in record["negatives"]),
-        instruction=record["instruction"].decode(),
-        reasoning=record["reasoning"].decode(),
+        query_id=example["query_id"].decode(),
+        text=example["text"].decode(),
+        positives=dict(zip(positives, map(int, example["relevance"]), strict=True)),
+        negatives=tuple(doc_id.decode() for doc_id in example["negatives"]),
+        instruction=example["instruction"].decode(),
+        reasoning=example["reasoning"].decode(),
     )
 
 
 def _files(folder: Path) -> list[str]:
     return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Queries that training is watched on: a split of their own, or some of the training queries."""
+"""Training and development queries: a development split, or a part of the training queries."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ from pathlib import Path
 from search_r3_jax.config import DataConfig
 from search_r3_jax.data.collection import Collection, Query
 from search_r3_jax.data.dataset import load_collection, splits_of
-from search_r3_jax.data.subsample import cut_corpus
+from search_r3_jax.data.subsample import sample_corpus
 from search_r3_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingSet:
-    """What to train on, and what to watch training on; no query is in both."""
+    """Queries to train on and development queries to evaluate on; no query is in both."""
 
     train: Collection
     dev: Collection | None
 
 
 def load_training_sets(config: DataConfig, *, stored: bool = False) -> tuple[TrainingSet, ...]:
-    """Each of the data sets of a config, `stored` as in `load_collection`; raises UserError when one cannot
-    be read or there is none."""
+    """The data sets of a config; `stored` is that of `load_collection`.
+
+    Raises UserError when one cannot be read, or when the config names none.
+    """
     if not config.sets:
         raise UserError("data.sets: no data set; name one or more folders: --data.sets FOLDER …")
     return tuple(_load(Path(folder), config, stored) for folder in config.sets)
@@ -40,7 +42,7 @@ def _load(folder: Path, config: DataConfig, stored: bool) -> TrainingSet:
             watched, queries=tuple(query for query in watched.queries if query.query_id in chosen)
         )
     else:
-        # Never more than a tenth: a small set is for training first.
+        # At most a tenth: most of a small set must remain for training.
         drawn = _drawn(train, min(config.dev_queries, len(train.queries) // 10))
         if not drawn:
             return TrainingSet(train=train, dev=None)
@@ -49,14 +51,13 @@ def _load(folder: Path, config: DataConfig, stored: bool) -> TrainingSet:
     train = dataclasses.replace(
         train, queries=tuple(query for query in train.queries if query.text not in texts)
     )
-    return TrainingSet(train=train, dev=cut_corpus(dev, config.dev_documents)[0])
+    return TrainingSet(train=train, dev=sample_corpus(dev, config.dev_documents)[0])
 
 
 def for_stage_2(training: TrainingSet, config: DataConfig) -> TrainingSet:
-    """What stage 2 samples and searches: the queries with a relevant document, fewer of them, and a smaller
-    corpus, where asked for.
+    """Queries and documents of stage 2: queries with a relevant document, subsampled by the config.
 
-    Trainer and indexer come to the same corpus from the same config.
+    Trainer and indexer derive the same corpus from the same config.
     """
     train = training.train
     queries = tuple(query for query in train.queries if query.positives)
@@ -65,7 +66,7 @@ def for_stage_2(training: TrainingSet, config: DataConfig) -> TrainingSet:
         queries = tuple(query for query in queries if query.query_id in chosen)
     train = dataclasses.replace(train, queries=queries)
     if config.rl_documents:
-        train = cut_corpus(train, config.rl_documents)[0]
+        train = sample_corpus(train, config.rl_documents)[0]
     return dataclasses.replace(training, train=train)
 
 

@@ -1,6 +1,5 @@
-"""Reads a .jsonl file of queries with their documents, gzipped or not: one object a line."""
+"""Reader of .jsonl files of queries with their documents, gzipped or not: one object a line."""
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,40 +17,41 @@ from search_r3_jax.data.lines import (
     string_field,
 )
 from search_r3_jax.errors import UserError
+from search_r3_jax.files import digest_of
 
 ID_CHARACTERS = 32
 MAX_RELEVANCE = 2**31 - 1
 
 
 def read_jsonl(path: Path, problems: Problems) -> dict[str, Collection]:
-    """Split name → collection in the order of the file, all with the same documents; raises UserError naming
-    file and line.
+    """Split name → collection in the order of the file, all with the same documents.
 
-    Lines that ask the same query under no `query_id` are one query with the documents of all of them.
+    Lines with the same query and no `query_id` become one query with the documents of all of them. Raises
+    UserError naming file and line.
     """
     documents: dict[str, Document] = {}
-    asked: dict[str, dict[str, _Asked]] = {}
+    queries_of: dict[str, dict[str, _JudgedQuery]] = {}
     ids: set[str] = set()
     for where, line in read_lines(path, problems):
         with problems.at(where):
-            record = parse_object(line)
-            query, judged = _read_query(record), _read_judgements(record)
-            split = string_field(record, "split", default="train")
+            fields = parse_object(line)
+            query, judged = _read_query(fields), _read_judgements(fields)
+            split = string_field(fields, "split", default="train")
             if not usable_split_name(split):
                 remedy = "use letters, digits and '_', not 'all' or 'shared'"
                 raise LineError("bad split name", f"field 'split': {shown(split)} is not usable; {remedy}")
-            if "query_id" in record and query.query_id in ids:
+            if "query_id" in fields and query.query_id in ids:
                 raise LineError(
                     "duplicate id",
                     f"field 'query_id': {shown(query.query_id)} appears twice; ids must be unique",
                 )
-            same = asked.get(split, {}).get(query.query_id, query)
-            same.add(judged)
-            # Nothing of a bad line is kept, so this comes after the last check.
-            asked.setdefault(split, {})[query.query_id] = same
+            judged_query = queries_of.get(split, {}).get(query.query_id, query)
+            judged_query.add(judged)
+            # After the last check: a bad line must leave no trace.
+            queries_of.setdefault(split, {})[query.query_id] = judged_query
             ids.add(query.query_id)
             documents.update({document.doc_id: document for document, _ in judged.values()})
-    if not asked:
+    if not queries_of:
         raise UserError(f"{path}: no queries; expected one JSON object a line, with 'query' and 'positive'")
     name = path.resolve().name.removesuffix(".gz").removesuffix(".jsonl")
     return {
@@ -61,13 +61,13 @@ def read_jsonl(path: Path, problems: Problems) -> dict[str, Collection]:
             documents=tuple(documents.values()),
             queries=tuple(each.query() for each in queries.values()),
         )
-        for split, queries in asked.items()
+        for split, queries in queries_of.items()
     }
 
 
 @dataclass(kw_only=True)
-class _Asked:
-    """A query and the relevance of its documents so far; 0 is a negative."""
+class _JudgedQuery:
+    """A query and the relevance of its documents read so far; 0 is a negative."""
 
     query_id: str
     text: str
@@ -91,24 +91,24 @@ class _Asked:
         )
 
 
-def _read_query(record: dict[str, Any]) -> _Asked:
-    text = filled_field(record, "query")
-    instruction = string_field(record, "instruction", default="")
-    reasoning = string_field(record, "reasoning", default="")
+def _read_query(fields: dict[str, Any]) -> _JudgedQuery:
+    text = filled_field(fields, "query")
+    instruction = string_field(fields, "instruction", default="")
+    reasoning = string_field(fields, "reasoning", default="")
     query_id = (
-        filled_field(record, "query_id")
-        if "query_id" in record
+        filled_field(fields, "query_id")
+        if "query_id" in fields
         else _content_id(text, instruction, reasoning)
     )
-    return _Asked(query_id=query_id, text=text, instruction=instruction, reasoning=reasoning)
+    return _JudgedQuery(query_id=query_id, text=text, instruction=instruction, reasoning=reasoning)
 
 
-def _read_judgements(record: dict[str, Any]) -> dict[str, tuple[Document, int]]:
-    if "positive" not in record:
+def _read_judgements(fields: dict[str, Any]) -> dict[str, tuple[Document, int]]:
+    if "positive" not in fields:
         raise LineError("missing field", "field 'positive' is missing; add it")
     judged: dict[str, tuple[Document, int]] = {}
     for name, lowest, highest in (("positive", 1, MAX_RELEVANCE), ("negative", 0, 0)):
-        for document, relevance in _documents(record[name], name, lowest, highest) if name in record else ():
+        for document, relevance in _documents(fields[name], name, lowest, highest) if name in fields else ():
             _, earlier = judged.setdefault(document.doc_id, (document, relevance))
             _check_agreement(earlier, relevance)
     if not any(relevance > 0 for _, relevance in judged.values()):
@@ -164,9 +164,4 @@ def _document(item: object, name: str, lowest: int, highest: int) -> tuple[Docum
 
 
 def _content_id(*fields: str) -> str:
-    digest = hashlib.sha256()
-    for each in fields:
-        encoded = each.encode()
-        # Lengths keep ("ab", "c") and ("a", "bc") apart.
-        digest.update(len(encoded).to_bytes(8, "big") + encoded)
-    return digest.hexdigest()[:ID_CHARACTERS]
+    return digest_of(fields)[:ID_CHARACTERS]

@@ -1,5 +1,4 @@
-"""Lines and fields of files that may hold anything: bounded reading, gzipped or not; what is wrong is raised,
-or counted and skipped."""
+"""Lines and fields of untrusted files, gzipped or not: bounded reading, and errors raised or counted."""
 
 import gzip
 import json
@@ -20,7 +19,7 @@ MAX_SHOWN = 80
 
 
 class LineError(Exception):
-    """One line that cannot be used; `reason` is what it is counted under, the text names field and remedy."""
+    """A line that cannot be used; `reason` is the key to count it by, the text names field and remedy."""
 
     def __init__(self, reason: str, text: str):
         super().__init__(text)
@@ -29,8 +28,10 @@ class LineError(Exception):
 
 @dataclass(kw_only=True)
 class Problems:
-    """What is wrong with the input: a UserError at the first, or with `skip_bad` counts by reason and the
-    first few in words."""
+    """Problems of the input: raise UserError at the first one, or with `skip_bad` count them by reason.
+
+    `listed` describes the first few.
+    """
 
     skip_bad: bool = False
     counts: Counter[str] = field(default_factory=Counter)
@@ -38,8 +39,10 @@ class Problems:
 
     @contextmanager
     def at(self, where: str) -> Iterator[None]:
-        """Turns a LineError of the block into a UserError that begins with `where`, or with `skip_bad` notes
-        it and goes on."""
+        """Turn a LineError of the block into a UserError that begins with `where`.
+
+        With `skip_bad`, count it and continue.
+        """
         try:
             yield
         except LineError as problem:
@@ -51,7 +54,10 @@ class Problems:
 
 
 def read_lines(path: Path, problems: Problems) -> Iterator[tuple[str, str]]:
-    """`(where, line)` of each line that is not blank, without its line end; `where` names file and line."""
+    """`(where, line)` of each line that is not blank, without its line end.
+
+    `where` names file and line. Raises UserError when the file cannot be read.
+    """
     number = 0
     try:
         # Bytes are split at "\n" only: text may hold other separators such as U+2028.
@@ -77,7 +83,7 @@ def read_lines(path: Path, problems: Problems) -> Iterator[tuple[str, str]]:
 def parse_object(line: str) -> dict[str, Any]:
     """The JSON object of a line; raises LineError."""
     try:
-        record = json.loads(line)
+        fields = json.loads(line)
     except json.JSONDecodeError as error:
         text = f"not valid JSON ({error.msg} at column {error.colno}); expected one object a line"
         raise LineError("malformed JSON", text) from None
@@ -89,30 +95,30 @@ def parse_object(line: str) -> dict[str, Any]:
         raise LineError(
             "malformed JSON", "not valid JSON for us (nested too deeply); expected a flat object"
         ) from None
-    if not isinstance(record, dict):
-        raise LineError("no JSON object", f"expected a JSON object, got {type(record).__name__}")
-    return record
+    if not isinstance(fields, dict):
+        raise LineError("no JSON object", f"expected a JSON object, got {type(fields).__name__}")
+    return fields
 
 
-def string_field(record: dict[str, Any], name: str, *, default: str | None = None) -> str:
-    """A string of `record`, `default` where there is one and the field is missing; raises LineError."""
-    if name not in record and default is not None:
+def string_field(fields: dict[str, Any], name: str, *, default: str | None = None) -> str:
+    """A string field; `default` if it is missing and a default is given; raises LineError."""
+    if name not in fields and default is not None:
         return default
-    if name not in record:
+    if name not in fields:
         raise LineError("missing field", f"field {name!r} is missing; add it")
-    return checked_string(record[name], name)
+    return checked_string(fields[name], name)
 
 
-def filled_field(record: dict[str, Any], name: str) -> str:
-    """A string of `record` that is not blank; raises LineError."""
-    text = string_field(record, name)
+def filled_field(fields: dict[str, Any], name: str) -> str:
+    """A string field that is not blank; raises LineError."""
+    text = string_field(fields, name)
     if not text.strip():
         raise LineError("empty text", f"field {name!r} is empty; fill it or remove the line")
     return text
 
 
 def checked_string(value: object, name: str) -> str:
-    """`value` if it is a string that UTF-8 can store, without NUL; raises LineError naming the field."""
+    """`value`, if it is a string without NUL that UTF-8 can encode; raises LineError naming the field."""
     if not isinstance(value, str):
         raise LineError("wrong type", f"field {name!r} must be a string, got {type(value).__name__}")
     if "\0" in value:
@@ -128,7 +134,7 @@ def checked_string(value: object, name: str) -> str:
 
 
 def shown(value: str) -> str:
-    """`value` as a message quotes it: one line, cut when long."""
+    """`value` quoted for a message: one line, truncated when long."""
     return repr(value if len(value) <= MAX_SHOWN else value[:MAX_SHOWN] + "…")
 
 

@@ -1,4 +1,4 @@
-"""Which pairs of which data set a step trains on: a pure function of the step."""
+"""Order of the training pairs over several data sets: a pure function of the step."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ ENDLESS = 1 << 48
 
 
 class Pair(NamedTuple):
-    """One training pair: the data set's number, the query's row, the positive document's row, and the place
-    in the sequence."""
+    """One training pair: number of the data set, row of the query, row of its positive document.
+
+    `place` is the position in the sequence of pairs.
+    """
 
     set: int
     query: int
@@ -27,8 +29,7 @@ class Pair(NamedTuple):
 
 
 def shuffled(size: int, seed: int, start: int, count: int) -> list[int]:
-    """Items `start` to `start + count` of an endless sequence of seeded shuffles of 0..size−1; a pure
-    function of its arguments."""
+    """Items `start` to `start + count` of an endless sequence of seeded shuffles of 0..size−1."""
     order = grain.MapDataset.range(size).shuffle(seed=seed).repeat()
     items = [order[start + i] for i in range(count)]
     return [item for item in items if item is not None]
@@ -36,11 +37,11 @@ def shuffled(size: int, seed: int, start: int, count: int) -> list[int]:
 
 @dataclass(frozen=True, kw_only=True)
 class Mixture:
-    """An endless, globally shuffled sequence of pairs from several collections; `weights` are shares of the
-    pairs, not of the sets' sizes.
+    """An endless, globally shuffled sequence of pairs from several collections.
 
-    Every `together` pairs of it are of one collection. Raises UserError when a set has no pairs, or the
-    weights do not fit the sets.
+    `weights` are shares of the pairs, by default those of the sets' sizes. `together` consecutive pairs are
+    always of the same collection. Raises UserError when a set has no pairs, or when the weights do not fit
+    the sets.
     """
 
     collections: tuple[Collection, ...]
@@ -74,7 +75,7 @@ class Mixture:
 
     @cached_property
     def _items(self) -> list[grain.MapDataset[int]]:
-        """Each set's pairs in its own order, shuffled anew every epoch."""
+        """Each set's pairs, reshuffled every epoch."""
         sizes = map(len, self._pairs)
         return [
             grain.MapDataset.range(size).shuffle(seed=self.seed + number).repeat()
@@ -83,7 +84,7 @@ class Mixture:
 
     @cached_property
     def _order(self) -> grain.MapDataset[tuple[int, int]]:
-        """Of every `together` pairs the number of their set, and how many such groups of it came before."""
+        """For each group of `together` pairs: the number of its set and its number within the set."""
 
         def numbered(number: int) -> grain.MapDataset[tuple[int, int]]:
             return grain.MapDataset.range(ENDLESS).map(lambda group: (number, group))
@@ -96,19 +97,23 @@ class Mixture:
         )
 
     def size(self) -> int:
-        """How many pairs there are in all."""
+        """Number of pairs in all sets."""
         return sum(map(len, self._pairs))
 
     def pairs(self, items: Sequence[int]) -> list[Pair]:
-        """The pairs at these places of the sequence."""
-        found = []
+        """The pairs at these positions of the sequence."""
+        pairs = []
         for item in items:
             group, place = divmod(item, self.together)
-            chosen = self._order[group]
-            at = None if chosen is None else self._items[chosen[0]][chosen[1] * self.together + place]
-            if chosen is None or at is None:
+            set_and_group = self._order[group]
+            at = (
+                None
+                if set_and_group is None
+                else self._items[set_and_group[0]][set_and_group[1] * self.together + place]
+            )
+            if set_and_group is None or at is None:
                 raise ValueError(f"item {item} of an endless sequence is missing")
-            number = chosen[0]
+            number = set_and_group[0]
             query, document = self._pairs[number][at]
-            found.append(Pair(number, query, document, item))
-        return found
+            pairs.append(Pair(number, query, document, item))
+        return pairs

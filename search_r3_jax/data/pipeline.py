@@ -24,10 +24,9 @@ class TextChunks(NamedTuple):
 
     Attributes:
         ids, positions, segments: [C,R,T] int32 as in `PackedRows`.
-        prefixes: [C,R,T] int32, which shared prompt prefix a token stands behind: 0 direct, 1 reasoned.
+        prefixes: [C,R,T] int32, the shared prompt prefix before a token: 0 direct, 1 reasoned.
         embed_at: [C,N] int32, flat position in its chunk of each text's embed token.
-        reply_at: [C,M] int32, flat positions of the reply tokens that are learnt, −1 filled; M = 0 where none
-            are.
+        reply_at: [C,M] int32, flat positions of the reply tokens to learn, padded with −1; M = 0 without any.
     """
 
     ids: np.ndarray
@@ -38,18 +37,10 @@ class TextChunks(NamedTuple):
     reply_at: np.ndarray
 
     def padded(self, shares: int) -> TextChunks:
-        """With R and M filled up to multiples of `shares`."""
+        """The same texts with R and M padded to multiples of `shares`."""
         fills = {"ids": 0, "positions": PAD, "segments": PAD, "prefixes": 0, "reply_at": PAD}
         return self._replace(
             **{name: _padded(getattr(self, name), shares, fill) for name, fill in fills.items()}
-        )
-
-    def slice(self, index: int, count: int) -> TextChunks:
-        """Share `index` of `count` of each chunk's rows, padded as they are; positions still count from the
-        whole chunk's first row."""
-        whole = self.padded(count)
-        return whole._replace(
-            **{name: np.split(getattr(whole, name), count, axis=1)[index] for name in ROW_FIELDS}
         )
 
 
@@ -57,10 +48,10 @@ class PairBatch(NamedTuple):
     """B queries and P documents: of each chunk its queries' positives, then their negatives.
 
     Attributes:
-        document_ids: [P] int32, the same for the same document, −1 for a negative that there is none of.
-        known_ids: [B,K] int32, documents known to be relevant to a query, −1 filled; `known_relevance` [B,K]
-            float32.
-        mined: [B,n] int32, rows of P that hold a query's own negatives, −1 where there are not enough.
+        document_ids: [P] int32, equal for equal documents, −1 for a missing negative.
+        known_ids: [B,K] int32, documents known to be relevant to a query, padded with −1; `known_relevance`
+            [B,K] float32.
+        mined: [B,n] int32, rows of P that hold the negatives of each query, −1 where there are too few.
     """
 
     queries: TextChunks
@@ -71,32 +62,25 @@ class PairBatch(NamedTuple):
     mined: np.ndarray
 
     def padding_share(self) -> float:
-        """The share of the computed tokens that are padding, in [0, 1]."""
+        """Share of the computed tokens that are padding, in [0, 1]."""
         return float(
             np.mean(np.concatenate([self.queries.segments.ravel(), self.documents.segments.ravel()]) < 0)
         )
 
     def padded(self, shares: int) -> PairBatch:
-        """With the rows of queries and of documents filled up to multiples of `shares`."""
+        """The same batch with the rows of queries and documents padded to multiples of `shares`."""
         return self._replace(queries=self.queries.padded(shares), documents=self.documents.padded(shares))
-
-    def slice(self, index: int, count: int) -> PairBatch:
-        """What process `index` of `count` holds: its share of the rows, and everything else whole."""
-        return self._replace(
-            queries=self.queries.slice(index, count), documents=self.documents.slice(index, count)
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairPipeline:
-    """Pairs of a mixture in a seeded order, tokenised and packed; the state of the pipeline is the step
-    alone.
+    """Tokenised and packed pairs of a mixture in a seeded order; the only state is the step.
 
     Attributes:
         encode_chunk: pairs that are encoded together; divides `global_batch`.
-        reasoned: of the pairs of a chunk, how many have their query in the reasoned format.
-        negatives: judged irrelevant or mined documents a query.
-        key_terms: writes the reasoning of a document where its query's own `reasoning` is empty.
+        reasoned: pairs of a chunk whose query is in the reasoned format.
+        negatives: negative documents per query, judged irrelevant or mined.
+        tfidf_reasoning: of each set, writes the reasoning where a query's `reasoning` is empty.
     """
 
     mixture: Mixture
@@ -108,7 +92,7 @@ class PairPipeline:
     max_thought_tokens: int = 64
     reasoned: int = 0
     negatives: int = 0
-    key_terms: tuple[TfidfReasoning, ...] = ()
+    tfidf_reasoning: tuple[TfidfReasoning, ...] = ()
 
     def __post_init__(self) -> None:
         if self.global_batch > self.mixture.size():
@@ -125,7 +109,7 @@ class PairPipeline:
         return self.mixture.pairs(range(step * self.global_batch, (step + 1) * self.global_batch))
 
     def reasoned_pairs(self, step: int) -> list[Pair]:
-        """Those whose query is in the reasoned format."""
+        """The pairs of a step whose query is in the reasoned format."""
         pairs = self.pairs(step)
         return [
             pair for i, pair in enumerate(pairs) if i % self.encode_chunk >= self.encode_chunk - self.reasoned
@@ -156,7 +140,7 @@ class PairPipeline:
             embed_at.append(ends - 1)
             at = [np.arange(end - reply, end) for end, reply in zip(ends, chunk.replies, strict=True)]
             reply_at.append(_filled(np.concatenate(at), M))
-            # The last entry serves the segment number of padding.
+            # Padding has segment −1, which selects the last entry.
             prefixes.append(np.array([*chunk.prefixes, 0])[rows.segments])
         return TextChunks(
             ids=_stacked([rows.ids for rows in packed], R, 0),
@@ -169,8 +153,7 @@ class PairPipeline:
 
     @cached_property
     def _row_tokens(self) -> int:
-        """The length of a row: as many of the longest texts as reach ROW_TOKENS fit, so that full-length
-        texts leave little over."""
+        """Length of a row: a multiple of the longest text, at least ROW_TOKENS, as a bucket length."""
         direct, reason = self.prompter.direct, self.prompter.reason
         longest = (
             max(self.max_document_tokens, self.max_query_tokens) + len(direct.suffix) + len(direct.closing)
@@ -192,8 +175,7 @@ class PairPipeline:
         )
 
     def _negatives(self, pair: Pair) -> list[int]:
-        """Rows of a pair's negatives, FILLER where there are not enough; which of many is decided by the
-        pair's place alone."""
+        """Rows of a pair's negatives, padded with PAD; the pair's place seeds the choice among many."""
         collection = self.mixture.collections[pair.set]
         known = [collection.row_of[doc_id] for doc_id in collection.queries[pair.query].negatives]
         if len(known) > self.negatives:
@@ -253,8 +235,8 @@ class PairPipeline:
                 fill = [PAD] * (self._most_known - len(positives))
                 known_ids.append([first + collection.row_of[doc_id] for doc_id in positives] + fill)
                 relevance.append([*positives.values(), *[0] * len(fill)])
-                own = first_row + len(chunk) + i * self.negatives + np.arange(self.negatives)
-                mined.append([row if document_ids[row] != PAD else PAD for row in own])
+                mined_rows = first_row + len(chunk) + i * self.negatives + np.arange(self.negatives)
+                mined.append([row if document_ids[row] != PAD else PAD for row in mined_rows])
         return {
             "document_ids": np.array(document_ids, np.int32),
             "known_ids": np.array(known_ids, np.int32),
@@ -266,17 +248,16 @@ class PairPipeline:
         return self.mixture.collections[pair.set].queries[pair.query]
 
     def _thought(self, pair: Pair) -> list[int]:
-        own = self._query(pair).reasoning
-        if not own and not self.key_terms:
+        reasoning = self._query(pair).reasoning
+        if not reasoning and not self.tfidf_reasoning:
             raise ValueError("reasoned examples need a reasoning column or key terms")
         return self.prompter.thought_ids(
-            own or self.key_terms[pair.set].thought(pair.document), self.max_thought_tokens
+            reasoning or self.tfidf_reasoning[pair.set].thought(pair.document), self.max_thought_tokens
         )
 
 
 class _Rows(NamedTuple):
-    """A chunk's texts: token rows, first positions, prefix numbers, lengths of the replies that are
-    learnt."""
+    """Texts of a chunk: token rows, first positions, prefix numbers, lengths of the replies to learn."""
 
     ids: list[list[int]]
     starts: list[int]
@@ -285,8 +266,10 @@ class _Rows(NamedTuple):
 
 
 def _rounded(count: int, *, parts: int) -> int:
-    """Up to a multiple of the power of two below over `parts`: at most 1/parts more; few rows go up to an
-    even number."""
+    """Round up to a multiple of (the power of two below) / parts: adds at most 1/parts.
+
+    More than four rows are rounded to an even number.
+    """
     step = max(2 if count > 4 else 1, (1 << max(0, count.bit_length() - 1)) // parts)
     return -(-count // step) * step
 
@@ -296,7 +279,7 @@ def _filled(values: np.ndarray, count: int) -> np.ndarray:
 
 
 def _padded(x: np.ndarray, multiple: int, fill: int) -> np.ndarray:
-    """The second axis filled up to a multiple."""
+    """Pad the second axis to a multiple."""
     return np.pad(x, ((0, 0), (0, -x.shape[1] % multiple), *((0, 0),) * (x.ndim - 2)), constant_values=fill)
 
 

@@ -1,5 +1,4 @@
-"""A code-search collection from the installed Python packages: first docstring sentence → function without
-docstring."""
+"""Code-search collection from installed Python packages: first docstring sentence → function body."""
 
 import ast
 import hashlib
@@ -50,10 +49,10 @@ def python_functions(
     min_characters: int = 80,
     max_characters: int = 2000,
 ) -> dict[str, Collection]:
-    """Collections "train", "dev", "test" that share no package; raises UserError when too few functions are
-    installed.
+    """Collections "train", "dev" and "test" that share no package.
 
-    `package_share` is the most that one package may give to a split.
+    `package_share` is the largest share of a split that may come from one package. Raises UserError when too
+    few functions are installed.
     """
     wanted = {"train": train_functions, "dev": dev_functions, "test": test_functions}
     if min(wanted.values()) < 1:
@@ -61,7 +60,7 @@ def python_functions(
     files_of = _find_packages(_installed_roots() if roots is None else roots, packages)
     chosen: dict[str, list[_Function]] = {split: [] for split in wanted}
     unique = _UniqueFunctions()
-    # Packages are dealt in an order drawn from the seed, so reading stops as soon as every split is full.
+    # In an order drawn from the seed, so reading can stop as soon as every split is full.
     for package in sorted(files_of, key=lambda name: _draw(seed, name)):
         split = min(wanted, key=lambda name: len(chosen[name]) / wanted[name])
         room = min(wanted[split] - len(chosen[split]), math.ceil(package_share * wanted[split]))
@@ -70,9 +69,9 @@ def python_functions(
         files = sorted(files_of[package], key=lambda file: _draw(seed, file.module))[:MAX_FILES_PER_PACKAGE]
         chosen[split].extend(_take(files, room, unique, min_characters, max_characters))
     if any(len(chosen[split]) < wanted[split] for split in wanted):
-        found = ", ".join(f"{len(chosen[split])} of {wanted[split]} for {split}" for split in wanted)
+        counts = ", ".join(f"{len(chosen[split])} of {wanted[split]} for {split}" for split in wanted)
         raise UserError(
-            f"python-functions: found {found} in {len(files_of)} packages (no package may give more than "
+            f"python-functions: found {counts} in {len(files_of)} packages (no package may give more than "
             f"{package_share:.0%} "
             "of a split); ask for fewer functions or install more packages"
         )
@@ -189,8 +188,10 @@ def _definitions(parent: ast.AST, prefix: str) -> Iterator[tuple[str, FunctionNo
 
 
 def source_without_docstring(lines: list[str], node: FunctionNode) -> str | None:
-    """The dedented source of `node` without its docstring; None when that leaves too little or does not stand
-    alone."""
+    """The dedented source of `node` without its docstring.
+
+    None when too little remains, or when the rest does not parse as one function.
+    """
     docstring = node.body[0]
     first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]) - 1
     last = node.end_lineno or node.lineno
@@ -213,7 +214,7 @@ def source_without_docstring(lines: list[str], node: FunctionNode) -> str | None
             warnings.simplefilter("ignore")
             statements = ast.parse(source).body
     except (SyntaxError, ValueError):
-        # A string that starts left of the function keeps dedent from working.
+        # dedent fails when a string continues left of the function.
         return None
     alone = (
         len(statements) == 1
@@ -224,7 +225,7 @@ def source_without_docstring(lines: list[str], node: FunctionNode) -> str | None
 
 
 def first_sentence(docstring: str) -> str | None:
-    """The first sentence without markup; None unless it is English-looking prose of 4 to 40 words."""
+    """The first sentence without markup; None unless it looks like English prose of 4 to 40 words."""
     paragraph = re.split(r"\n\s*\n", inspect.cleandoc(docstring), maxsplit=1)[0]
     if ">>>" in paragraph or "://" in paragraph or re.match(r"[\w.]+\(.*\)\s*(->|$|\n)", paragraph):
         return None
@@ -246,7 +247,7 @@ def first_sentence(docstring: str) -> str | None:
 
 @dataclass
 class _UniqueFunctions:
-    """Refuses functions whose query or source, exactly or nearly, was added before."""
+    """Rejects functions whose query or source equals, or nearly equals, an earlier one."""
 
     doc_ids: set[str] = field(default_factory=set)
     queries: set[str] = field(default_factory=set)
@@ -304,8 +305,3 @@ def _collection(split: str, functions: Iterable[_Function]) -> Collection:
             for function in functions
         ),
     )
-
-
-def package_of(doc_id: str) -> str:
-    """The top-level package of a document of this source."""
-    return doc_id.split(":")[0].split(".")[0]

@@ -1,4 +1,4 @@
-"""The documents of a built data set, left on disk: a corpus larger than memory is read a piece at a time."""
+"""Documents of a built data set that stay on disk, for a corpus larger than memory."""
 
 from __future__ import annotations
 
@@ -11,22 +11,21 @@ import tensorflow_datasets as tfds
 from search_r3_jax.data.collection import Document
 from search_r3_jax.errors import UserError
 
-RECORDS_A_READ = 1024
+EXAMPLES_PER_READ = 1024
 
 
 class StoredDocuments(Sequence[Document]):
-    """Documents by row, each read when it is asked for; a slice is read at once, and iterating reads ahead a
-    piece at a time."""
+    """Documents by row, read on access; slices are read at once, iteration reads ahead in pieces."""
 
     def __init__(self, folder: Path, split: str):
-        """`folder` is the part of a data set that `split` is in."""
+        """Open `split` of the data set part in `folder`."""
         self._folder = folder
         # Any: a decorator of TFDS hides the signature of as_data_source from type checkers.
         builder: Any = tfds.builder_from_directory(folder)
-        self._records = builder.as_data_source(split)
+        self._examples = builder.as_data_source(split)
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._examples)
 
     @overload
     def __getitem__(self, row: int) -> Document: ...
@@ -42,23 +41,23 @@ class StoredDocuments(Sequence[Document]):
         return next(iter(self._read(range(row % len(self), row % len(self) + 1))))
 
     def __iter__(self) -> Iterator[Document]:
-        for start in range(0, len(self), RECORDS_A_READ):
-            yield from self._read(range(start, min(start + RECORDS_A_READ, len(self))))
+        for start in range(0, len(self), EXAMPLES_PER_READ):
+            yield from self._read(range(start, min(start + EXAMPLES_PER_READ, len(self))))
 
     def _read(self, rows: range) -> Iterator[Document]:
         if not rows:
             return
-        for row, record in zip(rows, self._records.__getitems__(list(rows)), strict=True):
-            # As our own builder writes them.
-            if int(record["row"]) != row:
+        for row, example in zip(rows, self._examples.__getitems__(list(rows)), strict=True):
+            # Our builder writes rows in order.
+            if int(example["row"]) != row:
                 raise UserError(
-                    f"{self._folder}: record {row} is of row {int(record['row'])}; build the data set again"
+                    f"{self._folder}: record {row} is of row {int(example['row'])}; build the data set again"
                 )
-            yield document_of(record)
+            yield document_of(example)
 
 
-def document_of(record: Mapping[str, Any]) -> Document:
-    """A document from its stored fields."""
+def document_of(example: Mapping[str, Any]) -> Document:
+    """Decode a document from its stored fields."""
     return Document(
-        doc_id=record["doc_id"].decode(), title=record["title"].decode(), text=record["text"].decode()
+        doc_id=example["doc_id"].decode(), title=example["title"].decode(), text=example["text"].decode()
     )

@@ -1,14 +1,12 @@
-"""Fewer queries, and a smaller corpus, that are the same for every system, and what tells two sets of texts
-apart."""
+"""Reproducible subsamples of queries and corpus, and hashes that ignore their order."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from search_r3_jax.data.collection import Collection
+from search_r3_jax.files import digest_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,11 +14,11 @@ class CorpusSample:
     """Which part of a corpus was searched.
 
     Attributes:
-        asked: how many documents were wanted; more remain where more are judged.
-        documents: how many remain, of `whole`.
-        judged: how many of them the split's queries judge.
-        seed: draws the others.
-        ids_sha256: hash of the remaining ids, whatever their order.
+        asked: requested number of documents; more remain if more are judged.
+        documents: number of documents that remain, of `whole`.
+        judged: how many of these the split's queries judge.
+        seed: seed of the draw of the others.
+        ids_sha256: hash of the sorted remaining ids.
     """
 
     asked: int
@@ -32,7 +30,7 @@ class CorpusSample:
 
 
 @dataclass(frozen=True, kw_only=True)
-class QueryCut:
+class QuerySample:
     """Which of a split's queries were searched: `queries` of `whole`, drawn with `seed`."""
 
     queries: int
@@ -40,53 +38,58 @@ class QueryCut:
     seed: int
 
 
-def cut_queries(collection: Collection, max_queries: int, *, seed: int = 0) -> tuple[Collection, QueryCut]:
-    """At most so many queries, in their order; chosen by a hash of their ids, and a larger number holds the
-    smaller one's."""
+def sample_queries(
+    collection: Collection, max_queries: int, *, seed: int = 0
+) -> tuple[Collection, QuerySample]:
+    """At most `max_queries` queries in their order, drawn by a hash of their ids.
+
+    A larger sample of the same seed contains the smaller one.
+    """
     drawn = sorted(
-        (query.query_id for query in collection.queries), key=lambda query_id: _digest((str(seed), query_id))
+        (query.query_id for query in collection.queries),
+        key=lambda query_id: digest_of((str(seed), query_id)),
     )
     kept = set(drawn[:max_queries])
     queries = tuple(query for query in collection.queries if query.query_id in kept)
-    return dataclasses.replace(collection, queries=queries), QueryCut(
+    return dataclasses.replace(collection, queries=queries), QuerySample(
         queries=len(queries), whole=len(collection.queries), seed=seed
     )
 
 
-def cut_corpus(
+def sample_corpus(
     collection: Collection, max_documents: int, *, seed: int = 0
 ) -> tuple[Collection, CorpusSample]:
-    """All documents that the queries judge, and others up to `max_documents`; chosen by a hash of their ids,
-    not by their order."""
+    """All documents that the queries judge, plus others up to `max_documents`, drawn by a hash of their ids.
+
+    The order of the documents does not change the draw.
+    """
     judged = {doc_id for query in collection.queries for doc_id in (*query.positives, *query.negatives)}
     others = [document.doc_id for document in collection.documents if document.doc_id not in judged]
-    drawn = sorted(others, key=lambda doc_id: _digest((str(seed), doc_id)))[
+    drawn = sorted(others, key=lambda doc_id: digest_of((str(seed), doc_id)))[
         : max(0, max_documents - len(judged))
     ]
     kept = judged.union(drawn)
     documents = tuple(document for document in collection.documents if document.doc_id in kept)
-    cut = CorpusSample(
+    sample = CorpusSample(
         asked=max_documents,
         documents=len(documents),
         whole=len(collection.documents),
         judged=len(judged),
         seed=seed,
-        ids_sha256=_digest(sorted(document.doc_id for document in documents)).hex(),
+        ids_sha256=digest_of(sorted(document.doc_id for document in documents)),
     )
-    return dataclasses.replace(collection, documents=documents), cut
+    return dataclasses.replace(collection, documents=documents), sample
 
 
-def documents_hash(collection: Collection) -> str:
-    """Hexadecimal sha256 over ids and bodies of the corpus, whatever its order."""
-    return _digest(
-        sorted(_digest((document.doc_id, document.body)).hex() for document in collection.documents)
-    ).hex()
+def unordered_documents_hash(collection: Collection) -> str:
+    """Hexadecimal sha256 over ids and bodies of the corpus; their order does not matter."""
+    return digest_of(sorted(digest_of((document.doc_id, document.body)) for document in collection.documents))
 
 
-def queries_hash(collection: Collection) -> str:
-    """Hexadecimal sha256 over ids, texts and relevant documents of the queries, whatever their order."""
+def unordered_queries_hash(collection: Collection) -> str:
+    """Hexadecimal sha256 over ids, texts and judgements of the queries; their order does not matter."""
     parts = [
-        _digest(
+        digest_of(
             (
                 query.query_id,
                 query.text,
@@ -95,13 +98,4 @@ def queries_hash(collection: Collection) -> str:
         )
         for query in collection.queries
     ]
-    return _digest(sorted(part.hex() for part in parts)).hex()
-
-
-def _digest(fields: Iterable[str]) -> bytes:
-    digest = hashlib.sha256()
-    for field in fields:
-        encoded = field.encode()
-        # Lengths keep ("ab", "c") and ("a", "bc") apart.
-        digest.update(len(encoded).to_bytes(8, "big") + encoded)
-    return digest.digest()
+    return digest_of(sorted(part for part in parts))

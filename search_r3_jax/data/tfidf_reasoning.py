@@ -1,4 +1,4 @@
-"""Reasoning without a teacher: the most telling words of the document that should be found."""
+"""Reasoning without a teacher: the terms of the relevant document with the highest tf·idf."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from search_r3_jax.text.words import split_identifiers
 
 
 class TfidfReasoning:
-    """Names a document's terms of the highest tf·idf within its collection."""
+    """Lists a document's terms with the highest tf·idf within its collection."""
 
     def __init__(self, collection: Collection, *, count: int):
         self._count = count
@@ -22,8 +22,7 @@ class TfidfReasoning:
         self._idf = {word: log((1 + len(self._words)) / (1 + n)) for word, n in documents_with.items()}
 
     def thought(self, row: int) -> str:
-        """The reasoning text for the document in this row, most telling term first; ties in alphabetical
-        order."""
+        """The reasoning text for the document in a row, highest tf·idf first; ties in alphabetical order."""
         weights = {word: (1 + log(n)) * self._idf[word] for word, n in self._words[row].items()}
         best = sorted(weights, key=lambda word: (-weights[word], word))[: self._count]
         return "Key terms: " + ", ".join(best) + "."

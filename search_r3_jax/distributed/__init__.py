@@ -1,1 +1,1 @@
-"""Several processes: who takes part, and what becomes of the others when one dies."""
+"""Several processes as one JAX cluster."""

@@ -1,5 +1,4 @@
-"""Several processes as one JAX cluster: how they find each other, and what becomes of the others when one of
-them dies."""
+"""Start of a JAX cluster of several processes, and a clean exit of all when one of them dies."""
 
 from __future__ import annotations
 
@@ -14,26 +13,26 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from search_r3_jax.distributed.spec import Cluster, is_detectable, named_cluster
+from search_r3_jax.distributed.spec import Cluster, explicit_cluster, is_detectable
 from search_r3_jax.errors import StoppedError, UserError
 
-# A process that says nothing for so long is dead to JAX, which then ends the others: what is left when a
-# whole machine is gone.
+# JAX takes a process without heartbeat for this long as dead and ends the others: the only signal when a
+# whole machine is lost.
 SILENT_SECONDS = 60
-# Exit status of a process that stops because another has died; a launcher starts all of them again.
+# Exit status of a process that stops because another has died; a launcher then restarts all.
 STATUS = 75
 DONE = b"done"
 
 
 @contextmanager
-def in_cluster(cluster: Cluster, environment: Mapping[str, str] = os.environ) -> Iterator[None]:
-    """Join the other processes, if there are any, before JAX is used: by flags, by environment, as SLURM or a
-    TPU's metadata say.
+def join_cluster(cluster: Cluster, environment: Mapping[str, str] = os.environ) -> Iterator[None]:
+    """Join the other processes, if there are any, before JAX is used.
 
-    Meanwhile this process ends with a line and `STATUS` soon after another has died, or has left by an error.
-    Raises UserError for settings that are not whole.
+    The cluster comes from flags, the environment, SLURM or a TPU's metadata. While the context is open, this
+    process exits with `STATUS` soon after another has died or has left with an error. Raises UserError for
+    incomplete settings.
     """
-    named = named_cluster(cluster, environment)
+    named = explicit_cluster(cluster, environment)
     try:
         if named is not None:
             jax.distributed.initialize(
@@ -45,10 +44,10 @@ def in_cluster(cluster: Cluster, environment: Mapping[str, str] = os.environ) ->
         raise UserError(
             f"cluster: the processes did not find each other ({' '.join(str(error).split())[:300]})"
         ) from error
-    host = _own_address() if named is None else named.coordinator.rsplit(":", 1)[0]
+    host = _local_address() if named is None else named.coordinator.rsplit(":", 1)[0]
     connections = _connections(host) if jax.process_count() > 1 else {}
     for number, connection in connections.items():
-        threading.Thread(target=_end_with, args=(number, connection), daemon=True).start()
+        threading.Thread(target=_exit_when_lost, args=(number, connection), daemon=True).start()
     try:
         yield
     except StoppedError:
@@ -58,33 +57,38 @@ def in_cluster(cluster: Cluster, environment: Mapping[str, str] = os.environ) ->
 
 
 def is_first() -> bool:
-    """Whether this process writes what belongs to all."""
+    """Whether this is the process that writes shared files."""
     return jax.process_index() == 0
 
 
 def wait_for_all(what: str) -> None:
-    """Until every process has come to `what`."""
+    """Wait until every process has reached the barrier `what`."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
 
 
 def _connections(host: str) -> dict[int, socket.socket]:
-    """One between process 0, at `host` there, and each other: the system closes it when a process dies,
-    however that goes."""
-    own, count = jax.process_index(), jax.process_count()
-    with socket.create_server(("", 0)) if own == 0 else socket.socket() as server:
-        told = np.zeros(300, np.uint8)
-        if own == 0:
+    """One socket between process 0, at `host`, and each other process, by process number.
+
+    The operating system closes a socket when its process dies, for whatever reason.
+    """
+    process, count = jax.process_index(), jax.process_count()
+    with socket.create_server(("", 0)) if process == 0 else socket.socket() as server:
+        message = np.zeros(300, np.uint8)
+        if process == 0:
             text = f"{server.getsockname()[1]} {host}".encode()
-            told[: len(text)] = np.frombuffer(text, np.uint8)
+            message[: len(text)] = np.frombuffer(text, np.uint8)
         address = (
-            np.asarray(multihost_utils.broadcast_one_to_all(told), np.uint8).tobytes().rstrip(b"\0").decode()
+            np.asarray(multihost_utils.broadcast_one_to_all(message), np.uint8)
+            .tobytes()
+            .rstrip(b"\0")
+            .decode()
         )
         port, host = address.split(" ")
         try:
-            if own:
+            if process:
                 connection = socket.create_connection((host, int(port)), timeout=SILENT_SECONDS)
-                connection.sendall(own.to_bytes(4, "big"))
+                connection.sendall(process.to_bytes(4, "big"))
                 connection.settimeout(None)
                 return {0: connection}
             server.settimeout(SILENT_SECONDS)
@@ -101,21 +105,21 @@ def _connections(host: str) -> dict[int, socket.socket]:
 
 
 def _say_done(connections: Mapping[int, socket.socket]) -> None:
-    """That this process ends now is no reason for the others to stop."""
+    """Tell the other processes that this one ends normally."""
     for connection in connections.values():
-        # The other may have ended before.
+        # The other process may already have ended.
         with suppress(OSError):
             connection.sendall(DONE)
 
 
-def _end_with(number: int, connection: socket.socket) -> None:
+def _exit_when_lost(number: int, connection: socket.socket) -> None:
     try:
-        heard = connection.recv(len(DONE))
+        received = connection.recv(len(DONE))
     except OSError:
-        heard = b""
-    if heard == DONE:
+        received = b""
+    if received == DONE:
         return
-    # Not an exception: the main thread may be waiting for the dead process within a collective, for ever.
+    # Not an exception: the main thread may wait for ever in a collective with the dead process.
     message = (
         f"search-r3: process {number} is gone; process {jax.process_index()} stops too. The same "
         "command, on all processes, goes on\n"
@@ -124,7 +128,7 @@ def _end_with(number: int, connection: socket.socket) -> None:
     os._exit(STATUS)
 
 
-def _own_address() -> str:
+def _local_address() -> str:
     """This machine's address as others reach it."""
     try:
         # Sends nothing: it only asks which interface a packet would leave by.

@@ -1,4 +1,4 @@
-"""Which processes train together, as flags, environment and hardware say. Imports no jax."""
+"""Membership of a cluster from flags, environment and hardware. Imports no jax."""
 
 from __future__ import annotations
 
@@ -27,9 +27,11 @@ class Cluster:
     process: int = -1
 
 
-def named_cluster(cluster: Cluster, environment: Mapping[str, str]) -> Cluster | None:
-    """What flags say, and where they say nothing the environment; None where neither says anything. Raises
-    UserError for a part of it."""
+def explicit_cluster(cluster: Cluster, environment: Mapping[str, str]) -> Cluster | None:
+    """The cluster that flags name, completed by environment variables; None if neither names one.
+
+    Raises UserError for an incomplete description.
+    """
     coordinator = cluster.coordinator or environment.get(COORDINATOR, "")
     processes = str(cluster.processes or environment.get(PROCESSES, ""))
     process = str(cluster.process if cluster.process >= 0 else environment.get(PROCESS, ""))
@@ -49,7 +51,7 @@ def named_cluster(cluster: Cluster, environment: Mapping[str, str]) -> Cluster |
 def is_detectable(
     environment: Mapping[str, str], accelerators: tuple[str, ...] = ("/dev/accel0", "/dev/vfio/0")
 ) -> bool:
-    """Whether JAX can find out by itself who takes part: several tasks of SLURM, or a TPU host."""
+    """Whether JAX can detect the cluster: several tasks of SLURM, or a TPU host."""
     if int(environment.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environment:
         return True
     on_tpu = any(Path(device).exists() for device in accelerators)

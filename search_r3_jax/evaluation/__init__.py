@@ -1,1 +1,1 @@
-"""Retrieval metrics, TREC run files and the BM25 baseline."""
+"""Evaluation of models: metrics, baselines, tests of significance, MTEB, and reports."""

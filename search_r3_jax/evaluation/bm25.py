@@ -1,4 +1,4 @@
-"""The BM25 baseline (Lucene's variant) that a trained embedder has to beat."""
+"""The BM25 baseline in Lucene's variant."""
 
 import logging
 from collections.abc import Callable, Container, Sequence
@@ -14,11 +14,10 @@ Words = Callable[[str], list[str]]
 
 
 class Bm25:
-    """A corpus indexed for BM25.
+    """A corpus indexed for BM25, without English stop words.
 
-    English stop words are dropped. With `identifiers` snake_case and camelCase fall into their parts and
-    nothing is stemmed, which suits code; without, words of two or more characters are stemmed (Snowball,
-    English), as is usual for prose.
+    With `identifiers`, snake_case and camelCase are split and nothing is stemmed, which suits code. Without,
+    words of two or more characters are stemmed (Snowball, English), as is usual for prose.
     """
 
     def __init__(self, collection: Collection, *, k1: float = 0.9, b: float = 0.4, identifiers: bool):
@@ -29,7 +28,7 @@ class Bm25:
             from bm25s.stopwords import STOPWORDS_EN
         except ImportError:
             raise UserError(f"bm25s is not installed; run: pip install 'search_r3_jax[{extra}]'") from None
-        # It sets its own logger to DEBUG when imported.
+        # bm25s sets its logger to DEBUG when imported.
         logging.getLogger("bm25s").setLevel(logging.WARNING)
         self._words = _identifier_words(STOPWORDS_EN) if identifiers else _stemmed_words(STOPWORDS_EN)
         self._doc_ids = [document.doc_id for document in collection.documents]
@@ -53,7 +52,7 @@ class Bm25:
 def bm25_run(
     collection: Collection, *, k1: float = 0.9, b: float = 0.4, k: int = 100, identifiers: bool
 ) -> Run:
-    """A collection's queries over its corpus; raises UserError when a package is not installed."""
+    """Search a collection's corpus for its queries; raises UserError when a package is not installed."""
     return Bm25(collection, k1=k1, b=b, identifiers=identifiers).run(collection.queries, k=k)
 
 

@@ -1,9 +1,8 @@
-"""The think-budget curve: what reasoning gives, and what it costs, at each budget of thinking tokens."""
+"""Think-budget curve: quality and cost of reasoning at each budget of thinking tokens."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +20,7 @@ from search_r3_jax.evaluation.curves import open_pyplot
 from search_r3_jax.evaluation.evaluate import ModeResult
 from search_r3_jax.evaluation.report import (
     check_limits,
-    common_record,
+    common_content,
     interval_text,
     open_collection,
     per_query,
@@ -31,7 +30,7 @@ from search_r3_jax.evaluation.report import (
 from search_r3_jax.evaluation.settings import BudgetSettings
 from search_r3_jax.evaluation.significance import bootstrap_interval
 from search_r3_jax.evaluation.systems import BudgetResult, DecoderSystem, is_baseline
-from search_r3_jax.files import check_output, write_json
+from search_r3_jax.files import check_output, replacing, write_json
 
 # Heading and how a value is written; 80 columns hold them all.
 COLUMNS = (
@@ -46,40 +45,43 @@ COLUMNS = (
 
 
 def run_budget(settings: BudgetSettings) -> dict[str, Any]:
-    """Evaluates each budget, prints the table, writes JSON and picture; returns the record. Raises UserError
-    before any model is loaded."""
+    """Evaluate each budget, print the table, write JSON and picture; return the JSON content.
+
+    Raises UserError before any model is loaded.
+    """
     _check(settings)
     notes = Console(stderr=True, highlight=False, soft_wrap=True)
-    collection, cuts = open_collection(settings, notes)
+    collection, subset = open_collection(settings, notes)
     system = DecoderSystem(settings.evaluation())
     result = system.evaluate_budgets(collection, settings.budgets, notes)
     identity = dict(system.identity()) | {"max_think_tokens": list(settings.budgets)}
-    record = common_record(settings, identity, collection, cuts, result.document_seconds) | _curve(
+    content = common_content(settings, identity, collection, subset, result.document_seconds) | _curve(
         settings, collection, result
     )
-    _show(record)
-    write_json(settings.out, record)
+    _show(content)
+    write_json(settings.out, content)
     if settings.picture is not None:
-        draw_budget(record, settings.picture)
-    return record
+        draw_budget(content, settings.picture)
+    return content
 
 
-def draw_budget(record: Mapping[str, Any], out: Path) -> None:
-    """nDCG@10 with its intervals over the tokens of a query, direct search as a level line, as PNG; `record`
-    is that of `run_budget`."""
+def draw_budget(content: Mapping[str, Any], out: Path) -> None:
+    """Draw nDCG@10 with its intervals over the tokens per query, and direct search as a level line, as PNG.
+
+    `content` is that of `run_budget`.
+    """
     pyplot = open_pyplot("budget")
-    figure = budget_figure(pyplot, record, size=(6, 4))
-    figure.axes[0].set_title(title_of(record), fontsize=9)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    figure.savefig(temporary, dpi=110, format="png")
-    temporary.replace(out)
+    figure = budget_figure(pyplot, content, size=(6, 4))
+    figure.axes[0].set_title(title_of(content), fontsize=9)
+    with replacing(out) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
     pyplot.close(figure)
 
 
-def budget_figure(pyplot: ModuleType, record: Mapping[str, Any], *, size: tuple[float, float]) -> Any:
-    """What `draw_budget` writes, as a figure of `size` inches without a title."""
+def budget_figure(pyplot: ModuleType, content: Mapping[str, Any], *, size: tuple[float, float]) -> Any:
+    """The figure of `draw_budget`, `size` in inches, without a title."""
     figure, axis = pyplot.subplots(figsize=size, layout="constrained")
-    points = sorted(record["budgets"], key=lambda point: point["reply_tokens"])
+    points = sorted(content["budgets"], key=lambda point: point["reply_tokens"])
     tokens = np.array([point["reply_tokens"] for point in points])
     means = np.array([point["ndcg@10"] for point in points])
     ends = np.array([[point["ndcg@10_interval"][end] for point in points] for end in ("low", "high")])
@@ -94,7 +96,7 @@ def budget_figure(pyplot: ModuleType, record: Mapping[str, Any], *, size: tuple[
         axis.annotate(
             price, under, xytext=(0, -4), textcoords="offset points", ha="center", va="top", fontsize=8
         )
-    direct, interval = record["direct"], record["direct"]["ndcg@10_interval"]
+    direct, interval = content["direct"], content["direct"]["ndcg@10_interval"]
     axis.axhline(
         direct["ndcg@10"],
         color="C1",
@@ -154,14 +156,14 @@ def _curve(settings: BudgetSettings, collection: Collection, result: BudgetResul
     }
 
 
-def _show(record: Mapping[str, Any]) -> None:
-    table = Table(title=Text(title_of(record)), title_justify="left", box=SIMPLE_HEAD, padding=0)
+def _show(content: Mapping[str, Any]) -> None:
+    table = Table(title=Text(title_of(content)), title_justify="left", box=SIMPLE_HEAD, padding=0)
     table.add_column("thinking", no_wrap=True)
     for name in ("nDCG@10", "95 % interval", *(name for name, _, _ in COLUMNS)):
         table.add_column(name, justify="right", no_wrap=True)
     rows = [
-        ("direct", record["direct"]),
-        *((str(point["max_think_tokens"]), point) for point in record["budgets"]),
+        ("direct", content["direct"]),
+        *((str(point["max_think_tokens"]), point) for point in content["budgets"]),
     ]
     for name, values in rows:
         interval = interval_text(values["ndcg@10_interval"])

@@ -1,4 +1,4 @@
-"""Two results of `search-r3 eval` on the same data: how sure the difference is, and which queries moved."""
+"""Comparison of two results of `search-r3 eval` on the same data: significance, and which queries moved."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.text import Text
 
 from search_r3_jax.errors import UserError
 from search_r3_jax.evaluation.metrics import METRICS
-from search_r3_jax.evaluation.result_files import read_record
+from search_r3_jax.evaluation.result_files import read_result_file
 from search_r3_jax.evaluation.significance import Interval, bootstrap_interval, sign_flip_p_value
 
 SHOWN = 5
@@ -23,7 +23,7 @@ MODES = ("direct", "reason", "average")
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One mode of one result file; `queries` is query id → text, metrics, thought."""
+    """One mode of one result file; `queries` maps query id → text, metrics, thought."""
 
     name: str
     data: dict[str, Any]
@@ -32,7 +32,7 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What `metric` says of two results; a difference is second minus first.
+    """A metric of two results; a difference is second minus first.
 
     Attributes:
         means: of the first and of the second, each with its 95 % bootstrap interval.
@@ -52,16 +52,18 @@ class Comparison:
 
 
 def read_result(name: str) -> Result:
-    """A result file, or one mode of it where `:direct`, `:reason` or `:average` is appended; raises UserError
-    naming file and field."""
+    """A result file, or one of its modes if `:direct`, `:reason` or `:average` is appended.
+
+    Raises UserError naming file and field.
+    """
     path, mode = Path(name), None
     head, _, tail = name.rpartition(":")
     if tail in MODES and not path.is_file():
         path, mode = Path(head), tail
-    record = read_record(path, wrote="`search-r3 eval --out`")
-    if "modes" not in record:
+    content = read_result_file(path, wrote="`search-r3 eval --out`")
+    if "modes" not in content:
         raise UserError(f"{path}: modes: missing, so it is no result of `search-r3 eval`; evaluate again")
-    modes = record["modes"]
+    modes = content["modes"]
     if mode is None and len(modes) > 1:
         raise UserError(
             f"{path}: has the modes {' and '.join(modes)}; append one, as in {path}:{next(iter(modes))}"
@@ -69,11 +71,11 @@ def read_result(name: str) -> Result:
     mode = mode or next(iter(modes))
     if mode not in modes:
         raise UserError(f"{path}: modes: has no {mode}; it has {' and '.join(modes)}")
-    return Result(name=f"{path}, {mode}", data=record["data"], queries=modes[mode]["per_query"])
+    return Result(name=f"{path}, {mode}", data=content["data"], queries=modes[mode]["per_query"])
 
 
 def compare_results(first: Result, second: Result, metric: str, *, samples: int, seed: int) -> Comparison:
-    """Both tests over the queries; raises UserError for results of different data or an unknown metric."""
+    """Run both tests over the queries; raises UserError for different data or an unknown metric."""
     if metric not in METRICS:
         raise UserError(f"--metric: {metric!r} is none of {', '.join(METRICS)}")
     if samples < 1:
@@ -100,7 +102,7 @@ def compare_results(first: Result, second: Result, metric: str, *, samples: int,
 
 
 def show_comparison(first: Result, second: Result, comparison: Comparison, console: Console) -> None:
-    """The tests in one table, then the queries that moved most, with both thoughts where there are any."""
+    """Print the tests in one table, then the queries that moved most, with their thoughts."""
     table = Table(
         title=f"{comparison.metric} of {len(first.queries)} queries", title_justify="left", box=SIMPLE_HEAD
     )

@@ -1,5 +1,4 @@
-"""Controls of reasoning: what a query's own reasoning is worth beside another one, none, or as many tokens
-that say nothing."""
+"""Controls of reasoning: replies with another query's reasoning, none, or meaningless tokens."""
 
 from __future__ import annotations
 
@@ -18,9 +17,9 @@ CONTROLS = {
     "repeated": "query repeated",
     "random": "random words",
 }
-"""Name of each control → whose or what reasoning it is."""
+"""Name of each control → its reasoning."""
 
-# Enough for any budget of tokens; a corpus of millions is not read for it.
+# Enough words for any budget of tokens, without reading a corpus of millions.
 _DOCUMENTS_READ = 2_000
 
 
@@ -33,12 +32,12 @@ def control_replies(
     seed: int,
     step: int = 0,
 ) -> dict[str, list[list[int]]]:
-    """Complete replies [Q·G] under each name of `CONTROLS`, from the texts [Q] and their own replies [Q·G]
-    (ids, closing included).
+    """Complete replies [Q·G] under each name of `CONTROLS`.
 
-    `repeated` and `random` (of `words`) reason in as many tokens as the own reply does, so that they cost the
-    same; sample g is exchanged with sample g of another query. A pure function of its arguments; raises
-    ValueError below two queries, without words, or where the replies are no multiple of the texts.
+    From the texts [Q] and the model's replies [Q·G] (ids, closing included). `repeated` and `random` (of
+    `words`) have as many thinking tokens as the original reply, so that they cost the same. `swapped`
+    exchanges sample g with sample g of another query. A pure function of its arguments; raises ValueError for
+    fewer than two queries, without words, or if the replies are no multiple of the texts.
     """
     Q, B = len(texts), len(replies)
     if not words or not Q or B % Q:
@@ -52,7 +51,7 @@ def control_replies(
         "own": [list(reply) for reply in replies],
         "swapped": [list(replies[other_q[b // G] * G + b % G]) for b in range(B)],
         "empty": [list(prompter.reason.closing) for _ in range(B)],
-        # Each word and each repetition is a token at least: so many are enough, and what is too much is cut.
+        # A word has at least one token, so `tokens` words are enough; the surplus is cut.
         "repeated": [
             _thought(prompter, [texts[b // G]] * tokens, tokens) for b, tokens in enumerate(tokens_b)
         ],
@@ -64,21 +63,20 @@ def control_replies(
 
 
 def thought_tokens(prompter: Prompter, reply: Sequence[int]) -> int:
-    """Tokens of a complete reply before the words that close it."""
+    """Number of tokens of a complete reply before its closing."""
     closing = prompter.reason.closing
     return len(reply) - (len(closing) if tuple(reply[-len(closing) :]) == closing else 1)
 
 
 def corpus_words(collection: Collection) -> list[str]:
-    """The different words of the corpus, sorted; of a large one those of its first documents."""
+    """The distinct words of the corpus, sorted; only the first documents of a large corpus are read."""
     return sorted(
         {word for document in collection.documents[:_DOCUMENTS_READ] for word in plain_words(document.body)}
     )
 
 
 def derangement(count: int, seed: int, step: int) -> np.ndarray:
-    """A seeded permutation [count] int64 of one cycle, so that nothing stays in place; raises ValueError
-    below 2."""
+    """A seeded permutation [count] int64 of a single cycle: no fixed points; raises ValueError below 2."""
     if count < 2:
         raise ValueError(f"{count} queries: there is nobody to exchange with")
     around = np.random.default_rng([seed, step]).permutation(count)

@@ -1,4 +1,4 @@
-"""Pictures of runs: development metrics and losses over the steps, as PNG."""
+"""Training curves as PNG: development metrics and losses over the steps."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ SMOOTHED_STEPS = 5
 
 
 def draw_curves(runs: Sequence[Path], out: Path) -> None:
-    """nDCG@10 on each run's development queries (line: direct, dashes: reasoned) above its losses or rewards.
+    """Draw nDCG@10 on development queries (line: direct, dashes: reasoned) above losses or rewards.
 
-    Raises UserError for what is no run.
+    One column per run. Raises UserError for a folder that is no run.
     """
     check_output("--out", out)
     pyplot = open_pyplot("curves")
-    read = {run.name: _read(run) for run in runs}
+    files_of = {run.name: _read(run) for run in runs}
     figure, axes = pyplot.subplots(
-        2, len(read), figsize=(4 * len(read), 6), squeeze=False, sharex="col", layout="constrained"
+        2, len(files_of), figsize=(4 * len(files_of), 6), squeeze=False, sharex="col", layout="constrained"
     )
-    for (run, (evaluations, metrics)), (above, below) in zip(read.items(), axes.T, strict=True):
+    for (run, (evaluations, metrics)), (above, below) in zip(files_of.items(), axes.T, strict=True):
         for mode, style in MODES.items():
             seen = [
                 (step, sets) for step, sets in evaluations if all(mode in modes for modes in sets.values())
@@ -69,8 +69,7 @@ def draw_curves(runs: Sequence[Path], out: Path) -> None:
 
 
 def open_pyplot(command: str) -> ModuleType:
-    """`matplotlib.pyplot`, drawing to files alone; raises UserError, which begins with the command's name,
-    where it is not installed."""
+    """`matplotlib.pyplot` with a file backend; raises UserError naming `command` if it is not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -86,15 +85,15 @@ def _read(run: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[dict[str, A
     file = run / "metrics.jsonl"
     if not file.is_file():
         raise UserError(f"{run}: no metrics.jsonl; give folders that sft or rl wrote to")
-    records = [
+    evaluations = [
         json.loads(path.read_text(encoding="utf-8")) for path in sorted((run / "eval").glob("dev_*.json"))
     ]
     metrics = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return [(record["step"], record["results"]) for record in records], metrics
+    return [(evaluation["step"], evaluation["results"]) for evaluation in evaluations], metrics
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """The mean of each value and those just before it, `SMOOTHED_STEPS` in all."""
+    """Running mean over the last `SMOOTHED_STEPS` values."""
     sums = np.cumsum(np.concatenate([np.zeros(1), values]))
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(ends - SMOOTHED_STEPS, 0)

@@ -1,4 +1,4 @@
-"""Evaluates one model on one collection, direct and reasoned."""
+"""Evaluation of one model on one collection, direct and reasoned."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ from search_r3_jax.retrieval.index.protocol import LocalIndex
 from search_r3_jax.rollout.encoder import Encoder, ReasonedEncoder
 from search_r3_jax.rollout.sampler import Sampler
 from search_r3_jax.text.prompts import Prompter
+from search_r3_jax.vectors import l2_normalize_numpy
 
-QUERIES_A_PASS = 128
-# The rows of a pass are a multiple of this: similar numbers of queries run the same program.
+QUERIES_PER_PASS = 128
+# Rows per pass are a multiple of this, so that similar numbers of queries share a program.
 PASS_MULTIPLE = 8
 DEPTH = 100
 OnProgress = Callable[[int], object]
-Searched = Literal["direct", "reason", "average"]
-"""What a query is embedded by: a prompt's mode, or the mean of both."""
+QueryMode = Literal["direct", "reason", "average"]
+"""How a query is embedded: by a prompt's mode, or as the mean of both."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddedQueries:
-    """The queries of a collection, in its order.
+    """The embedded queries of a collection, in its order.
 
     Attributes:
         vectors: [Q,E] float32 of unit norm.
-        seconds: what embedding them took, compiling included.
+        seconds: wall time of embedding, compiling included.
         warm_seconds: the same without compiling.
-        valid: [Q] whether the reasoning ended with an embed token of its own; empty where nothing was
-            written.
-        tokens: [Q] tokens of each reply; empty where there are none.
-        thoughts: what was written for each query; empty without reasoning.
-        replies: the token ids of that, up to and with the embed token.
+        valid: [Q] whether the model wrote the embed token itself; empty without reasoning.
+        tokens: [Q] tokens of each reply; empty without replies.
+        thoughts: reasoning of each query as text; empty without reasoning.
+        replies: token ids of the replies, embed token included.
     """
 
     vectors: np.ndarray
@@ -58,7 +58,7 @@ class EmbeddedQueries:
 
 @dataclass(frozen=True, kw_only=True)
 class ModeResult:
-    """One mode on one collection.
+    """Result of one mode on one collection.
 
     Attributes:
         metrics: means over the queries.
@@ -80,17 +80,16 @@ class ModeResult:
 
     @property
     def valid_rate(self) -> float:
-        """Share of queries whose reasoning ended with an embed token of its own; 1 where nothing was
-        written."""
+        """Share of queries whose embed token the model wrote itself; 1 without reasoning."""
         return float(np.mean(self.valid)) if self.valid else 1.0
 
     @property
     def reply_tokens(self) -> float:
-        """Tokens of a query's reply on average; 0 where there are none."""
+        """Mean number of tokens per reply; 0 without replies."""
         return float(np.mean(self.tokens)) if self.tokens else 0.0
 
     def as_dict(self) -> dict[str, float]:
-        """The numbers that a table shows."""
+        """The numbers shown in a table."""
         return {
             **self.metrics.as_dict(),
             "valid_rate": self.valid_rate,
@@ -101,7 +100,7 @@ class ModeResult:
 
 
 class Evaluator:
-    """Compiled once, then fed with any parameters of the same structure."""
+    """Evaluates parameters of one structure; programs are compiled once."""
 
     def __init__(
         self,
@@ -112,7 +111,7 @@ class Evaluator:
         *,
         mesh: Mesh | None = None,
     ):
-        """On a `mesh`, every process evaluates the same and comes to the same result."""
+        """On a `mesh`, every process computes the whole result."""
         self._encoder, self._reasoned_encoder = (
             Encoder(graph, prompter, mesh=mesh),
             ReasonedEncoder(graph, prompter, mesh=mesh),
@@ -136,8 +135,7 @@ class Evaluator:
         )
 
     def direct(self, state: nnx.State, collection: Collection, documents_ne: np.ndarray) -> ModeResult:
-        """Queries embedded without reasoning, by exact search; `documents_ne` are the vectors of the
-        collection's corpus."""
+        """Search with queries embedded without reasoning, over the corpus vectors `documents_ne`, exactly."""
         return search_result(
             collection, exact_index(collection, documents_ne), self.direct_queries(state, collection)
         )
@@ -149,7 +147,7 @@ class Evaluator:
         documents_ne: np.ndarray,
         on_progress: OnProgress | None = None,
     ) -> ModeResult:
-        """Queries embedded after greedy reasoning, by exact search."""
+        """Search with queries embedded after greedy reasoning, over `documents_ne`, exactly."""
         return search_result(
             collection,
             exact_index(collection, documents_ne),
@@ -159,7 +157,7 @@ class Evaluator:
     def direct_queries(
         self, state: nnx.State, collection: Collection, on_progress: OnProgress | None = None
     ) -> EmbeddedQueries:
-        """Queries embedded without reasoning; their reply is the words that close every reply."""
+        """Embed the queries without reasoning; their reply is the closing."""
         started = time.perf_counter()
         texts = [query.text for query in collection.queries]
         self._encoder.compile(state, texts, max_tokens=self._text.max_query_tokens)
@@ -180,15 +178,17 @@ class Evaluator:
     def reasoned_queries(
         self, state: nnx.State, collection: Collection, on_progress: OnProgress | None = None
     ) -> EmbeddedQueries:
-        """Queries embedded after greedy reasoning; where the embed token did not come in time it was forced,
-        and counts as not valid."""
+        """Embed the queries after greedy reasoning.
+
+        A query whose embed token was forced at the limit counts as not valid.
+        """
         started = time.perf_counter()
         texts = [query.text for query in collection.queries]
         # Sorted by length, so that a pass holds prompts of one bucket.
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         vectors: dict[int, np.ndarray] = {}
         valid, replies = [False] * len(texts), [[0]] * len(texts)
-        width = pass_width(len(texts))
+        width = rows_per_pass(len(texts))
         self._sampler.compile(state, width, 1, max_tokens=self._text.max_query_tokens)
         compiled = time.perf_counter()
         for start in range(0, len(order), width):
@@ -223,13 +223,15 @@ class Evaluator:
         names: Iterable[str] = tuple(CONTROLS),
         on_progress: OnProgress | None = None,
     ) -> dict[str, EmbeddedQueries]:
-        """The queries with each of `names` (of `CONTROLS`) in place of their own reasoning; raises ValueError
-        for a single query."""
+        """Embed the queries with each control of `names` (of `CONTROLS`) in place of their reasoning.
+
+        Raises ValueError for a single query.
+        """
         texts, max_tokens = [query.text for query in collection.queries], self._text.max_query_tokens
         of_control = control_replies(
             self._prompter, texts, reasoned.replies, corpus_words(collection), seed=seed
         )
-        found: dict[str, EmbeddedQueries] = {}
+        results: dict[str, EmbeddedQueries] = {}
         for name in names:
             replies = of_control[name]
             started = time.perf_counter()
@@ -240,17 +242,17 @@ class Evaluator:
             )
             ended = time.perf_counter()
             tokens = [len(reply) for reply in replies]
-            found[name] = EmbeddedQueries(
+            results[name] = EmbeddedQueries(
                 vectors=vectors, seconds=ended - started, warm_seconds=ended - compiled, tokens=tokens
             )
-        return found
+        return results
 
 
-def averaged(direct: EmbeddedQueries, reasoned: EmbeddedQueries) -> EmbeddedQueries:
-    """Both of a query's vectors in one, their unit mean; it costs what the two cost."""
+def average_queries(direct: EmbeddedQueries, reasoned: EmbeddedQueries) -> EmbeddedQueries:
+    """The unit mean of a query's direct and reasoned vectors; costs are summed."""
     sums = direct.vectors + reasoned.vectors
     return EmbeddedQueries(
-        vectors=sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12),
+        vectors=l2_normalize_numpy(sums),
         seconds=direct.seconds + reasoned.seconds,
         warm_seconds=direct.warm_seconds + reasoned.warm_seconds,
         valid=reasoned.valid,
@@ -260,9 +262,9 @@ def averaged(direct: EmbeddedQueries, reasoned: EmbeddedQueries) -> EmbeddedQuer
     )
 
 
-def pass_width(queries: int) -> int:
-    """Rows of a pass, so that as many passes as `QUERIES_A_PASS` asks for are all about full."""
-    passes = -(-queries // QUERIES_A_PASS)
+def rows_per_pass(queries: int) -> int:
+    """Rows per pass of the sampler: about `QUERIES_PER_PASS`, chosen so that all passes are nearly full."""
+    passes = -(-queries // QUERIES_PER_PASS)
     return -(-queries // (passes * PASS_MULTIPLE)) * PASS_MULTIPLE
 
 
@@ -272,7 +274,7 @@ def exact_index(collection: Collection, documents_ne: np.ndarray) -> LocalIndex:
 
 
 def search_result(collection: Collection, index: LocalIndex, queries: EmbeddedQueries) -> ModeResult:
-    """The `DEPTH` best documents of each query, and how good they are."""
+    """Search the `DEPTH` best documents of each query and evaluate them."""
     scores, rows = index.search(queries.vectors, min(DEPTH, len(index.ids)))
     run = run_from_scores([query.query_id for query in collection.queries], index.ids, scores, rows)
     metrics, of_query = evaluate_run(collection.qrels(), run)

@@ -15,7 +15,7 @@ Run = dict[str, dict[str, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics:
-    """Means over queries, or one query's values; all in [0, 1]. MRR and MAP look as deep as the run."""
+    """Means over queries, or one query's values; all in [0, 1]. MRR and MAP use the whole run."""
 
     ndcg_at_10: float
     recall_at_10: float
@@ -30,15 +30,15 @@ class Metrics:
 
 
 METRICS = ("ndcg@10", "recall@10", "recall@100", "mrr", "map")
-NOTHING_FOUND = Metrics(ndcg_at_10=0.0, recall_at_10=0.0, recall_at_100=0.0, mrr=0.0, map=0.0)
-# What trec_eval calls them.
+ZERO_METRICS = Metrics(ndcg_at_10=0.0, recall_at_10=0.0, recall_at_100=0.0, mrr=0.0, map=0.0)
+# Their names in trec_eval.
 _MEASURES = {"ndcg_cut.10", "recall.10,100", "recip_rank", "map"}
 
 
 def evaluate_run(
     qrels: Mapping[str, Mapping[str, int]], run: Mapping[str, Mapping[str, float]]
 ) -> tuple[Metrics, dict[str, Metrics]]:
-    """The mean over all queries of `qrels`, and each query's metrics; a query that `run` lacks counts as 0.
+    """The mean over all queries of `qrels`, and each query's metrics; a query missing in `run` counts as 0.
 
     trec_eval ranks by float32 score and, among equal scores, by descending document id.
     Raises UserError when there are no judged queries.
@@ -51,7 +51,7 @@ def evaluate_run(
     answered = {query_id: _plain_floats(run[query_id]) for query_id in qrels if run.get(query_id)}
     results = evaluator.evaluate(answered) if answered else {}
     of_query = {
-        query_id: _metrics(results[query_id]) if query_id in results else NOTHING_FOUND for query_id in qrels
+        query_id: _metrics(results[query_id]) if query_id in results else ZERO_METRICS for query_id in qrels
     }
     return _mean(of_query.values()), of_query
 
@@ -59,7 +59,7 @@ def evaluate_run(
 def run_from_scores(
     query_ids: Sequence[str], doc_ids: Sequence[str], scores: np.ndarray, rows: np.ndarray
 ) -> Run:
-    """A run from `scores` [Q,k] and corpus `rows` [Q,k]; row −1 means that nothing was found there."""
+    """A run from `scores` [Q,k] and corpus `rows` [Q,k]; row −1 marks an empty place."""
     scores, rows = np.asarray(scores), np.asarray(rows)
     if scores.shape != rows.shape or len(rows) != len(query_ids):
         raise ValueError(
@@ -76,8 +76,10 @@ def run_from_scores(
 
 
 def write_trec_run(path: Path | str, run: Mapping[str, Mapping[str, float]], tag: str) -> None:
-    """Writes `query Q0 document rank score tag` lines in trec_eval's order; raises UserError for ids with
-    white space."""
+    """Write `query Q0 document rank score tag` lines in trec_eval's order.
+
+    Raises UserError for ids with white space.
+    """
     path = Path(path)
     lines: list[str] = []
     for query_id, scores in run.items():
@@ -90,7 +92,7 @@ def write_trec_run(path: Path | str, run: Mapping[str, Mapping[str, float]], tag
 
 
 def write_trec_qrels(path: Path | str, qrels: Mapping[str, Mapping[str, int]]) -> None:
-    """Writes `query 0 document relevance` lines; raises UserError for ids with white space."""
+    """Write `query 0 document relevance` lines; raises UserError for ids with white space."""
     path = Path(path)
     lines: list[str] = []
     for query_id, judged in qrels.items():
@@ -127,7 +129,7 @@ def _metrics(measured: Mapping[str, float]) -> Metrics:
 
 
 def _mean(metrics: Iterable[Metrics]) -> Metrics:
-    # Each on its own, as pytrec_eval adds them up: over an axis NumPy rounds otherwise in the last digit.
+    # One metric at a time, as pytrec_eval does: over an axis NumPy rounds differently in the last digit.
     columns = zip(*(each.as_dict().values() for each in metrics), strict=True)
     ndcg_at_10, recall_at_10, recall_at_100, mrr, average_precision = (
         float(np.mean(column)) for column in columns

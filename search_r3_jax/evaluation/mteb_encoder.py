@@ -1,5 +1,4 @@
-"""MTEB's encoder protocol over an `Embedder`: queries may be thought about, documents and everything else are
-embedded directly."""
+"""MTEB's encoder protocol over an `Embedder`; only queries may be reasoned about."""
 
 from __future__ import annotations
 
@@ -20,14 +19,14 @@ from search_r3_jax.text.prompts import Mode
 
 
 class MtebEncoder(AbsEncoder):
-    """A model of ours as `mteb.evaluate` takes it.
+    """A model of this package for `mteb.evaluate`.
 
     Attributes:
         model: the `Embedder`.
-        mteb_model_meta: name, revision (a hash of the parameters) and, where they are not the usual ones, the
-            settings of this encoder.
-        model_prompts: what stands before a text, by MTEB's names: a task, a type of tasks, or one of them
-            with -query or -document.
+        mteb_model_meta: name, revision (a hash of the parameters) and the encoder's settings that are not
+            defaults.
+        model_prompts: text before a text, by MTEB's names: a task or a type of tasks, with or without -query
+            or -document.
     """
 
     model: Embedder
@@ -47,9 +46,9 @@ class MtebEncoder(AbsEncoder):
     ):
         """Open whatever `Embedder.load` opens; raises UserError when it cannot be read.
 
-        `mode` is that of queries. `instruction_template` puts a task's own instruction before its queries, as
-        in "Instruct: {instruction}\\nQuery: ". `revision` and `device` are the protocol's: the parameters say
-        what they are, and JAX chooses devices.
+        `mode` is that of queries. `instruction_template` puts a task's instruction before its queries, as in
+        "Instruct: {instruction}\\nQuery: ". The protocol also passes `revision` and `device`; both are
+        ignored: the parameters define the revision, and JAX chooses devices.
         """
         self.model = Embedder.load(
             model_name, step=step, max_tokens=max_tokens, max_think_tokens=max_think_tokens
@@ -67,7 +66,7 @@ class MtebEncoder(AbsEncoder):
         }
         settings |= {name: value for name, value in given.items() if value is not None}
         self.mteb_model_meta = ModelMeta(
-            # How MTEB would open it by its name alone, which it cannot.
+            # MTEB cannot open this model by name.
             loader=None,
             name=mteb_name(model_name),
             revision=self.model.parameter_hash(),
@@ -105,14 +104,13 @@ class MtebEncoder(AbsEncoder):
         return self.model.encode(
             [before + text for text in texts],
             kind="document" if document else "query",
-            # Only what is searched for is thought about: neither documents nor the texts of symmetric tasks
-            # are.
+            # Only queries are reasoned about, neither documents nor the texts of symmetric tasks.
             mode=self._mode if prompt_type is PromptType.query else "direct",
             progress=None if kwargs.get("show_progress_bar", True) else False,
         )
 
     def _before(self, task: TaskMetadata, prompt_type: PromptType | None) -> str:
-        """What stands before every text of a task: a prompt, else for queries the task's instruction."""
+        """The text before every text of a task: a prompt, or for queries the task's instruction."""
         prompt = self.get_prompt_name(task, prompt_type)
         if prompt is not None and self.model_prompts is not None:
             return self.model_prompts[prompt]
@@ -122,8 +120,10 @@ class MtebEncoder(AbsEncoder):
 
 
 def mteb_name(model: str) -> str:
-    """A name with an organisation before it, as MTEB demands: a hub id itself, of a folder the last two parts
-    of its path."""
+    """A name with an organisation, as MTEB demands.
+
+    A hub id stays as it is; of a folder the last two parts of its path are taken.
+    """
     path = Path(model)
     if not path.exists():
         return model if "/" in model else f"search_r3_jax/{model}"
@@ -132,7 +132,7 @@ def mteb_name(model: str) -> str:
 
 
 def _documents(batch: Mapping[str, Any]) -> Sequence[str]:
-    """Titles stand on lines of their own, as in training."""
+    """Texts of documents; a title is a separate first line, as in training."""
     if "title" not in batch:
         return batch["text"]
     return [

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from search_r3_jax.data.collection import Collection
-from search_r3_jax.data.subsample import documents_hash
+from search_r3_jax.data.subsample import unordered_documents_hash
 from search_r3_jax.errors import UserError
 from search_r3_jax.evaluation.mteb_encoder import MtebEncoder
 from search_r3_jax.evaluation.report import check_evaluation, open_collection
@@ -42,8 +42,10 @@ class TaskScores:
 
 
 def collection_task(collection: Collection, *, prompt: str | None = None) -> AbsTaskRetrieval:
-    """A collection as a retrieval task; `prompt` is the task's instruction for queries. Its revision is a
-    hash of the documents."""
+    """A collection as a retrieval task of MTEB; its revision is a hash of the documents.
+
+    `prompt` is the task's instruction for queries.
+    """
     # MTEB makes its type of such a dictionary at run time.
     prompts: Any = None if prompt is None else {"query": prompt}
     metadata = TaskMetadata(
@@ -51,7 +53,7 @@ def collection_task(collection: Collection, *, prompt: str | None = None) -> Abs
         description=f"{collection.name}, from this machine",
         type="Retrieval",
         category="t2t",
-        dataset={"path": collection.name, "revision": documents_hash(collection)},
+        dataset={"path": collection.name, "revision": unordered_documents_hash(collection)},
         eval_splits=[collection.split],
         eval_langs=["eng-Latn"],
         main_score="ndcg_at_10",
@@ -83,10 +85,9 @@ def collection_task(collection: Collection, *, prompt: str | None = None) -> Abs
 
 
 def run_mteb(settings: MtebSettings) -> list[TaskScores]:
-    """Evaluates, prints the table, and leaves MTEB's files under `settings.out`; tasks whose results are
-    there are not run again.
+    """Evaluate, print the table, and write MTEB's files under `settings.out`.
 
-    Raises UserError before any long work where it can.
+    Tasks whose results are there are not run again. Raises UserError before any long work where it can.
     """
     if not settings.tasks and not settings.data:
         raise UserError(
@@ -113,19 +114,19 @@ def run_mteb(settings: MtebSettings) -> list[TaskScores]:
         max_think_tokens=settings.max_think_tokens,
         instruction_template=settings.instruction_template,
     )
-    found: list[TaskScores] = []
+    scores_of_tasks: list[TaskScores] = []
     for task in tasks:
         result = mteb.evaluate(encoder, task, cache=mteb.ResultCache(settings.out), co2_tracker=False)
         for each in result.task_results:
             for split, subsets in each.scores.items():
-                found += [
+                scores_of_tasks += [
                     TaskScores(
                         task=each.task_name, split=split, subset=scores["hf_subset"], scores=dict(scores)
                     )
                     for scores in subsets
                 ]
-    _show(settings, found)
-    return found
+    _show(settings, scores_of_tasks)
+    return scores_of_tasks
 
 
 def _named_tasks(names: Sequence[str]) -> list[Any]:
@@ -135,12 +136,12 @@ def _named_tasks(names: Sequence[str]) -> list[Any]:
         raise UserError(f"--tasks: {' '.join(str(error.args[0]).split())}") from None
 
 
-def _show(settings: MtebSettings, found: Sequence[TaskScores]) -> None:
+def _show(settings: MtebSettings, scores_of_tasks: Sequence[TaskScores]) -> None:
     table = Table(title=f"{settings.model}, {settings.mode}", title_justify="left", box=SIMPLE_HEAD)
     table.add_column("", no_wrap=True)
     for name in SCORES:
         table.add_column(name, justify="right", no_wrap=True)
-    for each in found:
+    for each in scores_of_tasks:
         values = [f"{each.scores[key]:.4f}" if key in each.scores else "" for key in SCORES.values()]
         where = each.split if each.subset == "default" else f"{each.subset}, {each.split}"
         table.add_row(f"{each.task} ({where})", *values)

@@ -1,4 +1,4 @@
-"""`report`: runs and results on one HTML page that needs nothing else, neither script nor network."""
+"""The page of `report`: runs and results as one HTML file without scripts or external resources."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from search_r3_jax.evaluation.run_files import RunFiles, Sample, read_runs
 from search_r3_jax.files import check_output, write_bytes
 
 STAGES = {"sft": "Stage 1", "rl": "Stage 2"}
-# Of a run: enough to see what it wrote and how that changed.
+# Per run: enough to see its reasoning and how it changed.
 SHOWN_ROLLOUTS, SHOWN_SEARCHES = 8, 4
 MOST_CHARACTERS = 2_000
 CURVES_NOTE = (
@@ -42,7 +42,7 @@ CURVES_NOTE = (
 
 @dataclass(frozen=True, kw_only=True)
 class ShownSample:
-    """A search as it is shown; the first of `head` is its score."""
+    """A search as the page shows it; the first entry of `head` is its score."""
 
     head: Sequence[str]
     query: str
@@ -60,7 +60,7 @@ class SampleGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A part of the page: pictures, then tables, then searches."""
+    """A section of the page: pictures, then tables, then searches."""
 
     anchor: str
     title: str
@@ -73,7 +73,7 @@ class Section:
 def write_report(
     runs: Sequence[Path], results: Sequence[Path], out: Path, pictures: Path | None = None
 ) -> None:
-    """Write the page about runs and result files, and its pictures as PNG files too.
+    """Write the page about runs and result files, and optionally its pictures as PNG files.
 
     Raises UserError, with nothing written, for what is neither a run nor a result.
     """
@@ -83,13 +83,13 @@ def write_report(
         )
     check_output("--out", out)
     _check_pictures(pictures)
-    found, (evaluations, budgets) = read_runs(runs), read_results(results)
+    run_files, (evaluations, budgets) = read_runs(runs), read_results(results)
     sections = [
         section
-        for section in _sections(found, evaluations, budgets)
+        for section in _sections(run_files, evaluations, budgets)
         if section.pictures or section.tables or section.samples
     ]
-    page = _page([run.name for run in found] or [file.stem for file in results], sections)
+    page = _page([run.name for run in run_files] or [file.stem for file in results], sections)
     if pictures is not None:
         for picture in (picture for section in sections for picture in section.pictures):
             _write(pictures / f"{picture.name}.png", picture.png)
@@ -122,9 +122,9 @@ def _sections(
         sections.append(Section(anchor="results", title="Results", tables=result_tables(results)))
     if budgets:
         curves = [
-            draw_budget_curve(f"budget-{number}", record) for number, record in enumerate(budgets, start=1)
+            draw_budget_curve(f"budget-{number}", content) for number, content in enumerate(budgets, start=1)
         ]
-        tables = [budget_table(record) for record in budgets]
+        tables = [budget_table(content) for content in budgets]
         sections.append(Section(anchor="budget", title="Think budget", pictures=curves, tables=tables))
     for stage, title in STAGES.items():
         of_stage = [run for run in runs if run.stage == stage]
@@ -147,7 +147,7 @@ def _sections(
 
 
 def _rollouts(run: RunFiles) -> SampleGroup:
-    """Rollouts spread over the run."""
+    """Rollouts, evenly spaced over the run."""
     rollouts = [sample for sample in run.samples if not sample.origin]
     return SampleGroup(
         title=f"{run.name}: rollouts",
@@ -156,13 +156,12 @@ def _rollouts(run: RunFiles) -> SampleGroup:
 
 
 def _searches(run: RunFiles) -> SampleGroup:
-    """The first searches on development queries that were reasoned about, each at the first and the last
-    evaluation."""
+    """The first reasoned searches on development queries, each at the first and the last evaluation."""
     of_query: dict[tuple[str, ...], list[Sample]] = {}
     for sample in run.samples:
         if sample.origin and sample.text:
             of_query.setdefault((*sample.origin, sample.query), []).append(sample)
-    ends = [end for found in list(of_query.values())[:SHOWN_SEARCHES] for end in _spread(found, 2)]
+    ends = [end for searches in list(of_query.values())[:SHOWN_SEARCHES] for end in _spread(searches, 2)]
     return SampleGroup(
         title=f"{run.name}: development queries, first and last evaluation",
         samples=[_shown(sample) for sample in ends],
@@ -170,7 +169,7 @@ def _searches(run: RunFiles) -> SampleGroup:
 
 
 def _spread(samples: Sequence[Sample], count: int) -> list[Sample]:
-    """At most so many, evenly spaced, the first and the last among them."""
+    """At most `count` samples, evenly spaced, including the first and the last."""
     at = np.unique(np.linspace(0, len(samples) - 1, min(count, len(samples))).round().astype(int))
     return [samples[i] for i in at]
 
@@ -204,6 +203,5 @@ def _finalized(value: Any) -> Any:
 
 
 def _data_uri(svg: bytes) -> str:
-    # As a picture it can neither run a script nor reach for anything, and its ids do not meet those of
-    # others.
+    # As an image it cannot run scripts or load anything, and its ids cannot collide with others.
     return "data:image/svg+xml;base64," + base64.b64encode(svg).decode("ascii")

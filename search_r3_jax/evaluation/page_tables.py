@@ -1,4 +1,4 @@
-"""Tables of a report: what runs are and came to, their index, results of `eval` and `budget`."""
+"""Tables of the report: settings and outcome of runs, their index, results of `eval` and `budget`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from search_r3_jax.evaluation.controls import CONTROLS
 from search_r3_jax.evaluation.metrics import METRICS
 from search_r3_jax.evaluation.report import ROWS, SAMPLES, interval_text, title_of
-from search_r3_jax.evaluation.result_files import EvalResult, SetKey
+from search_r3_jax.evaluation.result_files import DataKey, EvalResult
 from search_r3_jax.evaluation.run_files import RunFiles
 from search_r3_jax.evaluation.significance import bootstrap_interval
 
@@ -24,7 +24,7 @@ Show = Callable[[RunFiles], str]
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """A value, and beside it in small what belongs to it: an interval, a unit."""
+    """A value, and in small print its interval or unit."""
 
     text: str
     small: str = ""
@@ -32,7 +32,7 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """`rows` begin with their heading; `head` names all columns; `texts` are not aligned as numbers are."""
+    """A table; each row begins with its heading, `head` names all columns; `texts` are left-aligned."""
 
     title: str
     head: Sequence[str]
@@ -42,7 +42,7 @@ class Table:
 
 
 def run_table(stage: str, runs: Sequence[RunFiles]) -> Table:
-    """Settings and outcome of runs of one stage, a column each."""
+    """Settings and outcome of runs of one stage, one column per run."""
     rows: list[tuple[str, Show]] = [*_SETTINGS, *_STAGE_SETTINGS[stage], *_OUTCOME, *_STAGE_OUTCOME[stage]]
     return _columns(
         "Settings and outcome",
@@ -53,17 +53,20 @@ def run_table(stage: str, runs: Sequence[RunFiles]) -> Table:
 
 
 def index_table(runs: Sequence[RunFiles]) -> Table:
-    """How stale the index was that rewards came from, of runs of stage 2, a column each."""
+    """Staleness of the index behind the rewards, for runs of stage 2, one column per run."""
     return _columns("How stale the index was", _INDEX, runs)
 
 
 def result_tables(results: Sequence[EvalResult]) -> list[Table]:
-    """All sets by all systems, where there are several sets; then each set's systems with every metric, and
-    controls of reasoning."""
-    of_set: dict[SetKey, dict[str, EvalResult]] = {}
+    """Tables of evaluation results.
+
+    First an overview of all systems on all sets, if there are several sets; then for each set its systems
+    with every metric, and the controls of reasoning.
+    """
+    of_set: dict[DataKey, dict[str, EvalResult]] = {}
     for result in results:
         systems = of_set.setdefault(result.searched, {})
-        # Two checkpoints of one name, for one: the files tell them apart.
+        # Two systems of one name, such as two checkpoints, are distinguished by their files.
         systems[result.system if result.system not in systems else f"{result.system} ({result.file})"] = (
             result
         )
@@ -78,7 +81,7 @@ def result_tables(results: Sequence[EvalResult]) -> list[Table]:
     return tables
 
 
-def budget_table(record: Mapping[str, Any]) -> Table:
+def budget_table(content: Mapping[str, Any]) -> Table:
     """The numbers of a think-budget curve."""
 
     def row(name: str, point: Mapping[str, Any]) -> list[Cell]:
@@ -92,36 +95,36 @@ def budget_table(record: Mapping[str, Any]) -> Table:
         return [Cell(text=name), score, over, *_costs(point)]
 
     rows = [
-        row("direct", record["direct"]),
-        *(row(str(point["max_think_tokens"]), point) for point in record["budgets"]),
+        row("direct", content["direct"]),
+        *(row(str(point["max_think_tokens"]), point) for point in content["budgets"]),
     ]
     head = ["tokens allowed", "nDCG@10", "over direct", *_COST_NAMES]
-    return Table(title=title_of(record), head=head, rows=rows, note=f"{INTERVALS_NOTE} {COSTS_NOTE}")
+    return Table(title=title_of(content), head=head, rows=rows, note=f"{INTERVALS_NOTE} {COSTS_NOTE}")
 
 
 def _columns(title: str, rows: Iterable[tuple[str, Show]], runs: Sequence[RunFiles], note: str = "") -> Table:
-    """A row each of what at least one run has."""
+    """One row for each entry that at least one run has."""
     shown = [[Cell(text=name), *(Cell(text=show(run)) for run in runs)] for name, show in rows]
-    told = [row for row in shown if any(cell.text for cell in row[1:])]
-    return Table(title=title, head=["", *(run.name for run in runs)], rows=told, note=note, texts=True)
+    filled_rows = [row for row in shown if any(cell.text for cell in row[1:])]
+    return Table(title=title, head=["", *(run.name for run in runs)], rows=filled_rows, note=note, texts=True)
 
 
-def _overview(of_set: Mapping[SetKey, Mapping[str, EvalResult]]) -> Table:
+def _overview(of_set: Mapping[DataKey, Mapping[str, EvalResult]]) -> Table:
     names = list(dict.fromkeys(name for systems in of_set.values() for name in systems))
     rows = []
     for name in names:
-        found = [systems.get(name) for systems in of_set.values()]
+        results = [systems.get(name) for systems in of_set.values()]
         rows.append(
             [
                 Cell(text=name),
-                *(Cell(text="") if each is None else _scored(each.values("ndcg@10")) for each in found),
+                *(Cell(text="") if each is None else _scored(each.values("ndcg@10")) for each in results),
             ]
         )
     head = ["nDCG@10", *(f"{each.name} ({each.split}), {each.documents} documents" for each in of_set)]
     return Table(title="nDCG@10 of every system on every set", head=head, rows=rows, note=INTERVALS_NOTE)
 
 
-def _set_table(searched: SetKey, systems: Mapping[str, EvalResult]) -> Table:
+def _set_table(searched: DataKey, systems: Mapping[str, EvalResult]) -> Table:
     first = next(iter(systems.values()))
     rows = []
     for name, result in systems.items():
@@ -141,24 +144,29 @@ def _set_table(searched: SetKey, systems: Mapping[str, EvalResult]) -> Table:
     )
 
 
-def _controls_table(searched: SetKey, system: str, controls: Mapping[str, Mapping[str, Any]]) -> Table:
+def _controls_table(searched: DataKey, system: str, controls: Mapping[str, Mapping[str, Any]]) -> Table:
     rows = []
     for name, values in controls.items():
         gain = values["own_minus_this"]
-        own = (
+        difference = (
             Cell(text="")
             if name == "own"
             else Cell(text=f"{gain['mean']:+.4f}", small=interval_text(gain, "{:+.3f}"))
         )
         score = Cell(text=f"{values['ndcg@10']:.4f}", small=interval_text(values["ndcg@10_interval"]))
         rows.append(
-            [Cell(text=CONTROLS.get(name, name)), score, own, Cell(text=f"{values['reply_tokens']:.1f}")]
+            [
+                Cell(text=CONTROLS.get(name, name)),
+                score,
+                difference,
+                Cell(text=f"{values['reply_tokens']:.1f}"),
+            ]
         )
     title = f"What its own reasoning is worth: {system}, {_set_title(searched)}"
     return Table(title=title, head=["reasoning", "nDCG@10", "own − this", "tokens"], rows=rows)
 
 
-def _set_title(searched: SetKey) -> str:
+def _set_title(searched: DataKey) -> str:
     return (
         f"{len(searched.query_ids)} queries of {searched.name} ({searched.split}) over "
         f"{searched.documents} documents"
@@ -216,15 +224,15 @@ def _weights(run: RunFiles) -> str:
 
 
 def _sets(run: RunFiles) -> str:
-    version = run.record.get("data_version", [])
+    version = run.run_json.get("data_version", [])
     sets = version if isinstance(version, list) else [version]
-    told = [f"{each.get('name')} ({each.get('split')})" for each in sets if isinstance(each, dict)]
-    return ", ".join(told) or _plain(run.config.data.sets)
+    names = [f"{each.get('name')} ({each.get('split')})" for each in sets if isinstance(each, dict)]
+    return ", ".join(names) or _plain(run.config.data.sets)
 
 
 def _changes(run: RunFiles) -> str:
-    """Settings that another call changed, and when."""
-    changes = run.record.get("changes")
+    """Settings that were changed when the run was resumed, with the step."""
+    changes = run.run_json.get("changes")
     changes = [each for each in changes if isinstance(each, dict)] if isinstance(changes, list) else []
     return "; ".join(
         f"{each.get('field')}: {each.get('before')} → {each.get('now')} at step {each.get('step')}"
@@ -238,7 +246,7 @@ def _steps(run: RunFiles) -> str:
 
 
 def _duration(run: RunFiles) -> str:
-    """Evaluations and compiling of them are in no step."""
+    """Time in steps; evaluations and their compilation are not included."""
     seconds = sum(float(run.series(name)[1].sum()) for name in ("seconds", "save_seconds"))
     if not seconds:
         return ""
@@ -253,7 +261,7 @@ def _duration(run: RunFiles) -> str:
 
 
 def _skipped(run: RunFiles) -> str:
-    """The count goes through interruptions: the last step's is the run's."""
+    """The count survives interruptions, so the last step's is that of the run."""
     _, skipped = run.series("skipped")
     return f"{skipped[-1]:.0f}" if len(skipped) else ""
 
@@ -263,7 +271,7 @@ def _best(scalar: str) -> Show:
         steps, values = run.series(scalar)
         if not len(values):
             return ""
-        # As `--step best` chooses: of equal ones the later.
+        # Like `--step best`: the latest of equal steps.
         best = len(values) - 1 - int(np.argmax(values[::-1]))
         return f"{values[best]:.4f} at step {steps[best]:.0f}; last {values[-1]:.4f}"
 

@@ -1,4 +1,4 @@
-"""The HTML of a report. No script and nothing from elsewhere; what stands in double braces is escaped."""
+"""HTML template of the report; no scripts, no external resources, all values escaped."""
 
 PAGE = """\
 <!DOCTYPE html>
@@ -67,7 +67,7 @@ article header b { color: var(--text); }
 {% if section.note %}<p class="note">{{ section.note }}</p>{% endif %}
 {% if section.pictures %}
 <div class="pictures">
-{% for picture in section.pictures %}<img alt="{{ picture.told }}" src="{{ picture.svg | data_uri }}">
+{% for picture in section.pictures %}<img alt="{{ picture.alt_text }}" src="{{ picture.svg | data_uri }}">
 {% endfor %}
 </div>
 {% endif %}
@@ -93,8 +93,8 @@ article header b { color: var(--text); }
 <div class="samples">
 {% for sample in group.samples %}
 <article>
-<header>{% for told in sample.head %}{#-
-#}<span>{% if loop.first %}<b>{{ told }}</b>{% else %}{{ told }}{% endif %}</span>{#-
+<header>{% for entry in sample.head %}{#-
+#}<span>{% if loop.first %}<b>{{ entry }}</b>{% else %}{{ entry }}{% endif %}</span>{#-
 #}{% endfor %}</header>
 <p class="query" dir="auto">{{ sample.query }}</p>
 {% if sample.text %}<p class="reply" dir="auto">{{ sample.text }}</p>{% endif %}

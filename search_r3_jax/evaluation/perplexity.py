@@ -1,4 +1,4 @@
-"""How well a model still writes plain text: token-level perplexity before and after training."""
+"""Token-level perplexity of plain text, as a check that training keeps language ability."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from search_r3_jax.config import Step
 from search_r3_jax.console import progress_bar
 from search_r3_jax.data.dataset import load_collection
-from search_r3_jax.data.subsample import cut_corpus, documents_hash
+from search_r3_jax.data.subsample import sample_corpus, unordered_documents_hash
 from search_r3_jax.errors import UserError
 from search_r3_jax.files import check_output, write_json
 from search_r3_jax.hub.checkpoint_reader import read_run
@@ -32,7 +32,7 @@ BATCH_TOKENS = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class Perplexity:
-    """Of the tokens of some texts.
+    """Perplexity over the tokens of some texts.
 
     Attributes:
         perplexity: exp of the mean −log p of a token, all texts together.
@@ -48,18 +48,19 @@ class Perplexity:
 
 
 def text_rows(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
-    """Ids of plain texts as the tokenizer writes them by itself (with a beginning-of-text token where it has
-    one), cut to `max_tokens`."""
+    """Token ids of plain texts, cut to `max_tokens`.
+
+    With a beginning-of-text token if the tokenizer adds one.
+    """
     return [list(tokenizer(text)["input_ids"])[:max_tokens] for text in texts]
 
 
 def perplexity(
     decoder: Decoder, rows: Sequence[Sequence[int]], *, on_progress: Callable[[int], object] | None = None
 ) -> Perplexity:
-    """Perplexity of token rows; log-probabilities are float32, in chunks of positions so that few rows of the
-    vocabulary exist at once.
+    """Perplexity of token rows; log-probabilities are float32.
 
-    Raises ValueError when no row has two tokens.
+    Logits are computed in chunks of positions to save memory. Raises ValueError when no row has two tokens.
     """
     usable = [list(row) for row in rows if len(row) > 1]
     if not usable:
@@ -68,7 +69,7 @@ def perplexity(
     nats, tokens = 0.0, 0
     for batch in length_batches(usable, tokens=BATCH_TOKENS, pad_id=0):
         batch_nats, batch_tokens = _batch_nats(graph, state, batch.ids, batch.lengths)
-        # Added up on the host in float64.
+        # Summed on the host in float64.
         nats, tokens = nats + float(batch_nats), tokens + int(batch_tokens)
         if on_progress is not None:
             on_progress(len(batch.rows))
@@ -100,14 +101,16 @@ def measure_perplexity(
     seed: int,
     out: Path | None,
 ) -> dict[str, Any]:
-    """Perplexity of a model on random documents of a collection; writes and returns the record. Raises
-    UserError for bad input."""
+    """Perplexity of a model on random documents of a collection; writes and returns the result.
+
+    Raises UserError for bad input.
+    """
     check_output("--out", out)
     if max_documents < 1 or max_tokens < 2:
         raise UserError("--max-documents, --max-tokens: give at least 1 document and 2 tokens")
     whole = load_collection(data, split)
-    # Without queries nothing counts as judged: the documents are random ones.
-    collection, cut = cut_corpus(dataclasses.replace(whole, queries=()), max_documents, seed=seed)
+    # Without queries no document counts as judged, so all are drawn at random.
+    collection, sample = sample_corpus(dataclasses.replace(whole, queries=()), max_documents, seed=seed)
     pinned = pinned_step(model, step)
     run_config = None if pinned is None else read_run(resolve(model))[1]["config"]
     loaded = load_model(model, step=pinned)
@@ -118,7 +121,7 @@ def measure_perplexity(
         raise UserError(f"{data}: no document of at least two tokens, so there is none to predict")
     with progress_bar(Console(stderr=True, highlight=False, soft_wrap=True), "documents", usable) as bar:
         measured = perplexity(loaded.decoder, rows, on_progress=bar.advance)
-    record = {
+    result = {
         "model": model,
         "step": pinned,
         "run_config": run_config,
@@ -126,12 +129,12 @@ def measure_perplexity(
             "path": str(data),
             "name": whole.name,
             "split": split,
-            "documents_sha256": documents_hash(collection),
+            "documents_sha256": unordered_documents_hash(collection),
         },
-        "cut": dataclasses.asdict(cut),
+        "cut": dataclasses.asdict(sample),
         "max_tokens": limit,
         **dataclasses.asdict(measured),
     }
     if out is not None:
-        write_json(out, record)
-    return record
+        write_json(out, result)
+    return result

@@ -1,5 +1,4 @@
-"""Pictures of a report: a small one for each thing that a run logs, all runs of a stage in it, and the
-think-budget curve."""
+"""Pictures of the report: a panel per logged scalar with all runs of a stage, and the think-budget curve."""
 
 from __future__ import annotations
 
@@ -17,13 +16,13 @@ from search_r3_jax.evaluation.curves import SMOOTHED_STEPS, open_pyplot, smoothe
 from search_r3_jax.evaluation.report import title_of
 from search_r3_jax.evaluation.run_files import RunFiles
 
-# As wide as a phone shows without shrinking the text.
+# The width of a phone, so that text is not shrunk.
 WIDTH, HEIGHT = 4.2, 2.6
 STYLES = ("-", "--", ":")
-# More steps are drawn as so many means: a picture of this size cannot show more, and the page stays small.
+# Longer series are drawn as this many means: a picture of this size cannot show more.
 MOST_POINTS = 400
 RC = {
-    # Names of folders and models come from outside: a dollar sign in them begins no formula.
+    # A dollar sign in the name of a folder or model must not start a formula.
     "text.parse_math": False,
     # The same numbers give the same page.
     "svg.hashsalt": "search-r3",
@@ -41,14 +40,13 @@ _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """What one picture shows.
+    """Content of one picture.
 
     Attributes:
         terms: scalar of `metrics.jsonl` → what the legend calls it where there are several.
-        measured: now and then, not at every step: points, not a smoothed line.
-        weighted: a term of the loss; where its weight is 0 it was logged as zero throughout, and is left out
-            here.
-        limits: of the vertical axis, or a None in them, where the values decide.
+        measured: not at every step: drawn as points, not as a smoothed line.
+        weighted: a term of the loss; left out if it is zero throughout, as with weight 0.
+        limits: limits of the vertical axis; None means that the values decide.
     """
 
     name: str
@@ -61,10 +59,10 @@ class Panel:
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """A picture in both formats; `name` is that of its file, `told` says in words what it shows."""
+    """A picture in both formats; `name` is that of its file, `alt_text` describes it."""
 
     name: str
-    told: str
+    alt_text: str
     svg: bytes
     png: bytes
 
@@ -142,7 +140,7 @@ INDEX_PANELS = (
 
 
 def draw_panels(stage: str, runs: Sequence[RunFiles], panels: Sequence[Panel]) -> list[Picture]:
-    """A picture of each panel that any of the runs has values for."""
+    """A picture of each panel for which a run has values."""
     pyplot = open_pyplot("report")
     pictures = []
     for panel in panels:
@@ -159,20 +157,20 @@ def draw_panels(stage: str, runs: Sequence[RunFiles], panels: Sequence[Panel]) -
         if lines:
             with pyplot.rc_context(RC):
                 figure = _figure(pyplot, panel, [run.name for run in runs], lines)
-                told = f"{panel.title}: " + "; ".join(
-                    _told(runs[at].name, panel, term, values) for at, term, _, values in lines
+                alt_text = f"{panel.title}: " + "; ".join(
+                    _line_summary(runs[at].name, panel, term, values) for at, term, _, values in lines
                 )
-                pictures.append(_picture(pyplot, f"{stage}-{panel.name.replace('_', '-')}", told, figure))
+                pictures.append(_picture(pyplot, f"{stage}-{panel.name.replace('_', '-')}", alt_text, figure))
     return pictures
 
 
-def draw_budget_curve(name: str, record: Mapping[str, Any]) -> Picture:
-    """The think-budget curve of a record of `budget`."""
+def draw_budget_curve(name: str, content: Mapping[str, Any]) -> Picture:
+    """The think-budget curve of a result of `budget`."""
     pyplot = open_pyplot("report")
     with pyplot.rc_context(RC):
-        figure = budget_figure(pyplot, record, size=(WIDTH * 1.1, HEIGHT * 1.3))
+        figure = budget_figure(pyplot, content, size=(WIDTH * 1.1, HEIGHT * 1.3))
         return _picture(
-            pyplot, name, f"nDCG@10 over the tokens written for a query. {title_of(record)}", figure
+            pyplot, name, f"nDCG@10 over the tokens written for a query. {title_of(content)}", figure
         )
 
 
@@ -182,14 +180,14 @@ def _figure(
     names: Sequence[str],
     lines: Sequence[tuple[int, int, np.ndarray, np.ndarray]],
 ) -> Any:
-    """A run has a colour, a term a style."""
+    """One colour per run, one line style per term."""
     figure, axis = pyplot.subplots(figsize=(WIDTH, HEIGHT), layout="constrained")
     for at, term, steps, values in lines:
         look = {"color": f"C{at % 10}", "linestyle": STYLES[term], "linewidth": 1.5}
         if panel.measured:
             axis.plot(steps, values, **look, marker="o", markersize=3.5)
         else:
-            steps, values = _fewer(steps), _fewer(values)
+            steps, values = _downsampled(steps), _downsampled(values)
             axis.plot(steps, values, **look | {"linewidth": 0.8, "alpha": 0.3})
             # A single step makes no line.
             axis.plot(
@@ -203,7 +201,7 @@ def _figure(
     axis.xaxis.get_major_locator().set_params(integer=True, nbins=6)
     handles, labels = _legend(pyplot, panel, names, lines)
     if labels:
-        # What fits beside each other without shrinking the axes.
+        # As many columns as fit without shrinking the axes.
         columns = max(1, min(4, 48 // (max(map(len, labels)) + 6)))
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
     return figure
@@ -218,46 +216,45 @@ def _legend(
     """Runs by colour where there are several, then terms by style where there are several."""
     runs = sorted({at for at, *_ in lines})
     terms = sorted({term for _, term, *_ in lines})
-    told = list(panel.terms.values())
+    term_names = list(panel.terms.values())
     handles, labels = [], []
     if len(names) > 1:
         handles += [pyplot.Line2D([], [], color=f"C{at % 10}") for at in runs]
         labels += [_short(names[at]) for at in runs]
-    if len(terms) > 1 or told[terms[0]]:
+    if len(terms) > 1 or term_names[terms[0]]:
         color = "C0" if len(names) == 1 else "0.4"
         handles += [pyplot.Line2D([], [], color=color, linestyle=STYLES[term]) for term in terms]
-        labels += [told[term] for term in terms]
+        labels += [term_names[term] for term in terms]
     return handles, labels
 
 
 def printable(text: str) -> str:
-    """A text whose control characters and halves of characters, which neither HTML nor UTF-8 can hold, are
-    replaced by U+FFFD."""
+    """Replace characters that HTML or UTF-8 cannot hold (controls, lone surrogates) by U+FFFD."""
     return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def _short(name: str, most: int = 28) -> str:
-    """A name that fits; its end tells runs apart."""
+    """A name that fits; the end is kept because it distinguishes runs."""
     name = printable(name)
     return name if len(name) <= most else "…" + name[1 - most :]
 
 
-def _fewer(values: np.ndarray) -> np.ndarray:
-    """Means of at most `MOST_POINTS` stretches of equal length."""
+def _downsampled(values: np.ndarray) -> np.ndarray:
+    """Means of at most `MOST_POINTS` equal stretches."""
     return np.array([part.mean() for part in np.array_split(values, min(len(values), MOST_POINTS))])
 
 
-def _told(run: str, panel: Panel, term: int, values: np.ndarray) -> str:
-    """First and last value of a line; of what was logged at every step, the means of a few."""
+def _line_summary(run: str, panel: Panel, term: int, values: np.ndarray) -> str:
+    """First and last value of a line; means of several steps for scalars logged at every step."""
     name = list(panel.terms.values())[term]
     few = 1 if panel.measured else SMOOTHED_STEPS
     of = f"{run}, {name}" if name else run
     return f"{of}: from {values[:few].mean():.4g} to {values[-few:].mean():.4g}"
 
 
-def _picture(pyplot: ModuleType, name: str, told: str, figure: Any) -> Picture:
+def _picture(pyplot: ModuleType, name: str, alt_text: str, figure: Any) -> Picture:
     svg, png = io.BytesIO(), io.BytesIO()
     figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     figure.savefig(png, format="png", dpi=200, facecolor="white")
     pyplot.close(figure)
-    return Picture(name=name, told=told, svg=svg.getvalue(), png=png.getvalue())
+    return Picture(name=name, alt_text=alt_text, svg=svg.getvalue(), png=png.getvalue())

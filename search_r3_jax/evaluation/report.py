@@ -1,4 +1,4 @@
-"""One evaluation from its settings to its table, JSON record and TREC files."""
+"""One evaluation, from its settings to its table, result file and TREC files."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from search_r3_jax.data.collection import Collection
 from search_r3_jax.data.dataset import load_collection
 from search_r3_jax.data.subsample import (
     CorpusSample,
-    QueryCut,
-    cut_corpus,
-    cut_queries,
-    documents_hash,
-    queries_hash,
+    QuerySample,
+    sample_corpus,
+    sample_queries,
+    unordered_documents_hash,
+    unordered_queries_hash,
 )
 from search_r3_jax.errors import UserError
 from search_r3_jax.evaluation.controls import CONTROLS
-from search_r3_jax.evaluation.evaluate import DEPTH, ModeResult, Searched
+from search_r3_jax.evaluation.evaluate import DEPTH, ModeResult, QueryMode
 from search_r3_jax.evaluation.metrics import write_trec_qrels, write_trec_run
 from search_r3_jax.evaluation.settings import BudgetSettings, EvalSettings
 from search_r3_jax.evaluation.significance import bootstrap_interval
@@ -35,7 +35,7 @@ from search_r3_jax.files import check_output, write_json
 
 FORMAT_VERSION = 1
 TOP = 10
-MODES: dict[str, tuple[Searched, ...]] = {
+MODES: dict[str, tuple[QueryMode, ...]] = {
     "direct": ("direct",),
     "reason": ("reason",),
     "both": ("direct", "reason"),
@@ -57,20 +57,22 @@ ROWS = (
 SAMPLES = 10_000
 
 
-class Cuts(NamedTuple):
-    """What was left out of a collection; None where nothing was asked for."""
+class Subset(NamedTuple):
+    """The part of a collection that was searched; None where all of it was."""
 
-    queries: QueryCut | None
+    queries: QuerySample | None
     corpus: CorpusSample | None
 
 
 def run_evaluation(settings: EvalSettings) -> dict[str, Any]:
-    """Evaluates, prints the table and writes what was asked for; returns the record. Raises UserError before
-    any long work where it can."""
+    """Evaluate, print the table and write the requested files; return the content of the result file.
+
+    Raises UserError before any long work where it can.
+    """
     check_evaluation(settings)
     # Bars and notes go to standard error: standard output is the table.
     notes = Console(stderr=True, highlight=False, soft_wrap=True)
-    collection, cuts = open_collection(settings, notes)
+    collection, subset = open_collection(settings, notes)
     if settings.controls and len(collection.queries) < 2:
         raise UserError(
             f"--controls: {settings.data} has a single query in {settings.split}: nobody to exchange "
@@ -78,17 +80,17 @@ def run_evaluation(settings: EvalSettings) -> dict[str, Any]:
         )
     system = open_system(settings)
     result = system.evaluate(collection, MODES[settings.mode], notes)
-    record = _record(settings, system.identity(), collection, cuts, result)
-    _show(record)
+    content = _eval_content(settings, system.identity(), collection, subset, result)
+    _show(content)
     if settings.out is not None:
-        write_json(settings.out, record)
+        write_json(settings.out, content)
     if settings.run_file is not None:
         _write_trec(settings.run_file, collection, result.modes)
-    return record
+    return content
 
 
 def check_evaluation(settings: EvalSettings) -> None:
-    """Raise UserError for settings that make no sense, or files that could not be written."""
+    """Raise UserError for contradictory settings, or for files that cannot be written."""
     check_output("--out", settings.out)
     check_output("--run-file", settings.run_file)
     check_limits(settings)
@@ -101,7 +103,7 @@ def check_evaluation(settings: EvalSettings) -> None:
 
 
 def check_limits(settings: EvalSettings | BudgetSettings) -> None:
-    """Raise UserError for a limit of the corpus or of its texts that leaves nothing."""
+    """Raise UserError for a limit of the corpus or of its texts that is below 1."""
     counts = {
         "--max-queries": settings.max_queries,
         "--max-documents": settings.max_documents,
@@ -113,28 +115,28 @@ def check_limits(settings: EvalSettings | BudgetSettings) -> None:
             raise UserError(f"{flag}: {count} is less than 1; give a positive number")
 
 
-def open_collection(settings: EvalSettings | BudgetSettings, notes: Console) -> tuple[Collection, Cuts]:
-    """The split, cut where `max_queries` and `max_documents` ask for it; says on `notes` where more is judged
-    than asked for."""
-    collection, of_queries = load_collection(settings.data, settings.split), None
+def open_collection(settings: EvalSettings | BudgetSettings, notes: Console) -> tuple[Collection, Subset]:
+    """The split, sampled as `max_queries` and `max_documents` say; prints a note if more is judged."""
+    collection, query_sample = load_collection(settings.data, settings.split), None
     if settings.max_queries is not None:
-        collection, of_queries = cut_queries(collection, settings.max_queries, seed=settings.seed)
+        collection, query_sample = sample_queries(collection, settings.max_queries, seed=settings.seed)
     if settings.max_documents is None:
-        return collection, Cuts(of_queries, None)
-    collection, cut = cut_corpus(collection, settings.max_documents, seed=settings.seed)
-    if cut.documents > cut.asked:
+        return collection, Subset(query_sample, None)
+    collection, corpus_sample = sample_corpus(collection, settings.max_documents, seed=settings.seed)
+    if corpus_sample.documents > corpus_sample.asked:
         notes.print(
-            f"{cut.judged} documents are judged: all of them stay, more than the {cut.asked} asked for",
+            f"{corpus_sample.judged} documents are judged: all of them stay, more than the "
+            f"{corpus_sample.asked} asked for",
             markup=False,
         )
-    return collection, Cuts(of_queries, cut)
+    return collection, Subset(query_sample, corpus_sample)
 
 
-def _record(
+def _eval_content(
     settings: EvalSettings,
     identity: Mapping[str, Any],
     collection: Collection,
-    cuts: Cuts,
+    subset: Subset,
     result: SystemResult,
 ) -> dict[str, Any]:
     modes: dict[str, dict[str, Any]] = {
@@ -143,17 +145,17 @@ def _record(
     }
     if result.controls:
         modes["reason"]["controls"] = _controls(collection, result.controls, settings.seed)
-    return common_record(settings, identity, collection, cuts, result.document_seconds) | {"modes": modes}
+    return common_content(settings, identity, collection, subset, result.document_seconds) | {"modes": modes}
 
 
-def common_record(
+def common_content(
     settings: EvalSettings | BudgetSettings,
     identity: Mapping[str, Any],
     collection: Collection,
-    cuts: Cuts,
+    subset: Subset,
     document_seconds: float,
 ) -> dict[str, Any]:
-    """What was measured, on what, and what its corpus cost."""
+    """The part of a result file that `eval` and `budget` share: system, data and cost of the corpus."""
     return {
         "format_version": FORMAT_VERSION,
         "search_r3_jax": __version__,
@@ -165,10 +167,10 @@ def common_record(
             "split": collection.split,
             "documents": len(collection.documents),
             "queries": len(collection.queries),
-            "documents_sha256": documents_hash(collection),
-            "queries_sha256": queries_hash(collection),
-            "cut": None if cuts.corpus is None else dataclasses.asdict(cuts.corpus),
-            "query_cut": None if cuts.queries is None else dataclasses.asdict(cuts.queries),
+            "documents_sha256": unordered_documents_hash(collection),
+            "queries_sha256": unordered_queries_hash(collection),
+            "cut": None if subset.corpus is None else dataclasses.asdict(subset.corpus),
+            "query_cut": None if subset.queries is None else dataclasses.asdict(subset.queries),
         },
         "depth": DEPTH,
         "document_seconds": document_seconds,
@@ -184,29 +186,28 @@ def query_values(collection: Collection, result: ModeResult) -> np.ndarray:
 def _controls(
     collection: Collection, controls: Mapping[str, ModeResult], seed: int
 ) -> dict[str, dict[str, Any]]:
-    """Each control's metrics and tokens, nDCG@10 with its interval, and how far its own reasoning is above it
-    (the paired bootstrap)."""
-    own_q = query_values(collection, controls["own"])
-    found: dict[str, dict[str, Any]] = {}
+    """Of each control: metrics, tokens, nDCG@10 with interval, and the paired difference to own reasoning."""
+    reasoned_q = query_values(collection, controls["own"])
+    results: dict[str, dict[str, Any]] = {}
     for name, result in controls.items():
         values_q = query_values(collection, result)
-        found[name] = {
+        results[name] = {
             **result.metrics.as_dict(),
             "reply_tokens": result.reply_tokens,
             "ndcg@10_interval": dataclasses.asdict(bootstrap_interval(values_q, samples=SAMPLES, seed=seed)),
             "own_minus_this": dataclasses.asdict(
-                bootstrap_interval(own_q - values_q, samples=SAMPLES, seed=seed)
+                bootstrap_interval(reasoned_q - values_q, samples=SAMPLES, seed=seed)
             ),
             "per_query": {
                 query.query_id: float(value)
                 for query, value in zip(collection.queries, values_q, strict=True)
             },
         }
-    return found
+    return results
 
 
 def per_query(collection: Collection, result: ModeResult) -> dict[str, dict[str, Any]]:
-    """Query id → text, metrics, what was written, and the best documents with their scores."""
+    """Query id → text, metrics, reasoning, and the best documents with their scores."""
     of_query: dict[str, dict[str, Any]] = {}
     for row, query in enumerate(collection.queries):
         top = sorted(result.run.get(query.query_id, {}).items(), key=lambda pair: (-pair[1], pair[0]))[:TOP]
@@ -223,28 +224,28 @@ def per_query(collection: Collection, result: ModeResult) -> dict[str, dict[str,
     return of_query
 
 
-def _show(record: Mapping[str, Any]) -> None:
-    table = Table(title=Text(title_of(record)), title_justify="left", box=SIMPLE_HEAD)
+def _show(content: Mapping[str, Any]) -> None:
+    table = Table(title=Text(title_of(content)), title_justify="left", box=SIMPLE_HEAD)
     table.add_column("", no_wrap=True)
-    for mode in record["modes"]:
+    for mode in content["modes"]:
         table.add_column(mode, justify="right", no_wrap=True)
     for name, key, shape in ROWS:
-        table.add_row(name, *(shape.format(values[key]) for values in record["modes"].values()))
-    table.add_row("documents/s", *(f"{record['documents_per_second']:.1f}" for _ in record["modes"]))
+        table.add_row(name, *(shape.format(values[key]) for values in content["modes"].values()))
+    table.add_row("documents/s", *(f"{content['documents_per_second']:.1f}" for _ in content["modes"]))
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
-    if "controls" in record["modes"].get("reason", {}):
-        console.print(_controls_table(record["modes"]["reason"]["controls"]))
+    if "controls" in content["modes"].get("reason", {}):
+        console.print(_controls_table(content["modes"]["reason"]["controls"]))
 
 
-def title_of(record: Mapping[str, Any]) -> str:
-    """What was searched for what."""
-    data, cut = record["data"], record["data"]["cut"]
+def title_of(content: Mapping[str, Any]) -> str:
+    """One line about model, queries and documents."""
+    data, corpus_sample = content["data"], content["data"]["cut"]
     query_cut = data.get("query_cut")
-    of_all = f" of {cut['whole']}" if cut is not None else ""
-    of_queries = f" of {query_cut['whole']}" if query_cut is not None else ""
-    searched = f"{data['queries']}{of_queries} queries of {data['name']} ({data['split']})"
-    return f"{record['model']}: {searched} over {data['documents']}{of_all} documents"
+    of_all = f" of {corpus_sample['whole']}" if corpus_sample is not None else ""
+    query_sample = f" of {query_cut['whole']}" if query_cut is not None else ""
+    searched = f"{data['queries']}{query_sample} queries of {data['name']} ({data['split']})"
+    return f"{content['model']}: {searched} over {data['documents']}{of_all} documents"
 
 
 def interval_text(interval: Mapping[str, float], shape: str = "{:.3f}") -> str:
@@ -273,7 +274,7 @@ def _controls_table(controls: Mapping[str, Mapping[str, Any]]) -> Table:
     return table
 
 
-def _write_trec(path: Path, collection: Collection, results: Mapping[Searched, ModeResult]) -> None:
+def _write_trec(path: Path, collection: Collection, results: Mapping[QueryMode, ModeResult]) -> None:
     for mode, result in results.items():
         file = path if len(results) == 1 else path.with_name(f"{path.name}.{mode}")
         write_trec_run(file, result.run, f"search_r3_jax-{mode}")

@@ -1,4 +1,4 @@
-"""Files that `eval` and `budget` wrote, read again and checked, so that whoever shows them need not."""
+"""Reader of the result files of `eval` and `budget`, with checks of every field that is used."""
 
 from __future__ import annotations
 
@@ -20,9 +20,8 @@ ENDS = ("low", "high")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SetKey:
-    """What was searched for what: results with an equal key can be held against each other, query by
-    query."""
+class DataKey:
+    """Identity of the searched data: results with equal keys can be compared query by query."""
 
     name: str
     split: str
@@ -34,7 +33,7 @@ class SetKey:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalResult:
-    """One mode of one file of `eval`.
+    """One mode of one result file of `eval`.
 
     Attributes:
         system: the model, and of a decoder the mode, checkpoint and limit of thinking.
@@ -45,7 +44,7 @@ class EvalResult:
 
     file: Path
     system: str
-    searched: SetKey
+    searched: DataKey
     of_query: Mapping[str, Mapping[str, float]]
     costs: Mapping[str, float]
     controls: Mapping[str, Mapping[str, Any]]
@@ -57,10 +56,10 @@ class EvalResult:
         )
 
 
-def read_record(path: Path, *, wrote: str) -> dict[str, Any]:
-    """The record in a file that the commands `wrote` write; raises UserError naming file and field."""
+def read_result_file(path: Path, *, wrote: str) -> dict[str, Any]:
+    """The content of a result file of the commands `wrote`; raises UserError naming file and field."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}); give a file that {wrote} wrote"
@@ -68,29 +67,31 @@ def read_record(path: Path, *, wrote: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is not JSON ({error}); give a file that {wrote} wrote") from None
     if (
-        not isinstance(record, dict)
-        or record.get("format_version") != FORMAT_VERSION
-        or not isinstance(record.get("data"), dict)
+        not isinstance(content, dict)
+        or content.get("format_version") != FORMAT_VERSION
+        or not isinstance(content.get("data"), dict)
     ):
         raise UserError(f"{path}: format_version: is no result of {wrote} of this version; evaluate again")
-    return record
+    return content
 
 
 def read_results(files: Sequence[Path]) -> tuple[list[EvalResult], list[dict[str, Any]]]:
-    """The results of `eval`, a mode each, and the records of `budget`; raises UserError for a file that is
-    neither or is there twice."""
+    """The results of `eval`, one per mode, and the contents of files of `budget`.
+
+    Raises UserError for any other file, or one that is named twice.
+    """
     results: list[EvalResult] = []
     budgets: list[dict[str, Any]] = []
     for at, file in enumerate(files):
         if file.resolve() in [earlier.resolve() for earlier in files[:at]]:
             raise UserError(f"--eval: {file}: is there twice; name each file once")
-        record = read_record(file, wrote="`search-r3 eval --out` or `search-r3 budget --out`")
-        _check_data(file, record)
-        if "modes" in record:
-            results += _eval_results(file, record)
-        elif "budgets" in record:
-            _check_budget(file, record)
-            budgets.append(record)
+        content = read_result_file(file, wrote="`search-r3 eval --out` or `search-r3 budget --out`")
+        _check_data(file, content)
+        if "modes" in content:
+            results += _eval_results(file, content)
+        elif "budgets" in content:
+            _check_budget(file, content)
+            budgets.append(content)
         else:
             raise UserError(
                 f"{file}: modes: missing, and so is budgets; give a file of `search-r3 eval --out` or "
@@ -99,39 +100,39 @@ def read_results(files: Sequence[Path]) -> tuple[list[EvalResult], list[dict[str
     return results, budgets
 
 
-def _check_data(file: Path, record: Mapping[str, Any]) -> None:
-    """What a title needs."""
-    _at(file, record, "model", kind=str)
+def _check_data(file: Path, content: Mapping[str, Any]) -> None:
+    """Check the fields of a title."""
+    _value_at(file, content, "model", kind=str)
     for name in ("name", "split"):
-        _at(file, record, "data", name, kind=str)
+        _value_at(file, content, "data", name, kind=str)
     for name in ("documents", "queries"):
-        _at(file, record, "data", name, kind=int)
-    cut = record["data"].setdefault("cut", None)
+        _value_at(file, content, "data", name, kind=int)
+    cut = content["data"].setdefault("cut", None)
     if cut is not None:
-        _at(file, record, "data", "cut", "whole", kind=int)
-    if record["data"].get("query_cut") is not None:
-        _at(file, record, "data", "query_cut", "whole", kind=int)
+        _value_at(file, content, "data", "cut", "whole", kind=int)
+    if content["data"].get("query_cut") is not None:
+        _value_at(file, content, "data", "query_cut", "whole", kind=int)
 
 
-def _eval_results(file: Path, record: Mapping[str, Any]) -> list[EvalResult]:
-    data, system = record["data"], record.get("system")
+def _eval_results(file: Path, content: Mapping[str, Any]) -> list[EvalResult]:
+    data, system = content["data"], content.get("system")
     system = system if isinstance(system, dict) else {}
     results = []
-    for mode in _at(file, record, "modes", kind=dict):
-        per_query = _at(file, record, "modes", mode, "per_query", kind=dict)
+    for mode in _value_at(file, content, "modes", kind=dict):
+        per_query = _value_at(file, content, "modes", mode, "per_query", kind=dict)
         if not per_query:
             raise UserError(f"{file}: modes.{mode}.per_query: has no query; evaluate again")
         of_query = {
             query_id: {
-                metric: _number(file, record, "modes", mode, "per_query", query_id, metric)
+                metric: _number(file, content, "modes", mode, "per_query", query_id, metric)
                 for metric in METRICS
             }
             for query_id in per_query
         }
-        controls = record["modes"][mode].get("controls", {})
+        controls = content["modes"][mode].get("controls", {})
         if controls:
-            _check_controls(file, record, mode)
-        key = SetKey(
+            _check_controls(file, content, mode)
+        key = DataKey(
             name=data["name"],
             split=data["split"],
             documents=data["documents"],
@@ -139,8 +140,8 @@ def _eval_results(file: Path, record: Mapping[str, Any]) -> list[EvalResult]:
             queries_sha256=str(data.get("queries_sha256")),
             query_ids=frozenset(of_query),
         )
-        costs = {name: _number(file, record, "modes", mode, name) for name in COSTS}
-        name = _system_name(record["model"], system, mode)
+        costs = {name: _number(file, content, "modes", mode, name) for name in COSTS}
+        name = _system_name(content["model"], system, mode)
         results.append(
             EvalResult(
                 file=file, system=name, searched=key, of_query=of_query, costs=costs, controls=controls
@@ -152,51 +153,50 @@ def _eval_results(file: Path, record: Mapping[str, Any]) -> list[EvalResult]:
 def _system_name(model: str, system: Mapping[str, Any], mode: str) -> str:
     if system.get("kind") != "decoder":
         return model
-    told = [model, {"reason": "reasoned"}.get(mode, mode)]
+    parts = [model, {"reason": "reasoned"}.get(mode, mode)]
     if system.get("step") is not None:
-        told.append(f"step {system['step']}")
+        parts.append(f"step {system['step']}")
     if mode == "reason" and "max_think_tokens" in system:
-        told.append(f"at most {system['max_think_tokens']} tokens")
-    return ", ".join(told)
+        parts.append(f"at most {system['max_think_tokens']} tokens")
+    return ", ".join(parts)
 
 
-def _check_controls(file: Path, record: Mapping[str, Any], mode: str) -> None:
-    for name in _at(file, record, "modes", mode, "controls", kind=dict):
+def _check_controls(file: Path, content: Mapping[str, Any], mode: str) -> None:
+    for name in _value_at(file, content, "modes", mode, "controls", kind=dict):
         where = ("modes", mode, "controls", name)
         for field in ("ndcg@10", "reply_tokens"):
-            _number(file, record, *where, field)
+            _number(file, content, *where, field)
         for end in ENDS:
-            _number(file, record, *where, "ndcg@10_interval", end)
+            _number(file, content, *where, "ndcg@10_interval", end)
         for part in ("mean", *ENDS):
-            _number(file, record, *where, "own_minus_this", part)
+            _number(file, content, *where, "own_minus_this", part)
 
 
-def _check_budget(file: Path, record: Mapping[str, Any]) -> None:
-    points = _at(file, record, "budgets", kind=list)
+def _check_budget(file: Path, content: Mapping[str, Any]) -> None:
+    points = _value_at(file, content, "budgets", kind=list)
     if not points:
         raise UserError(f"{file}: budgets: is empty; measure again with some --budgets")
     for where in (("direct",), *(("budgets", at) for at in range(len(points)))):
         for field in (*METRICS, *COSTS):
-            _number(file, record, *where, field)
+            _number(file, content, *where, field)
         for end in ENDS:
-            _number(file, record, *where, "ndcg@10_interval", end)
+            _number(file, content, *where, "ndcg@10_interval", end)
     for at in range(len(points)):
-        _at(file, record, "budgets", at, "max_think_tokens", kind=int)
+        _value_at(file, content, "budgets", at, "max_think_tokens", kind=int)
         for part in ("mean", *ENDS):
-            _number(file, record, "budgets", at, "over_direct", part)
+            _number(file, content, "budgets", at, "over_direct", part)
 
 
-def _number(file: Path, record: Any, *keys: str | int) -> float:
-    value = _at(file, record, *keys, kind=(int, float))
+def _number(file: Path, content: Any, *keys: str | int) -> float:
+    value = _value_at(file, content, *keys, kind=(int, float))
     if not math.isfinite(value):
         raise UserError(f"{file}: {_dotted(keys)}: {value} is not finite; evaluate again")
     return float(value)
 
 
-def _at(file: Path, record: Any, *keys: str | int, kind: type | tuple[type, ...]) -> Any:
-    """The value under `keys`, one in the other; raises UserError naming them where it is missing or of
-    another kind."""
-    value = record
+def _value_at(file: Path, content: Any, *keys: str | int, kind: type | tuple[type, ...]) -> Any:
+    """The value at a path of keys; raises UserError when it is missing or of another type."""
+    value = content
     for key in keys:
         try:
             value = value[key]

@@ -1,5 +1,4 @@
-"""What a run directory says of its run: settings, scalars of each step, searches to read. Whoever reads it
-for people starts here."""
+"""Reader of a run directory for people: settings, scalars of each step, sampled searches."""
 
 from __future__ import annotations
 
@@ -23,8 +22,9 @@ DAMAGED = "the file was damaged or edited; remove the line, or leave the run out
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One search of `samples.jsonl`: a rollout of stage 2 where it has a `reward`, else a search on a
-    development query.
+    """One search of `samples.jsonl`: a rollout of stage 2, or a search on a development query.
+
+    A rollout has a `reward`.
 
     Attributes:
         step: of the rollout; of a search, the step after which it was made (−1 is before training).
@@ -47,12 +47,12 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class RunFiles:
-    """One run.
+    """Content of one run directory.
 
     Attributes:
-        name: its folder, with as much of the path as tells it from the other runs.
+        name: end of its path, long enough to differ from the other runs.
         stage: `sft` or `rl`.
-        record: the whole of `config.json`, of which `config` are the settings.
+        run_json: the whole of `config.json`; `config` are its settings.
         metrics: the scalars of each step taken, `step` among them.
         before: scalars of the development queries before the first step.
     """
@@ -60,7 +60,7 @@ class RunFiles:
     name: str
     stage: str
     config: RunConfig
-    record: Mapping[str, Any]
+    run_json: Mapping[str, Any]
     metrics: Sequence[Mapping[str, float]]
     before: Mapping[str, float] = field(default_factory=dict)
     samples: Sequence[Sample] = ()
@@ -82,8 +82,10 @@ class RunFiles:
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunFiles]:
-    """The runs in the order given; raises UserError for a folder that is no run or stands there twice, or a
-    file that cannot be read."""
+    """The runs in the order given.
+
+    Raises UserError for a folder that is no run or is named twice, or a file that cannot be read.
+    """
     paths = [folder.resolve() for folder in folders]
     for at, (folder, path) in enumerate(zip(folders, paths, strict=True)):
         if path in paths[:at]:
@@ -92,7 +94,7 @@ def read_runs(folders: Sequence[Path]) -> list[RunFiles]:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart."""
+    """The shortest ends of the paths that are all different."""
     longest = max((len(path.parts) for path in paths), default=0)
     for parts in range(1, longest):
         names = ["/".join(path.parts[-parts:]) for path in paths]
@@ -102,8 +104,8 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 def _read_run(folder: Path, name: str) -> RunFiles:
-    config, record = read_run(folder)
-    stage = record.get("stage")
+    config, run_json = read_run(folder)
+    stage = run_json.get("stage")
     if stage not in STAGES:
         raise UserError(
             f"{folder / 'config.json'}: stage: is none of {', '.join(STAGES)}; give a folder that sft or rl "
@@ -113,7 +115,7 @@ def _read_run(folder: Path, name: str) -> RunFiles:
         name=name,
         stage=stage,
         config=config,
-        record=record,
+        run_json=run_json,
         metrics=[_scalars(line, where) for line, where in _objects(folder / "metrics.jsonl")],
         before=_before(folder / "eval" / "dev_000000.json"),
         samples=[_sample(line, where) for line, where in _objects(folder / "samples.jsonl")],
@@ -121,8 +123,8 @@ def _read_run(folder: Path, name: str) -> RunFiles:
 
 
 def _objects(file: Path) -> list[tuple[dict[str, Any], str]]:
-    """Each line of a .jsonl file with its place; a last line that is still being written is left out."""
-    found = []
+    """Each line of a .jsonl file with its place; an incomplete last line is skipped."""
+    objects = []
     for number, text in enumerate(complete_lines(file), start=1):
         where = f"{file}: line {number}"
         try:
@@ -132,8 +134,8 @@ def _objects(file: Path) -> list[tuple[dict[str, Any], str]]:
         if not isinstance(line, dict):
             raise UserError(f"{where}: is no JSON object; {DAMAGED}")
         _need(_is_count, "number of a step", line, "step", where)
-        found.append((line, where))
-    return found
+        objects.append((line, where))
+    return objects
 
 
 def _scalars(line: Mapping[str, Any], where: str) -> dict[str, float]:
@@ -164,8 +166,7 @@ def _sample(line: Mapping[str, Any], where: str) -> Sample:
 
 
 def _before(file: Path) -> dict[str, float]:
-    """The scalars that an evaluation before the first step would have had in `metrics.jsonl`, which begins
-    after it."""
+    """Scalars of the evaluation before the first step, named as in `metrics.jsonl`."""
     if not file.is_file():
         return {}
     try:

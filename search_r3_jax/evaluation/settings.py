@@ -1,4 +1,4 @@
-"""What an evaluation is asked for. Imports no jax."""
+"""Settings of the evaluation commands. Imports no jax."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class EvalSettings:
     step: Step = None
 
     def text(self) -> TextConfig:
-        """How texts are cut for a model of ours."""
+        """Limits of texts for a model of ours."""
         usual = TextConfig()
         return TextConfig(
             max_query_tokens=self.max_query_tokens or usual.max_query_tokens,
@@ -101,7 +101,7 @@ class BudgetSettings:
     step: Step = None
 
     def evaluation(self) -> EvalSettings:
-        """What `eval` is asked for at the largest budget."""
+        """The settings of `eval` at the largest budget."""
         return EvalSettings(
             model=self.model,
             data=self.data,
@@ -153,7 +153,7 @@ class MtebSettings:
     step: Step = None
 
     def evaluation(self, folder: Path) -> EvalSettings:
-        """What `eval` is asked for on one of the data sets."""
+        """The settings of `eval` on one of the data sets."""
         return EvalSettings(
             model=self.model,
             data=folder,

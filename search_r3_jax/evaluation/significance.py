@@ -1,4 +1,4 @@
-"""Is the difference between two systems more than chance? Paired tests over queries, in plain NumPy."""
+"""Paired tests over queries: bootstrap intervals and a permutation test, in plain NumPy."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ class Interval:
 
 
 def bootstrap_interval(values_q: np.ndarray, *, samples: int, seed: int, level: float = LEVEL) -> Interval:
-    """The mean of `values_q` [Q] and its percentile bootstrap interval (Efron 1979), queries drawn with
-    replacement.
+    """The mean of `values_q` [Q] with its percentile bootstrap interval (Efron 1979) over queries.
 
     The interval of a paired difference is the interval of the differences. Raises ValueError without values
     or samples.
@@ -36,12 +35,11 @@ def bootstrap_interval(values_q: np.ndarray, *, samples: int, seed: int, level: 
 
 
 def sign_flip_p_value(differences_q: np.ndarray, *, samples: int, seed: int) -> float:
-    """The two-sided p-value of a paired permutation test of mean 0: under the null hypothesis a query's two
-    values may be exchanged.
+    """Two-sided p-value of a paired permutation test of mean 0.
 
-    Every one of the 2^Q exchanges is counted where there are no more than `samples`, else `samples` random
-    ones and the observed one (Phipson & Smyth 2010), so that p is never 0. Raises ValueError without
-    differences or samples.
+    Under the null hypothesis a query's two values may be exchanged. All 2^Q exchanges are counted if there
+    are at most `samples`; otherwise `samples` random ones and the observed one (Phipson & Smyth 2010), so
+    that p is never 0. Raises ValueError without differences or samples.
     """
     # Equal queries change no sum.
     differences_q = _checked(differences_q, samples)
@@ -72,6 +70,6 @@ def _checked(values_q: np.ndarray, samples: int) -> np.ndarray:
 
 
 def _portions(samples: int, Q: int) -> list[int]:
-    """`samples` in portions whose values fit in memory."""
+    """`samples` split into portions whose values fit in memory."""
     portion = max(1, _VALUES_AT_ONCE // Q)
     return [min(portion, samples - start) for start in range(0, samples, portion)]

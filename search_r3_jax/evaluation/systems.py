@@ -1,4 +1,4 @@
-"""The systems that can be evaluated: BM25, sentence-transformers, and a decoder of ours."""
+"""Systems to evaluate: BM25, sentence-transformers, and decoders of this package."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from search_r3_jax.evaluation.evaluate import (
     EmbeddedQueries,
     Evaluator,
     ModeResult,
-    Searched,
-    averaged,
+    QueryMode,
+    average_queries,
     search_result,
 )
 from search_r3_jax.evaluation.metrics import evaluate_run
 from search_r3_jax.evaluation.settings import EvalSettings
 from search_r3_jax.files import file_sha256
 from search_r3_jax.hub.checkpoint_reader import read_run
-from search_r3_jax.hub.export import text_room
+from search_r3_jax.hub.export import max_text_tokens
 from search_r3_jax.hub.load_model import load_model, pinned_step, resolve
 from search_r3_jax.hub.weights import parameter_hash
 from search_r3_jax.retrieval.index.build import build_index
@@ -47,18 +47,16 @@ _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 @dataclass(frozen=True, kw_only=True)
 class SystemResult:
-    """A result of each mode, and how long the corpus took to encode or index; `controls` of reasoning where
-    they were asked for."""
+    """Results by mode, seconds of encoding or indexing the corpus, and controls if requested."""
 
-    modes: dict[Searched, ModeResult]
+    modes: dict[QueryMode, ModeResult]
     document_seconds: float
     controls: dict[str, ModeResult] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetResult:
-    """Direct search, and reasoned search at each budget of thinking tokens, over the same vectors of the
-    corpus."""
+    """Direct search, and reasoned search at each thinking budget, over the same corpus vectors."""
 
     direct: ModeResult
     reasoned: dict[int, ModeResult]
@@ -69,22 +67,24 @@ class System(Protocol):
     """Anything that ranks a collection's documents for its queries."""
 
     def identity(self) -> Mapping[str, Any]:
-        """What tells this system from others: kind, weights, settings."""
+        """Kind, weights and settings that identify this system."""
         ...
 
-    def evaluate(self, collection: Collection, modes: Sequence[Searched], console: Console) -> SystemResult:
-        """Each mode's result, `average` after the two that it is made of; progress is shown on `console`."""
+    def evaluate(self, collection: Collection, modes: Sequence[QueryMode], console: Console) -> SystemResult:
+        """Results by mode; `average` must follow `direct` and `reason`. Progress is shown on `console`."""
         ...
 
 
 def is_baseline(name: str) -> bool:
-    """Whether `--model` names something that cannot reason."""
+    """Whether `--model` names a system that cannot reason."""
     return name in ("bm25", "bm25-split", "minilm") or name.startswith("st:")
 
 
 def open_system(settings: EvalSettings) -> System:
-    """The system that `settings.model` names; raises UserError when it cannot be opened or has no such mode
-    or setting."""
+    """Open the system that `settings.model` names.
+
+    Raises UserError when it cannot be opened, or lacks the mode or a setting.
+    """
     name = settings.model
     if not is_baseline(name):
         return DecoderSystem(settings)
@@ -118,7 +118,7 @@ class Bm25System:
             "words": "identifiers split" if self._identifiers else "stemmed",
         }
 
-    def evaluate(self, collection: Collection, modes: Sequence[Searched], console: Console) -> SystemResult:
+    def evaluate(self, collection: Collection, modes: Sequence[QueryMode], console: Console) -> SystemResult:
         started = time.perf_counter()
         index = Bm25(collection, k1=0.9, b=0.4, identifiers=self._identifiers)
         indexed = time.perf_counter()
@@ -137,7 +137,7 @@ class Bm25System:
 
 
 class SentenceTransformersSystem:
-    """A sentence-transformers model in a folder; it cuts texts and adds prompts as the folder says."""
+    """A sentence-transformers model in a folder, with the folder's prompts and truncation."""
 
     def __init__(self, folder: Path, index: Literal["exact", "scann"]):
         """Raises UserError when the package or the model is missing, or the weights are pickled."""
@@ -180,7 +180,7 @@ class SentenceTransformersSystem:
             "sha256": weights,
         }
 
-    def evaluate(self, collection: Collection, modes: Sequence[Searched], console: Console) -> SystemResult:
+    def evaluate(self, collection: Collection, modes: Sequence[QueryMode], console: Console) -> SystemResult:
         with progress_bar(console, "documents", len(collection.documents)) as bar:
             started = time.perf_counter()
             vectors = self._encode(
@@ -189,16 +189,18 @@ class SentenceTransformersSystem:
             document_seconds = time.perf_counter() - started
         with progress_bar(console, "queries", len(collection.queries)) as bar:
             started = time.perf_counter()
-            asked = self._encode(self._model.encode_query, [query.text for query in collection.queries], bar)
+            query_vectors = self._encode(
+                self._model.encode_query, [query.text for query in collection.queries], bar
+            )
             seconds = time.perf_counter() - started
-            queries = EmbeddedQueries(vectors=asked, seconds=seconds, warm_seconds=seconds)
+            queries = EmbeddedQueries(vectors=query_vectors, seconds=seconds, warm_seconds=seconds)
         index = build_index(self._index, vectors, [document.doc_id for document in collection.documents], 0)
         return SystemResult(
             modes={"direct": search_result(collection, index, queries)}, document_seconds=document_seconds
         )
 
     def _encode(self, encode: Callable[..., Any], texts: list[str], bar: Bar) -> np.ndarray:
-        # Similar lengths together, over the whole corpus: a chunk is padded little.
+        # Sorted by length over the whole corpus, so that chunks need little padding.
         order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
         parts: list[np.ndarray] = []
         for start in range(0, len(order), ENCODE_CHUNK):
@@ -214,7 +216,7 @@ class SentenceTransformersSystem:
 
 
 class DecoderSystem:
-    """Whatever `load_model` opens, as an embedder."""
+    """A model that `load_model` opens, as an embedder."""
 
     def __init__(self, settings: EvalSettings):
         """Raises UserError when the model cannot be read."""
@@ -224,17 +226,17 @@ class DecoderSystem:
         model = load_model(settings.model, step=self._step)
         self._prompter = Prompter(model.tokenizer)
         positions = model.decoder.config.max_positions
-        room = text_room(self._prompter, positions)
+        room = max_text_tokens(self._prompter, positions)
         if room <= settings.max_think_tokens:
             raise UserError(
                 f"--model: {settings.model}: max_positions: {positions} leave no room for a query beside "
                 f"{settings.max_think_tokens} tokens"
                 " of thinking; allow fewer"
             )
-        asked = settings.text()
+        requested = settings.text()
         self._text = TextConfig(
-            max_query_tokens=min(asked.max_query_tokens, room - settings.max_think_tokens),
-            max_document_tokens=min(asked.max_document_tokens, room),
+            max_query_tokens=min(requested.max_query_tokens, room - settings.max_think_tokens),
+            max_document_tokens=min(requested.max_document_tokens, room),
         )
         self._graph, self._state = nnx.split(model.decoder)
 
@@ -250,16 +252,16 @@ class DecoderSystem:
             "run_config": self._run_config,
         }
 
-    def evaluate(self, collection: Collection, modes: Sequence[Searched], console: Console) -> SystemResult:
+    def evaluate(self, collection: Collection, modes: Sequence[QueryMode], console: Console) -> SystemResult:
         evaluator = self._evaluator(self._settings.max_think_tokens)
-        index, document_seconds = self._indexed(evaluator, collection, console)
-        results: dict[Searched, ModeResult] = {}
-        embedded: dict[Searched, EmbeddedQueries] = {}
+        index, document_seconds = self._build_index(evaluator, collection, console)
+        results: dict[QueryMode, ModeResult] = {}
+        embedded: dict[QueryMode, EmbeddedQueries] = {}
         controls: dict[str, ModeResult] = {}
         for mode in modes:
             if mode == "average":
                 results[mode] = search_result(
-                    collection, index, averaged(embedded["direct"], embedded["reason"])
+                    collection, index, average_queries(embedded["direct"], embedded["reason"])
                 )
                 continue
             with progress_bar(console, f"queries, {mode}", len(collection.queries)) as bar:
@@ -270,20 +272,24 @@ class DecoderSystem:
                 with progress_bar(
                     console, "queries, controls", len(CONTROLS) * len(collection.queries)
                 ) as bar:
-                    asked = evaluator.control_queries(
+                    embedded_controls = evaluator.control_queries(
                         self._state, collection, queries, seed=self._settings.seed, on_progress=bar.advance
                     )
-                controls = {name: search_result(collection, index, each) for name, each in asked.items()}
+                controls = {
+                    name: search_result(collection, index, each) for name, each in embedded_controls.items()
+                }
         return SystemResult(modes=results, document_seconds=document_seconds, controls=controls)
 
     def evaluate_budgets(
         self, collection: Collection, budgets: Sequence[int], console: Console
     ) -> BudgetResult:
-        """Direct, and reasoned at each of `budgets`, none above the `max_think_tokens` of the settings; the
-        corpus is encoded once."""
+        """Direct search, and reasoned search at each of `budgets`; the corpus is encoded once.
+
+        No budget may exceed the `max_think_tokens` of the settings.
+        """
         evaluators = {budget: self._evaluator(budget) for budget in budgets}
         first = evaluators[budgets[0]]
-        index, document_seconds = self._indexed(first, collection, console)
+        index, document_seconds = self._build_index(first, collection, console)
         with progress_bar(console, "queries, direct", len(collection.queries)) as bar:
             direct = search_result(
                 collection, index, first.direct_queries(self._state, collection, bar.advance)
@@ -301,10 +307,10 @@ class DecoderSystem:
             self._graph, self._prompter, self._text, SamplerConfig(max_think_tokens=max_think_tokens)
         )
 
-    def _indexed(
+    def _build_index(
         self, evaluator: Evaluator, collection: Collection, console: Console
     ) -> tuple[LocalIndex, float]:
-        """The corpus in the index that was asked for, and the seconds that encoding took."""
+        """The requested index over the corpus, and the seconds of encoding."""
         with progress_bar(console, "documents", len(collection.documents)) as bar:
             started = time.perf_counter()
             vectors = evaluator.documents(self._state, collection, bar.advance)
@@ -315,7 +321,7 @@ class DecoderSystem:
 
 
 def minilm_folder() -> Path:
-    """Where the package with all-MiniLM-L6-v2 keeps it; raises UserError when it is not installed."""
+    """The folder of all-MiniLM-L6-v2 in its package; raises UserError when it is not installed."""
     spec = importlib.util.find_spec(MINILM_PACKAGE)
     if spec is None or spec.origin is None:
         raise UserError(

@@ -1,1 +1,1 @@
-"""Weights in and out: GGUF and Hugging Face folders."""
+"""Weights in and out: checkpoints, GGUF files and Hugging Face folders."""

@@ -1,5 +1,4 @@
-"""What a checkpoint consisted of when it was published, so that damage done later is noticed before it is
-restored."""
+"""Checksums of a checkpoint, written before it is published and verified before it is restored."""
 
 from __future__ import annotations
 
@@ -10,13 +9,13 @@ from pathlib import Path
 from search_r3_jax.files import write_json
 
 CHECKSUMS = "SEAL.json"
-# What Orbax writes, or writes anew, after the seal: times, and the name that the folder is published by.
+# Files that Orbax writes or rewrites after the checksums: times, and the published name of the folder.
 METADATA, COMMITTED = "_CHECKPOINT_METADATA", "commit_success.txt"
 CHUNK_BYTES = 1 << 24
 
 
 def write_checksums(folder: Path) -> None:
-    """Write down size and CRC-32 of every file of a folder that is about to be published."""
+    """Write size and CRC-32 of every file of a folder that is about to be published."""
     write_json(
         folder / CHECKSUMS,
         {str(file.relative_to(folder)): [file.stat().st_size, _crc32(file)] for file in _files(folder)},
@@ -24,23 +23,25 @@ def write_checksums(folder: Path) -> None:
 
 
 def verify_checkpoint(folder: Path, part: str = "") -> str | None:
-    """What is wrong with a sealed folder, or with one subfolder of it, in words; None where nothing is, or
-    where it was never sealed."""
+    """Describe the damage of a checkpoint folder, or of its subfolder `part`; None if it is intact.
+
+    A folder without checksums counts as intact.
+    """
     file = folder / CHECKSUMS
     if not file.is_file():
         return None
     try:
-        sealed = json.loads(file.read_text(encoding="utf-8"))
-        for name, (size, crc32) in sealed.items():
+        expected = json.loads(file.read_text(encoding="utf-8"))
+        for name, (size, crc32) in expected.items():
             if part and Path(name).parts[0] != part:
                 continue
-            found = folder / name
-            if not found.is_file():
+            path = folder / name
+            if not path.is_file():
                 return f"{name} is missing"
-            # The size first: it costs nothing.
-            if found.stat().st_size != size:
-                return f"{name} has {found.stat().st_size} bytes, not {size}"
-            if _crc32(found) != crc32:
+            # The size first: it is cheap to read.
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes, not {size}"
+            if _crc32(path) != crc32:
                 return f"{name} has other bytes than were written"
         json.loads((folder / METADATA).read_text(encoding="utf-8"))
         if not (folder / COMMITTED).read_text(encoding="utf-8").endswith(folder.name):

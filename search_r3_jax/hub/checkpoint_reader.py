@@ -1,4 +1,4 @@
-"""Orbax checkpoints of a run, as the indexer reads them, and everything that takes a run as a model."""
+"""Reader of a run's Orbax checkpoints, for the indexer and for every command that takes a run as model."""
 
 from __future__ import annotations
 
@@ -22,13 +22,12 @@ SCORE = "score"
 
 
 def checkpoint_folder(run: Path) -> Path:
-    """Where a run keeps its checkpoints (absolute: Orbax asks for it)."""
+    """The checkpoint folder of a run, absolute because Orbax requires it."""
     return (run / "checkpoints").absolute()
 
 
 def pin_checkpoints(run: Path, reader: str, steps: Collection[int]) -> None:
-    """Keep steps from being deleted while `reader` needs them, in place of those it named before; none lets
-    go of all."""
+    """Protect steps from deletion for `reader`, in place of the steps it pinned before; none unpins all."""
     file = run / "pins" / reader
     if not steps:
         file.unlink(missing_ok=True)
@@ -38,19 +37,19 @@ def pin_checkpoints(run: Path, reader: str, steps: Collection[int]) -> None:
 
 
 def pinned_checkpoints(run: Path) -> list[int]:
-    """The steps that readers need."""
+    """The steps that readers have pinned."""
     steps = []
     for file in (run / "pins").glob("[!.]*"):
         try:
             steps += [int(step) for step in file.read_text(encoding="utf-8").split()]
         except (FileNotFoundError, ValueError):
-            # A reader has just let go.
+            # A reader has just removed its pins.
             continue
     return steps
 
 
 def checkpoint_scores(run: Path) -> dict[int, float]:
-    """The scores of the committed steps that have one."""
+    """The scores of the committed steps, where a step has one."""
     folder = checkpoint_folder(run)
     # Orbax publishes a step by renaming its temporary directory to the bare number.
     files = (
@@ -62,13 +61,13 @@ def checkpoint_scores(run: Path) -> dict[int, float]:
     return {step: score for step, score in scores.items() if score is not None}
 
 
-def best_of(scores: dict[int, float]) -> int | None:
+def best_step(scores: dict[int, float]) -> int | None:
     """The step with the highest score, the newest of equals."""
     return max(scores, key=lambda step: (scores[step], step), default=None)
 
 
 def checkpoint_steps(run: Path) -> list[int]:
-    """The committed steps of a run, ascending; sees what another process has committed by now."""
+    """The committed steps of a run, ascending; includes those that another process has committed."""
     folder = checkpoint_folder(run)
     if not folder.is_dir():
         return []
@@ -83,30 +82,32 @@ def latest_checkpoint(run: Path) -> int | None:
 
 def best_checkpoint(run: Path) -> int | None:
     """The committed step with the highest score, the newest of equals; None where no step has one."""
-    return best_of(checkpoint_scores(run))
+    return best_step(checkpoint_scores(run))
 
 
 def resolve_step(run: Path, step: Step) -> int:
-    """The step that is meant: a number, None for the newest, `best`; raises UserError when there is none."""
-    found = (
+    """The number of a step given as number, None (newest) or `best`; raises UserError if there is none."""
+    resolved = (
         step if isinstance(step, int) else latest_checkpoint(run) if step is None else best_checkpoint(run)
     )
-    if found is None and step is None:
+    if resolved is None and step is None:
         raise UserError(
             f"{run}: checkpoints: none yet; wait for the first one, or give the model that the run starts "
             "from"
         )
-    if found is None:
+    if resolved is None:
         raise UserError(
             f"{run}: no checkpoint was evaluated while it was trained, so none is the best; leave --step out "
             "or give its number"
         )
-    return found
+    return resolved
 
 
 def read_checkpoint(run: Path, step: int, params: nnx.State) -> nnx.State:
-    """The trainable parameters of one step, shaped like `params`; raises UserError when the step is not
-    there, or damaged."""
+    """The trainable parameters of one step, shaped like `params`.
+
+    Raises UserError when the step is missing or damaged.
+    """
     folder = checkpoint_folder(run) / str(step)
     if not folder.is_dir():
         raise UserError(
@@ -120,15 +121,17 @@ def read_checkpoint(run: Path, step: int, params: nnx.State) -> nnx.State:
             f"{folder}: is damaged: {damage}; choose another step{f' ({others})' if others else ''}"
         )
     with ocp.StandardCheckpointer() as checkpointer:
-        return filled(params, checkpointer.restore(folder / PARAMS, abstract(nnx.to_pure_dict(params))))
+        return fill_state(
+            params, checkpointer.restore(folder / PARAMS, abstract_arrays(nnx.to_pure_dict(params)))
+        )
 
 
 def read_run(path: Path) -> tuple[RunConfig, dict[str, Any]]:
-    """The config of a run directory and the whole record; raises UserError when it is not one."""
+    """The config of a run directory and its whole `config.json`; raises UserError for another folder."""
     file = path / "config.json"
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        return config_from_dict(RunConfig, record["config"]), record
+        run_json = json.loads(file.read_text(encoding="utf-8"))
+        return config_from_dict(RunConfig, run_json["config"]), run_json
     except UserError as error:
         raise UserError(f"{file}: config.{error}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -137,28 +140,32 @@ def read_run(path: Path) -> tuple[RunConfig, dict[str, Any]]:
         ) from None
 
 
-def start_of(run: Path, record: dict[str, Any]) -> str:
-    """The model that a run starts from; another run is recorded relative to this one, so that both can move
-    together."""
-    start = record.get("start")
-    return record["config"]["model"] if start is None else str((run / start).resolve())
+def starting_model(run: Path, run_json: dict[str, Any]) -> str:
+    """The model that a run starts from.
+
+    Another run is stored relative to this one, so that both can move together.
+    """
+    start = run_json.get("start")
+    return run_json["config"]["model"] if start is None else str((run / start).resolve())
 
 
-def start_step_of(record: dict[str, Any]) -> int | None:
-    """The checkpoint of the run that a run starts from; None where it starts from no run, or an older record
-    names none."""
-    return record.get("start_step")
+def starting_step(run_json: dict[str, Any]) -> int | None:
+    """The checkpoint of the run that a run starts from.
+
+    None if it starts from no run, or if an older version wrote no step.
+    """
+    return run_json.get("start_step")
 
 
-def abstract(tree: Any) -> Any:
-    """Shapes, dtypes and places of arrays: what to restore, and where to."""
+def abstract_arrays(tree: Any) -> Any:
+    """Shapes, dtypes and shardings of arrays: the target of a restore."""
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=getattr(x, "sharding", None)), tree
     )
 
 
-def filled(params: nnx.State, pure: Any) -> nnx.State:
-    """A state of the structure of `params` with the arrays of a pure dictionary."""
-    filled = jax.tree.map(lambda x: x, params)
-    nnx.replace_by_pure_dict(filled, pure)
-    return filled
+def fill_state(params: nnx.State, pure: Any) -> nnx.State:
+    """A copy of `params` with the arrays of a pure dictionary."""
+    state = jax.tree.map(lambda x: x, params)
+    nnx.replace_by_pure_dict(state, pure)
+    return state

@@ -1,4 +1,4 @@
-"""The checkpoints of a run, as its trainer writes them and resumes from them."""
+"""Writer of a run's Orbax checkpoints, also used to resume from them."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from search_r3_jax.hub.checkpoint_reader import (
     OPTIMIZER,
     PARAMS,
     SCORE,
-    abstract,
-    best_of,
+    abstract_arrays,
+    best_step,
     checkpoint_folder,
     checkpoint_scores,
     checkpoint_steps,
-    filled,
+    fill_state,
     pinned_checkpoints,
 )
 
@@ -37,8 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 class RestoredCheckpoint(NamedTuple):
-    """What a checkpoint holds: trainable parameters, optimiser state, and whatever else decides the next
-    step, as JSON and as arrays."""
+    """Content of a checkpoint: trainable parameters, optimiser state, and loop state as JSON and arrays."""
 
     params: nnx.State
     optimizer: Any
@@ -47,10 +46,9 @@ class RestoredCheckpoint(NamedTuple):
 
 
 class CheckpointWriter:
-    """Saves steps asynchronously and keeps the newest `keep`, every multiple of `keep_every`, the best and
-    what is pinned.
+    """Saves steps asynchronously; keeps the newest `keep`, every `keep_every`-th, the best and pinned ones.
 
-    What goes wrong in the background is raised by the next call, as a UserError.
+    An error in the background is raised by the next call, as a UserError.
     """
 
     def __init__(self, run: Path, *, keep: int = 3, keep_every: int = 0):
@@ -58,10 +56,10 @@ class CheckpointWriter:
         self._scores = checkpoint_scores(run)
         self._saving: int | None = None
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=_Needed(run, keep, keep_every, self._scores),
+            preservation_policy=_PreservationPolicy(run, keep, keep_every, self._scores),
             enable_async_checkpointing=True,
             async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_checksums),
-            # Half a step that a killed trainer left.
+            # Removes a partial step that a killed trainer left.
             cleanup_tmp_directories=True,
         )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
@@ -80,8 +78,11 @@ class CheckpointWriter:
         arrays: Mapping[str, np.ndarray] | None = None,
         score: float | None = None,
     ) -> None:
-        """Begin to save one step (see `Checkpoint`), after the one before has been committed; the highest
-        score is the best."""
+        """Begin to save one step after the previous one is committed.
+
+        The step with the highest score is the best. See `RestoredCheckpoint` for the content. Raises
+        UserError when the previous save failed.
+        """
         self.wait()
         if score is not None:
             self._scores[step] = score
@@ -93,7 +94,7 @@ class CheckpointWriter:
         items: dict[str, Any] = {
             PARAMS: ocp.args.StandardSave(nnx.to_pure_dict(params)),
             OPTIMIZER: ocp.args.StandardSave(optimizer),
-            # A copy: it is written later, and training goes on.
+            # A copy: it is written later, while training continues.
             META: ocp.args.JsonSave(copy.deepcopy({**meta, SCORE: score, EMPTY: empty})),
         }
         full = {name: array for name, array in arrays.items() if array.size}
@@ -103,35 +104,37 @@ class CheckpointWriter:
         self._raising(lambda: self._manager.save(step, args=ocp.args.Composite(**items)))
 
     def restore(self, step: int, params: nnx.State, optimizer: Any) -> RestoredCheckpoint:
-        """A step, its parameters and optimiser shaped and placed like the ones given; raises UserError where
-        they do not fit."""
+        """Restore a step, shaped and sharded like the given parameters and optimiser state.
+
+        Raises UserError when they do not fit.
+        """
         targets: dict[str, Any] = {
-            PARAMS: ocp.args.StandardRestore(abstract(nnx.to_pure_dict(params))),
-            OPTIMIZER: ocp.args.StandardRestore(abstract(optimizer)),
+            PARAMS: ocp.args.StandardRestore(abstract_arrays(nnx.to_pure_dict(params))),
+            OPTIMIZER: ocp.args.StandardRestore(abstract_arrays(optimizer)),
             META: ocp.args.JsonRestore(),
         }
         if (self._folder / str(step) / ARRAYS).is_dir():
             targets[ARRAYS] = ocp.args.StandardRestore()
         try:
-            found = self._manager.restore(step, args=ocp.args.Composite(**targets))
+            restored = self._manager.restore(step, args=ocp.args.Composite(**targets))
         except Exception as error:
-            # Orbax says in many ways that a tree is another one.
+            # Orbax reports a mismatch of trees by many types of exceptions.
             raise UserError(
                 f"{self._folder / str(step)}: does not fit this run ({_first_line(error)}); give another "
                 "--run"
             ) from error
-        meta = found[META]
+        meta = restored[META]
         arrays = {name: np.zeros(shape, dtype) for name, (shape, dtype) in meta.pop(EMPTY, {}).items()}
         if ARRAYS in targets:
-            arrays |= {name: np.asarray(array) for name, array in found[ARRAYS].items()}
-        return RestoredCheckpoint(filled(params, found[PARAMS]), found[OPTIMIZER], meta, arrays)
+            arrays |= {name: np.asarray(array) for name, array in restored[ARRAYS].items()}
+        return RestoredCheckpoint(fill_state(params, restored[PARAMS]), restored[OPTIMIZER], meta, arrays)
 
     def check(self) -> None:
-        """Raise what went wrong in the background; to be called between steps."""
+        """Raise an error of a background save; call it between steps."""
         self._raising(self._manager.check_for_errors)
 
     def wait(self) -> None:
-        """Until every save has been committed; raises what went wrong in the background."""
+        """Wait until every save is committed; raises an error of a background save."""
         self._raising(self._manager.wait_until_finished)
         self.check()
 
@@ -143,8 +146,8 @@ class CheckpointWriter:
             self._manager.close()
 
     def _write_checksums(self) -> None:
-        # Orbax calls this when everything is written and before it renames: a seal is there or the step is
-        # not.
+        # Orbax calls this after all files are written and before it renames the folder: every published step
+        # has checksums.
         if jax.process_index() == 0:
             for folder in self._folder.glob(f"{self._saving}{TEMPORARY}*"):
                 write_checksums(folder)
@@ -160,10 +163,9 @@ class CheckpointWriter:
 
 
 def latest_valid_checkpoint(run: Path) -> int | None:
-    """The newest committed step that is as it was written; damaged ones are put aside, and said so. The same
-    on all processes.
+    """The newest undamaged step, the same on all processes; None without any step.
 
-    Raises UserError when there are steps and all are damaged.
+    Damaged steps are renamed to `damaged-<step>` and logged. Raises UserError when all steps are damaged.
     """
     valid: int | None = None
     if jax.process_index() == 0:
@@ -178,8 +180,8 @@ def latest_valid_checkpoint(run: Path) -> int | None:
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
             logger.info(
-                f"checkpoint {step} is damaged: {damage}; it is put aside as {aside.name}, and the one "
-                "before is taken"
+                f"checkpoint {step} is damaged: {damage}; it is renamed to {aside.name}; the one "
+                "before is used"
             )
         if steps and valid is None:
             raise UserError(f"{checkpoint_folder(run)}: all checkpoints are damaged; give another --run")
@@ -191,10 +193,10 @@ def latest_valid_checkpoint(run: Path) -> int | None:
     return valid
 
 
-class _Needed:
-    """Which checkpoints Orbax keeps.
+class _PreservationPolicy:
+    """The checkpoints that Orbax keeps.
 
-    Its own policies forget the scores when a run is opened again.
+    Orbax's own policies forget the scores when a run is reopened.
     """
 
     def __init__(self, run: Path, keep: int, keep_every: int, scores: dict[int, float]):
@@ -202,7 +204,7 @@ class _Needed:
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         steps = sorted(info.step for info in checkpoints)
-        best = best_of({step: score for step, score in self._scores.items() if step in steps})
+        best = best_step({step: score for step, score in self._scores.items() if step in steps})
         every = {step for step in steps if self._keep_every and step and step % self._keep_every == 0}
         kept = {*steps[-self._keep :], best, *every, *pinned_checkpoints(self._run)}
         return [info.step in kept for info in checkpoints]

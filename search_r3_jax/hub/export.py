@@ -1,5 +1,4 @@
-"""Writes a decoder as a Hugging Face folder that `transformers`, sentence-transformers and `Embedder` read
-alike."""
+"""Export of a decoder to a Hugging Face folder for `transformers`, sentence-transformers and `Embedder`."""
 
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ from search_r3_jax.text.prompts import CLOSING, DIRECT_SYSTEM, REASON_SYSTEM, Pr
 
 SHARD_BYTES = 4 << 30
 MAX_TOKENS = 512
-RECORD = "search_r3.json"
+EXPORT_MANIFEST = "search_r3.json"
 _PROMPTS = {
     "embed_token": EMBED_TOKEN,
     "direct_system": DIRECT_SYSTEM,
@@ -43,14 +42,13 @@ def export_model(
     max_tokens: int = MAX_TOKENS,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Merged weights, configs, tokenizer, prompts, sentence-transformers files and a model card, at once or
-    not at all.
+    """Write weights, configs, tokenizer, prompts, sentence-transformers files and a model card atomically.
 
-    `max_tokens` of a text's own tokens are read by default (fewer where the model has fewer positions);
-    `shard_bytes` bounds a weight file. An earlier export at `out` is replaced once the new one is complete.
-    Raises UserError when `out` is anything else or cannot be written.
+    Adapters are merged. `max_tokens` of a text's tokens are read by default, fewer if the model has fewer
+    positions; `shard_bytes` bounds a weight file. An earlier export at `out` is replaced once the new one is
+    complete. Raises UserError when `out` is anything else or cannot be written.
     """
-    with replaced_folder(out, marker=RECORD) as folder:
+    with replaced_folder(out, marker=EXPORT_MANIFEST) as folder:
         _write(model, folder, dtype, max_tokens, shard_bytes)
     return out
 
@@ -67,23 +65,23 @@ def _write(
         "pad_token_id": tokenizer.pad_token_id,
     }
     write_json(folder / "config.json", config_to_hf(decoder.config, dtype) | ends)
-    # Generation ends at the embedding as well as at the end of the turn. Greedy, as thoughts are evaluated; a
-    # source's sampling settings, such as a repetition penalty, would change them.
+    # Generation ends at the embed token or at the end of the turn. Greedy, as in our evaluation: sampling
+    # settings of the base model, such as a repetition penalty, would change the reasoning.
     write_json(
         folder / "generation_config.json",
         ends | {"do_sample": False, "eos_token_id": [tokenizer.eos_token_id, model.embed_id]},
     )
     save_tokenizer(tokenizer, folder)
-    read = min(max_tokens, text_room(prompter, decoder.config.max_positions))
-    write_record(folder, model.embed_id, max_tokens=read)
+    read = min(max_tokens, max_text_tokens(prompter, decoder.config.max_positions))
+    write_export_manifest(folder, model.embed_id, max_tokens=read)
     described = write_sentence_transformers(
         folder, prompter, dimension=decoder.config.hidden_size, max_tokens=read
     )
     (folder / "README.md").write_text(model_card(sentence_transformers=described), encoding="utf-8")
 
 
-def text_room(prompter: Prompter, max_positions: int) -> int:
-    """How many tokens of a text fit beside the prompt."""
+def max_text_tokens(prompter: Prompter, max_positions: int) -> int:
+    """Number of tokens of a text that fit into `max_positions` beside the prompt."""
     direct = prompter.direct
     return max_positions - len(direct.prefix) - len(direct.suffix) - len(direct.closing)
 
@@ -96,37 +94,37 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         raise OSError(str(error)) from error
 
 
-def write_record(folder: Path, embed_id: int, *, max_tokens: int) -> None:
-    """`search_r3.json`: the prompts and the pooling that the weights were trained with."""
+def write_export_manifest(folder: Path, embed_id: int, *, max_tokens: int) -> None:
+    """Write `search_r3.json`: the prompts and the pooling that the weights were trained with."""
     pooling = "state after the final norm at the embed token, L2-normalised in float32"
     write_json(
-        folder / RECORD, _PROMPTS | {"embed_token_id": embed_id, "pooling": pooling, "max_tokens": max_tokens}
+        folder / EXPORT_MANIFEST,
+        _PROMPTS | {"embed_token_id": embed_id, "pooling": pooling, "max_tokens": max_tokens},
     )
 
 
-def read_record(folder: Path) -> dict[str, Any] | None:
-    """What `write_record` wrote, None where there is none; raises UserError for a model of other prompts."""
-    file = folder / RECORD
+def read_export_manifest(folder: Path) -> dict[str, Any] | None:
+    """The content of `search_r3.json`, None if there is none; raises UserError for other prompts."""
+    file = folder / EXPORT_MANIFEST
     if not file.is_file():
         return None
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        manifest = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{file}: not valid JSON ({error}); export the model again") from None
     for field, ours in _PROMPTS.items():
-        if record.get(field) != ours:
+        if manifest.get(field) != ours:
             raise UserError(
                 f"{file}: {field}: differs from this version's; use the version of search_r3_jax that "
                 "exported the model"
             )
-    if not isinstance(record.get("max_tokens"), int):
+    if not isinstance(manifest.get("max_tokens"), int):
         raise UserError(f"{file}: max_tokens: missing or not a number; export the model again")
-    return record
+    return manifest
 
 
 def save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
-    """A safetensors file for torch, readable by whom any other new file is: `save_file` alone keeps it to its
-    owner."""
+    """Write a safetensors file for torch with the usual permissions; `save_file` allows only its owner."""
     path.touch()
     mode = path.stat().st_mode
     save_file(tensors, str(path), metadata={"format": "pt"})
@@ -136,8 +134,7 @@ def save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
 def write_weights(
     tensors: Iterable[tuple[str, np.ndarray]], folder: Path, dtype: str, shard_bytes: int
 ) -> None:
-    """safetensors files of at most `shard_bytes` (or one tensor) each, and an index where there are
-    several."""
+    """Write safetensors files of at most `shard_bytes` (or one tensor), and an index for several files."""
     shards: list[list[str]] = []
     held: dict[str, np.ndarray] = {}
     total = size = 0

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Atomic replacement of folders."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from search_r3_jax.errors import UserError
 
 @contextmanager
 def replaced_folder(out: Path, *, marker: str) -> Iterator[Path]:
-    """An empty folder that takes the place of `out` when the block ends; whatever interrupts the block leaves
-    `out` as it was.
+    """Yield an empty folder that replaces `out` when the block ends; an error leaves `out` unchanged.
 
     `out` may be missing, empty, or hold a file named `marker`. Raises UserError for any other `out`, and when
     the disk refuses.
@@ -44,7 +43,7 @@ def _put_in_place(temporary: Path, target: Path) -> None:
     if not target.exists():
         temporary.rename(target)
         return
-    # A folder that is not empty cannot be renamed over: the old one steps aside, and back if anything fails.
+    # rename cannot replace a folder that is not empty: rename the old one first, and back if anything fails.
     aside = _sibling(target, "old")
     target.rename(aside)
     try:

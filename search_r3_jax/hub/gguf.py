@@ -47,7 +47,7 @@ _STORED = (
     "Q5_K",
     "Q6_K",
 )
-_BLOCK = re.compile(r"blk\.(?P<layer>0|[1-9][0-9]{0,5})\.(?P<own>\w+)")
+_BLOCK = re.compile(r"blk\.(?P<layer>0|[1-9][0-9]{0,5})\.(?P<module>\w+)")
 _ROPE_FACTORS = "rope_freqs.weight"
 # Llama 3.1 and 3.2.
 _LLAMA3_FACTORS = (8.0, 32.0)
@@ -126,7 +126,7 @@ class GgufFile:
                 f"{self._path}: tokenizer.ggml.tokens: empty, doubled or without their types; download the "
                 "file again"
             )
-        # The tail that only fills the embedding matrix is free for new tokens.
+        # Unused tokens at the end only pad the embedding matrix; new tokens may take their place.
         used = max((i + 1 for i, kind in enumerate(kinds) if kind != _UNUSED), default=0)
         return {
             "tokens": tokens[:used],
@@ -301,24 +301,23 @@ class GgufFile:
 
 
 def _hf_name(name: str) -> str:
-    """The `transformers` name of a tensor; one that has none keeps its own."""
+    """The `transformers` name of a tensor; unknown names stay as they are."""
     module, _, kind = name.rpartition(".")
     if module in _GLOBAL:
         return f"{_GLOBAL[module]}.{kind}"
     match = _BLOCK.fullmatch(module)
-    if match and match["own"] in _LAYER:
+    if match and match["module"] in _LAYER:
         return f"model.layers.{match['layer']}.{_LAYER[match['own']]}.{kind}"
     return name
 
 
 def _rope_rows(rows: int, heads: int) -> np.ndarray:
-    """Where each row of `transformers` lies: llama.cpp interleaves the two rotary halves of a head,
-    `transformers` keeps them apart."""
+    """Row order of `transformers`: llama.cpp interleaves the two rotary halves of a head."""
     return np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(-1)
 
 
 def _llama3_divisors(scaling: RopeScaling, head_dim: int, rope_theta: float) -> np.ndarray:
-    """What `scaling` divides each frequency [H/2] by; the blend is the one of Llama 3.1's published code."""
+    """The divisor of each frequency [H/2]; the blend is that of Llama 3.1's published code."""
     frequencies = rope_theta ** (-np.arange(0, head_dim, 2) / head_dim)
     turns = scaling.original_positions * frequencies / (2 * np.pi)
     kept = np.clip(

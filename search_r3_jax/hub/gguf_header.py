@@ -1,5 +1,4 @@
-"""The header of a GGUF file, read with every count and offset held against the file's size before it is
-believed."""
+"""Header of a GGUF file; every count and offset is checked against the file's size."""
 
 from __future__ import annotations
 
@@ -33,8 +32,7 @@ _MAX_DIMENSIONS, _ALIGNMENT = 4, 32
 
 @dataclass(frozen=True, kw_only=True)
 class GgufTensor:
-    """Where a tensor lies: `shape` in torch order, `kind` the number of its storage type, `offset` from the
-    start of the data."""
+    """Storage of a tensor: `shape` in torch order, `kind` its storage type, `offset` in the data section."""
 
     name: str
     shape: tuple[int, ...]
@@ -44,7 +42,7 @@ class GgufTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class GgufHeader:
-    """Metadata fields (numbers, strings, lists of them), tensors by name, and where their data begins."""
+    """Metadata fields (numbers, strings, lists of them), tensors by name, and the offset of their data."""
 
     fields: dict[str, Any]
     tensors: dict[str, GgufTensor]
@@ -52,7 +50,7 @@ class GgufHeader:
 
 
 def read_header(path: Path, data: np.ndarray) -> GgufHeader:
-    """The header at the start of a file's bytes; raises UserError naming what does not fit the file."""
+    """The header of a GGUF file; raises UserError naming what does not fit the file."""
     try:
         return _read(_Cursor(data))
     except _HeaderError as damage:
@@ -64,7 +62,7 @@ class _HeaderError(Exception):
 
 
 class _Cursor:
-    """Reads values one after the other; never past the end."""
+    """Reads values in order, never past the end."""
 
     def __init__(self, data: np.ndarray):
         self._data = data

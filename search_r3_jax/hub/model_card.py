@@ -1,4 +1,4 @@
-"""README.md of what is exported: the prompts, and how to get the embeddings."""
+"""Model cards (README.md) of exports: the prompts, and code that computes embeddings."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _TRANSFORMERS = f"""
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-folder = "."  # where this file lies
+folder = "."  # the folder of this file
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder)
 decoder = model.model
@@ -63,7 +63,7 @@ Version 6.2 or later.
 ```python
 from sentence_transformers import SentenceTransformer
 
-folder = "."  # where this file lies
+folder = "."  # the folder of this file
 model = SentenceTransformer(folder)
 queries = model.encode({_QUERIES}, prompt_name="query")
 documents = model.encode({_DOCUMENTS}, prompt_name="document")
@@ -88,7 +88,7 @@ _EMBEDDER = f"""
 ```python
 from search_r3_jax import Embedder
 
-folder = "."  # where this file lies
+folder = "."  # the folder of this file
 embedder = Embedder.load(folder)
 queries = embedder.encode({_QUERIES}, kind="query", mode="reason")
 documents = embedder.encode({_DOCUMENTS}, kind="document")
@@ -127,7 +127,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-folder = "."  # where this file lies
+folder = "."  # the folder of this file
 tokenizer = AutoTokenizer.from_pretrained(folder)
 base = AutoModelForCausalLM.from_pretrained("{base}", dtype=torch.float32)
 if base.get_input_embeddings().num_embeddings <= {embed_id}:

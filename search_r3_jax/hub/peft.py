@@ -1,5 +1,4 @@
-"""Writes adapters and the embed token's row for PEFT (`peft.PeftModel.from_pretrained` on the base
-checkpoint)."""
+"""Export of adapters and the embed token's row for PEFT (`peft.PeftModel.from_pretrained`)."""
 
 from __future__ import annotations
 
@@ -17,10 +16,17 @@ from search_r3_jax.hub.checkpoint_reader import (
     read_checkpoint,
     read_run,
     resolve_step,
-    start_of,
-    start_step_of,
+    starting_model,
+    starting_step,
 )
-from search_r3_jax.hub.export import MAX_TOKENS, RECORD, save_tensors, save_tokenizer, text_room, write_record
+from search_r3_jax.hub.export import (
+    EXPORT_MANIFEST,
+    MAX_TOKENS,
+    max_text_tokens,
+    save_tensors,
+    save_tokenizer,
+    write_export_manifest,
+)
 from search_r3_jax.hub.folders import replaced_folder
 from search_r3_jax.hub.load_model import LoadedModel, load_model, with_lora
 from search_r3_jax.hub.model_card import adapter_card
@@ -34,7 +40,7 @@ TOKEN_ROW = "token_adapter.trainable_tokens_delta"
 
 @dataclass(frozen=True, kw_only=True)
 class _Adapters:
-    """A kernel changes by A·B·scale; of each target A [L,I,R] and B [L,R,O] float32."""
+    """Adapters of several targets: A [L,I,R] and B [L,R,O] float32; a kernel changes by A·B·scale."""
 
     rank: int
     alpha: float
@@ -43,12 +49,11 @@ class _Adapters:
 
 
 def export_peft(model: LoadedModel, out: Path, *, base: str, earlier: Sequence[LoadedModel] = ()) -> Path:
-    """`adapter_config.json`, `adapter_model.safetensors`, tokenizer, prompts and a card, at once or not at
-    all.
+    """Write adapter weights and config, tokenizer, prompts and a model card atomically.
 
-    `model` has unmerged adapters (`with_lora`); `base` is the name or folder of the checkpoint they belong
-    to. `earlier` are the stages whose merged result `model` has as its base, oldest first: their adapters
-    join as further ranks, so that all loads on the first base. Raises UserError where there are no adapters.
+    `model` has unmerged adapters (`with_lora`); `base` is the name or folder of their checkpoint. `earlier`
+    are previous stages, oldest first, whose merged result is the base of `model`: their adapters are added as
+    further ranks, so that all load onto the first base. Raises UserError when there are no adapters.
     """
     decoder = model.decoder
     if decoder.lora is None or decoder.embed_row is None:
@@ -63,7 +68,7 @@ def export_peft(model: LoadedModel, out: Path, *, base: str, earlier: Sequence[L
     if decoder.head_row is not None:
         rows["lm_head"] = np.asarray(decoder.head_row[...])
         tensors[f"base_model.model.lm_head.{TOKEN_ROW}"] = rows["lm_head"][None]
-    with replaced_folder(out, marker=RECORD) as folder:
+    with replaced_folder(out, marker=EXPORT_MANIFEST) as folder:
         save_tensors(tensors, folder / "adapter_model.safetensors")
         write_json(
             folder / "adapter_config.json",
@@ -84,29 +89,32 @@ def export_peft(model: LoadedModel, out: Path, *, base: str, earlier: Sequence[L
             },
         )
         save_tokenizer(model.tokenizer, folder)
-        write_record(
+        write_export_manifest(
             folder,
             model.embed_id,
-            max_tokens=min(MAX_TOKENS, text_room(Prompter(model.tokenizer), decoder.config.max_positions)),
+            max_tokens=min(
+                MAX_TOKENS, max_text_tokens(Prompter(model.tokenizer), decoder.config.max_positions)
+            ),
         )
         (folder / "README.md").write_text(adapter_card(base=base, embed_id=model.embed_id), encoding="utf-8")
     return out
 
 
 def load_stages(run: Path, *, step: Step = None) -> tuple[list[LoadedModel], str]:
-    """The run's model with unmerged adapters, behind those of the runs that it builds on, oldest first; and
-    the model they started from.
+    """A run's model with unmerged adapters, after those of the runs it builds on; and their first base.
+
+    Oldest first.
 
     `step` chooses a checkpoint of `run` (a number, `best`, None for the newest). Raises UserError when a run
     trained without adapters, or has no checkpoint.
     """
-    config, record = read_run(run)
+    config, run_json = read_run(run)
     if config.lora.rank == 0:
         raise UserError(
             f"{run / 'config.json'}: lora.rank: 0, so the run has no adapters; export it without --peft"
         )
     chosen = resolve_step(run, step)
-    name, start_step = start_of(run, record), start_step_of(record)
+    name, start_step = starting_model(run, run_json), starting_step(run_json)
     model = with_lora(load_model(name, step=start_step), config.lora, seed=config.seed)
     params = nnx.state(model.decoder, trainable_filter(model.decoder))
     nnx.update(model.decoder, read_checkpoint(run, chosen, params))
@@ -129,8 +137,10 @@ def _adapters_of(decoder: Decoder) -> _Adapters:
 
 
 def _joined(first: _Adapters, second: _Adapters) -> _Adapters:
-    """Both updates in one: ranks side by side, each scale folded into its B; a target that one of them lacks
-    is zero there."""
+    """One adapter for the sum of two updates: ranks concatenated, each scale folded into its B.
+
+    A target that one of them lacks is zero there.
+    """
     rank = first.rank + second.rank
     factors = {}
     for target in {**first.factors, **second.factors}:
@@ -156,5 +166,5 @@ def _factor_tensors(adapters: _Adapters) -> dict[str, np.ndarray]:
 
 
 def _torch_name(target: str) -> str:
-    """`self_attn.q_proj` of `q`."""
+    """`self_attn.q_proj` for `q`."""
     return LAYER_TENSORS[target, "kernel"][0].removesuffix(".weight")

@@ -1,4 +1,4 @@
-"""The weights of a Hugging Face folder: one safetensors file or several with an index, read in pieces."""
+"""Weights of a Hugging Face folder: one safetensors file or several with an index, read in pieces."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _DTYPES = ("F32", "BF16", "F16")
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object; raises UserError when the file does not hold one."""
+    """The JSON object in a file; raises UserError when it holds none."""
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -27,7 +27,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 class SafetensorsFolder:
-    """The tensors of a folder under the names in its files; `shapes` tells what is there.
+    """The tensors of a folder under the names in its files; `shapes` lists them.
 
     Raises UserError when a file is missing, damaged, pickled, or of another dtype than float32, bfloat16 or
     float16.
@@ -64,7 +64,7 @@ class SafetensorsFolder:
         self._slices |= slices
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """A part of a tensor as float32; nothing else of it is held in memory."""
+        """A part of a tensor as float32; only this part is read into memory."""
         return np.asarray(self._slices[name][index], dtype=np.float32)
 
 

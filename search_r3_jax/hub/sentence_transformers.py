@@ -1,5 +1,4 @@
-"""The files that make a Hugging Face folder a sentence-transformers model: the same prompt, cut and pooling
-as ours."""
+"""Files that make a Hugging Face folder a sentence-transformers model with our prompt and pooling."""
 
 from __future__ import annotations
 
@@ -16,12 +15,11 @@ _PROBES = ("", "word", "Word", "7", ".", "(a)", "-x-", "é", "中文", "'s", "a.
 
 
 def write_sentence_transformers(folder: Path, prompter: Prompter, *, dimension: int, max_tokens: int) -> bool:
-    """Write them into an exported folder; False, and nothing written, where the prompt cannot be cut from a
-    text token by token.
+    """Write the files into an exported folder; return whether the tokenizer allows it.
 
-    The Transformer module renders each text with a chat template of its own, which ends in the embed token;
-    where a text is too long, the module restores what the template wrote after it, so the cut falls on the
-    text alone. The folder's own chat template stays as it is.
+    Returns False, and writes nothing, if the prompt's tokens cannot be separated from a text's. The
+    Transformer module renders each text with its own chat template, which ends in the embed token. When it
+    cuts a long text, it restores what the template wrote after it. The folder's chat template stays as it is.
     """
     if not _tokens_agree(prompter):
         return False
@@ -77,8 +75,10 @@ def write_sentence_transformers(folder: Path, prompter: Prompter, *, dimension: 
 
 
 def message_template(prompter: Prompter) -> str:
-    """A Jinja chat template that writes one text as `Prompter.direct_rows` lays it out; any other system
-    prompt is an error."""
+    """A Jinja chat template that renders one text like `Prompter.direct_rows`.
+
+    Any other system prompt is an error in the template.
+    """
     before, after = prompt_text(prompter.tokenizer, DIRECT_SYSTEM)
     refusal = f"this model was trained with one prompt, '{DIRECT_SYSTEM}': give no other"
     return (
@@ -96,8 +96,10 @@ def _literal(text: str) -> str:
 
 
 def _tokens_agree(prompter: Prompter) -> bool:
-    """Whether a whole rendered prompt has the tokens of its three pieces, which need not be so where no
-    special token divides them."""
+    """Whether a rendered prompt has the tokens of its three pieces.
+
+    It may not if no special token separates them.
+    """
     before, after = prompt_text(prompter.tokenizer, DIRECT_SYSTEM)
     whole = prompter.tokenizer(
         [before + probe + after + CLOSING for probe in _PROBES], add_special_tokens=False

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint → the decoder's stacked, sharded parameters, and back, one tensor at a time."""
+"""Import and export of weights: a checkpoint's tensors ↔ stacked, sharded parameters, one at a time."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class TensorSource(Protocol):
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """What there is."""
+        """Shape of each tensor by name."""
         ...
 
     def read(self, name: str, index: Index) -> np.ndarray:
-        """A part of a tensor, float32; `index` has one slice with bounds a dimension."""
+        """A part of a tensor, float32; `index` has one bounded slice per dimension."""
         ...
 
 
@@ -58,11 +58,11 @@ def build_decoder(
     attention: Backend = "xla",
     mesh: Mesh | None = None,
 ) -> Decoder:
-    """A decoder of `vocab_size` rows with float32 parameters read from a checkpoint of `config`, straight
-    onto the devices of `mesh`.
+    """A decoder with float32 parameters read from a checkpoint straight onto the devices of `mesh`.
 
-    A `fresh` embed token's row starts at the mean of the rows that were there (method, Model), as does one
-    that is absent or zero. Raises UserError listing all tensors that are missing, misshapen or unknown.
+    The tables have `vocab_size` rows. The row of a `fresh` embed token, or of one that is absent or zero,
+    starts at the mean of the existing rows (method, Model). Raises UserError listing all tensors that are
+    missing, misshapen or unknown.
     """
     _check_sizes(config, source, where)
     _check_fit(config, source, where)
@@ -97,8 +97,7 @@ def build_decoder(
 
 
 def torch_tensors(decoder: Decoder) -> Iterator[tuple[str, np.ndarray]]:
-    """Every base tensor under its `transformers` name and in torch layout, float32, gathered from its shards
-    when its turn comes."""
+    """Every base tensor under its `transformers` name, in torch layout, float32; gathered one at a time."""
     yield _EMBEDDING, _gather(decoder.embedding[...])
     for (module, parameter), (name, transposed) in layer_tensors(decoder.config).items():
         stacked = getattr(getattr(decoder.layers, module), parameter)[...]
@@ -124,15 +123,15 @@ def _gather(array: jax.Array, *, layer: int | None = None, transposed: bool = Fa
 
 def _layer(stacked: jax.Array, layer: int) -> np.ndarray:
     if {device.platform for device in stacked.devices()} == {"cpu"}:
-        # Read where it lies: slices that are freed stay with the allocator for a while, of eight devices as
-        # much as another tensor.
+        # Read in place: the allocator keeps freed slices for a while, with eight devices as much as another
+        # tensor.
         return np.asarray(stacked)[layer]
-    # Not all layers are fetched from a device for one of them.
+    # Fetch one layer from the device, not all.
     return np.asarray(jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False))
 
 
 def _check_sizes(config: ModelConfig, source: TensorSource, where: str) -> None:
-    """Sizes that make sense at all, before anything is computed from them."""
+    """Raise UserError for impossible sizes, before anything is computed from them."""
     sizes = {
         "vocabulary": config.vocab_size,
         "hidden size": config.hidden_size,
@@ -168,15 +167,15 @@ def _check_sizes(config: ModelConfig, source: TensorSource, where: str) -> None:
 
 
 def _check_fit(config: ModelConfig, source: TensorSource, where: str) -> None:
-    """Raises UserError listing every tensor that is missing, misshapen or unknown."""
+    """Raise UserError listing every tensor that is missing, misshapen or unknown."""
     expected = _file_shapes(config)
-    found = {name: shape for name, shape in source.shapes.items() if not name.endswith(_HARMLESS)}
+    shapes = {name: shape for name, shape in source.shapes.items() if not name.endswith(_HARMLESS)}
     optional = {_HEAD: (config.vocab_size, config.hidden_size)} if config.tied_embeddings else {}
-    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems = [f"{name} is missing" for name in expected if name not in shapes]
     for name, shape in (expected | optional).items():
-        if name in found and found[name] != shape:
-            problems.append(f"{name} is {list(found[name])}, expected {list(shape)}")
-    problems += [f"{name} is unknown" for name in found if name not in expected and name not in optional]
+        if name in shapes and shapes[name] != shape:
+            problems.append(f"{name} is {list(shapes[name])}, expected {list(shape)}")
+    problems += [f"{name} is unknown" for name in shapes if name not in expected and name not in optional]
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise UserError(f"{where}: the weights do not fit the config: {shown}")
@@ -216,14 +215,14 @@ def _file_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _at(shardings: dict[str, Any] | None, path: tuple[str, ...]) -> NamedSharding | None:
-    found: Any = shardings
+    sharding: Any = shardings
     for key in path:
-        found = None if found is None else found[key]
-    return found
+        sharding = None if sharding is None else sharding[key]
+    return sharding
 
 
 def _table(source: TensorSource, name: str, embed_id: int, fresh: bool) -> Fill:
-    """Fills rows [V,D]: those of the file, zeros after them, and the embed token's."""
+    """Fill rows [V,D]: those of the file, zeros after them, and the embed token's."""
     V, D = source.shapes[name]
     row = None
     if fresh or embed_id >= V or not np.any(source.read(name, (slice(embed_id, embed_id + 1), slice(0, D)))):
@@ -245,7 +244,7 @@ def _table(source: TensorSource, name: str, embed_id: int, fresh: bool) -> Fill:
 
 
 def _copy(source: TensorSource, name: str, out: np.ndarray, index: Index) -> None:
-    """Copies a part of a tensor into `out`, a few rows at a time."""
+    """Copy a part of a tensor into `out`, a few rows at a time."""
     rows, *rest = index
     for chunk in _row_chunks(rows, math.prod(part.stop - part.start for part in rest)):
         out[chunk.start - rows.start : chunk.stop - rows.start] = source.read(name, (chunk, *rest))
@@ -264,9 +263,9 @@ def _equal(source: TensorSource, first: str, second: str) -> bool:
 
 
 class _Staging:
-    """Host buffers for this process's shards of one array; filled, they are put on their devices.
+    """Host buffers for this process's shards of one array, put on their devices when filled.
 
-    XLA on the host adopts the buffers instead of copying them: refill only after the array made of them is no
+    XLA on the host adopts the buffers instead of copying them: refill only when the array made of them is no
     longer in use.
     """
 

@@ -22,11 +22,9 @@ def make_attention(
     *,
     window: int = 0,
 ) -> Attend:
-    """What every layer does with its own queries, keys and values, prepared once for all of them; `window` 0
-    sees everything before.
+    """Attention for one text, with its masks computed once for all layers; `window` 0 is unlimited.
 
-    `contexts` are the `(positions [b,S], segments [b,S])` of the blocks that are seen beside the rows
-    themselves.
+    `contexts` are the `(positions [b,S], segments [b,S])` of the context blocks.
     """
     masks = [
         *(
@@ -35,9 +33,9 @@ def make_attention(
         ),
         visibility(positions_bt, positions_bt, segments_bt, segments_bt, window=window),
     ]
-    # The kernel works on tiles of 128; a single new token has nothing to fill one with.
+    # The kernel works on tiles of 128 queries; a single new token would waste one.
     if backend == "splash" and positions_bt.shape[1] > 1:
-        # Imported here: it loads Pallas, which nobody on the other backend needs.
+        # Imported here: it loads Pallas, which the other backend does not need.
         from search_r3_jax.models.splash import make_splash_attention
 
         return make_splash_attention(masks)
@@ -54,8 +52,10 @@ def visibility(
     *,
     window: int = 0,
 ) -> jax.Array:
-    """Mask [b,T·share,S]: keys that exist, stand not later than the query nor a window before it, and share
-    its segment."""
+    """Mask [b,T·share,S] of the keys that each query sees.
+
+    A key must exist, be no later than the query and within the window before it, and share its segment.
+    """
     rows = key_positions_bs.shape[0]
     queries = query_positions_bt.reshape(rows, -1)[:, :, None]
     keys = key_positions_bs[:, None, :]
@@ -68,29 +68,27 @@ def visibility(
 
 
 def attend(q_btnh: jax.Array, blocks: Sequence[tuple[jax.Array, jax.Array, jax.Array]]) -> jax.Array:
-    """Attention output [B,T,N,H] of queries, already divided by √H, over all blocks `(keys [b,S,K,H], values,
-    mask [b,T·share,S])`.
+    """Attention output [B,T,N,H] over all blocks `(keys [b,S,K,H], values, mask [b,T·share,S])`.
 
-    Rows that share a block are folded into its query axis, so a shared prompt is read once and not copied,
-    unless the copies are small beside the scores.
+    The queries are already divided by √H. Rows that share a block are folded into its query axis, so a shared
+    prompt is read once and not copied, unless the copies are small compared with the scores.
     """
     B, T, N, H = q_btnh.shape
     K = blocks[0][0].shape[2]
     if len(blocks) > 1 and T * N >= K * H:
-        blocks = [_side_by_side(blocks, B, T)]
+        blocks = [_concatenated(blocks, B, T)]
     q_bkrth = jnp.moveaxis(q_btnh.reshape(B, T, K, N // K, H), 1, 3)
     scores = []
     for keys, _, mask in blocks:
         rows, S = keys.shape[:2]
-        # Laid out by hand for a plain product of batches of matrices: a CPU is two to three times as fast at
-        # it as at the same einsum.
+        # Arranged as a batched matrix product: on a CPU two to three times as fast as the same einsum.
         block_scores = jnp.matmul(
             _folded(q_bkrth, rows), jnp.transpose(keys, (0, 2, 3, 1)), preferred_element_type=jnp.float32
         )
         visible = mask.reshape(B, T, S)[:, None, None]
         block_scores = _unfolded(block_scores, q_bkrth.shape[:4])
         scores.append(jnp.where(visible, block_scores, jnp.finfo(jnp.float32).min))
-    # Weights and what they add up stay in float32, as in the kernel: only the result is rounded.
+    # Weights and sums stay in float32, as in the kernel: only the result is rounded.
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
     output_bkrth = jnp.zeros(q_bkrth.shape, jnp.float32)
     start = 0
@@ -104,10 +102,10 @@ def attend(q_btnh: jax.Array, blocks: Sequence[tuple[jax.Array, jax.Array, jax.A
     return jnp.moveaxis(output_bkrth, 3, 1).reshape(B, T, N, H).astype(q_btnh.dtype)
 
 
-def _side_by_side(
+def _concatenated(
     blocks: Sequence[tuple[jax.Array, jax.Array, jax.Array]], B: int, T: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """All blocks as one of B rows: one softmax over one array instead of parts that are brought together."""
+    """All blocks as one block of B rows: one softmax over one array instead of a merge of parts."""
     keys, values = (
         jnp.concatenate([jnp.repeat(block[i], B // len(block[i]), axis=0) for block in blocks], axis=1)
         for i in (0, 1)
@@ -116,7 +114,7 @@ def _side_by_side(
 
 
 def _folded(x_bkrtx: jax.Array, rows: int) -> jax.Array:
-    """[B,K,R,T,X] → [rows,K,share·R·T,X]: rows of one block behind each other."""
+    """[B,K,R,T,X] → [rows,K,share·R·T,X]: rows of one block one after another."""
     B, K, R, T, X = x_bkrtx.shape
     return jnp.moveaxis(x_bkrtx.reshape(rows, B // rows, K, R * T, X), 1, 2).reshape(rows, K, -1, X)
 

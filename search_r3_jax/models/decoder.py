@@ -1,5 +1,4 @@
-"""One decoder for the Llama, Qwen2/2.5 and Qwen3 families, as a Flax NNX module with stacked, scanned
-layers."""
+"""One decoder for Llama, Qwen2/2.5 and Qwen3: a Flax NNX module with stacked, scanned layers."""
 
 from __future__ import annotations
 
@@ -19,12 +18,12 @@ from search_r3_jax.models.layers import LINEARS, PRODUCT, Linear, LoraParam, RMS
 from search_r3_jax.models.rotary import rotary_tables, rotate
 
 _LAYER_INPUT = "layer_input"
-# The axes over which parameters are repeated.
+# The axes over which parameters are replicated.
 _COPIES = ("slice", "data")
 REMAT_POLICIES = {
-    # What the backward pass finds saved: nothing but each layer's input, that input in the host's memory, or
-    # also what was multiplied by weights. Norms, activations and attention scores are recomputed under all
-    # three: they cost little and are most of the memory.
+    # Saved for the backward pass: each layer's input only; the same in the host's memory; or also the outputs
+    # of matrix products. All three recompute norms, activations and attention scores, which cost little time
+    # and are most of the memory.
     "full": jax.checkpoint_policies.nothing_saveable,
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
@@ -37,8 +36,7 @@ REMAT_POLICIES = {
 
 
 class _Attention(NamedTuple):
-    """How a layer's text attends: rotary tables, `attend`, the keys and values of its contexts, and the texts
-    that it stands behind."""
+    """Attention of one text in one layer: rotary tables, `attend`, context blocks, and preceding texts."""
 
     rope: tuple[jax.Array, jax.Array]
     attend: Attend
@@ -47,8 +45,7 @@ class _Attention(NamedTuple):
 
 
 class Layer(nnx.Module):
-    """One block over several texts at once: attention and a gated feed-forward, each behind a norm and a
-    residual."""
+    """One decoder block over several texts at once: pre-norm attention and gated feed-forward, residual."""
 
     def __init__(self, config: ModelConfig, *, lora: LoraConfig | None, rngs: nnx.Rngs):
         D, N, K, H, F = (
@@ -84,49 +81,51 @@ class Layer(nnx.Module):
         adapters: Sequence[bool],
         dropout_keys: Sequence[jax.Array | None],
     ) -> tuple[list[jax.Array], list[tuple[jax.Array, jax.Array]]]:
-        """What becomes of each text's states [B,T,D], and its own keys and values [B,T,K,H]."""
+        """The new states [B,T,D] of each text, and its keys and values [B,T,K,H]."""
         split = [key if key is None else jax.random.split(key, len(LINEARS)) for key in dropout_keys]
         keys_of = [
             dict.fromkeys(LINEARS) if keys is None else dict(zip(LINEARS, keys, strict=True))
             for keys in split
         ]
 
-        def through(linear: Linear, inputs: Sequence[jax.Array]) -> list[jax.Array]:
+        def project(linear: Linear, inputs: Sequence[jax.Array]) -> list[jax.Array]:
             return linear(inputs, adapters, [keys[linear.name] for keys in keys_of])
 
         hs = [self.attention_norm(x) for x in xs]
-        mixed, own = list[jax.Array](), list[tuple[jax.Array, jax.Array]]()
-        for q, k, v, how in zip(
-            through(self.q, hs), through(self.k, hs), through(self.v, hs), attentions, strict=True
+        attended, new_kv = list[jax.Array](), list[tuple[jax.Array, jax.Array]]()
+        for q, k, v, attention in zip(
+            project(self.q, hs), project(self.k, hs), project(self.v, hs), attentions, strict=True
         ):
             q, k, v = (x.reshape(*x.shape[:2], -1, self.config.head_dim) for x in (q, k, v))
             if self.q_norm is not None and self.k_norm is not None:
                 q, k = self.q_norm(q), self.k_norm(k)
-            # The scale of the scores, here where it is not rounded by itself.
-            q, k = rotate(q, how.rope, scale=self.config.head_dim**-0.5), rotate(k, how.rope)
-            # Tokens on one device look back at those on others.
+            # Scaling the scores here costs no extra rounding.
+            q, k = rotate(q, attention.rope, scale=self.config.head_dim**-0.5), rotate(k, attention.rope)
+            # Queries on one device attend to tokens on others.
             k, v = (constrain(x, BATCH_AXES, None, "tensor") for x in (k, v))
-            own.append((k, v))
-            seen = [*how.contexts, *(own[i] for i in how.behind), (k, v)]
-            mixed.append(checkpoint_name(how.attend(q, seen), PRODUCT).reshape(*q.shape[:2], -1))
-        xs = [x + y for x, y in zip(xs, through(self.o, mixed), strict=True)]
+            new_kv.append((k, v))
+            visible_kv = [*attention.contexts, *(new_kv[i] for i in attention.behind), (k, v)]
+            attended.append(
+                checkpoint_name(attention.attend(q, visible_kv), PRODUCT).reshape(*q.shape[:2], -1)
+            )
+        xs = [x + y for x, y in zip(xs, project(self.o, attended), strict=True)]
         hs = [self.feed_forward_norm(x) for x in xs]
         gated = [
             jax.nn.silu(gate) * up
-            for gate, up in zip(through(self.gate, hs), through(self.up, hs), strict=True)
+            for gate, up in zip(project(self.gate, hs), project(self.up, hs), strict=True)
         ]
-        return [x + y for x, y in zip(xs, through(self.down, gated), strict=True)], own
+        return [x + y for x, y in zip(xs, project(self.down, gated), strict=True)], new_kv
 
 
 class Text(NamedTuple):
-    """Rows to be read [B,T], and what they see beside themselves.
+    """Rows of tokens [B,T] to read, and the keys that they see besides their own.
 
-    `positions_bt` int32 is `NOTHING` at padding. Each block in `contexts` (leading L), and the rows of each
-    text in `behind`, are visible up to the query's position; a block of fewer rows is shared by consecutive
-    rows. A KV cache is a block, a shared prompt is a block, a chunk of a long prompt is one. Texts packed
-    into one row are told apart by `segments_bt`; `context_segments_bt` chooses among the segments of what
-    they see. Without `adapters` the frozen base reads it, which no gradient passes; adapters drop inputs only
-    where a `dropout_key` is given.
+    `positions_bt` int32 is `EMPTY_POSITION` at padding. The blocks in `contexts` (leading L) and the earlier
+    texts of the list whose numbers are in `behind` are visible up to the query's position. A block of fewer
+    rows is shared by consecutive rows: a KV cache, a shared prompt, or a chunk of a long prompt.
+    `segments_bt` separates texts packed into one row; `context_segments_bt` selects segments of the contexts.
+    With `adapters=False` the frozen base reads the text, without a gradient. Adapters drop inputs only if a
+    `dropout_key` is given.
     """
 
     ids_bt: jax.Array
@@ -175,7 +174,7 @@ class Decoder(nnx.Module):
         self.head = (
             None if config.tied_embeddings else nnx.Param(jax.random.normal(rngs.params(), (D, V)) * D**-0.5)
         )
-        # The embed token's row learns also where everything else of the base is frozen.
+        # The embed token's row is trained even when the rest of the base is frozen.
         learns_row = lora is not None and embed_id is not None
         self.embed_row = LoraParam(jnp.zeros((D,))) if learns_row else None
         self.head_row = LoraParam(jnp.zeros((D,))) if learns_row and self.head is not None else None
@@ -191,8 +190,7 @@ class Decoder(nnx.Module):
         adapters: bool = True,
         dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, KVBlock]:
-        """`read` of one text: its hidden states [B,T,D] and its own keys and values as a block
-        `[L,B,T,K,H]`."""
+        """`read` of one text: its hidden states [B,T,D] and its keys and values as a block `[L,B,T,K,H]`."""
         return self.read(
             [
                 Text(
@@ -209,11 +207,10 @@ class Decoder(nnx.Module):
         )[0]
 
     def read(self, texts: Sequence[Text]) -> list[tuple[jax.Array, KVBlock]]:
-        """Hidden states [B,T,D] after the final norm, and own keys and values as a block `[L,B,T,K,H]`, of
-        each text.
+        """Hidden states [B,T,D] after the final norm, and keys and values `[L,B,T,K,H]`, of each text.
 
-        A text may stand behind those before it in the list. All are read in one pass through the layers: on a
-        mesh each layer's weights are gathered once for all of them, and their gradients exchanged once.
+        A text may see earlier texts of the list (`Text.behind`). One pass through the layers reads all texts:
+        on a mesh each layer's weights are gathered once for all of them, and their gradients exchanged once.
         """
         windowed = self.config.windowed or (False,) * self.config.layers
         attends = [self._attends(text, [texts[i] for i in text.behind], any(windowed)) for text in texts]
@@ -224,22 +221,24 @@ class Decoder(nnx.Module):
         def body(
             xs: list[jax.Array], scanned: Any
         ) -> tuple[list[jax.Array], list[tuple[jax.Array, jax.Array]]]:
-            layer_state, contexts, near, keys = scanned
+            layer_state, contexts, is_windowed, keys = scanned
 
-            def attend_of(everything: Attend, window: Attend) -> Attend:
+            def attend_of(full_attend: Attend, window_attend: Attend) -> Attend:
                 if any(windowed) and not all(windowed):
-                    return lambda q, blocks: jax.lax.cond(near, window, everything, q, list(blocks))
-                return window
+                    return lambda q, blocks: jax.lax.cond(
+                        is_windowed, window_attend, full_attend, q, list(blocks)
+                    )
+                return window_attend
 
             attentions = [
                 _Attention(rope, attend_of(*attend), context, text.behind)
                 for rope, attend, context, text in zip(ropes, attends, contexts, texts, strict=True)
             ]
             xs = [checkpoint_name(x, _LAYER_INPUT) for x in xs]
-            xs, own = nnx.merge(graph, layer_state)(xs, attentions, adapters=adapters, dropout_keys=keys)
+            xs, new_kv = nnx.merge(graph, layer_state)(xs, attentions, adapters=adapters, dropout_keys=keys)
             return [
                 x if text.adapters else jax.lax.stop_gradient(x) for x, text in zip(xs, texts, strict=True)
-            ], own
+            ], new_kv
 
         if self.remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat])
@@ -249,31 +248,36 @@ class Decoder(nnx.Module):
         ]
         blocks = [[(block.keys, block.values) for block in text.contexts] for text in texts]
         start = [self.embed(text.ids_bt, text.adapters) for text in texts]
-        outputs, own = jax.lax.scan(body, start, (state, blocks, jnp.asarray(windowed), keys))
+        outputs, new_kv = jax.lax.scan(body, start, (state, blocks, jnp.asarray(windowed), keys))
         return [
             (self.final_norm(x), KVBlock(*keys_values, text.positions_bt, text.segments_bt))
-            for x, keys_values, text in zip(outputs, own, texts, strict=True)
+            for x, keys_values, text in zip(outputs, new_kv, texts, strict=True)
         ]
 
     def _attends(self, text: Text, before: Sequence[Text], windows: bool) -> tuple[Attend, Attend]:
-        """How a text attends in layers that see everything, and in those with a window."""
+        """Attention of a text in layers without a window, and in layers with one."""
         seen = [(block.positions, block.segments) for block in text.contexts] + [
             (each.positions_bt, each.segments_bt) for each in before
         ]
-        everything = make_attention(
+        attend_to_all = make_attention(
             self.attention, text.positions_bt, text.segments_bt, seen, text.context_segments_bt
         )
         if not windows:
-            return everything, everything
+            return attend_to_all, attend_to_all
         window = self.config.sliding_window
-        return everything, make_attention(
-            self.attention, text.positions_bt, text.segments_bt, seen, text.context_segments_bt, window=window
+        return attend_to_all, make_attention(
+            self.attention,
+            text.positions_bt,
+            text.segments_bt,
+            seen,
+            text.context_segments_bt,
+            window=window,
         )
 
     def embed(self, ids_bt: jax.Array, adapters: bool = True) -> jax.Array:
         """Input embeddings [B,T,D] in the compute dtype."""
-        # The table's D lies over "fsdp", as rows do: every device looks up its part of D for its neighbours'
-        # rows, then they exchange. Left to itself, XLA may gather the whole batch instead.
+        # The table's D is sharded over "fsdp", as are the rows. Each device looks up its part of D for its
+        # neighbours' rows, then they exchange. Without this constraint XLA may gather the whole batch.
         x = constrain(
             self.embedding[...][constrain(ids_bt, _COPIES, "sequence")], _COPIES, "sequence", "fsdp"
         )
@@ -283,7 +287,7 @@ class Decoder(nnx.Module):
         return x.astype(self.compute_dtype)
 
     def logits(self, hidden: jax.Array, adapters: bool = True) -> jax.Array:
-        """Logits [..., V] float32 of hidden states [..., D]; call it only on positions somebody reads."""
+        """Logits [..., V] float32 of hidden states [..., D]; call it only where logits are needed."""
         weight_dv = self.embedding[...].T if self.head is None else self.head[...]
         logits = jnp.matmul(hidden, weight_dv.astype(hidden.dtype), preferred_element_type=jnp.float32)
         row = self.embed_row if self.head is None else self.head_row
@@ -294,8 +298,10 @@ class Decoder(nnx.Module):
 
 
 def positions_from_lengths(lengths_b: jax.Array, T: int, start: jax.Array | int = 0) -> jax.Array:
-    """Positions [B,T] int32 of right-padded rows that begin at `start` (a number or [B]); `NOTHING` past each
-    length."""
+    """Positions [B,T] int32 of right-padded rows; `EMPTY_POSITION` past each length.
+
+    Positions begin at `start`, a number or [B].
+    """
     steps = jnp.arange(T, dtype=jnp.int32)[None, :]
     first = jnp.broadcast_to(jnp.asarray(start, jnp.int32), lengths_b.shape)[:, None]
     return jnp.where(steps < lengths_b[:, None], first + steps, EMPTY_POSITION)

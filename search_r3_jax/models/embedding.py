@@ -7,20 +7,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from search_r3_jax.vectors import l2_normalize
+
 
 class EmbedOutput(NamedTuple):
-    """`vectors` [B,E] float32 of unit norm (zeros where not valid); `valid` [B] bool: exactly one embed token
-    in the row."""
+    """`vectors` [B,E] float32 of unit norm (zeros where not valid) and `valid` [B] bool.
+
+    A row is valid if it has exactly one embed token.
+    """
 
     vectors: jax.Array
     valid: jax.Array
-
-
-def unit(x: jax.Array) -> jax.Array:
-    """L2 normalisation of the last axis in float32; a zero vector stays zero and has a zero gradient."""
-    x = x.astype(jnp.float32)
-    squared = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.where(squared > 0, squared, 1.0))
 
 
 def pool_embedding(hidden_btd: jax.Array, ids_bt: jax.Array, embed_id: int) -> EmbedOutput:
@@ -31,4 +28,4 @@ def pool_embedding(hidden_btd: jax.Array, ids_bt: jax.Array, embed_id: int) -> E
     picked = jnp.einsum(
         "btd,bt->bd", hidden_btd.astype(jnp.float32), (at_token & valid[:, None]).astype(jnp.float32)
     )
-    return EmbedOutput(unit(picked), valid)
+    return EmbedOutput(l2_normalize(picked), valid)

@@ -1,11 +1,9 @@
-"""What each family calls its tensors and its config fields (the names of `transformers`)."""
+"""Names of tensors and config fields in each model family, as `transformers` has them."""
 
 from __future__ import annotations
 
 import math
 from typing import Any, Literal
-
-import numpy as np
 
 from search_r3_jax.config import ModelConfig, RopeScaling
 from search_r3_jax.errors import UserError
@@ -30,7 +28,7 @@ LAYER_TENSORS: dict[tuple[str, str], tuple[str, bool]] = {
     ("down", "kernel"): ("mlp.down_proj.weight", True),
 }
 
-# What `config_from_hf` reads.
+# Fields that `config_from_hf` reads.
 _READ = {
     "model_type",
     "vocab_size",
@@ -53,8 +51,7 @@ _READ = {
     "max_window_layers",
     "layer_types",
 }
-# What says nothing about the computation of a forward pass: bookkeeping, initial values, generation, output
-# format.
+# Fields without influence on a forward pass: bookkeeping, initial values, generation, output format.
 _INERT = {
     "_name_or_path",
     "architectures",
@@ -79,7 +76,7 @@ _INERT = {
     "unsloth_version",
     "use_cache",
 }
-# The only value at which a field asks for nothing that this decoder lacks.
+# Fields of which this decoder supports only one value.
 _FIXED: dict[str, Any] = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -102,7 +99,7 @@ def layer_tensors(config: ModelConfig) -> dict[tuple[str, str], tuple[str, bool]
 
 
 def config_from_hf(fields: dict[str, Any], where: str) -> ModelConfig:
-    """Our config of a `config.json`; raises UserError naming the field that this decoder does not support."""
+    """The `ModelConfig` of a `config.json`; raises UserError naming an unsupported field."""
     family = fields.get("model_type")
     if family not in ARCHITECTURES:
         raise UserError(
@@ -267,7 +264,7 @@ def _window(fields: dict[str, Any], layers: int, where: str) -> tuple[int, tuple
                 f"{where}: layer_types: names sliding_attention but use_sliding_window is not set; set it, "
                 "or change the types"
             )
-        # Llama has no such switch; its reference implementation never looks at a window.
+        # Llama has no such switch; its reference implementation ignores a window.
         return 0, ()
     if fields["model_type"] == "llama":
         raise UserError(
@@ -333,8 +330,3 @@ def _rope_to_hf(scaling: RopeScaling) -> dict[str, Any]:
         "truncate": scaling.truncate,
         "attention_factor": scaling.attention_factor,
     }
-
-
-def to_ours(tensor: np.ndarray, transposed: bool) -> np.ndarray:
-    """A torch-layout tensor in the decoder's layout, and the other way round."""
-    return np.ascontiguousarray(tensor.T) if transposed else tensor

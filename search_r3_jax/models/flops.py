@@ -1,4 +1,4 @@
-"""How many floating-point operations the mathematics of a decoder asks for, whatever is computed twice."""
+"""Floating-point operations of a decoder's mathematics, without recomputation."""
 
 from __future__ import annotations
 
@@ -25,14 +25,13 @@ def linear_sizes(config: ModelConfig) -> dict[str, tuple[int, int]]:
 
 
 def layers_flops(config: ModelConfig, tokens: int, attended: int) -> float:
-    """One forward pass through all layers: 2 a weight and token, 4·N·H a pair of a token and one it attends
-    to."""
+    """One forward pass through all layers: 2 per weight and token, 4·N·H per attended pair of tokens."""
     weights = sum(inputs * outputs for inputs, outputs in linear_sizes(config).values())
     return config.layers * (2.0 * weights * tokens + 4.0 * config.heads * config.head_dim * attended)
 
 
 def head_flops(config: ModelConfig, tokens: int) -> float:
-    """Logits at so many positions."""
+    """Logits at `tokens` positions."""
     return 2.0 * config.hidden_size * config.vocab_size * tokens
 
 
@@ -43,11 +42,11 @@ def adapter_flops(config: ModelConfig, lora: LoraConfig, tokens: int) -> float:
 
 
 def training_flops(config: ModelConfig, lora: LoraConfig, tokens: int, attended: int, read: int) -> float:
-    """Forward and backward of one step whose logits are wanted at `read` positions.
+    """Forward and backward pass of one step that needs logits at `read` positions.
 
-    The backward pass costs what the forward pass does for the gradient of the activations, and as much again
-    for that of the weights, which under LoRA only the adapters have. Attention has no weights: its backward
-    pass is twice its forward pass.
+    The backward pass costs one forward pass for the gradient of the activations and another for that of the
+    weights, which under LoRA only the adapters have. Attention has no weights: its backward pass costs two
+    forward passes.
     """
     linear = layers_flops(config, tokens, 0) + head_flops(config, read)
     attention = layers_flops(config, 0, attended)

@@ -1,4 +1,4 @@
-"""Keys and values that attention reads, and the shape of what every layer calls to attend over them."""
+"""Blocks of keys and values that attention reads, and the signature of attention."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ EMPTY_POSITION = -1
 
 
 class KVBlock(NamedTuple):
-    """Keys and values that some rows can see; b rows serve B = b · share consecutive query rows.
+    """Keys and values that query rows can see; b rows serve B = b · share consecutive query rows.
 
-    `keys`, `values` [b,S,K,H] (with a leading L when they stand for the whole decoder); `positions` [b,S]
-    int32, `NOTHING` where empty; `segments` [b,S] int32: where given, a query sees only keys of its own
-    context segment (several prompt prefixes in one block).
+    `keys`, `values` [b,S,K,H], with a leading L for the whole decoder; `positions` [b,S] int32,
+    `EMPTY_POSITION` where empty; `segments` [b,S] int32 or None: a query sees only keys of its context
+    segment, for several prompt prefixes in one block.
     """
 
     keys: jax.Array
@@ -27,4 +27,4 @@ class KVBlock(NamedTuple):
 
 Attend = Callable[[jax.Array, Sequence[tuple[jax.Array, jax.Array]]], jax.Array]
 """Output [B,T,N,H] of queries [B,T,N,H], already divided by √H, over one layer's `(keys, values)` [b,S,K,H]:
-the context blocks, then the queries' own."""
+the context blocks, then those of the text itself."""

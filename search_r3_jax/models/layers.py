@@ -1,5 +1,4 @@
-"""What a decoder's layers are made of: matrices that several texts are multiplied by at once, low-rank
-adapters beside them, and norms."""
+"""Layers of the decoder: linear layers with low-rank adapters over several texts, and norms."""
 
 from __future__ import annotations
 
@@ -19,19 +18,18 @@ from search_r3_jax.config import LoraConfig
 from search_r3_jax.mesh import BATCH_AXES, TOKENS, axis_size, constrain, layer_spec
 
 PRODUCT = "product"
-"""The name under which rematerialisation policies find what was multiplied by weights."""
+"""Checkpoint name of the outputs of matrix products, for rematerialisation policies."""
 
 LINEARS: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
-"""The linear layers of a block: what an adapter can be put on."""
+"""The linear layers of a block; each can have an adapter."""
 
 
 class LoraParam(nnx.Param):
-    """A parameter that learns while the base is frozen: an adapter's factor, or the embed token's row."""
+    """A parameter that is trained while the base is frozen: an adapter's factor, or the embed token's row."""
 
 
 class Linear(nnx.Module):
-    """x [..., I] → [..., O] of each of several texts, with an optional bias and an optional low-rank
-    adapter."""
+    """x [..., I] → [..., O] for several texts, with an optional bias and an optional low-rank adapter."""
 
     def __init__(
         self, name: str, inputs: int, outputs: int, *, bias: bool, lora: LoraConfig | None, rngs: nnx.Rngs
@@ -50,8 +48,7 @@ class Linear(nnx.Module):
     def __call__(
         self, xs: Sequence[jax.Array], adapters: Sequence[bool], dropout_keys: Sequence[jax.Array | None]
     ) -> list[jax.Array]:
-        """`adapters` and `dropout_keys` say of each text whether the adapter is on, and whether it drops
-        inputs."""
+        """Outputs of each text; `adapters` turns the adapter on, `dropout_keys` (or None) drop its inputs."""
         ys = []
         products = multiply(xs, self.kernel[...], layer_spec(self.name, "kernel"))
         for x, y, adapter, key in zip(xs, products, adapters, dropout_keys, strict=True):
@@ -70,8 +67,11 @@ class Linear(nnx.Module):
 
 
 def multiply(xs: Sequence[jax.Array], w_io: jax.Array, spec: PartitionSpec) -> list[jax.Array]:
-    """Each x [B,T,I] · W [I,O] in x's dtype. On the active mesh W, sharded as `spec`, is gathered once for
-    all of them, and its gradient is added up over them before the devices exchange it."""
+    """Each x [B,T,I] · W [I,O], in x's dtype.
+
+    On the active mesh W, sharded as `spec`, is gathered once for all texts; its gradient is summed over them
+    before the devices exchange it.
+    """
     if jax.sharding.get_abstract_mesh().empty:
         return [x @ w_io.astype(x.dtype) for x in xs]
     return _multiply_on_mesh(tuple(xs), w_io.astype(xs[0].dtype), spec)
@@ -105,7 +105,7 @@ def _multiply_backward(
         )
         return rows_mi.T @ rows_mo
 
-    # Left to itself, XLA adds up the whole gradient on every device, twice the bytes of a scatter.
+    # XLA alone would all-reduce the gradient, twice the bytes of a reduce-scatter.
     pairs = [array for pair in zip(xs, gradients, strict=True) for array in pair]
     return tuple(constrain(dy @ gathered_io.T, *TOKENS, inputs) for dy in gradients), reduce_scatter_sum(
         product, pairs, spec
@@ -113,7 +113,7 @@ def _multiply_backward(
 
 
 def _features(spec: PartitionSpec) -> tuple[str | None, str | None]:
-    """Over which axis inputs and outputs lie beside a gathered matrix."""
+    """Mesh axes of inputs and outputs when the matrix is gathered over "fsdp"."""
     inputs, outputs = (None if axis == "fsdp" else axis for axis in spec)
     return inputs, outputs
 
@@ -123,8 +123,7 @@ _multiply_on_mesh.defvjp(_multiply_forward, _multiply_backward)
 
 @jax.custom_vjp
 def low_rank(x: jax.Array, a_ir: jax.Array, b_ro: jax.Array) -> jax.Array:
-    """x [..., I] · A · B; its own backward pass, because the derived one transposes [tokens, O] arrays in
-    memory."""
+    """x [..., I] · A · B, with a backward pass that transposes no [tokens, O] array."""
     return (x @ a_ir) @ b_ro
 
 
@@ -164,11 +163,10 @@ class RMSNorm(nnx.Module):
 def reduce_scatter_sum(
     product: Callable[..., jax.Array], pairs: Sequence[jax.Array], spec: PartitionSpec
 ) -> jax.Array:
-    """Sum `product(*pairs)` [I,O] over the tokens of x [B,T,I] and y [B,T,O] in turn; the result is sharded
-    as `spec`.
+    """Sum `product(*pairs)` [I,O] over the tokens of all devices; the result is sharded as `spec`.
 
-    Every device adds up its own tokens; the sums are exchanged once, each device getting no more than its
-    part.
+    `pairs` are x [B,T,I] and y [B,T,O] in turn. Each device sums its own tokens, then one reduce-scatter
+    gives each device its part.
     """
     mesh = jax.sharding.get_abstract_mesh()
     token_axes = (*BATCH_AXES, "sequence")
@@ -186,13 +184,13 @@ def reduce_scatter_sum(
     def local(*pairs: jax.Array) -> jax.Array:
         counted = list(pairs)
         for i in range(0, len(pairs), 2):
-            # Tokens that several devices have, as of a shared prompt, are counted by the first of them.
+            # Replicated tokens, such as a shared prompt, are counted only by the first device that has them.
             shared = [axis for axis in token_axes if axis not in (*(over[i][0] or ()), over[i][1])]
             first = jnp.asarray(True)
             for axis in shared:
                 first &= jax.lax.axis_index(axis) == 0
             counted[i] = jnp.where(first, pairs[i], 0)
-        # A compiler for tiles scatters rows, and would add up whole what is to be scattered by columns.
+        # The TPU compiler scatters rows only; it would all-reduce a sum that is scattered by columns.
         turned = tuple(spec).index("fsdp") == 1
         total = (
             product(*(y for pair in zip(counted[1::2], counted[::2], strict=True) for y in pair))
@@ -207,16 +205,15 @@ def reduce_scatter_sum(
             total.T if turned else total, tuple(axis for axis in token_axes if axis != "fsdp")
         )
 
-    # Nothing is said of axes over which the result is the same: that is what the sums see to.
+    # Replication is not checked: the sums above guarantee it.
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)(*pairs)
 
 
 def scatter_groups(size: int) -> list[list[list[int]]]:
-    """Groups of the devices of an axis, phase after phase, within which to scatter a sum: of no more than
-    four where that divides.
+    """Device groups of an axis for each phase of a reduce-scatter, at most four where that divides.
 
-    The TPU compiler makes an all-reduce, which moves twice as much, of a reduce-scatter over all chips of a
-    slice; it leaves lines of four.
+    The TPU compiler turns a reduce-scatter over all chips of a slice into an all-reduce, which moves twice as
+    much; groups of four are not affected.
     """
     factors = list[int]()
     while size > 1:

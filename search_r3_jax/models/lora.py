@@ -1,5 +1,4 @@
-"""Low-rank adapters (Hu et al., arXiv 2106.09685): which parameters learn, and how they join and leave a
-decoder."""
+"""Low-rank adapters (Hu et al., arXiv 2106.09685): trainable parameters, adding and merging."""
 
 from __future__ import annotations
 
@@ -15,13 +14,15 @@ from search_r3_jax.models.layers import LINEARS, Linear, LoraParam
 
 
 def trainable_filter(decoder: Decoder) -> type[nnx.Param]:
-    """The variable type that a training stage updates: adapters where there are any, else everything."""
+    """The variable type that training updates: adapters if there are any, else all parameters."""
     return LoraParam if decoder.lora is not None else nnx.Param
 
 
 def add_lora(decoder: Decoder, lora: LoraConfig, *, seed: int) -> Decoder:
-    """The same function with fresh adapters (A random, B zero) and the embed rows free; the base's arrays are
-    shared, not copied."""
+    """A decoder with fresh adapters (A random, B zero) and trainable embed rows; computes the same function.
+
+    The base's arrays are shared, not copied. Raises UserError for an unknown target.
+    """
     unknown = sorted(set(lora.targets) - set(LINEARS))
     if unknown:
         raise UserError(f"lora.targets: {unknown[0]!r} is no linear layer; use some of {', '.join(LINEARS)}")
@@ -43,8 +44,10 @@ def add_lora(decoder: Decoder, lora: LoraConfig, *, seed: int) -> Decoder:
 
 
 def merge_lora(decoder: Decoder) -> Decoder:
-    """The same function without adapters: every update added to its kernel in float32, the embed rows written
-    into the tables."""
+    """A decoder without adapters that computes the same function.
+
+    Each update is added to its kernel in float32; the embed rows are written into the tables.
+    """
     if decoder.lora is None:
         return decoder
     merged = _empty_like(decoder, None)
@@ -58,24 +61,6 @@ def merge_lora(decoder: Decoder) -> Decoder:
     if decoder.head_row is not None and decoder.head is not None and merged.head is not None:
         merged.head.set_value(decoder.head[...].at[:, decoder.embed_id].set(decoder.head_row[...]))
     return merged
-
-
-def unmerge_lora(merged: Decoder, adapted: Decoder) -> Decoder:
-    """The adapters of `adapted` over `merged` minus their updates: the inverse of `merge_lora` up to float32
-    rounding.
-
-    For a decoder that came merged, from an export say, when its adapters are at hand but its base is not. The
-    embed token's row of the base is gone; it is left as merged, which only the reference policy sees.
-    """
-    if adapted.lora is None:
-        return merged
-    restored = _empty_like(merged, adapted.lora)
-    nnx.update(restored, nnx.state(merged, nnx.Param))
-    nnx.update(restored, nnx.state(adapted, LoraParam))
-    for name in adapted.lora.targets:
-        linear = getattr(restored.layers, name)
-        linear.kernel.set_value(linear.kernel[...] - _update_of(linear))
-    return restored
 
 
 def _update_of(linear: Linear) -> jax.Array:

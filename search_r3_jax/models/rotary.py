@@ -1,5 +1,4 @@
-"""Rotary positions (Su et al., arXiv 2104.09864) and the ways of stretching them: `linear`, `llama3`,
-`yarn`."""
+"""Rotary positions (Su et al., arXiv 2104.09864), scaled by `linear`, `llama3` or `yarn`."""
 
 from __future__ import annotations
 
@@ -26,15 +25,16 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None
 
 
 def _llama3_kept(plain_h: np.ndarray, scaling: RopeScaling) -> np.ndarray:
-    """How much of each frequency is kept, in [0, 1]: all that turn often within the original length, none
-    that turn seldom."""
+    """Share of each frequency that is kept, in [0, 1].
+
+    1 for frequencies with many turns within the original length, 0 for few.
+    """
     turns_h = scaling.original_positions * plain_h / (2 * math.pi)
     return np.clip((turns_h - scaling.low_frequency) / (scaling.high_frequency - scaling.low_frequency), 0, 1)
 
 
 def _yarn_kept(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
-    """The same for YaRN (Peng et al., arXiv 2309.00071, section 3.2): a ramp over dimensions, not over
-    turns."""
+    """The same for YaRN (Peng et al., arXiv 2309.00071, section 3.2): a ramp over dimensions."""
 
     def dimension(turns: float) -> float:
         return head_dim * math.log(scaling.original_positions / (turns * 2 * math.pi)) / (2 * math.log(theta))
@@ -43,7 +43,7 @@ def _yarn_kept(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
     if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
-    # Equal ends would divide by zero; the published implementations part them by this much.
+    # Equal ends would divide by zero; published implementations use this width.
     width = high - low if high != low else 0.001
     return 1 - np.clip((np.arange(head_dim // 2) - low) / width, 0, 1)
 
@@ -59,8 +59,10 @@ def rotary_tables(positions_bt: jax.Array, config: ModelConfig) -> tuple[jax.Arr
 
 
 def rotate(x_btnh: jax.Array, tables: tuple[jax.Array, jax.Array], *, scale: float = 1.0) -> jax.Array:
-    """`scale` times x with the two halves of H (the layout of `transformers`) rotated, in float32; returns
-    the input's dtype."""
+    """Rotate x by its positions, in float32, and multiply by `scale`; returns the input's dtype.
+
+    The two halves of H are rotated against each other, the layout of `transformers`.
+    """
     cos, sin = (table[:, :, None, :] for table in tables)
     first, second = jnp.split(x_btnh.astype(jnp.float32), 2, axis=-1)
     return (

@@ -1,5 +1,4 @@
-"""The same attention on TPU: splash attention, a block-sparse flash kernel, over the blocks laid side by
-side."""
+"""Attention on TPU with the splash kernel, a block-sparse flash attention, over concatenated blocks."""
 
 from __future__ import annotations
 
@@ -18,17 +17,15 @@ LARGEST_TILE = 512
 
 
 def make_splash_attention(masks: Sequence[jax.Array]) -> Attend:
-    """Attention under masks [b,T·share,S], one per block; tiles in which nothing is visible are neither read
-    nor computed.
+    """Attention under masks [b,T·share,S], one per block; skips tiles in which nothing is visible.
 
-    The masks are data, not code: a cache, a shared prompt, packed texts, a window all go the same way. Off a
-    TPU the kernel is interpreted.
+    The masks are data, not code, so one kernel serves a cache, a shared prompt, packed texts and a window.
+    Off a TPU the kernel is interpreted.
     """
     B, T, _ = masks[-1].shape
     visible = jnp.concatenate([mask.reshape(B, T, -1) for mask in masks], axis=2)
     visible = jnp.pad(visible, ((0, 0), (0, -T % TILE), (0, -visible.shape[2] % TILE)))
-    # A query that sees nothing would divide by zero, and its result, which nobody reads, would still reach
-    # the gradients.
+    # A query that sees nothing would divide by zero; its unused result would still reach the gradients.
     visible = visible.at[:, :, 0].set(visible[:, :, 0] | ~jnp.any(visible, axis=2))
     sizes = _block_sizes(visible.shape[1] // _query_shares(visible.shape[1]), visible.shape[2])
 
@@ -65,31 +62,30 @@ def make_splash_attention(masks: Sequence[jax.Array]) -> Attend:
 def _on_each_device(
     kernel: Callable[..., jax.Array], visible: jax.Array, *heads_first: jax.Array
 ) -> jax.Array:
-    """The kernel on every device's rows, heads and queries, which see all keys: XLA cannot cut a kernel up by
-    itself."""
+    """Run the kernel on every device's rows, heads and queries, with all keys; XLA cannot shard a kernel."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return kernel(visible, *heads_first)
-    # A single shared prompt is nobody's row: all devices read it.
+    # A single shared prompt is replicated: all devices read it.
     rows = BATCH_AXES if visible.shape[0] % axis_size(mesh, BATCH_AXES) == 0 else None
     queries = "sequence" if _query_shares(visible.shape[1]) > 1 else None
-    asked, seen = PartitionSpec(rows, "tensor", queries), PartitionSpec(rows, "tensor")
-    specs = (PartitionSpec(rows, queries), asked, seen, seen)
-    # Kernels do not say over which axes their results are the same.
-    return jax.shard_map(kernel, mesh=mesh, in_specs=specs, out_specs=asked, check_vma=False)(
+    query_spec, kv_spec = PartitionSpec(rows, "tensor", queries), PartitionSpec(rows, "tensor")
+    specs = (PartitionSpec(rows, queries), query_spec, kv_spec, kv_spec)
+    # Kernels do not declare over which axes their results are replicated.
+    return jax.shard_map(kernel, mesh=mesh, in_specs=specs, out_specs=query_spec, check_vma=False)(
         visible, *heads_first
     )
 
 
 def _query_shares(T: int) -> int:
-    """Over how many devices of the mesh in use the tiles of T queries can be shared out."""
+    """Number of devices of the active mesh that share the tiles of T queries."""
     mesh = jax.sharding.get_abstract_mesh()
     shares = 1 if mesh.empty else mesh.shape["sequence"]
     return shares if T // TILE % shares == 0 else 1
 
 
 def _per_row(x: jax.Array, B: int) -> jax.Array:
-    """A block's array for each of B rows: the kernel has no notion of rows that share one."""
+    """A block's array repeated for each of B rows: the kernel cannot share one."""
     share = B // x.shape[0]
     if share == 1:
         return x

@@ -1,4 +1,4 @@
-"""Contrastive losses on unit vectors; each returns `(sum, count, scalars)`, divided once by the step."""
+"""Contrastive losses on unit vectors; each returns `(sum, count, scalars)` for one global division."""
 
 from __future__ import annotations
 
@@ -9,33 +9,30 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from search_r3_jax.vectors import l2_normalize
+
 Direction = Literal["query_to_document", "query_to_query", "document_to_query", "document_to_document"]
 Loss = tuple[jax.Array, jax.Array, dict[str, jax.Array]]
 
-# A score that contributes nothing. Finite, so that nothing here or in a gradient is ∞ − ∞ or 0 · ∞, whatever
-# is excluded.
+# A score that contributes nothing. Finite, so that neither values nor gradients contain ∞ − ∞ or 0 · ∞.
 FLOOR = -1e30
 
 
-def one_positive(positive_b: jax.Array, P: int) -> jax.Array:
-    """Relevance [B,P] float32 of queries that have one positive each: row `positive_b` int32 of P."""
-    return jax.nn.one_hot(positive_b, P, dtype=jnp.float32)
-
-
 def exclusions(document_ids_p: jax.Array, known_positive_ids_bk: jax.Array) -> jax.Array:
-    """Excluded [B,P] bool: rows that hold any document known as a positive of the query, copies included, and
-    padded rows.
+    """Excluded [B,P] bool: rows that hold a known positive of the query, and padded rows.
 
     `document_ids_p` int32 is −1 at padding; `known_positive_ids_bk` int32 holds all known positives of a
-    query, −1 filled.
+    query, padded with −1. Copies of a known positive have the same id.
     """
     known_bp = jnp.any(known_positive_ids_bk[:, :, None] == document_ids_p, axis=1)
     return known_bp | (document_ids_p < 0)
 
 
 class _Pairs(NamedTuple):
-    """What the losses share. A positive's `share_bp` is its part of its query's loss; `weight_b` is 0 where a
-    query does not count."""
+    """Inputs that the losses share.
+
+    A positive's `share_bp` is its part of its query's loss; `weight_b` is 0 for queries that do not count.
+    """
 
     queries_be: jax.Array
     documents_pe: jax.Array
@@ -98,8 +95,10 @@ def info_nce(
     valid_b: jax.Array | None = None,
     query_weight_b: jax.Array | None = None,
 ) -> Loss:
-    """InfoNCE (arXiv 1807.03748): −log e^{s⁺} / (e^{s⁺} + Σ e^{s⁻}) with s = cos/τ, over each query's
-    positives and all its negatives.
+    """InfoNCE (arXiv 1807.03748): −log e^{s⁺} / (e^{s⁺} + Σ e^{s⁻}) with s = cos/τ.
+
+    Summed over each query's positives; the negatives are all documents that are neither positive nor
+    excluded.
 
     Args:
         queries_be, documents_pe: unit vectors, float32.
@@ -108,17 +107,16 @@ def info_nce(
             queries.
         excluded_bp: bool, documents that are no negatives of a query (see `exclusions`). A positive is never
             excluded.
-        directions: what the pair (q, d) is held against: q with documents; q with the other queries; d with
-            queries; d with the other documents [P,P]. Queries and documents that share a positive are not
-            held against each other.
+        directions: negatives of the pair (q, d): q with documents; q with the other queries; d with queries;
+            d with the other documents [P,P]. Queries and documents that share a positive are no negatives of
+            each other.
         partition: one softmax over all directions (GTE, arXiv 2308.03281; with "document_to_query" the pair
             itself is in it twice, as there), or one for each direction and their mean (symmetric InfoNCE,
             arXiv 2310.19923).
-        own_bp: bool, documents that came with a query (its mined negatives): not held against its positive in
-            "document_to_document".
+        mined_bp: bool, mined negatives of each query: no negatives of its positive in "document_to_document".
         false_negative_margin: in cosine; for each positive, negatives with cos⁻ > cos⁺ − margin are dropped.
             None is off.
-        valid_b: bool, False at padded queries; these count nothing, nor does a query without a positive.
+        valid_b: bool, False at padded queries. They do not count, nor do queries without a positive.
         query_weight_b: float32, the weight of a query in the sum and in the count; 1 by default.
 
     Scalars are sums over the count: `hits` (the best document is a positive) and `negatives` (documents in
@@ -136,8 +134,7 @@ def info_nce(
 
     log_z, kept = _log_partition(scores_bp, pairs.negative_bp, ceiling_bp)
     partitions = [log_z]
-    # What is a query's positive, or excluded for it, is held against it in no direction, nor against its
-    # positive.
+    # A query's positives and exclusions are no negatives, in any direction, of the query and its positives.
     related_bp = (pairs.positive_bp | excluded_bp).astype(jnp.float32)
     positive_bp = pairs.positive_bp.astype(jnp.float32)
     if "query_to_query" in directions:
@@ -152,9 +149,9 @@ def info_nce(
     if "document_to_document" in directions:
         near_bp = related_bp if mined_bp is None else jnp.maximum(related_bp, mined_bp)
         used_p = jnp.any(pairs.positive_bp | pairs.negative_bp, axis=0)
-        strange_pp = (positive_bp.T @ near_bp == 0) & ~jnp.eye(scores_bp.shape[1], dtype=bool) & used_p
+        negative_pp = (positive_bp.T @ near_bp == 0) & ~jnp.eye(scores_bp.shape[1], dtype=bool) & used_p
         scores_pp = _products(pairs.documents_pe, pairs.documents_pe) / temperature
-        partitions.append(_log_partition(scores_pp, strange_pp, ceiling_pb)[0].T)
+        partitions.append(_log_partition(scores_pp, negative_pp, ceiling_pb)[0].T)
 
     if partition == "per_direction":
         loss_bp = sum(jax.nn.softplus(log_z - scores_bp) for log_z in partitions) / len(partitions)
@@ -191,14 +188,16 @@ def _check_directions(directions: Sequence[Direction], partition: str) -> None:
 def _log_partition(
     scores_rn: jax.Array, negative_rn: jax.Array, ceiling_rk: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """log Σ exp over a row's negatives, and their number: [R,1], or [R,K] over those not above each ceiling;
-    about FLOOR over none."""
+    """log Σ exp over a row's negatives and their number, [R,1]; about FLOOR without negatives.
+
+    With ceilings, [R,K] over the negatives that do not exceed each ceiling.
+    """
     scores_rn = jnp.where(negative_rn, scores_rn, FLOOR)
     if ceiling_rk is None:
         return jax.nn.logsumexp(scores_rn, axis=-1, keepdims=True), jnp.sum(
             negative_rn, axis=-1, keepdims=True
         )
-    # Every positive has a ceiling of its own: running sums over the sorted row instead of an array [R,K,N].
+    # Each positive has its own ceiling: running sums over the sorted row replace an array [R,K,N].
     ascending_rn = jnp.sort(scores_rn, axis=-1)
     running_rn = jax.lax.cumlogsumexp(ascending_rn, axis=1)
     below_rk = jax.vmap(partial(jnp.searchsorted, side="right"))(ascending_rn, ceiling_rk)
@@ -218,8 +217,9 @@ def triplet_margin(
     valid_b: jax.Array | None = None,
     query_weight_b: jax.Array | None = None,
 ) -> Loss:
-    """Triplet loss max(0, cos(q,d⁻) − cos(q,d⁺) + margin) over each query's positives and its mined
-    negatives, or the hardest of the batch.
+    """Triplet loss max(0, cos(q,d⁻) − cos(q,d⁺) + margin).
+
+    Over each query's positives and its mined negatives, or the hardest negative of the batch.
 
     `mined_bk` int32 are rows of P, −1 filled, with equal weight; None takes the not excluded document with
     the highest cosine. Exclusions, relevance, `valid_b` and `query_weight_b` are those of `info_nce`. A query
@@ -253,8 +253,9 @@ def triplet_margin(
 def matryoshka(
     loss_of_vectors: Callable[..., Loss], dims: Sequence[int], weights: Sequence[float] | None = None
 ) -> Callable[..., Loss]:
-    """The weighted sum of a loss over vectors truncated to each of `dims` and normalised again (arXiv
-    2205.13147); weights default to 1.
+    """Weighted sum of a loss over vectors truncated to `dims` and normalised (arXiv 2205.13147).
+
+    Weights are 1 by default.
 
     `loss_of_vectors` takes arrays [..., E] only; its scalars come back once for each dimension, as
     `name_dim`. Raises ValueError for a dimension that the vectors do not have.
@@ -275,7 +276,4 @@ def matryoshka(
 def _truncated(x: jax.Array, dim: int) -> jax.Array:
     if not 0 < dim <= x.shape[-1]:
         raise ValueError(f"matryoshka dimension {dim}: the vectors have {x.shape[-1]}")
-    x = x[..., :dim].astype(jnp.float32)
-    squared = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-    # A zero vector stays zero and has a zero gradient.
-    return x * jax.lax.rsqrt(jnp.where(squared > 0, squared, 1.0))
+    return l2_normalize(x[..., :dim])

@@ -15,8 +15,9 @@ def cached_value_and_grad(
     encode: Callable[[Pytree, Pytree], tuple[Pytree, Pytree]],
     loss: Callable[..., tuple[jax.Array, Pytree]],
 ) -> Callable[..., tuple[tuple[jax.Array, Pytree], Pytree]]:
-    """A function `(params, *chunked) → ((value, scalars), gradient by params)` that encodes chunk by chunk,
-    and again in the backward pass.
+    """A function `(params, *chunked) → ((value, scalars), gradient)` that encodes chunk by chunk.
+
+    The backward pass encodes each chunk again.
 
     Args:
         encode: `(params, chunk) → (vectors, sums)`; vectors is a pytree of [C, ...], sums a pytree of
@@ -27,21 +28,20 @@ def cached_value_and_grad(
 
     Each of `chunked` is a pytree of arrays [number, C, ...]; queries and documents may differ in number, size
     and structure. The gradient is that of the whole batch at once: a chunk is a unit of memory, not of the
-    loss. With more than one device lay C, not the number of chunks, across them.
+    loss. On several devices, shard C, not the number of chunks.
     """
-    # Inside a scan nothing can be merged with the recomputation, so that no barrier against it is needed.
-    again = jax.checkpoint(encode, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
+    # Inside a scan XLA cannot merge the recomputation with the forward pass, so no barrier is needed.
+    encode_again = jax.checkpoint(encode, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
 
     def encode_all(params: Pytree, sums: Pytree, chunked: Pytree) -> tuple[Pytree, Pytree]:
         if jax.tree.leaves(chunked)[0].shape[0] == 1:
-            # A single chunk is the whole batch: nothing is gained by computing it twice. Nor by a loop: JAX
-            # would move in front of it what does not change from round to round, such as all of a frozen
-            # model's gathered weights, and keep it.
+            # A single chunk is the whole batch: encoding it twice saves nothing. No loop either: JAX would
+            # hoist loop-invariant values, such as all gathered weights of a frozen model, and keep them.
             vectors, more = encode(params, jax.tree.map(lambda x: x[0], chunked))
             return jax.tree.map(jnp.add, sums, more), vectors
 
         def body(sums: Pytree, chunk: Pytree) -> tuple[Pytree, Pytree]:
-            vectors, more = again(params, chunk)
+            vectors, more = encode_again(params, chunk)
             return jax.tree.map(jnp.add, sums, more), vectors
 
         sums, vectors = jax.lax.scan(body, sums, chunked)

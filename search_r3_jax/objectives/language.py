@@ -1,5 +1,4 @@
-"""Token log-probabilities, cross-entropy and the divergence from the base model, in chunks that the backward
-pass recomputes."""
+"""Token log-probabilities, cross-entropy and KL to the base model, in rematerialised chunks."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-# Lower logits are taken for this one: e^−10⁴ is 0, and differences of a masked column (−inf) stay finite.
+# Floor of the logits: e^−10⁴ is 0, and differences of a masked column (−inf) stay finite.
 LOWEST = -1e4
 
 
@@ -22,8 +21,7 @@ def token_log_probs(
     temperature: float = 1.0,
     chunk: int = 256,
 ) -> tuple[jax.Array, jax.Array]:
-    """`(log-probabilities [M], entropies [M])` float32 in nats of the targets under
-    softmax(logits/temperature).
+    """Log-probabilities of the targets, and entropies, of softmax(logits/temperature): [M] float32, nats.
 
     M is cut into chunks that are recomputed in the backward pass: at most `chunk × V` logits exist at a time.
     """
@@ -32,7 +30,7 @@ def token_log_probs(
     def one_chunk(hidden_cd: jax.Array, targets_c: jax.Array) -> tuple[jax.Array, jax.Array]:
         log_probs_cv = jax.nn.log_softmax(logits_of(hidden_cd) / temperature, axis=-1)
         picked = jnp.take_along_axis(log_probs_cv, targets_c[:, None], axis=-1)[:, 0]
-        # A column of −inf has no part in the entropy; 0 · −inf would be NaN.
+        # A column of −inf adds nothing to the entropy; 0 · −inf would be NaN.
         entropy = -jnp.sum(jnp.exp(log_probs_cv) * jnp.maximum(log_probs_cv, LOWEST), axis=-1)
         return picked, jax.lax.stop_gradient(entropy)
 
@@ -55,14 +53,14 @@ def masked_token_log_probs(
     temperature: float = 1.0,
     chunk: int = 256,
 ) -> tuple[jax.Array, jax.Array]:
-    """`token_log_probs` where `live_m` bool [M], 0 elsewhere: the head runs on no chunk without a live token.
+    """`token_log_probs` where `mask_m` bool [M] is true, 0 elsewhere; skips chunks without such a token.
 
-    One compiled shape whatever was sampled, and a time that follows it. For one device: rows are brought
-    together from all of M.
+    One compiled shape for any mask, and a time proportional to its tokens. For a single device: rows are
+    gathered from all of M.
     """
     M, D = hidden_md.shape
     chunk = min(chunk, M)
-    # Live rows first, in their order, so that chunks are full of them or empty.
+    # Masked rows first, in their order, so that chunks are full of them or empty.
     order_m = jnp.argsort(~mask_m, stable=True)
     padded = -(-M // chunk) * chunk
     hidden = jnp.pad(hidden_md[order_m], ((0, padded - M), (0, 0))).reshape(-1, chunk, D)
@@ -81,13 +79,13 @@ def masked_token_log_probs(
         hidden_cd, targets_c, start = part
         return None, jax.lax.cond(start < jnp.sum(mask_m), compute, nothing, hidden_cd, targets_c)
 
-    _, found = jax.lax.scan(body, None, (hidden, targets, first))
+    _, results = jax.lax.scan(body, None, (hidden, targets, first))
 
-    def back(values_nc: jax.Array) -> jax.Array:
+    def in_input_order(values_nc: jax.Array) -> jax.Array:
         values_m = jnp.zeros(M, values_nc.dtype).at[order_m].set(values_nc.reshape(-1)[:M])
         return jnp.where(mask_m, values_m, 0)
 
-    return back(found[0]), back(found[1])
+    return in_input_order(results[0]), in_input_order(results[1])
 
 
 def cross_entropy(log_probs_m: jax.Array, mask_m: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -98,8 +96,7 @@ def cross_entropy(log_probs_m: jax.Array, mask_m: jax.Array) -> tuple[jax.Array,
 def _cut(x_m: jax.Array, chunk: int) -> jax.Array:
     """[M, ...] → [number, chunk, ...], padded with zeros.
 
-    A chunk takes every number-th row, not neighbours: where M lies across devices, all of them work on each
-    chunk.
+    A chunk takes every number-th row, not neighbours: if M is sharded, all devices work on each chunk.
     """
     M = x_m.shape[0]
     chunk = min(chunk, M)
@@ -114,7 +111,7 @@ def _joined(x_nc: jax.Array, M: int) -> jax.Array:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """The matrix that makes logits of hidden states, for reading in slices of the vocabulary.
+    """The weights that map hidden states to logits, read in slices of the vocabulary.
 
     Attributes:
         weight: [V,D] (a tied head: the embedding) or [D,V] (a free one); used in the hidden states' dtype, as
@@ -139,8 +136,7 @@ class Head:
 
 
 class _Slice(NamedTuple):
-    """A part of a head: `weight` [S,D] or [D,S] and the vector of the one token that has its own; both get
-    gradients."""
+    """A part of a head: `weight` [S,D] or [D,S], and the separate row of one token; both get gradients."""
 
     weight: jax.Array
     row_d: jax.Array | None
@@ -151,7 +147,7 @@ def _slice(head: Head, start: jax.Array, size: int) -> _Slice:
 
 
 def _logits(hidden_cd: jax.Array, part: _Slice, head: Head, start: jax.Array) -> jax.Array:
-    """Logits [C,S] float32 of the tokens from `start` on; `head` says only how its slice is laid out."""
+    """Logits [C,S] float32 of the tokens from `start` on; `head` gives the layout of the slice only."""
     weight = part.weight.astype(hidden_cd.dtype)
     over_d = (((1,), (1 - head.vocab_axis,)), ((), ()))
     logits_cs = jax.lax.dot_general(hidden_cd, weight, over_d, preferred_element_type=jnp.float32)
@@ -170,8 +166,7 @@ def _starts(V: int, size: int) -> jax.Array:
 
 
 def _fitted(start: jax.Array, V: int, size: int) -> tuple[jax.Array, jax.Array]:
-    """Where a slice of full size begins that holds the tokens from `start` on, and which of its columns [S]
-    are these."""
+    """Start of a full-size slice that holds the tokens from `start` on, and a mask [S] of these tokens."""
     first = jnp.minimum(start, V - size)
     return first, first + jnp.arange(size) >= start
 
@@ -185,8 +180,7 @@ def token_kl(
     chunk: int = 256,
     vocab_chunk: int = 16384,
 ) -> jax.Array:
-    """KL(current ‖ base) [M] float32 in nats of the next-token distributions at each hidden state, over the
-    whole vocabulary.
+    """KL(current ‖ base) [M] float32 in nats of the next-token distributions, over the whole vocabulary.
 
     Gradients flow into `hidden_md` and `head` only. At most `chunk × vocab_chunk` logits of each model exist
     at a time, forward and backward. Raises ValueError where the two vocabularies differ in size.
@@ -211,7 +205,7 @@ def kl_to_base(
     vocab_chunk: int = 16384,
 ) -> tuple[jax.Array, jax.Array]:
     """`(sum, count)` of `token_kl` over the masked tokens."""
-    # States nobody asked about may hold anything; 0 · NaN would reach the head's gradient.
+    # States outside of the mask may hold NaN; 0 · NaN would reach the head's gradient.
     hidden_md, base_hidden_md = (jnp.where(mask_m[:, None], x, 0) for x in (hidden_md, base_hidden_md))
     kl_m = token_kl(hidden_md, head, base_hidden_md, base_head, chunk=chunk, vocab_chunk=vocab_chunk)
     return jnp.sum(jnp.where(mask_m, kl_m, 0.0)), jnp.sum(mask_m, dtype=jnp.float32)
@@ -224,8 +218,7 @@ def _kl_value(
 
 
 class _Normaliser(NamedTuple):
-    """log Σ exp of all logits as the largest of them and the rest: subtracted one after the other they cost
-    no digits."""
+    """log Σ exp of all logits, as their maximum and the rest: subtracted in turn they lose no digits."""
 
     top: jax.Array
     rest: jax.Array
@@ -235,7 +228,7 @@ class _Normaliser(NamedTuple):
 
 
 def _normaliser(size: int, hidden_ncd: jax.Array, head: Head) -> _Normaliser:
-    """Of every state, [n,C] each."""
+    """The normaliser of every state, [n,C] each."""
 
     def add_slice(
         carry: tuple[jax.Array, jax.Array], start: jax.Array
@@ -283,9 +276,9 @@ def _kl_forward(
 
 
 def _kl_terms(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
-    """p·(log p − log q) − p + q: its sum is the divergence, and no term is negative.
+    """p·(log p − log q) − p + q: its sum is the KL divergence, and no term is negative.
 
-    Without the two last, which cancel in the sum, rounding in log p − log q would drown a small divergence.
+    Without − p + q, which cancels in the sum, rounding in log p − log q would swamp a small divergence.
     """
     difference = log_p - log_q
     p = jnp.exp(log_p)
@@ -297,8 +290,7 @@ def _kl_terms(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
 def _kl_backward(
     size: int, saved: tuple[Any, ...], gradient_nc: jax.Array
 ) -> tuple[jax.Array, Head, None, None]:
-    """d KL / d logit = p·(log p − log q − KL), pulled back through the logits of one slice and one chunk at a
-    time."""
+    """d KL / d logit = p·(log p − log q − KL), pulled back one slice and one chunk at a time."""
     hidden_ncd, head, base_hidden_ncd, base_head, log_z, base_log_z, kl_nc = saved
     V = head.vocab_size
 

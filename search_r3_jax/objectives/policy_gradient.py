@@ -1,5 +1,4 @@
-"""Group-relative policy optimisation: advantages, the clipped surrogate in four variants, KL to a
-reference."""
+"""Group-relative policy optimisation: advantages, clipped surrogate in four variants, KL to a reference."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ RewardScale = Literal["group", "batch", "none"]
 
 
 class PolicyStatistics(NamedTuple):
-    """What a micro-batch adds to the logged scalars: sums [], so that micro-batches add up exactly; a pytree.
+    """Sums [] that a micro-batch adds to the logged scalars; sums of micro-batches add exactly. A pytree.
 
     Attributes:
         tokens: sampled tokens.
@@ -68,7 +67,7 @@ class PolicyStatistics(NamedTuple):
 
 
 def policy_count(mask_bt: jax.Array, variant: Variant, *, max_tokens: int = 0) -> jax.Array:
-    """What `policy_loss` divides by, [] float32: of a whole batch, before it is cut into micro-batches."""
+    """The divisor of `policy_loss` for a whole batch, before it is split into micro-batches; [] float32."""
     tokens_b = jnp.sum(mask_bt, axis=-1, dtype=jnp.float32)
     if variant == "dapo":
         return jnp.sum(tokens_b)
@@ -84,12 +83,12 @@ def group_advantages(
     scale: RewardScale = "group",
     eps: float = 1e-4,
 ) -> tuple[jax.Array, jax.Array]:
-    """Advantages [B] and the share [] of groups whose rewards are all equal; rows in any order, groups of any
-    size.
+    """Advantages [B], and the share [] of groups whose rewards are all equal.
 
-    Reward minus the mean of its group, over (sample standard deviation + eps) of the group, of the whole
-    batch, or neither. `group_id_b` int32 in 0 … groups − 1. Rows of a group of equal rewards, or of one row,
-    get exactly 0. For the whole batch at once, before it is cut into micro-batches.
+    Rows may be in any order and groups of any size. An advantage is the reward minus the mean of its group,
+    over (sample standard deviation + eps) of the group, of the whole batch, or neither. `group_id_b` int32 in
+    0 … groups − 1. Rows of a group of equal rewards, or of one row, get exactly 0. Call it on the whole
+    batch, before it is split into micro-batches.
     """
     dtype = jnp.promote_types(rewards_b.dtype, jnp.float32)
     rewards_b = rewards_b.astype(dtype)
@@ -100,10 +99,10 @@ def group_advantages(
     size_g = group_sums(jnp.ones_like(rewards_b))
     highest_g = jax.ops.segment_max(rewards_b, group_id_b, groups)
     lowest_g = jax.ops.segment_min(rewards_b, group_id_b, groups)
-    # Not by the deviation: rounding of the mean leaves one where there is none, and scaling blows it up.
+    # Not by the deviation: rounding of the mean can make it positive, and scaling would amplify that.
     constant_g = highest_g == lowest_g
-    # Differences of near rewards are exact, and so is their mean to the digits that scaling by a small
-    # deviation brings up.
+    # Differences of close rewards are exact, so their mean stays accurate when scaled by a small
+    # deviation.
     above_b = rewards_b - lowest_g[group_id_b]
     centred_b = above_b - (group_sums(above_b) / jnp.maximum(size_g, 1))[group_id_b]
     if scale == "group":
@@ -135,8 +134,9 @@ def policy_loss(
     importance_cap: float = 0.0,
     entropies_bt: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, PolicyStatistics]:
-    """`(sum [], count [], statistics)` of the clipped surrogate plus β·KL; a batch's loss is Σ sums / Σ
-    counts of its micro-batches.
+    """`(sum [], count [], statistics)` of the clipped surrogate plus β·KL.
+
+    The loss of a batch is Σ sums / Σ counts of its micro-batches.
 
     A token's loss is −min(r·A, clip(r, 1 − clip_low, 1 + clip_high)·A) · w + β·KL, with r = exp(log_probs −
     old_log_probs).
@@ -146,7 +146,7 @@ def policy_loss(
       (2507.18071): one r a row, exp of the mean log-ratio of its tokens; aggregated as grpo; clips are far
       tighter, about 3e-4.
     `mask_bt` bool is true on tokens that the policy sampled: never on prompt, padding or forced tokens, and
-    what the arrays hold there is not looked at. Rows without any count as nothing, so that they may pad a
+    the values there are ignored. Rows without any count as nothing, so that they may pad a
     micro-batch; where no row has any, sum and count are 0. `old_log_probs_bt`: of the first pass over the
     batch; None takes the current ones, stopped, so that r is 1 with r's gradient. `reference_log_probs_bt` is
     needed if β > 0; with β = 0 it is measured alone. `sampler_log_probs_bt` with `importance_cap` > 0 weighs
@@ -191,7 +191,7 @@ def policy_loss(
     surrogate = jnp.minimum(ratio * advantages, jnp.clip(ratio, 1 - clip_low, 1 + clip_high) * advantages)
     loss_bt = jnp.broadcast_to(-surrogate, mask_bt.shape)
 
-    # What weighs it, and what is added.
+    # Importance weights, then the KL term.
     capped = kl = None
     if sampler_log_probs_bt is not None:
         drift_bt = jnp.exp(old_bt - sampled(sampler_log_probs_bt))
@@ -228,8 +228,9 @@ def policy_loss(
 def kl_to_reference(
     log_probs: jax.Array, reference_log_probs: jax.Array, estimator: KlEstimator
 ) -> jax.Array:
-    """KL(policy ‖ reference) of each sampled token, any shape, by one of Schulman's estimators
-    (joschu.net/blog/kl-approx.html).
+    """KL(policy ‖ reference) of each sampled token, any shape, by one of Schulman's estimators.
+
+    Source: joschu.net/blog/kl-approx.html.
 
     With d = log_probs − reference: k1 = d, k2 = d²/2, k3 = exp(−d) + d − 1. As a loss on tokens that the
     policy drew itself, k2 has the expected gradient of the KL; that of k1 is 0 and that of k3 is near it

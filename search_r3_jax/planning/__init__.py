@@ -1,1 +1,1 @@
-"""What a stage needs of a TPU, found out by its compiler without one."""
+"""Plans of memory and time of a stage on a TPU slice, from its compiled program."""

@@ -1,4 +1,4 @@
-"""Reads a compiled program: what it computes and what it sends, with the trip counts of its loops."""
+"""Parser of compiled programs: FLOPs and exchanged bytes, with the trip counts of loops."""
 
 from __future__ import annotations
 
@@ -42,8 +42,7 @@ _CONVOLUTION = re.compile(r"^(\S+) (?:convolution|dot)\(%([\w.\-]+), %([\w.\-]+)
 
 
 class Collective(NamedTuple):
-    """One exchange: how often it runs, over which mesh axes, and the bytes that each chip has to send for all
-    of its runs."""
+    """One collective: its runs, its mesh axes, and the bytes that each chip sends over all runs."""
 
     kind: str
     runs: int
@@ -53,13 +52,13 @@ class Collective(NamedTuple):
 
 
 class Program(NamedTuple):
-    """What one chip does.
+    """The work of one chip.
 
     Attributes:
-        flops: of matrix products, kernels apart.
-        product_bytes: of what they multiply and of what they give.
-        attention_flops: of the attention kernels if no tile were left out.
-        collectives: the exchanges.
+        flops: of matrix products, without kernels.
+        product_bytes: of their inputs and outputs.
+        attention_flops: of the attention kernels, without skipped tiles taken into account.
+        collectives: the exchanges between chips.
     """
 
     flops: float
@@ -69,20 +68,20 @@ class Program(NamedTuple):
 
 
 class LoopError(ValueError):
-    """A loop whose number of rounds cannot be read."""
+    """A loop whose trip count cannot be read."""
 
 
 def read_program(
     compiled: jax.stages.Compiled, mesh_shape: Mapping[str, int], *, open_rounds: int | None = None
 ) -> Program:
-    """What a compiled program does on each chip of a mesh; device ids count through the mesh in its order.
+    """The work of a compiled program on each chip of a mesh; device ids are in the mesh's order.
 
-    An exchange may be spread over the products that it overlaps with, and counts once. A loop that ends when
-    its work is done is taken to have `open_rounds`; raises LoopError where there is one and None is given.
+    An exchange that is split over the products it overlaps with counts once. A loop without a constant trip
+    count is assumed to run `open_rounds` times; raises LoopError for such a loop if None is given.
     """
     computations, entry = _computations(compiled.as_text() or "")
     flops, product_bytes, attention_flops = 0.0, 0.0, 0.0
-    found = list[Collective]()
+    collectives = list[Collective]()
     for name, runs, inside in _visits(computations, entry, open_rounds):
         lines = computations[name]
         for line in lines:
@@ -92,13 +91,12 @@ def read_program(
             attention_flops += runs * _attention_flops(line)
             collective = _collective(line, runs, inside, mesh_shape)
             if collective is not None:
-                found.append(collective)
-    return Program(flops, product_bytes, attention_flops, found)
+                collectives.append(collective)
+    return Program(flops, product_bytes, attention_flops, collectives)
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """Each computation's instructions, a line each without the indentation, and the name of the one that the
-    program begins with."""
+    """Instructions of each computation, one unindented line each, and the name of the entry computation."""
     computations = dict[str, list[str]]()
     entry, current = "", None
     for line in text.splitlines():
@@ -112,7 +110,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
             if _INSTRUCTION.match(line):
                 current.append(line.strip().removeprefix("ROOT ").removeprefix("%"))
             elif current:
-                # Attributes of kernels go over several lines.
+                # Attributes of kernels span several lines.
                 current[-1] += line
     return computations, entry
 
@@ -120,7 +118,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 def _visits(
     computations: Mapping[str, Sequence[str]], entry: str, open_rounds: int | None
 ) -> Iterator[tuple[str, int, str]]:
-    """`(computation, how often it runs, the instruction that calls it)` through loops, calls and branches."""
+    """`(computation, number of runs, calling instruction)` through loops, calls and branches."""
     waiting = [(entry, 1, "")]
     while waiting:
         name, runs, caller = waiting.pop()
@@ -158,14 +156,14 @@ def _collective(line: str, runs: int, caller: str, mesh_shape: Mapping[str, int]
     _, _, right = line.partition(" = ")
     between = _BETWEEN_SLICES.match(right)
     if between is not None:
-        # Through the hosts, which add up what the slices send.
+        # Through the hosts, which sum what the slices send.
         slices, (dtype, dims) = mesh_shape["slice"], _SHAPE.findall(between.group(1))[0]
         share = 2 * (slices - 1) / slices if "_xla_megascale_reduce_operation" in right else 1.0
         return Collective("send", runs, ("slice",), runs * share * _size((dtype, dims)), f"{dtype}[{dims}]")
     match = _COLLECTIVE.match(right)
     if match is None:
         return None
-    # What overlaps with an exchange carries it along in its own computation; it counts where it begins.
+    # A computation that overlaps with an exchange repeats it; count it only where it begins.
     if _carried(caller):
         return None
     kind, shapes = match.group(2), [_size(shape) for shape in _SHAPE.findall(match.group(1))]
@@ -189,7 +187,7 @@ def _collective(line: str, runs: int, caller: str, mesh_shape: Mapping[str, int]
 
 
 def _carried(caller: str) -> bool:
-    """Whether a fusion's computation holds an exchange that began in another, which it overlaps with."""
+    """Whether a fusion's computation repeats an exchange that began in another one."""
     begins = caller.startswith("async-collective-start") or "all-reduce-scatter" in caller
     return " fusion(" in caller and not begins
 
@@ -200,7 +198,7 @@ def _size(shape: tuple[str, str]) -> int:
 
 
 def _groups(line: str, mesh_shape: Mapping[str, int]) -> tuple[tuple[str, ...], int]:
-    """The mesh axes along which the devices of a group differ, and how many a group has."""
+    """The mesh axes along which the devices of a group differ, and the size of a group."""
     names, sizes = list(mesh_shape), list(mesh_shape.values())
     count = math.prod(sizes)
     group = _first_group(line, count)
@@ -238,8 +236,10 @@ class _Product(NamedTuple):
 
 
 def _product(line: str, lines: Sequence[str]) -> _Product:
-    """2 FLOPs for each multiplication of a matrix product, which a TPU's compiler writes as a convolution,
-    and the bytes of its arrays."""
+    """FLOPs (2 per multiplication) and bytes of a matrix product.
+
+    The TPU compiler writes matrix products as convolutions.
+    """
     _, _, right = line.partition(" = ")
     match = _CONVOLUTION.match(right)
     if match is None:
@@ -264,8 +264,8 @@ def _product(line: str, lines: Sequence[str]) -> _Product:
     return _Product(flops, moved)
 
 
-# Matrix products of queries by keys, or alike, in each kernel: forward 2, backward 3 for queries and 4 for
-# keys and values.
+# Products of the size queries × keys in each kernel: forward 2, backward 3 for queries and 4 for keys and
+# values.
 _ATTENTION = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
 
 
@@ -284,8 +284,7 @@ def _attention_flops(line: str) -> float:
 
 
 def _pairs(outputs: int, inputs: int, kernel: int, window: Mapping[str, int]) -> int:
-    """How many (output, kernel) positions of one dimension meet an input that is neither padding nor a
-    gap."""
+    """Number of (output, kernel) positions of a dimension that meet an input, not padding or a gap."""
     stride, low = window.get("stride", 1), window.get("pad", 0)
     dilated, gap = window.get("rhs_dilate", 1), window.get("lhs_dilate", 1)
     meets = 0
@@ -296,10 +295,10 @@ def _pairs(outputs: int, inputs: int, kernel: int, window: Mapping[str, int]) ->
 
 
 def _window(attributes: str) -> dict[str, list[int]]:
-    found = re.search(r"window=\{([^}]*)\}", attributes)
+    match = re.search(r"window=\{([^}]*)\}", attributes)
     values = {}
-    for name, value in re.findall(r"(\w+)=([\w\-]+)", found.group(1) if found else ""):
-        # Of the padding only what is before the first input moves anything.
+    for name, value in re.findall(r"(\w+)=([\w\-]+)", match.group(1) if match else ""):
+        # Only the padding before the first input matters.
         values[name] = [int(part.split("_")[0]) for part in value.split("x")]
     return values
 

@@ -1,5 +1,4 @@
-"""A model of which only the sizes are known: its architecture, shapes for its parameters, and a tokenizer for
-prompts."""
+"""Models for plans: architecture, shapes of parameters, and a tokenizer of realistic prompt lengths."""
 
 from __future__ import annotations
 
@@ -30,7 +29,7 @@ _QWEN25 = ModelConfig(
     max_positions=32_768,
     qkv_bias=True,
 )
-# From their published config.json, so that they can be planned for where nothing can be downloaded.
+# From the published config.json files, so that plans need no download.
 PUBLISHED = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": ModelConfig(
         family="llama",
@@ -86,8 +85,10 @@ class PlannedModel(NamedTuple):
 
 
 def planned_model(config: RunConfig, *, adapters: bool = True) -> PlannedModel:
-    """The model that a config trains, with its adapters or without; raises UserError where its architecture
-    cannot be found out."""
+    """The model of a config with or without adapters.
+
+    Raises UserError when its architecture cannot be determined.
+    """
     architecture = PUBLISHED.get(config.model) or model_config(config.model)
     prompter = Prompter(stand_in_tokenizer())
 
@@ -106,7 +107,7 @@ def planned_model(config: RunConfig, *, adapters: bool = True) -> PlannedModel:
 
 
 def stand_in_tokenizer() -> PreTrainedTokenizerFast:
-    """A token a word: for plans, which need to know how long prompts are and not what they say."""
+    """A tokenizer with one token per word: plans need the length of prompts, not their content."""
     words = Tokenizer(models.WordLevel(vocab={}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?\w+|\n| ?[^\w\s]"), "isolated")
     text = "\n".join(

@@ -1,5 +1,4 @@
-"""A plan: memory, work, exchanges and the least time of a stage on a TPU slice, from the program that its
-compiler makes."""
+"""Plans: memory, work, exchanges and least time of a stage on a TPU slice, from its compiled program."""
 
 from __future__ import annotations
 
@@ -22,11 +21,11 @@ from search_r3_jax.mesh import make_mesh
 from search_r3_jax.planning.hlo import Collective, read_program
 from search_r3_jax.planning.stages import LoweredStage, Stage, lower_stage
 
-# What must be left of a chip's memory.
+# Share of a chip's memory that must stay free.
 SPARE = 0.05
 _TOPOLOGY = re.compile(r"(v4|v5e|v5p|v6e):(\d+x\d+(?:x\d+)?)")
 _SLICE = re.compile(r"(v4|v5e|v5p|v6e)-(\d+)")
-# Shapes of slices that are offered, by the number of chips.
+# Shapes of available slices, by number of chips.
 _FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 _DEEP = {
     4: "2x2x1",
@@ -41,7 +40,7 @@ _DEEP = {
 
 
 class Slice(NamedTuple):
-    """Chips to plan for: `topology` as in `v5p:2x2x2`, `devices` without hardware behind them."""
+    """Chips to plan for: `topology` as in `v5p:2x2x2`, `devices` without hardware."""
 
     chip: Chip
     topology: str
@@ -50,26 +49,25 @@ class Slice(NamedTuple):
 
 
 def open_slice(topology: str, slices: int = 1) -> Slice:
-    """A slice, or several, named by shape (`v5p:2x2x2`) or as Google Cloud does (`v5p-16`, which are 16 cores
-    and 8 chips).
+    """One or several slices, named by shape (`v5p:2x2x2`) or as Google Cloud does (`v5p-16`: 8 chips).
 
-    Raises UserError for a name that means none, and where the TPU compiler is not installed.
+    Raises UserError for an unknown name, and if the TPU compiler is not installed.
     """
     shaped = _shaped(topology)
     generation = shaped.split(":")[0]
-    # Plans are for other machines than this one: the compiler shall not ask which it is on.
+    # Plans are for other machines: the compiler must not query this one.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    # Several plans may be made at a time: nobody holds a chip.
+    # No chip is in use, so several plans may be made at a time.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     from jax.experimental import topologies
 
-    # Both cores of a v4 chip as one device, as JAX has it on the machine itself.
+    # Both cores of a v4 chip form one device, as JAX shows them on a real machine.
     settings: dict[str, Any] = {"chip_config_name": "megacore"} if generation == "v4" else {}
     if shaped.endswith(":1x1"):
-        # Hosts have four chips, but for those that have one.
+        # A host has four chips by default; this slice has one.
         settings["chips_per_host_bounds"] = (1, 1, 1)
     try:
-        found = topologies.get_topology_desc(shaped, platform="tpu", num_slices=slices, **settings)
+        description = topologies.get_topology_desc(shaped, platform="tpu", num_slices=slices, **settings)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         if "libtpu" in reason or "Unable to initialize" in reason or "not found" in reason.lower():
@@ -78,7 +76,7 @@ def open_slice(topology: str, slices: int = 1) -> Slice:
                 "Linux"
             ) from None
         raise UserError(f"--topology: {topology}: the TPU compiler knows no such slice ({reason})") from None
-    return Slice(CHIPS[generation], shaped, slices, list(found.devices))
+    return Slice(CHIPS[generation], shaped, slices, list(description.devices))
 
 
 def _shaped(topology: str) -> str:
@@ -103,34 +101,32 @@ def _shaped(topology: str) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a stage needs and what it can reach; bytes, FLOPs and seconds of one run of it, on one chip where
-    not said otherwise.
+    """Needs and limits of a stage: bytes, FLOPs and seconds of one run, per chip unless stated otherwise.
 
     Attributes:
-        settings: those of the experiment that the stage's size depends on.
+        settings: settings of the experiment that determine the stage's size.
         mesh: the size of each axis.
-        chips: how many.
-        fits: the memory is enough with 5 % to spare.
-        hbm: bytes by kind: what lies there between runs by kind, the rest of what is handed over, what is
-            needed meanwhile, the program.
-        hbm_used, hbm_limit, hbm_spare: their sum, what the chip has, and the share that is left.
-        counted_bytes: parameters and optimiser as their shapes count.
-        shardings: of each parameter its shape, and over which mesh axes each dimension lies.
-        arguments_bytes: what the program is handed, the batch apart, as the compiler lays it out.
-        tokens: all chips together.
-        model_flops: what the mathematics asks for.
-        executed_flops: what is computed; `recomputed` is their ratio.
-        attention_flops: the attention kernels' part of it, if no tile were left out.
-        collective_bytes: sent, by mesh axes.
+        chips: number of chips.
+        fits: at least 5 % of the memory stay free.
+        hbm: bytes by kind: arrays kept between runs, the batch, results, temporaries, the program.
+        hbm_used, hbm_limit, hbm_spare: their sum, the chip's memory, and the share that stays free.
+        counted_bytes: parameters and optimiser state, computed from their shapes.
+        shardings: shape of each parameter, and the mesh axes of each dimension.
+        arguments_bytes: arguments of the program without the batch, in the compiler's layout.
+        tokens: of all chips together.
+        model_flops: FLOPs of the mathematics, without recomputation.
+        executed_flops: FLOPs of the program; `recomputed` is the ratio of the two.
+        attention_flops: part of the attention kernels in it, if no tile is skipped.
+        collective_bytes: bytes sent, by mesh axes.
         collectives: the largest exchanges.
-        fsdp_bound_bytes: what fully sharded parameters cost at least: gathered in bfloat16 for the forward
-            and for the backward pass, once more for a reference model, and gradients scattered;
-            `collective_ratio` is how many times that is sent, None on one chip.
-        seconds: the least time by compute, hbm and ici (dcn with several slices) at the published peaks; the
-            longest binds.
-        tokens_per_second: bound, all chips together.
-        mfu_bound: bound, the share of the chips' peak.
-        compile_seconds: on the machine that made the plan.
+        fsdp_bound_bytes: least bytes of fully sharded parameters: gathered in bfloat16 for the forward and
+            the backward pass, once more for a reference model, and gradients scattered. `collective_ratio`
+            is the sent bytes over this bound, None on one chip.
+        seconds: least time of compute, hbm and ici (dcn with several slices) at the published peaks; `binds`
+            names the longest.
+        tokens_per_second: upper bound, all chips together.
+        mfu_bound: upper bound of the share of the chips' peak.
+        compile_seconds: compile time on the machine that made the plan.
     """
 
     stage: str
@@ -168,8 +164,10 @@ class Plan:
 def make_plan(
     config: RunConfig, stage: Stage, slices: Slice, *, mesh_config: MeshConfig | None = None
 ) -> Plan:
-    """The plan of a stage on a slice; raises UserError where the mesh does not fit, or the memory is too
-    little for the compiler."""
+    """The plan of a stage on a slice.
+
+    Raises UserError when the mesh does not fit, or when the compiler runs out of memory.
+    """
     mesh = make_mesh(**dataclasses.asdict(mesh_config or config.mesh), devices=slices.devices)
     lowered = lower_stage(config, stage, mesh)
     started = time.perf_counter()
@@ -260,56 +258,55 @@ def _plan(
 
 
 def _settings(config: RunConfig, stage: Stage) -> dict[str, Any]:
-    found: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "text": dataclasses.asdict(config.text),
         "lora_rank": config.lora.rank,
         "remat": config.remat,
     }
-    found |= {"attention": config.attention, "compute_dtype": config.compute_dtype}
+    settings |= {"attention": config.attention, "compute_dtype": config.compute_dtype}
     if stage == "sft":
         names = ("global_batch", "encode_chunk", "negatives", "reasoned_share", "kl_weight")
-        found |= {name: getattr(config.sft, name) for name in names}
+        settings |= {name: getattr(config.sft, name) for name in names}
     if stage in ("rl", "decode"):
-        found |= {
+        settings |= {
             name: getattr(config.rl, name)
             for name in ("global_queries", "group_size", "micro_queries", "beta", "inner_epochs")
         }
-        found["max_think_tokens"] = config.rl.sampler.max_think_tokens
-    return found
+        settings["max_think_tokens"] = config.rl.sampler.max_think_tokens
+    return settings
 
 
 def _memory(lowered: LoweredStage, compiled: jax.stages.Compiled) -> dict[str, float]:
-    """Bytes on a chip by kind, as the compiler lays them out; results that take the place of arguments are
-    counted once."""
-    found = compiled.memory_analysis()
-    assert found is not None
+    """Bytes on a chip by kind, in the compiler's layout; results that reuse arguments count once."""
+    memory = compiled.memory_analysis()
+    assert memory is not None
     kept = {kind: _bytes_on_chip(tree) for kind, tree in lowered.kept.items()}
     return (
         kept
         | {kind: _bytes_on_chip(tree) for kind, tree in lowered.beside.items()}
         | {
-            "batch": max(found.argument_size_in_bytes - sum(kept.values()), 0.0),
-            "results": found.output_size_in_bytes - found.alias_size_in_bytes,
-            "temporary": found.temp_size_in_bytes,
-            "program": found.generated_code_size_in_bytes,
+            "batch": max(memory.argument_size_in_bytes - sum(kept.values()), 0.0),
+            "results": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+            "temporary": memory.temp_size_in_bytes,
+            "program": memory.generated_code_size_in_bytes,
         }
     )
 
 
 def _argument_bytes(lowered: LoweredStage, compiled: jax.stages.Compiled) -> float:
-    found = compiled.memory_analysis()
-    assert found is not None
-    return found.argument_size_in_bytes - _bytes_on_chip(lowered.batch)
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    return memory.argument_size_in_bytes - _bytes_on_chip(lowered.batch)
 
 
 def _shardings(params: Any) -> dict[str, Any]:
-    """Each parameter by its path."""
-    found = {}
+    """Shape and mesh axes of each parameter, by path."""
+    shardings = {}
     for path, x in jax.tree_util.tree_leaves_with_path(params):
         name = ".".join(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
         over = [*x.sharding.spec, *[None] * (x.ndim - len(x.sharding.spec))]
-        found[name] = {"shape": list(x.shape), "over": over}
-    return dict(sorted(found.items()))
+        shardings[name] = {"shape": list(x.shape), "over": over}
+    return dict(sorted(shardings.items()))
 
 
 def _bytes_on_chip(tree: Any) -> float:
@@ -319,13 +316,15 @@ def _bytes_on_chip(tree: Any) -> float:
 
 
 def _optimizer_traffic(lowered: LoweredStage) -> float:
-    """Trained parameters and moments are read and written once a step."""
+    """Trained parameters and moments are read and written once per step."""
     return 2 * _bytes_on_chip(lowered.kept["optimizer"]) * 1.5 if "optimizer" in lowered.kept else 0.0
 
 
 def _fsdp_bound(lowered: LoweredStage, mesh: Mesh) -> float:
-    """Bytes that a chip sends at least: parts of a tensor-parallel group's weights are gathered within,
-    gradients summed across copies."""
+    """Least bytes that a chip sends to gather weights and to sum gradients.
+
+    Weights are gathered within a tensor-parallel group's shards; gradients are also summed across copies.
+    """
     whole, reference, trained = lowered.gathered
     shards, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
     copies = mesh.size // (shards * tensor)

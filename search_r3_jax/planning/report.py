@@ -1,4 +1,4 @@
-"""A plan as a person reads it, and as a file."""
+"""Printing and writing of plans."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _GIB = 2.0**30
 
 
 def print_plan(plan: Plan, *, as_json: bool) -> None:
-    """The plan on standard output."""
+    """Print a plan as text or JSON."""
     if as_json:
         print(json.dumps(dataclasses.asdict(plan), indent=1))
         return
@@ -64,13 +64,13 @@ def print_plan(plan: Plan, *, as_json: bool) -> None:
 
 
 def print_meshes(tried: Sequence[tuple[MeshConfig, Plan | None]], *, as_json: bool) -> None:
-    """What each mesh comes to, the best first."""
+    """Print a table of meshes and their plans, the best first."""
     if as_json:
-        found = [
+        entries = [
             {"mesh": dataclasses.asdict(mesh), "plan": None if plan is None else dataclasses.asdict(plan)}
             for mesh, plan in tried
         ]
-        print(json.dumps(found, indent=1))
+        print(json.dumps(entries, indent=1))
         return
     table = Table(
         *("slice", "data", "fsdp", "tensor"),
@@ -102,7 +102,7 @@ def print_meshes(tried: Sequence[tuple[MeshConfig, Plan | None]], *, as_json: bo
 
 
 def write_plan(plan: Plan, file: Path) -> None:
-    """The plan as JSON, atomically."""
+    """Write a plan as JSON, atomically."""
     write_text(file, json.dumps(dataclasses.asdict(plan), indent=1) + "\n")
 
 

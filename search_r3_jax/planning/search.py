@@ -1,5 +1,4 @@
-"""Tries programs until one is the best: the largest chunk that fits a chip's memory, and the meshes that make
-sense."""
+"""Search of the best program: the largest chunk that fits into memory, and sensible meshes."""
 
 from __future__ import annotations
 
@@ -14,19 +13,19 @@ from search_r3_jax.planning.models import planned_model
 from search_r3_jax.planning.plan import Plan, Slice, make_plan
 from search_r3_jax.planning.stages import Stage
 
-# More than so many chips for the heads of one layer exchange more than they compute.
+# With more chips per layer, tensor parallelism exchanges more than it computes.
 _MOST_TENSOR = 8
 logger = logging.getLogger(__name__)
 
 
 def largest_chunk(config: RunConfig, stage: Stage, slices: Slice) -> Plan:
-    """The plan with the largest `sft.encode_chunk`, or `rl.micro_queries`, that fits; the number of pairs or
-    queries is kept.
+    """The plan with the largest `sft.encode_chunk`, or `rl.micro_queries`, that fits.
 
-    Raises UserError where not even one row a chip fits, and for a stage that has no such setting.
+    The global batch does not change. Raises UserError when not even one row per chip fits, and for a stage
+    without such a setting.
     """
     whole, changed = _chunked(config, stage)
-    # All that divide the whole, the largest first: halves of the range that is left.
+    # Binary search over the divisors of the batch.
     sizes = [size for size in range(1, whole + 1) if whole % size == 0]
     low, high, best = 0, len(sizes) - 1, None
     while low <= high:
@@ -54,8 +53,7 @@ def largest_chunk(config: RunConfig, stage: Stage, slices: Slice) -> Plan:
 
 
 def try_meshes(config: RunConfig, stage: Stage, slices: Slice) -> list[tuple[MeshConfig, Plan | None]]:
-    """Each sensible mesh with its plan, None where the memory is too little; those that fit first, the
-    fastest of them first."""
+    """Each sensible mesh with its plan, None if it does not fit; sorted by fit, then by speed."""
     tried = list[tuple[MeshConfig, Plan | None]]()
     for mesh in sensible_meshes(config, slices):
         plan = _tried(dataclasses.replace(config, mesh=mesh), stage, slices)
@@ -75,7 +73,7 @@ def try_meshes(config: RunConfig, stage: Stage, slices: Slice) -> list[tuple[Mes
 
 
 def sensible_meshes(config: RunConfig, slices: Slice) -> list[MeshConfig]:
-    """Fully sharded, copies of shards, and heads over few neighbours, where the model's sizes allow it."""
+    """Meshes that divide the model: fully sharded, with copies of shards, or with tensor parallelism."""
     chips = len(slices.devices) // slices.slices
     model = planned_model(config, adapters=False).decoder.config
     heads = math.gcd(model.heads, model.kv_heads, model.feed_forward, model.vocab_size)

@@ -1,5 +1,4 @@
-"""Each stage as its own code lowers it for a mesh, with shapes in place of arrays, and what the mathematics
-of it asks for."""
+"""Lowering of each stage for a mesh, with shapes in place of arrays, and its model FLOPs."""
 
 from __future__ import annotations
 
@@ -38,15 +37,14 @@ class LoweredStage(NamedTuple):
     """A stage ready to be compiled.
 
     Attributes:
-        tokens: texts' tokens that one run reads or writes, on all chips together; every text as long as the
-            config allows.
-        model_flops: what the mathematics asks for, on all chips together; nothing twice, no padding.
-        kept: what lies on the chips between runs, by kind: shapes with their shardings.
-        batch: what is handed over for one run.
-        gathered: parameters that a pass through the layers has to gather, those that another model's pass has
-            to, and those that get a gradient.
-        beside: what else lies there, by kind, and is not handed over.
-        open_rounds: of a loop that ends when its work is done: the most that it can take.
+        tokens: tokens that one run reads or writes, on all chips together; every text has the maximal length.
+        model_flops: FLOPs of the mathematics on all chips together, without recomputation or padding.
+        kept: arrays on the chips between runs, by kind: shapes with their shardings.
+        batch: arguments of one run.
+        gathered: number of parameters that a pass through the layers gathers, that a reference model's pass
+            gathers, and that get a gradient.
+        beside: other arrays on the chips, by kind, that are no arguments.
+        open_rounds: largest trip count of a loop that ends when its work is done.
     """
 
     lowered: jax.stages.Lowered
@@ -60,7 +58,7 @@ class LoweredStage(NamedTuple):
 
 
 def lower_stage(config: RunConfig, stage: Stage, mesh: Mesh) -> LoweredStage:
-    """A stage of a config on a mesh; raises UserError where the mesh does not divide the model."""
+    """Lower a stage of a config for a mesh; raises UserError when the mesh does not divide the model."""
     return {"sft": _sft, "rl": _rl, "decode": _decode, "encode": _encode}[stage](config, mesh)
 
 
@@ -81,8 +79,8 @@ def _trained(config: RunConfig, mesh: Mesh, optimizer: Any) -> _Trained:
     graph, params, frozen = nnx.split(model.decoder, trainable_filter(model.decoder), ...)
     shardings = state_shardings(params, optimizer, mesh)
     moments = jax.eval_shape(optimizer.init, params)
-    state = _placed(TrainState(params, moments, jax.ShapeDtypeStruct((), jnp.int32)), shardings)
-    frozen = _placed(frozen, sharding.params_shardings(frozen, mesh))
+    state = _with_shardings(TrainState(params, moments, jax.ShapeDtypeStruct((), jnp.int32)), shardings)
+    frozen = _with_shardings(frozen, sharding.params_shardings(frozen, mesh))
     kept = {"parameters": (state.params, frozen), "optimizer": state.optimizer}
     return _Trained(graph, state, frozen, shardings, optimizer, model.prompter, model.decoder.config, kept)
 
@@ -97,10 +95,12 @@ def _sft(config: RunConfig, mesh: Mesh) -> LoweredStage:
     batch = pipeline.batch(0).padded(axis_size(mesh, BATCH_AXES))
     reference = trained.state.params if sft.kl_weight > 0 and config.lora.rank == 0 else None
     key = (
-        _placed(jax.eval_shape(lambda: jax.random.key(0)), _whole(mesh)) if config.lora.dropout > 0 else None
+        _with_shardings(jax.eval_shape(lambda: jax.random.key(0)), _replicated(mesh))
+        if config.lora.dropout > 0
+        else None
     )
     step = make_step(trained.graph, trained.prompter, trained.optimizer, sft, trained.shardings, donate=True)
-    placed = _placed(batch, sharding.batch_shardings(batch, mesh))
+    placed = _with_shardings(batch, sharding.batch_shardings(batch, mesh))
     lowered = step.lower(trained.state, trained.frozen, placed, reference, key)
     counted = Throughput(model=trained.model, lora=config.lora, peak=1.0, with_base=sft.kl_weight > 0)
     of_step = counted.of(batch.queries, batch.documents, 1.0)
@@ -111,7 +111,7 @@ def _sft(config: RunConfig, mesh: Mesh) -> LoweredStage:
         of_step["mfu"],
         kept,
         placed,
-        _to_gather(trained, reference is not None),
+        _gathered_sizes(trained, reference is not None),
     )
 
 
@@ -134,10 +134,10 @@ def _rl(config: RunConfig, mesh: Mesh) -> LoweredStage:
         vectors=np.zeros((Q * G, trained.model.hidden_size), np.float32),
         valid=np.zeros(Q * G, bool),
     )
-    # One document a query to tell it from the others by, and the candidates.
+    # One positive document per query, and the candidates.
     P = Q + rl.infonce.negatives
     documents = np.zeros((P, trained.model.hidden_size), np.float32)
-    own_rows = (
+    document_rows = (
         rl_step.tokenize_documents(trained.prompter, [""] * Q, text.max_document_tokens)
         if rl.infonce.train_documents
         else None
@@ -147,10 +147,10 @@ def _rl(config: RunConfig, mesh: Mesh) -> LoweredStage:
         np.zeros(Q * G),
         documents,
         np.zeros((Q, P)),
-        trained=own_rows,
+        trained=document_rows,
         micro_queries=rl.micro_queries,
     )
-    placed = _placed(batch, rl_step.batch_shardings(batch, mesh))
+    placed = _with_shardings(batch, rl_step.batch_shardings(batch, mesh))
     log_probs = jax.ShapeDtypeStruct(
         batch.replies.ids.shape, np.float32, sharding=placed.replies.ids.sharding
     )
@@ -159,37 +159,40 @@ def _rl(config: RunConfig, mesh: Mesh) -> LoweredStage:
     )
     old, reference = (log_probs if rl.inner_epochs > 1 else None), (log_probs if rl.beta > 0 else None)
     lowered = update.lower(trained.state, trained.frozen, placed, old, reference)
-    prefix, own = len(prompt.prefix), text.max_query_tokens + len(prompt.suffix)
-    tokens = Q * own + Q * G * T
-    attended = Q * _seen(prefix, own) + Q * G * _seen(prefix + own, T)
+    prefix, prompt_tokens = len(prompt.prefix), text.max_query_tokens + len(prompt.suffix)
+    tokens = Q * prompt_tokens + Q * G * T
+    attended = Q * _attended_pairs(prefix, prompt_tokens) + Q * G * _attended_pairs(prefix + prompt_tokens, T)
     if rl.infonce.train_documents:
         direct = trained.prompter.direct
         document = text.max_document_tokens + len(direct.suffix) + len(direct.closing)
-        # Every micro-batch encodes them.
+        # Every micro-batch encodes the documents.
         times = Q * len(batch.replies.ids)
-        tokens, attended = tokens + times * document, attended + times * _seen(len(direct.prefix), document)
+        tokens, attended = (
+            tokens + times * document,
+            attended + times * _attended_pairs(len(direct.prefix), document),
+        )
     flops = training_flops(trained.model, config.lora, tokens, attended, Q * G * T)
-    return LoweredStage(lowered, tokens, flops, trained.kept, placed, _to_gather(trained, False))
+    return LoweredStage(lowered, tokens, flops, trained.kept, placed, _gathered_sizes(trained, False))
 
 
 def _decode(config: RunConfig, mesh: Mesh) -> LoweredStage:
     rl, text = config.rl, config.text
     trained = _trained(config, mesh, make_optimizer(rl.optimizer, rl.steps))
-    # The policy writes as it is trained, with its adapters.
+    # The policy samples with unmerged adapters, as in training.
     graph, state = nnx.split(nnx.merge(trained.graph, trained.state.params, trained.frozen))
-    state = _placed(state, sharding.params_shardings(state, mesh))
+    state = _with_shardings(state, sharding.params_shardings(state, mesh))
     Q, G = rl.global_queries, rl.group_size
     lowered = Sampler(graph, trained.prompter, rl.sampler, mesh=mesh).lower(
         state, Q, G, max_tokens=text.max_query_tokens
     )
     prompt = trained.prompter.reason
-    prefix, own, T = (
+    prefix, prompt_tokens, T = (
         len(prompt.prefix),
         text.max_query_tokens + len(prompt.suffix),
         rl.sampler.max_think_tokens + len(prompt.closing),
     )
-    attended = Q * _seen(prefix, own) + Q * G * _seen(prefix + own, T)
-    flops = layers_flops(trained.model, Q * own + Q * G * T, attended) + head_flops(
+    attended = Q * _attended_pairs(prefix, prompt_tokens) + Q * G * _attended_pairs(prefix + prompt_tokens, T)
+    flops = layers_flops(trained.model, Q * prompt_tokens + Q * G * T, attended) + head_flops(
         trained.model, Q + Q * G * T
     )
     return LoweredStage(
@@ -198,7 +201,7 @@ def _decode(config: RunConfig, mesh: Mesh) -> LoweredStage:
         flops,
         {"parameters": state},
         (),
-        (_size(state), 0.0, 0.0),
+        (_parameter_count(state), 0.0, 0.0),
         beside={"optimizer": trained.state.optimizer},
         open_rounds=T,
     )
@@ -208,21 +211,22 @@ def _encode(config: RunConfig, mesh: Mesh) -> LoweredStage:
     model = planned_model(config, adapters=False)
     check_divisible(model.decoder.config, mesh)
     graph, state = nnx.split(model.decoder)
-    state = _placed(state, sharding.params_shardings(state, mesh))
+    state = _with_shardings(state, sharding.params_shardings(state, mesh))
     prompt = model.prompter.direct
-    own = config.text.max_document_tokens + len(prompt.suffix) + len(prompt.closing)
+    text_tokens = config.text.max_document_tokens + len(prompt.suffix) + len(prompt.closing)
     lowered = Encoder(graph, model.prompter, mesh=mesh).lower(
-        state, length=bucket_length(own), batch_tokens=BATCH_TOKENS
+        state, length=bucket_length(text_tokens), batch_tokens=BATCH_TOKENS
     )
     rows = lowered.in_avals[0][2].shape[0]
-    flops = layers_flops(model.decoder.config, rows * own, rows * _seen(len(prompt.prefix), own))
-    layers = _size(nnx.to_pure_dict(state)["layers"])
-    return LoweredStage(lowered, rows * own, flops, {"parameters": state}, (), (layers, 0.0, 0.0))
+    flops = layers_flops(
+        model.decoder.config, rows * text_tokens, rows * _attended_pairs(len(prompt.prefix), text_tokens)
+    )
+    layers = _parameter_count(nnx.to_pure_dict(state)["layers"])
+    return LoweredStage(lowered, rows * text_tokens, flops, {"parameters": state}, (), (layers, 0.0, 0.0))
 
 
 def _longest_texts(config: RunConfig) -> Collection:
-    """A collection in which every text is as long as the config allows, and every query has its positive and
-    its negatives."""
+    """A collection in which every text has the maximal length and every query its positive and negatives."""
     text, count = config.text, config.sft.global_batch
     words = {
         kind: " text" * tokens
@@ -243,25 +247,25 @@ def _longest_texts(config: RunConfig) -> Collection:
     return Collection(name="longest", split="train", documents=documents, queries=queries)
 
 
-def _to_gather(trained: _Trained, reference: bool) -> tuple[float, float, float]:
-    whole = _size(trained.kept["parameters"])
-    return whole, whole if reference else 0.0, float(_size(trained.state.params))
+def _gathered_sizes(trained: _Trained, reference: bool) -> tuple[float, float, float]:
+    whole = _parameter_count(trained.kept["parameters"])
+    return whole, whole if reference else 0.0, float(_parameter_count(trained.state.params))
 
 
-def _size(tree: Any) -> float:
+def _parameter_count(tree: Any) -> float:
     return float(sum(np.prod(x.shape) for x in jax.tree.leaves(tree)))
 
 
-def _seen(before: int, own: int) -> int:
-    """Pairs of a token and one that it attends to, of `own` tokens that stand behind `before` others."""
-    return own * before + own * (own + 1) // 2
+def _attended_pairs(before: int, count: int) -> int:
+    """Pairs of a token and one that it attends to, for `count` tokens after `before` others."""
+    return count * before + count * (count + 1) // 2
 
 
-def _placed(tree: Any, shardings: Any) -> Any:
+def _with_shardings(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(
         lambda x, sharding_of: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding_of), tree, shardings
     )
 
 
-def _whole(mesh: Mesh) -> NamedSharding:
+def _replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())

@@ -16,7 +16,7 @@ from search_r3_jax.chips import chip_of
 from search_r3_jax.compiler import compiler_options
 from search_r3_jax.config import ModelConfig, SamplerConfig
 from search_r3_jax.errors import UserError
-from search_r3_jax.mesh import constrain, map_params, reshaped, use_mesh
+from search_r3_jax.mesh import constrain, map_params, reshape_mesh, use_mesh
 from search_r3_jax.models.decoder import Decoder
 from search_r3_jax.rollout.sampling_program import Replies, make_program
 from search_r3_jax.text.packing import bucket_length, pad_rows
@@ -166,7 +166,10 @@ def writing_meshes(mesh: Mesh | None, config: ModelConfig, size: float) -> list[
         if size / heads <= memory and not any(
             n % heads for n in (config.heads, config.kv_heads, config.feed_forward, config.vocab_size)
         ):
-            return [reshaped(mesh, fsdp=shards // group, tensor=heads), reshaped(mesh, fsdp=1, tensor=heads)]
+            return [
+                reshape_mesh(mesh, fsdp=shards // group, tensor=heads),
+                reshape_mesh(mesh, fsdp=1, tensor=heads),
+            ]
     return [mesh]
 
 

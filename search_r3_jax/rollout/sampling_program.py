@@ -12,12 +12,12 @@ from flax import nnx
 from search_r3_jax.config import SamplerConfig
 from search_r3_jax.mesh import BATCH_AXES, constrain
 from search_r3_jax.models.decoder import Decoder, positions_from_lengths
-from search_r3_jax.models.embedding import unit
 from search_r3_jax.models.kv_block import EMPTY_POSITION, KVBlock
 from search_r3_jax.rollout.encoder import prefix_block
 from search_r3_jax.rollout.prefill import prefill
 from search_r3_jax.rollout.token_sampling import sample_token
 from search_r3_jax.text.prompts import Prompter
+from search_r3_jax.vectors import l2_normalize
 
 
 class Replies(NamedTuple):
@@ -196,7 +196,7 @@ def _write(decoder: Decoder, prompter: Prompter, config: SamplerConfig, batch: _
             sampled=replies.sampled.at[chosen, t].set(True, mode="drop"),
             log_probs=replies.log_probs.at[chosen, t].set(drawn.log_prob, mode="drop"),
             entropies=replies.entropies.at[chosen, t].set(drawn.entropy, mode="drop"),
-            vectors=replies.vectors.at[jnp.where(ends, row, B)].set(unit(state), mode="drop"),
+            vectors=replies.vectors.at[jnp.where(ends, row, B)].set(l2_normalize(state), mode="drop"),
             valid=replies.valid.at[jnp.where(ends, chosen, B)].set(True, mode="drop"),
         ),
     )

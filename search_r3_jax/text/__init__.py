@@ -1,1 +1,1 @@
-"""Prompts, the tokenizer with `<|embed_token|>`, padding and masks."""
+"""Prompts, the tokenizer with `<|embed_token|>`, padding and packing."""

@@ -1,4 +1,4 @@
-"""Ragged token rows → a few fixed shapes, right-padded."""
+"""Padding and packing of token rows into a few fixed shapes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ SHORTEST_SHARE = 0.75
 
 @dataclass(frozen=True, kw_only=True)
 class PaddedBatch:
-    """`ids` [B,T] int32, `lengths` [B] int32 (0 for a filler row), `rows`: which input rows these are,
-    without the fillers."""
+    """Right-padded rows: `ids` [B,T] int32, `lengths` [B] int32 (0 for a filler row).
+
+    `rows` are the numbers of the input rows, without the fillers.
+    """
 
     ids: np.ndarray
     lengths: np.ndarray
@@ -22,8 +24,7 @@ class PaddedBatch:
 
 
 def bucket_length(length: int) -> int:
-    """The padded length of a row: a multiple of 16 up to 256, then of a sixteenth of the next power of
-    two."""
+    """Padded length of a row: a multiple of 16 up to 256, then of 1/16 of the next power of two."""
     step = max(LENGTH_STEP, 1 << max(0, (length - 1).bit_length() - 4))
     return max(1, -(-length // step)) * step
 
@@ -31,8 +32,10 @@ def bucket_length(length: int) -> int:
 def pad_rows(
     rows: Sequence[Sequence[int]], *, length: int, pad_id: int, count: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`(ids [count,length] int32, lengths [count] int32)` of right-padded rows; missing rows are fillers of
-    length 0."""
+    """Right-pad rows: `(ids [count,length] int32, lengths [count] int32)`.
+
+    Missing rows become fillers of length 0.
+    """
     ids = np.full((count or len(rows), length), pad_id, dtype=np.int32)
     lengths = np.zeros(ids.shape[0], dtype=np.int32)
     for i, row in enumerate(rows):
@@ -43,8 +46,10 @@ def pad_rows(
 
 @dataclass(frozen=True, kw_only=True)
 class PackedRows:
-    """Several texts a row, [R,T] int32 each; `segments` numbers the texts (−1: padding), `starts` [N,2]: row
-    and column of each text."""
+    """Several texts per row; ids, positions and segments are [R,T] int32.
+
+    `segments` numbers the texts (−1: padding); `starts` [N,2] holds row and column of each text.
+    """
 
     ids: np.ndarray
     positions: np.ndarray
@@ -60,8 +65,10 @@ def pack_rows(
     pad_id: int,
     row_multiple: int,
 ) -> PackedRows:
-    """First-fit, longest first; text i counts its positions from `first_positions[i]`. Raises ValueError for
-    a text longer than a row."""
+    """Pack rows first-fit, longest first; text i counts its positions from `first_positions[i]`.
+
+    Raises ValueError for a text longer than a row.
+    """
     used: list[int] = []
     starts = np.zeros((len(rows), 2), dtype=np.int32)
     for i in sorted(range(len(rows)), key=lambda i: -len(rows[i])):
@@ -85,16 +92,18 @@ def pack_rows(
 
 
 def length_batches(rows: Sequence[Sequence[int]], *, tokens: int, pad_id: int) -> Iterator[PaddedBatch]:
-    """Batches of similar length, longest first, each at most `tokens` padded tokens (or one row); few shapes,
-    most of them full."""
+    """Batches of rows of similar length, longest first, in few shapes.
+
+    A batch has at most `tokens` padded tokens, or one row.
+    """
     lengths = np.array([len(row) for row in rows], dtype=np.int64)
     order = np.argsort(-lengths, kind="stable")
     start = 0
     while start < len(order):
         length = bucket_length(int(lengths[order[start]]))
         capacity = max(1, tokens // length)
-        # Sorted neighbours are nearly as long; a row that is much shorter waits, or its padding would cost
-        # more than a batch of its own.
+        # Sorted neighbours are nearly as long; a much shorter row goes into a later batch: its padding here
+        # would cost more than a separate batch.
         taken = [
             i
             for i in order[start : start + capacity]

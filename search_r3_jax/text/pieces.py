@@ -1,5 +1,4 @@
-"""Token ids of a string's parts that join to the ids of the whole, also where a tokenizer puts a space before
-every string."""
+"""Token ids of a string's parts that concatenate to the ids of the whole string."""
 
 from __future__ import annotations
 
@@ -12,8 +11,10 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 
 class PieceTokenizer:
-    """Tokenises parts; one that `begins` a string may get the space that SentencePiece puts there (`▁`), any
-    other must not."""
+    """Tokenises parts of a string.
+
+    Only a part that `begins` a string may get the space that SentencePiece puts before strings (`▁`).
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._tokenizer = tokenizer
@@ -48,8 +49,10 @@ class PieceTokenizer:
         ]
 
     def begins_after(self, before: str) -> bool:
-        """Whether the tokenizer treats what follows `before` as the beginning of a string, as some do after a
-        special token."""
+        """Whether the tokenizer treats text after `before` as the beginning of a string.
+
+        Some do so after a special token.
+        """
         return self.ids(f"{before}a", begins=True) == self.ids(before, begins=True) + self.ids(
             "a", begins=True
         )

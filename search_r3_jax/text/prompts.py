@@ -1,4 +1,4 @@
-"""The two prompts, in one place, and how a text is laid out between them."""
+"""The two prompts, and the layout of a text within them."""
 
 from __future__ import annotations
 
@@ -40,8 +40,10 @@ class PromptIds:
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, system: str) -> tuple[str, str]:
-    """What stands before and after a user's text, up to where the assistant begins to write; raises UserError
-    when the template fails."""
+    """The prompt before and after a user's text, up to the assistant's reply.
+
+    Raises UserError when the chat template fails or changes the text.
+    """
     messages = [{"role": "system", "content": system}, {"role": "user", "content": _SLOT}]
     if tokenizer.chat_template:
         try:
@@ -103,8 +105,7 @@ class Prompter:
         return self.direct if mode == "direct" else self.reason
 
     def text_ids(self, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
-        """Ids of the user's texts alone, cut to `max_tokens`; a special token written in a text stays plain
-        text."""
+        """Token ids of the texts alone, cut to `max_tokens`; names of special tokens stay plain text."""
         if not texts:
             return []
         # Trimmed: a leading newline would merge with the prompt's own and change the shared prefix.
@@ -112,13 +113,15 @@ class Prompter:
         return [row[:max_tokens] for row in self._pieces.plain_ids(plain, begins=self._text_begins)]
 
     def direct_rows(self, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
-        """What follows the shared prefix in direct mode: text, suffix, closing; truncation never reaches the
-        embed token."""
+        """Token ids after the shared prefix in direct mode: text, suffix, closing.
+
+        `max_tokens` cuts the text only, never the embed token.
+        """
         tail = [*self.direct.suffix, *self.direct.closing]
         return [ids + tail for ids in self.text_ids(texts, max_tokens)]
 
     def reason_rows(self, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
-        """What follows the shared prefix in reasoned mode, up to where the assistant begins to write."""
+        """Token ids after the shared prefix in reasoned mode, up to the assistant's reply."""
         return [ids + list(self.reason.suffix) for ids in self.text_ids(texts, max_tokens)]
 
     def replied_rows(
@@ -130,7 +133,6 @@ class Prompter:
         ]
 
     def thought_ids(self, thought: str, max_tokens: int | None = None) -> list[int]:
-        """A complete reasoned reply: the thought, cut to `max_tokens`, then the closing with the embed
-        token."""
+        """A reasoned reply: the thought, cut to `max_tokens`, then the closing with the embed token."""
         ids = self._pieces.ids(thought.strip().replace(EMBED_TOKEN, "") + "\n", begins=self._reply_begins)
         return [*ids[:max_tokens], *self.reason.closing]

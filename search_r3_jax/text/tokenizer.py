@@ -28,8 +28,10 @@ _RESERVED = re.compile(r"<\|?(?:reserved|unused)\w*\|?>")
 
 
 class EmbedToken(NamedTuple):
-    """Where `<|embed_token|>` is: `tokenizer` knows it, `vocab_size` rows hold it; `fresh`: the row was not
-    its own before."""
+    """Location of `<|embed_token|>`: its `tokenizer`, its id, and the `vocab_size` rows that hold it.
+
+    `fresh`: the row did not belong to this token before.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     embed_id: int
@@ -54,8 +56,10 @@ def tokenizer_from_folder(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def tokenizer_from_gguf(fields: dict[str, Any], where: str) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer from the fields of a GGUF file (`GgufFile.tokenizer_fields`); raises
-    UserError when they do not fit."""
+    """A byte-level BPE tokenizer from the fields of a GGUF file (`GgufFile.tokenizer_fields`).
+
+    Raises UserError when the fields do not fit.
+    """
     tokens: list[str] = fields["tokens"]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ")) for merge in fields["merges"]]
@@ -104,10 +108,10 @@ def _pre_tokenizer(name: str, where: str) -> pre_tokenizers.PreTokenizer:
 
 
 def add_embed_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> EmbedToken:
-    """Give `<|embed_token|>` an id: a padded row of the matrix, else a reserved token's, else the matrix
-    grows to a multiple of 128.
+    """Give `<|embed_token|>` an id without growing the matrix where possible.
 
-    Raises UserError when the tokenizer's ids leave no room for it.
+    Taken in this order: a padded row of the matrix, a reserved token's id, or new rows up to a multiple of
+    128. Raises UserError when the tokenizer's ids leave no room for it.
     """
     vocabulary = tokenizer.get_vocab()
     if EMBED_TOKEN in vocabulary:

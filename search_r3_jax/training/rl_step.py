@@ -18,7 +18,6 @@ from search_r3_jax.compiler import compiler_options
 from search_r3_jax.config import RlConfig
 from search_r3_jax.mesh import BATCH_AXES, axis_size, constrain, use_mesh
 from search_r3_jax.models.decoder import Decoder, Text, positions_from_lengths
-from search_r3_jax.models.embedding import unit
 from search_r3_jax.objectives.contrastive import info_nce
 from search_r3_jax.objectives.language import masked_token_log_probs, token_log_probs
 from search_r3_jax.objectives.policy_gradient import PolicyStatistics, policy_count, policy_loss
@@ -28,6 +27,7 @@ from search_r3_jax.text.packing import bucket_length, pad_rows
 from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training.head import head_chunks, head_of, states_for_head
 from search_r3_jax.training.state import TrainState, updated
+from search_r3_jax.vectors import l2_normalize
 
 Update = Callable[..., tuple[TrainState, dict[str, jax.Array], jax.Array]]
 Scorer = Callable[..., jax.Array]
@@ -243,7 +243,7 @@ def make_update(
                     trained_qe = _embedded(decoder, prompter, batch.trained_ids, batch.trained_lengths)
                     documents_pe = jnp.concatenate([trained_qe, documents_pe[len(trained_qe) :]])
                 infonce, _, _ = info_nce(
-                    unit(embeds_bd),
+                    l2_normalize(embeds_bd),
                     documents_pe,
                     relevance_bp,
                     excluded_bp,
@@ -349,7 +349,7 @@ def _embedded(decoder: Decoder, prompter: Prompter, ids_qs: jax.Array, lengths_q
     embeds = jnp.take_along_axis(constrain(hidden_qsd, BATCH_AXES), (lengths_q - 1)[:, None, None], axis=1)[
         :, 0
     ]
-    return constrain(unit(embeds), None)
+    return constrain(l2_normalize(embeds), None)
 
 
 def _mesh_of(shardings: TrainState | None) -> Mesh | None:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from search_r3_jax.compiler import keep_programs
 from search_r3_jax.config import RunConfig
 from search_r3_jax.data.collection import Collection
-from search_r3_jax.data.dataset import queries_hash
+from search_r3_jax.data.dataset import ordered_queries_hash
 from search_r3_jax.errors import UserError
 from search_r3_jax.files import append_line, complete_lines, hold_lock, write_json, write_text
 from search_r3_jax.hub.checkpoint_reader import latest_checkpoint, read_run
@@ -219,7 +219,10 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
 def data_version(collection: Collection) -> dict[str, str]:
     """What a collection is, wherever it lies: its texts in their order, queries and judgements."""
-    hashes = {"corpus_hash": collection.corpus_hash(), "queries_hash": queries_hash(collection.queries)}
+    hashes = {
+        "corpus_hash": collection.corpus_hash(),
+        "queries_hash": ordered_queries_hash(collection.queries),
+    }
     return {"name": collection.name, "split": collection.split, **hashes}
 
 

@@ -276,7 +276,7 @@ def make_pipeline(config: RunConfig, collections: Sequence[Collection], prompter
         max_thought_tokens=config.text.max_thought_tokens,
         reasoned=round(sft.reasoned_share * chunk) if sft.reasoning != "off" else 0,
         negatives=sft.negatives,
-        key_terms=tuple(TfidfReasoning(each, count=sft.key_terms) for each in collections)
+        tfidf_reasoning=tuple(TfidfReasoning(each, count=sft.key_terms) for each in collections)
         if sft.reasoning == "key_terms"
         else (),
     )

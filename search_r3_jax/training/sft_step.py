@@ -15,7 +15,6 @@ from search_r3_jax.config import SftConfig
 from search_r3_jax.data.pipeline import PairBatch, TextChunks
 from search_r3_jax.mesh import BATCH_AXES, constrain, use_mesh
 from search_r3_jax.models.decoder import Decoder, Text
-from search_r3_jax.models.embedding import unit
 from search_r3_jax.objectives.contrastive import Loss, exclusions, info_nce, matryoshka, triplet_margin
 from search_r3_jax.objectives.grad_cache import cached_value_and_grad
 from search_r3_jax.objectives.language import cross_entropy, kl_to_base, token_log_probs
@@ -23,6 +22,7 @@ from search_r3_jax.rollout.encoder import both_prefixes
 from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training.head import head_chunks, head_of, states_for_head
 from search_r3_jax.training.state import TrainState, updated
+from search_r3_jax.vectors import l2_normalize
 
 Pairs = tuple[TextChunks, TextChunks]
 """A chunk's queries and its documents."""
@@ -74,8 +74,8 @@ def make_step(
             )
             chunk, documents = pairs
             vectors = (
-                constrain(unit(hidden_md[chunk.embed_at]), None),
-                constrain(unit(of_documents_md[documents.embed_at]), None),
+                constrain(l2_normalize(hidden_md[chunk.embed_at]), None),
+                constrain(l2_normalize(of_documents_md[documents.embed_at]), None),
             )
             # The reply's tokens, each predicted by the state before it; the head runs nowhere else.
             mask_m, reply_at = jnp.asarray(chunk.reply_at) >= 0, jnp.maximum(chunk.reply_at, 1)

@@ -62,11 +62,11 @@ class Arguments:
 def main() -> None:
     """Run each task on both sides in turn and print a line for it."""
     arguments = tyro.cli(Arguments, description=__doc__)
-    from search_r3_jax.data.beir import read_beir
+    from search_r3_jax.data.dataset import load_collection
     from search_r3_jax.hub.export import export_model
     from search_r3_jax.hub.load_model import load_model
 
-    collection = read_beir(arguments.data, "train")
+    collection = load_collection(arguments.data, "train")
     bodies = {document.doc_id: document.body for document in collection.documents}
     pairs = [(query.text, bodies[min(query.positives)]) for query in collection.queries]
     results: dict[str, Any] = {}

@@ -22,7 +22,7 @@ from typing import Any
 
 from search_r3_jax.data.collection import Collection
 from search_r3_jax.data.dataset import load_collection, splits_of
-from search_r3_jax.data.subsample import cut_queries
+from search_r3_jax.data.subsample import sample_queries
 
 RECORDS = Path(__file__).parent / "experiment"
 AIMED_AT = ("cosqa", "mbpp", "entailmentbank", "strategyqa")
@@ -203,10 +203,10 @@ def merge(data: Path, folder: Path) -> None:
 
     for name in AIMED_AT:
         if "dev" in splits_of(data / name):
-            add("train", cut_queries(load_collection(data / name, "train"), RL_QUERIES)[0])
-            add("dev", cut_queries(load_collection(data / name, "dev"), RL_DEV_QUERIES)[0])
+            add("train", sample_queries(load_collection(data / name, "train"), RL_QUERIES)[0])
+            add("dev", sample_queries(load_collection(data / name, "dev"), RL_DEV_QUERIES)[0])
         else:
-            drawn, _ = cut_queries(load_collection(data / name, "train"), RL_QUERIES + RL_DEV_QUERIES)
+            drawn, _ = sample_queries(load_collection(data / name, "train"), RL_QUERIES + RL_DEV_QUERIES)
             add("train", replace(drawn, queries=drawn.queries[:RL_QUERIES]))
             add("dev", replace(drawn, queries=drawn.queries[RL_QUERIES:]))
     (folder / "qrels").mkdir(parents=True, exist_ok=True)

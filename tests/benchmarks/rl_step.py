@@ -170,7 +170,7 @@ def prepare(arguments: Arguments, temporary: Path) -> Path:
     """A folder with the model, `work.json` and the vectors that both sides search."""
     from flax import nnx
 
-    from search_r3_jax.data.beir import read_beir
+    from search_r3_jax.data.dataset import load_collection
     from search_r3_jax.hub.export import export_model
     from search_r3_jax.hub.load_model import load_model
     from search_r3_jax.rollout.encoder import Encoder
@@ -178,7 +178,7 @@ def prepare(arguments: Arguments, temporary: Path) -> Path:
 
     model = load_model("smollm2")
     prompter = Prompter(model.tokenizer)
-    collection = read_beir(arguments.data, "train")
+    collection = load_collection(arguments.data, "train")
     wanted = arguments.queries * (arguments.steps + 1)
 
     def usable(text: str) -> bool:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from search_r3_jax.data.beir import read_beir
+from search_r3_jax.data.beir import read_beir_splits
+from search_r3_jax.data.collection import Collection
+from search_r3_jax.data.lines import Problems
 from search_r3_jax.errors import UserError
 
 REAL_DATA = Path(os.environ.get("SEARCH_R3_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
@@ -22,6 +24,10 @@ QUERIES = [
     '{"_id": "q3", "text": "unjudged"}',
 ]
 QRELS = ["query-id\tcorpus-id\tscore", "q2\td2\t2", "q2\td1\t0", "q1\td1\t1"]
+
+
+def read_beir(folder: Path, split: str) -> Collection:
+    return read_beir_splits(folder, [split], Problems())[split]
 
 
 def write(

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from helpers.tiny_models import byte_tokenizer, word_collection
 
-from search_r3_jax.data.beir import read_beir
 from search_r3_jax.data.collection import Collection
+from search_r3_jax.data.dataset import load_collection
 from search_r3_jax.data.mixture import Mixture
 from search_r3_jax.data.pipeline import PAD, PairBatch, PairPipeline, TextChunks
 from search_r3_jax.errors import UserError
@@ -190,7 +190,7 @@ def test_little_of_a_real_batch_is_padding(name: str) -> None:
     if not (SHARED / name).is_dir():
         pytest.skip(f"{SHARED / name} is not there")
     made = pipeline(
-        (read_beir(SHARED / name, "train"),),
+        (load_collection(SHARED / name, "train"),),
         global_batch=64,
         encode_chunk=64,
         max_query_tokens=256,

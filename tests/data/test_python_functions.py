@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from search_r3_jax.data.collection import Collection
-from search_r3_jax.data.python_functions import first_sentence, package_of, python_functions
+from search_r3_jax.data.python_functions import first_sentence, python_functions
 from search_r3_jax.errors import UserError
 
 WORDS = [
@@ -50,6 +50,10 @@ def make_tree(root: Path, packages: int = 24, functions: int = 8) -> Path:
         (folder / "__init__.py").write_text("")
         (folder / "code.py").write_text("".join(function(package, number) for number in range(functions)))
     return root
+
+
+def package_of(doc_id: str) -> str:
+    return doc_id.split(":")[0].split(".")[0]
 
 
 def build(

@@ -4,18 +4,20 @@ from pathlib import Path
 
 import pytest
 
-from search_r3_jax.distributed.spec import Cluster, is_detectable, named_cluster
+from search_r3_jax.distributed.spec import Cluster, explicit_cluster, is_detectable
 from search_r3_jax.errors import UserError
 
 WHOLE = {"SEARCH_R3_COORDINATOR": "host:1", "SEARCH_R3_PROCESSES": "4", "SEARCH_R3_PROCESS": "3"}
 
 
 def test_flags_come_before_the_environment() -> None:
-    assert named_cluster(Cluster(), {}) is None
-    assert named_cluster(Cluster(), WHOLE) == Cluster(coordinator="host:1", processes=4, process=3)
-    assert named_cluster(Cluster(process=0), WHOLE) == Cluster(coordinator="host:1", processes=4, process=0)
+    assert explicit_cluster(Cluster(), {}) is None
+    assert explicit_cluster(Cluster(), WHOLE) == Cluster(coordinator="host:1", processes=4, process=3)
+    assert explicit_cluster(Cluster(process=0), WHOLE) == Cluster(
+        coordinator="host:1", processes=4, process=0
+    )
     asked = Cluster(coordinator="other:2", processes=2, process=1)
-    assert named_cluster(asked, {}) == named_cluster(asked, WHOLE) == asked
+    assert explicit_cluster(asked, {}) == explicit_cluster(asked, WHOLE) == asked
 
 
 @pytest.mark.parametrize(
@@ -30,7 +32,7 @@ def test_flags_come_before_the_environment() -> None:
 )
 def test_a_part_is_refused(cluster: Cluster) -> None:
     with pytest.raises(UserError, match="give all three"):
-        named_cluster(cluster, {})
+        explicit_cluster(cluster, {})
 
 
 def test_slurm_and_a_tpu_are_found(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import Stemmer
 
-from search_r3_jax.data.beir import read_beir
 from search_r3_jax.data.collection import Collection, Document, Query
+from search_r3_jax.data.dataset import load_collection
 from search_r3_jax.errors import UserError
 from search_r3_jax.evaluation.bm25 import bm25_run
 from search_r3_jax.evaluation.metrics import evaluate_run
@@ -135,7 +135,7 @@ def test_words_meet_in_their_stem() -> None:
 def test_real_sets_have_their_known_values(name: str, expected: float) -> None:
     if not (REAL_DATA / name).is_dir():
         pytest.skip(f"no {name} in SEARCH_R3_DATA")
-    collection = read_beir(REAL_DATA / name, "test")
+    collection = load_collection(REAL_DATA / name, "test")
     mean, _ = evaluate_run(collection.qrels(), bm25_run(collection, identifiers=False))
     assert mean.ndcg_at_10 == pytest.approx(expected, abs=0.005)
 

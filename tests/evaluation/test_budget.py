@@ -19,7 +19,7 @@ from search_r3_jax.config import SamplerConfig, TextConfig
 from search_r3_jax.data.dataset import build_dataset
 from search_r3_jax.errors import UserError
 from search_r3_jax.evaluation.budget import draw_budget, run_budget
-from search_r3_jax.evaluation.evaluate import QUERIES_A_PASS, Evaluator, pass_width
+from search_r3_jax.evaluation.evaluate import QUERIES_PER_PASS, Evaluator, rows_per_pass
 from search_r3_jax.evaluation.metrics import METRICS
 from search_r3_jax.evaluation.report import run_evaluation
 from search_r3_jax.evaluation.settings import BudgetSettings, EvalSettings
@@ -210,9 +210,9 @@ def test_compiling_is_left_out_of_the_milliseconds(
 
 @pytest.mark.parametrize("queries", [1, 7, 8, 9, 127, 128, 129, 256, 300, 1000])
 def test_passes_are_about_full(queries: int) -> None:
-    width, passes = pass_width(queries), -(-queries // QUERIES_A_PASS)
+    width, passes = rows_per_pass(queries), -(-queries // QUERIES_PER_PASS)
     assert width % 8 == 0
-    assert 8 <= width <= QUERIES_A_PASS
+    assert 8 <= width <= QUERIES_PER_PASS
     assert -(-queries // width) == passes
     assert passes * width - queries < 8 * passes
 

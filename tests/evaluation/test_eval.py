@@ -13,7 +13,7 @@ import pytest
 import pytrec_eval
 from helpers.tiny_models import word_collection
 
-from search_r3_jax.data.beir import read_beir
+from search_r3_jax.data.dataset import load_collection
 from search_r3_jax.embedder import Embedder
 from search_r3_jax.errors import UserError
 from search_r3_jax.evaluation.controls import CONTROLS
@@ -116,7 +116,7 @@ def test_a_decoder_in_both_modes(
     for mode in ("direct", "reason"):
         assert_same_as_files(record["modes"][mode], tmp_path / f"a.run.{mode}", tmp_path / "a.run.qrels")
 
-    collection = read_beir(beir, "test")
+    collection = load_collection(beir, "test")
     embedder = Embedder.load(model, max_tokens=24, max_think_tokens=5)
     documents = embedder.encode([each.body for each in collection.documents], kind="document")
     thoughts = embedder.think([each.text for each in collection.queries])
@@ -154,7 +154,7 @@ def test_the_average_of_both_vectors(tiny_folders: dict[str, Path], beir: Path, 
             record["modes"]["direct"][name] + record["modes"]["reason"][name]
         )
     assert average["valid_rate"] == record["modes"]["reason"]["valid_rate"]
-    collection = read_beir(beir, "test")
+    collection = load_collection(beir, "test")
     embedder = Embedder.load(model, max_think_tokens=4)
     texts = [each.text for each in collection.queries]
     both = embedder.encode(texts).astype(np.float64) + embedder.encode(texts, mode="reason")
@@ -283,7 +283,7 @@ def test_quickstarts_calls_give_the_same(tiny_model, beir: Path) -> None:
     from search_r3_jax.config import SamplerConfig, TextConfig
     from search_r3_jax.text.prompts import Prompter
 
-    collection = read_beir(beir, "test")
+    collection = load_collection(beir, "test")
     graph, state = nnx.split(tiny_model.decoder)
     evaluator = Evaluator(
         graph, Prompter(tiny_model.tokenizer), TextConfig(), SamplerConfig(max_think_tokens=4)

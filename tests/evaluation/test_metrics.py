@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import pytrec_eval
 
-from search_r3_jax.data.beir import read_beir
+from search_r3_jax.data.dataset import load_collection
 from search_r3_jax.errors import UserError
 from search_r3_jax.evaluation.bm25 import bm25_run
 from search_r3_jax.evaluation.metrics import METRICS, evaluate_run, run_from_scores, write_trec_run
@@ -98,7 +98,7 @@ def test_real_set_agrees_with_a_hand_computation() -> None:
     folder = REAL_DATA / "conala"
     if not folder.is_dir():
         pytest.skip("no conala in SEARCH_R3_DATA")
-    collection = read_beir(folder, "test")
+    collection = load_collection(folder, "test")
     qrels, run = collection.qrels(), bm25_run(collection, identifiers=True, k=50)
     mean, _ = evaluate_run(qrels, run)
     rounded = {

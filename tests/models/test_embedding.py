@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from search_r3_jax.models.embedding import pool_embedding, unit
+from search_r3_jax.models.embedding import pool_embedding
+from search_r3_jax.vectors import l2_normalize
 
 EMBED = 7
 
@@ -31,5 +32,5 @@ def test_absent_or_doubled_token_is_not_valid_and_gives_zeros() -> None:
 
 
 def test_gradient_of_a_zero_vector_is_finite() -> None:
-    gradient = jax.grad(lambda x: jnp.sum(unit(x) ** 2))(jnp.zeros((2, 3)))
+    gradient = jax.grad(lambda x: jnp.sum(l2_normalize(x) ** 2))(jnp.zeros((2, 3)))
     assert np.isfinite(np.asarray(gradient)).all()

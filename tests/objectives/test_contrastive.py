@@ -10,7 +10,7 @@ import torch
 from helpers.contrastive_float64 import float64, info_nce_by_hand, unit_rows
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
-from search_r3_jax.objectives.contrastive import Direction, exclusions, info_nce, one_positive
+from search_r3_jax.objectives.contrastive import Direction, exclusions, info_nce
 
 ALL: tuple[Direction, ...] = (
     "query_to_document",
@@ -136,7 +136,7 @@ def test_equals_sentence_transformers(
     value, (by_queries, by_documents), count, _ = mean_and_gradients(
         columns[0],
         np.concatenate(columns[1:]),
-        one_positive(jnp.arange(8), rows),
+        jax.nn.one_hot(jnp.arange(8), rows),
         np.zeros((8, rows), bool),
         temperature=0.05,
         directions=directions,

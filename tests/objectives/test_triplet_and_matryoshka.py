@@ -16,7 +16,7 @@ from sentence_transformers.sentence_transformer.losses import (
 )
 from sentence_transformers.sentence_transformer.losses.triplet import TripletDistanceMetric
 
-from search_r3_jax.objectives.contrastive import info_nce, matryoshka, one_positive, triplet_margin
+from search_r3_jax.objectives.contrastive import info_nce, matryoshka, triplet_margin
 
 B, P, E = 6, 10, 16
 
@@ -83,7 +83,7 @@ def test_triplet_equals_sentence_transformers() -> None:
     total, count, scalars = triplet_margin(
         jnp.asarray(columns[0]),
         jnp.concatenate(columns[1:]),
-        one_positive(jnp.arange(8), 16),
+        jax.nn.one_hot(jnp.arange(8), 16),
         jnp.zeros((8, 16), bool),
         margin=0.15,
         mined_bk=8 + jnp.arange(8)[:, None],
@@ -125,7 +125,7 @@ def test_matryoshka_equals_sentence_transformers(which: str, weights: list[float
         [{"vectors": leaf} for leaf in leaves], torch.empty(0)
     )
     expected.backward()
-    relevance, excluded = one_positive(jnp.arange(8), 16), jnp.zeros((8, 16), bool)
+    relevance, excluded = jax.nn.one_hot(jnp.arange(8), 16), jnp.zeros((8, 16), bool)
     options: dict[str, Any] = {"relevance_bp": relevance, "excluded_bp": excluded}
     loss = (
         partial(info_nce, temperature=0.05, **options)

@@ -23,7 +23,6 @@ from search_r3_jax.evaluation.evaluate import Evaluator
 from search_r3_jax.hub.checkpoint_reader import best_checkpoint, read_checkpoint
 from search_r3_jax.hub.checkpoint_writer import CheckpointWriter
 from search_r3_jax.hub.load_model import LoadedModel, load_model, with_lora
-from search_r3_jax.models.embedding import unit
 from search_r3_jax.models.layers import LoraParam
 from search_r3_jax.models.lora import merge_lora
 from search_r3_jax.rollout.encoder import Encoder
@@ -31,6 +30,7 @@ from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training.sft import OnStep, make_pipeline, train_sft
 from search_r3_jax.training.sft_step import make_step
 from search_r3_jax.training.state import TrainState
+from search_r3_jax.vectors import l2_normalize
 
 BOTH = ("query_to_document", "document_to_query")
 
@@ -133,7 +133,7 @@ def test_all_four_losses_equal_one_text_at_a_time(tiny_folders: dict[str, Path])
             replies.append(len(prompter.direct.closing))
             rows.append([*prompter.direct.prefix, *prompter.direct_rows([text], 16)[0]])
         else:
-            thought = prompter.thought_ids(pipeline.key_terms[0].thought(pair.document))
+            thought = prompter.thought_ids(pipeline.tfidf_reasoning[0].thought(pair.document))
             replies.append(len(thought))
             rows.append([*prompter.reason.prefix, *prompter.reason_rows([text], 16)[0], *thought])
     rows += [
@@ -149,9 +149,9 @@ def test_all_four_losses_equal_one_text_at_a_time(tiny_folders: dict[str, Path])
         for i, reply in enumerate(replies)
         for t in range(len(rows[i]) - reply, len(rows[i]))
     ]
-    vectors = np.asarray(unit(jnp.stack([hidden[i, len(row) - 1] for i, row in enumerate(rows)]))).astype(
-        np.float64
-    )
+    vectors = np.asarray(
+        l2_normalize(jnp.stack([hidden[i, len(row) - 1] for i, row in enumerate(rows)]))
+    ).astype(np.float64)
     cosines = vectors[:8] @ vectors[8:].T
     scores = cosines / config.sft.temperature
     expected = {

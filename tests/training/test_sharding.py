@@ -37,38 +37,30 @@ def batch_of() -> PairBatch:
     ).batch(0)
 
 
-def read(rows: np.ndarray, at: np.ndarray) -> list[list[int]]:
-    """What stands at each chunk's flat positions."""
-    return [chunk.ravel()[positions].tolist() for chunk, positions in zip(rows, at, strict=True)]
-
-
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
-def test_the_slices_of_all_processes_are_the_batch(count: int) -> None:
+def test_a_padded_batch_is_the_batch_and_padding(count: int) -> None:
     batch = batch_of()
-    slices = [batch.slice(index, count) for index in range(count)]
+    padded = batch.padded(count)
     for name in ("queries", "documents"):
         whole: TextChunks = getattr(batch, name)
-        parts: list[TextChunks] = [getattr(part, name) for part in slices]
+        filled: TextChunks = getattr(padded, name)
         R = whole.ids.shape[1]
         for field in ROW_FIELDS:
-            shares = [getattr(part, field) for part in parts]
-            assert len({share.shape for share in shares}) == 1
-            joined = np.concatenate(shares, axis=1)
-            assert joined.shape[1] - R < count
-            np.testing.assert_array_equal(joined[:, :R], getattr(whole, field))
-            # What fills up is padding to attention and to the losses.
-            assert set(np.unique(joined[:, R:])) <= ({-1} if field in ("positions", "segments") else {0})
-        ids = np.concatenate([part.ids for part in parts], axis=1)
-        for part in parts:
-            assert read(ids, part.embed_at) == read(whole.ids, whole.embed_at)
-            kept = part.reply_at.shape[1] - whole.reply_at.shape[1]
-            assert 0 <= kept < count
-            np.testing.assert_array_equal(
-                part.reply_at, np.pad(whole.reply_at, ((0, 0), (0, kept)), constant_values=-1)
-            )
-    for part in slices:
-        for field in PairBatch._fields[2:]:
-            np.testing.assert_array_equal(getattr(part, field), getattr(batch, field))
+            rows = getattr(filled, field)
+            assert rows.shape[1] % count == 0
+            assert rows.shape[1] - R < count
+            np.testing.assert_array_equal(rows[:, :R], getattr(whole, field))
+            # Attention and the losses ignore the added rows.
+            assert set(np.unique(rows[:, R:])) <= ({-1} if field in ("positions", "segments") else {0})
+        np.testing.assert_array_equal(filled.embed_at, whole.embed_at)
+        added = filled.reply_at.shape[1] - whole.reply_at.shape[1]
+        assert filled.reply_at.shape[1] % count == 0
+        assert added < count
+        np.testing.assert_array_equal(
+            filled.reply_at, np.pad(whole.reply_at, ((0, 0), (0, added)), constant_values=-1)
+        )
+    for field in PairBatch._fields[2:]:
+        np.testing.assert_array_equal(getattr(padded, field), getattr(batch, field))
 
 
 def test_one_device_needs_no_mesh_and_a_mesh_of_one_changes_nothing() -> None:

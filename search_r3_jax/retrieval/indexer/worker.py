@@ -29,8 +29,8 @@ from search_r3_jax.hub.checkpoint_reader import (
     pin_checkpoints,
     read_checkpoint,
     read_run,
-    start_of,
-    start_step_of,
+    starting_model,
+    starting_step,
 )
 from search_r3_jax.hub.load_model import load_model, with_lora
 from search_r3_jax.hub.weights import parameter_hash
@@ -124,8 +124,8 @@ class IndexWorker:
         self._corpus_hash = self._collection.corpus_hash()
         mesh = mesh_from_config(config.index.mesh)
         start = load_model(
-            start_of(run, record),
-            step=start_step_of(record),
+            starting_model(run, record),
+            step=starting_step(record),
             compute_dtype=config.compute_dtype,
             attention=config.attention,
             mesh=mesh,

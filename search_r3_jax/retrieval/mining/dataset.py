@@ -19,9 +19,9 @@ from rich.console import Console
 from search_r3_jax.config import Step
 from search_r3_jax.console import progress_bar
 from search_r3_jax.data.collection import Collection, Document
-from search_r3_jax.data.dataset import build_dataset, load_collections, queries_hash
+from search_r3_jax.data.dataset import build_dataset, load_collections, ordered_queries_hash
 from search_r3_jax.errors import UserError
-from search_r3_jax.hub.export import text_room
+from search_r3_jax.hub.export import max_text_tokens
 from search_r3_jax.hub.load_model import load_model, pinned_step, resolve
 from search_r3_jax.hub.weights import parameter_hash
 from search_r3_jax.models.decoder import Decoder
@@ -156,7 +156,7 @@ class _Vectors:
 
     def encode(self, what: str, documents: Sequence[Document], max_tokens: int) -> np.ndarray:
         """Vectors [N,E]; those that an interrupted command left in the work folder are taken from there."""
-        room = min(max_tokens, text_room(self._prompter, self._config.max_positions))
+        room = min(max_tokens, max_text_tokens(self._prompter, self._config.max_positions))
         # On standard error, because standard output is for the result.
         with progress_bar(Console(stderr=True, highlight=False, soft_wrap=True), what, len(documents)) as bar:
             return encode_corpus(
@@ -187,7 +187,10 @@ def _model_hash(decoder: Decoder, prompter: Prompter) -> str:
 def _identity(collections: Mapping[str, Collection]) -> dict[str, Any]:
     """Name and contents of a data set, wherever it lies."""
     hashes = {
-        split: {"corpus_hash": collection.corpus_hash(), "queries_hash": queries_hash(collection.queries)}
+        split: {
+            "corpus_hash": collection.corpus_hash(),
+            "queries_hash": ordered_queries_hash(collection.queries),
+        }
         for split, collection in collections.items()
     }
     return {"name": next(iter(collections.values())).name, "splits": hashes}

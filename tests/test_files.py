@@ -1,0 +1,64 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from search_r3_jax.data.collection import Collection, Document, Query, corpus_hash
+from search_r3_jax.data.dataset import ordered_queries_hash
+from search_r3_jax.data.jsonl import read_jsonl
+from search_r3_jax.data.lines import Problems
+from search_r3_jax.data.subsample import sample_corpus, unordered_documents_hash, unordered_queries_hash
+from search_r3_jax.files import digest_of, replacing, write_array, write_bytes
+
+DOCUMENTS = (
+    Document(doc_id="d1", title="A title", text="Körper"),
+    Document(doc_id="d2", title="", text="b"),
+)
+QUERIES = (
+    Query(query_id="q1", text="what?", positives={"d2": 2, "d1": 1}, instruction="i", reasoning="r"),
+    Query(query_id="q2", text="ü", positives={"d1": 1}, negatives=("d2",)),
+)
+COLLECTION = Collection(name="n", split="s", documents=DOCUMENTS, queries=QUERIES)
+IDS_HASH = "62c53be106927198d9aa55a536241b4af810be8e9fe0d0ac0bf741d22f224365"
+
+
+def test_hashes_on_disk_stay_what_they_are(tmp_path: Path) -> None:
+    """Data sets, indexes and results that were written earlier hold these values."""
+    assert digest_of(["d1", "d2"]) == IDS_HASH
+    assert sample_corpus(COLLECTION, 2)[1].ids_sha256 == IDS_HASH
+    assert corpus_hash(DOCUMENTS) == "4fb2cbcdeea835fdecdd57d8c9ecc17fe3128ce652d2ff1eaa7c59d379cd9d2c"
+    assert ordered_queries_hash(QUERIES) == "c557dae3077335394d83b1a4d21de4a31eab85edff7bb198b0e8dd1884bb2365"
+    assert (
+        unordered_queries_hash(COLLECTION)
+        == "ddfbc9eac38507aedd44044ea6318f59cb5d9eaad0dbfa33cb3c7661ac0aa817"
+    )
+    assert (
+        unordered_documents_hash(COLLECTION)
+        == "f227e2f89d9a0542e5db405fcf267d6fb47bb28b8e6a1d93df2d77164f54e173"
+    )
+    file = tmp_path / "a.jsonl"
+    file.write_text(
+        '{"query": "x", "positive": [{"title": "A title", "text": "Körper"}]}\n', encoding="utf-8"
+    )
+    documents = read_jsonl(file, Problems())["train"].documents
+    assert documents[0].doc_id == "b9bbeb277b9a380ab531f06b8ccfc362"
+
+
+def test_a_digest_sees_where_strings_end() -> None:
+    assert digest_of(["ab", "c"]) != digest_of(["a", "bc"])
+
+
+def test_a_file_is_replaced_at_the_end_or_not_at_all(tmp_path: Path) -> None:
+    file = tmp_path / "a"
+    file.write_text("old")
+    with pytest.raises(FileNotFoundError), replacing(file) as temporary:
+        temporary.with_name("missing").read_text()
+    assert file.read_text() == "old"
+    with replacing(file) as temporary:
+        temporary.write_text("new")
+        assert file.read_text() == "old"
+    assert file.read_text() == "new"
+    write_bytes(file, b"bytes")
+    write_array(tmp_path / "x.npy", np.arange(3))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "x.npy"]
+    assert file.read_bytes() == b"bytes"
