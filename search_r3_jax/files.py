@@ -9,11 +9,21 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, Protocol, TextIO
 
 import numpy as np
 
 from search_r3_jax.errors import UserError
+
+READ_BYTES = 1 << 22
+
+
+class PathLike(Protocol):
+    """What can be opened: a `Path`, or one of `etils.epath` in a bucket."""
+
+    def open(self, mode: Literal["rb"]) -> Any:
+        """A file object that reads bytes."""
+        ...
 
 
 @contextmanager
@@ -95,10 +105,13 @@ def check_output(flag: str, path: Path | None) -> None:
         raise UserError(f"{flag}: {path}: is a folder; name a file")
 
 
-def file_sha256(path: Path) -> str:
-    """Hexadecimal sha256 of a file's bytes."""
+def file_sha256(path: PathLike) -> str:
+    """Hexadecimal sha256 of a file's bytes, wherever it is."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while chunk := file.read(READ_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def digest_of(strings: Iterable[str]) -> str:

@@ -254,9 +254,9 @@ class Quickstart:
             example = result["example"]
             say(f"\nA search {title}: {example['query']}", markup=False, style="bold")
             say(f"  thought: {example['thought'].strip()}", markup=False)
-            for rank, found in enumerate(example["top"], start=1):
-                mark = "  ← the right one" if found["relevant"] else ""
-                say(f"  {rank}. {found['score']:.3f}  {found['document']}{mark}", markup=False)
+            for rank, document in enumerate(example["top"], start=1):
+                mark = "  ← the right one" if document["relevant"] else ""
+                say(f"  {rank}. {document['score']:.3f}  {document['document']}{mark}", markup=False)
 
         table = Table(
             title=f"\n{summary['queries']} queries over {summary['documents']} functions of packages never "

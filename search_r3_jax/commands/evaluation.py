@@ -124,7 +124,7 @@ class Perplexity:
     def run(self) -> None:
         from search_r3_jax.evaluation.perplexity import measure_perplexity
 
-        found = measure_perplexity(
+        result = measure_perplexity(
             self.model,
             self.data,
             split=self.split,
@@ -135,8 +135,8 @@ class Perplexity:
             out=self.out,
         )
         print(
-            f"{self.model}: perplexity {found['perplexity']:.4f} of {found['tokens']} tokens in "
-            f"{found['texts']} documents"
+            f"{self.model}: perplexity {result['perplexity']:.4f} of {result['tokens']} tokens in "
+            f"{result['texts']} documents"
         )
 
 

@@ -138,8 +138,8 @@ class RowEncoder:
         running: deque[tuple[np.ndarray, jax.Array]] = deque()
 
         def collect() -> None:
-            at, found = running.popleft()
-            vectors[at] = np.asarray(found)[: len(at)]
+            at, encoded = running.popleft()
+            vectors[at] = np.asarray(encoded)[: len(at)]
             if on_progress is not None:
                 on_progress(len(at))
 

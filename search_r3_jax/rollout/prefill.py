@@ -41,11 +41,11 @@ def prefill(
 
     def body(cache: KVBlock, part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[KVBlock, jax.Array]:
         number, ids, positions = part
-        hidden, own = decoder(ids, positions, contexts=[*contexts, cache], adapters=adapters)
+        hidden, new = decoder(ids, positions, contexts=[*contexts, cache], adapters=adapters)
         at = number * chunk
         grown = KVBlock(
-            jax.lax.dynamic_update_slice_in_dim(cache.keys, own.keys, at, axis=2),
-            jax.lax.dynamic_update_slice_in_dim(cache.values, own.values, at, axis=2),
+            jax.lax.dynamic_update_slice_in_dim(cache.keys, new.keys, at, axis=2),
+            jax.lax.dynamic_update_slice_in_dim(cache.values, new.values, at, axis=2),
             jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, at, axis=1),
         )
         return grown, hidden

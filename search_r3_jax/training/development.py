@@ -60,11 +60,11 @@ class Development:
                 queries = self._evaluator.reasoned_queries(state, collection)
                 modes["reason"] = search_result(collection, index, queries)
                 if self._probe and len(collection.queries) > 1:
-                    exchanged = self._evaluator.control_queries(
+                    swapped = self._evaluator.control_queries(
                         state, collection, queries, seed=self._seed, names=["swapped"]
                     )
-                    found = _swap(modes["reason"], search_result(collection, index, exchanged["swapped"]))
-                    for name, value in found.items():
+                    shown = _swap(modes["reason"], search_result(collection, index, swapped["swapped"]))
+                    for name, value in shown.items():
                         scalars.setdefault(f"dev_{name}", []).append(value)
             results[collection.name] = {
                 mode: result.as_dict() | {"per_query": _per_query(result)} for mode, result in modes.items()
@@ -84,18 +84,19 @@ def _per_query(result: ModeResult) -> dict[str, float]:
     return {query_id: metrics.ndcg_at_10 for query_id, metrics in result.of_query.items()}
 
 
-def _swap(own: ModeResult, exchanged: ModeResult) -> dict[str, float]:
-    of_own, of_exchanged = _per_query(own), _per_query(exchanged)
-    ids = sorted(of_own)
-    return swap_probe(np.array([[of_own[i]] for i in ids]), np.array([[of_exchanged[i]] for i in ids]))
+def _swap(unswapped: ModeResult, swapped: ModeResult) -> dict[str, float]:
+    unswapped_ndcg, swapped_ndcg = _per_query(unswapped), _per_query(swapped)
+    ids = sorted(unswapped_ndcg)
+    before, after = ([[ndcg[i]] for i in ids] for ndcg in (unswapped_ndcg, swapped_ndcg))
+    return swap_probe(np.array(before), np.array(after))
 
 
 def _samples(collection: Collection, mode: str, result: ModeResult) -> list[dict[str, Any]]:
     """The same first queries every time: a reader sees how they change."""
-    found = []
+    shown = []
     for i, query in enumerate(collection.queries[:SHOWN_QUERIES]):
         ranked = sorted(result.run[query.query_id].items(), key=lambda pair: -pair[1])[:SHOWN_DOCUMENTS]
-        found.append(
+        shown.append(
             {
                 "set": collection.name,
                 "mode": mode,
@@ -108,4 +109,4 @@ def _samples(collection: Collection, mode: str, result: ModeResult) -> list[dict
                 ],
             }
         )
-    return found
+    return shown

@@ -331,12 +331,12 @@ def _read(
     head = head_of(decoder, adapters=adapters)
 
     if mesh is None:
-        found = masked_token_log_probs(
+        scores_m = masked_token_log_probs(
             head.logits, hidden_md, ids_m, mask_m, temperature=temperature, chunk=states
         )
     else:
-        found = token_log_probs(head.logits, hidden_md, ids_m, temperature=temperature, chunk=states)
-    log_probs, entropies = (jnp.where(mask_m, values_m, 0).reshape(B, T) for values_m in found)
+        scores_m = token_log_probs(head.logits, hidden_md, ids_m, temperature=temperature, chunk=states)
+    log_probs, entropies = (jnp.where(mask_m, values_m, 0).reshape(B, T) for values_m in scores_m)
     embeds = jnp.take_along_axis(hidden_btd, (part.lengths - 1)[:, None, None], axis=1)[:, 0]
     return log_probs, entropies, embeds
 

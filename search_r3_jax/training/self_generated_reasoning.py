@@ -73,7 +73,7 @@ def with_self_generated_reasoning(
 
 def _thoughts(rollout: Rollout, prompter: Prompter) -> list[str]:
     """What the model chose to write, up to the closing or the end of its turn, and no broken last word."""
-    found = []
+    thoughts_written = []
     for ids, sampled, valid in zip(rollout.ids, rollout.sampled, rollout.valid, strict=True):
         chosen = ids[sampled].tolist()
         if valid:
@@ -86,8 +86,8 @@ def _thoughts(rollout: Rollout, prompter: Prompter) -> list[str]:
         )
         words = text.split()
         # The budget ends anywhere: a word cut in two would be learnt as one.
-        found.append(" ".join(words if complete or valid or len(words) < 2 else words[:-1]))
-    return found
+        thoughts_written.append(" ".join(words if complete or valid or len(words) < 2 else words[:-1]))
+    return thoughts_written
 
 
 def _with(collection: Collection, number: int, thoughts: dict[tuple[int, str], str]) -> Collection:

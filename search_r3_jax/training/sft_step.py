@@ -217,9 +217,9 @@ def _hidden(
 
     texts = [both_prefixes(prompter, adapters=adapters)]
     texts += [behind(0, chunk, adapters, key) for chunk, key in zip(chunks, keys, strict=True)]
-    asked = list(range(1, len(texts)))
+    wanted = list(range(1, len(texts)))
     if with_base:
         texts += [both_prefixes(prompter, adapters=False), behind(len(texts), chunks[0], False, None)]
-        asked.append(len(texts) - 1)
+        wanted.append(len(texts) - 1)
     read = decoder.read(texts)
-    return [constrain(read[i][0], BATCH_AXES).reshape(-1, read[i][0].shape[-1]) for i in asked]
+    return [constrain(read[i][0], BATCH_AXES).reshape(-1, read[i][0].shape[-1]) for i in wanted]

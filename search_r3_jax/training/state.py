@@ -30,7 +30,7 @@ def state_shardings(params: nnx.State, optimizer: optax.GradientTransformation, 
     everywhere = NamedSharding(mesh, PartitionSpec())
     moments = optax.tree_map_params(
         optimizer,
-        lambda _, own: own,
+        lambda _, sharding_of: sharding_of,
         jax.eval_shape(optimizer.init, params),
         of_params,
         transform_non_params=lambda _: everywhere,
@@ -48,15 +48,15 @@ def init_state(
     """The state before the first step, each array made where `shardings` wants it; `copy` leaves `params` to
     the caller."""
     # A donated state takes its arrays with it, which the model and the reference of the KL term still hold.
-    own = jax.tree.map(jnp.copy, params) if copy else params
+    start_params = jax.tree.map(jnp.copy, params) if copy else params
     if shardings is None:
-        return TrainState(own, optimizer.init(params), jnp.zeros((), jnp.int32))
+        return TrainState(start_params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
     def start(params: nnx.State) -> tuple[Any, jax.Array]:
         return optimizer.init(params), jnp.zeros((), jnp.int32)
 
     return TrainState(
-        jax.device_put(own, shardings.params), *jax.jit(start, out_shardings=shardings[1:])(params)
+        jax.device_put(start_params, shardings.params), *jax.jit(start, out_shardings=shardings[1:])(params)
     )
 
 

@@ -58,10 +58,10 @@ class StopRequest:
 
     def asked(self) -> bool:
         """Whether any process has been asked to stop; every process calls it at the same step."""
-        own = self._asked_at is not None
+        asked_here = self._asked_at is not None
         if jax.process_count() == 1:
-            return own
-        return bool(np.any(multihost_utils.process_allgather(np.array(own))))
+            return asked_here
+        return bool(np.any(multihost_utils.process_allgather(np.array(asked_here))))
 
     def stop(self, run: Path, step: int) -> None:
         """Raises StoppedError, which says that `step` of `run` is saved and how long after the signal that

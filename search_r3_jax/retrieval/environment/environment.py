@@ -173,9 +173,11 @@ class Environment:
         candidates = []
         for query in range(len(positives)):
             # Rank by rank, so that the cap cuts every completion's own list at the same depth.
-            own = flat_rows[owners == query].T.ravel()
+            by_completion = flat_rows[owners == query].T.ravel()
             proposed = (
-                _distinct(np.concatenate([own, mean_rows[query]]))[: self._candidates] if len(own) else own
+                _distinct(np.concatenate([by_completion, mean_rows[query]]))[: self._candidates]
+                if len(by_completion)
+                else by_completion
             )
             candidates.append(
                 _distinct(np.concatenate([np.array(list(positives[query]), np.int32), proposed]))
@@ -192,8 +194,8 @@ class Environment:
         _, nearest = self.index.search(self.vectors_of(rows), self._neighbours + 1)
         place = {row: i for i, row in enumerate(rows.tolist())}
         return [
-            _distinct(np.concatenate([own, nearest[[place[row] for row in own.tolist()]].T.ravel()]))
-            for own in candidates
+            _distinct(np.concatenate([rows, nearest[[place[row] for row in rows.tolist()]].T.ravel()]))
+            for rows in candidates
         ]
 
     def _agreement(self, means: np.ndarray, proposed: np.ndarray) -> dict[str, float]:

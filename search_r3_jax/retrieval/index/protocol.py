@@ -1,10 +1,11 @@
 """What an index over document vectors is, how two of them are compared, and how one is built."""
 
-import hashlib
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
 import numpy as np
+
+from search_r3_jax.files import digest_of
 
 IndexKind = Literal["exact", "scann", "auto"]
 
@@ -58,19 +59,14 @@ class LocalIndex(Index, Protocol):
 
 def hash_of_ids(ids: Sequence[str]) -> str:
     """Hexadecimal sha256 over document ids in order."""
-    digest = hashlib.sha256()
-    for doc_id in ids:
-        encoded = doc_id.encode()
-        # Lengths keep ("ab", "c") and ("a", "bc") apart.
-        digest.update(len(encoded).to_bytes(8, "big") + encoded)
-    return digest.hexdigest()
+    return digest_of(ids)
 
 
 def recall_at_k(found_rows: np.ndarray, exact_rows: np.ndarray, k: int) -> float:
     """Share of the true first k rows [Q,≥k] among the first k found [Q,≥k]; −1 is no row; 1.0 where there is
     none to find."""
-    found, exact = found_rows[:, :k], exact_rows[:, :k]
-    hits = ((exact[:, :, None] == found[:, None, :]).any(axis=2) & (exact >= 0)).sum()
+    returned, exact = found_rows[:, :k], exact_rows[:, :k]
+    hits = ((exact[:, :, None] == returned[:, None, :]).any(axis=2) & (exact >= 0)).sum()
     wanted = (exact >= 0).sum()
     return float(hits / wanted) if wanted else 1.0
 

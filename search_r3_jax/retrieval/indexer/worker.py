@@ -268,12 +268,12 @@ class IndexWorker:
             return False
         documents = len(self._collection.documents)
         starts = range(self._process * SHARD_DOCUMENTS, documents, self._processes * SHARD_DOCUMENTS)
-        own = sum(min(SHARD_DOCUMENTS, documents - start) for start in starts)
+        assigned = sum(min(SHARD_DOCUMENTS, documents - start) for start in starts)
         try:
             self._encode(step)
             self._last_assisted_step = step
         except (CheckpointGoneError, UserError) as error:
-            if self._encoded == own:
+            if self._encoded == assigned:
                 # Only what others bring was missing, which process 0 waits for.
                 self._last_assisted_step = step
             else:

@@ -156,10 +156,10 @@ def select_negatives(
 
 def _among(rows_qk: np.ndarray, sets: Sequence[np.ndarray]) -> np.ndarray:
     """[Q,K] bool: whether a query's candidate is in the query's set."""
-    found = np.zeros(rows_qk.shape, bool)
+    member_qk = np.zeros(rows_qk.shape, bool)
     for q, rows in enumerate(sets):
-        found[q] = np.isin(rows_qk[q], rows)
-    return found
+        member_qk[q] = np.isin(rows_qk[q], rows)
+    return member_qk
 
 
 def _highest_score(weakest_q: np.ndarray, options: MiningOptions) -> np.ndarray:
@@ -221,7 +221,7 @@ def mine_negatives(
         [_depth(options, len(p) + len(j)) for p, j in zip(texts.positives, texts.judged, strict=True)],
         np.int64,
     )
-    found: list[tuple[np.ndarray, Selection]] = []
+    selections: list[tuple[np.ndarray, Selection]] = []
     for depth in np.unique(depths):
         at_depth = np.flatnonzero(depths == depth)
         K = min(int(depth), len(texts.documents))
@@ -229,15 +229,18 @@ def mine_negatives(
         chunk = max(1, GATHERED_BYTES // (8 * K * queries_qe.shape[1]))
         for start in range(0, len(at_depth), chunk):
             at = at_depth[start : start + chunk]
-            found.append(
+            selections.append(
                 (
                     at,
                     _select(index, queries_qe, query_ids, texts, options, at, rows_qk[start : start + chunk]),
                 )
             )
-    place = np.argsort(np.concatenate([at for at, _ in found]))
+    place = np.argsort(np.concatenate([at for at, _ in selections]))
     return Selection(
-        *(np.concatenate(parts)[place] for parts in zip(*(selection for _, selection in found), strict=True))
+        *(
+            np.concatenate(parts)[place]
+            for parts in zip(*(selection for _, selection in selections), strict=True)
+        )
     )
 
 

@@ -4,7 +4,6 @@ again."""
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import numpy as np
 
 from search_r3_jax.data.collection import Document, corpus_hash
 from search_r3_jax.errors import UserError
-from search_r3_jax.files import write_array, write_json
+from search_r3_jax.files import replacing, write_array, write_json
 from search_r3_jax.retrieval.store.vector_files import (
     VectorDtype,
     from_stored,
@@ -158,14 +157,14 @@ def _in_order(
 def _wait(read: Callable[[], T | None], file: Path, owner: int, seconds: float) -> T:
     """What `read` gives as soon as it is something; raises UserError when it is nothing for so long."""
     deadline = time.monotonic() + seconds
-    while (found := read()) is None:
+    while (result := read()) is None:
         if time.monotonic() >= deadline:
             raise UserError(
                 f"{file}: has not come for {seconds:g} seconds; see that process {owner} runs, and repeat "
                 "the command"
             )
         time.sleep(POLL_SECONDS)
-    return found
+    return result
 
 
 def _present(file: Path) -> bool | None:
@@ -182,16 +181,13 @@ def _joined(file: Path, shape: tuple[int, int], dtype: VectorDtype) -> np.ndarra
 
 def _join(file: Path, shape: tuple[int, int], dtype: VectorDtype, chunks: Iterator[np.ndarray]) -> None:
     """Write the vectors [N,E] of all shards as one file, at once or not at all."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        write_vectors(temporary, chunks, shape, dtype)
-        temporary.replace(file)
+        with replacing(file) as temporary:
+            write_vectors(temporary, chunks, shape, dtype)
     except OSError as error:
         raise UserError(
             f"{file}: cannot be written ({error.strerror or error}); make room or choose another --out"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _claim(folder: Path, record: dict[str, Any], *, write: bool) -> None:
@@ -203,9 +199,9 @@ def _claim(folder: Path, record: dict[str, Any], *, write: bool) -> None:
         if write:
             folder.mkdir(parents=True, exist_ok=True)
         if file.exists():
-            found = json.loads(file.read_text(encoding="utf-8"))
+            result = json.loads(file.read_text(encoding="utf-8"))
             differing = sorted(
-                key for key in record if not isinstance(found, dict) or found.get(key) != record[key]
+                key for key in record if not isinstance(result, dict) or result.get(key) != record[key]
             )
             if differing:
                 raise UserError(f"{file}: holds other vectors (differs in {', '.join(differing)}); {remedy}")

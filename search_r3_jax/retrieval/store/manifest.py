@@ -9,6 +9,7 @@ from typing import Any, BinaryIO, cast
 from etils import epath
 
 from search_r3_jax.errors import UserError
+from search_r3_jax.files import file_sha256
 
 MANIFEST, VECTORS, IDS, SCANN = "MANIFEST.json", "vectors.npy", "ids.json", "scann"
 READ_BYTES = 1 << 22
@@ -21,7 +22,7 @@ class IndexVersionError(UserError):
 def write_manifest(path: epath.Path, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Write the manifest of the local folder `path`: `fields`, the checksum of each file there, and its
     own."""
-    manifest = {**fields, "sha256": {name: _file_hash(path / name) for name in file_names(path)}}
+    manifest = {**fields, "sha256": {name: file_sha256(path / name) for name in file_names(path)}}
     manifest["manifest_sha256"] = manifest_hash(manifest)
     (path / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     return manifest
@@ -74,10 +75,10 @@ def check_hashes(path: epath.Path, manifest: Mapping[str, Any]) -> None:
     in a bucket."""
     for name, expected in manifest["sha256"].items():
         try:
-            found = _file_hash(path / name)
+            digest = file_sha256(path / name)
         except FileNotFoundError:
             raise IndexVersionError(f"{path / name}: missing; rebuild the index") from None
-        if found != expected:
+        if digest != expected:
             raise IndexVersionError(f"{path / name}: does not match its checksum; rebuild the index")
 
 
@@ -98,13 +99,7 @@ def read_chunks(path: epath.Path) -> Iterator[bytes]:
             yield chunk
 
 
-def _file_hash(path: epath.Path) -> str:
-    digest = hashlib.sha256()
-    for chunk in read_chunks(path):
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
 def manifest_hash(manifest: Mapping[str, Any]) -> str:
+    """Hexadecimal sha256 of a manifest, without that field."""
     fields = {field: value for field, value in manifest.items() if field != "manifest_sha256"}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

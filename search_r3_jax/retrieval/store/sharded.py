@@ -72,24 +72,24 @@ class ShardedIndex:
         rows = np.asarray(rows)
         if len(rows) and not 0 <= rows.min() <= rows.max() < self.shape[0]:
             raise IndexError(f"rows {rows.min()} to {rows.max()}: want 0 to {self.shape[0] - 1}")
-        asked = [np.flatnonzero((rows >= first) & (rows < stop)) for first, stop in self._ranges]
+        places = [np.flatnonzero((rows >= first) & (rows < stop)) for first, stop in self._ranges]
         # No process sends more than it holds of what is asked.
-        most = max(len(at) for at in asked)
+        most = max(len(at) for at in places)
         mine = np.zeros((most, self.shape[1]), np.float32)
-        own = asked[self._place]
-        mine[: len(own)] = self._local.take(rows[own] - self._start)
+        held_here = places[self._place]
+        mine[: len(held_here)] = self._local.take(rows[held_here] - self._start)
         vectors = np.zeros((len(rows), self.shape[1]), np.float32)
-        for at, found in zip(asked, _gather_rows(mine), strict=True):
-            vectors[at] = found[: len(at)]
+        for at, gathered in zip(places, _gather_rows(mine), strict=True):
+            vectors[at] = gathered[: len(at)]
         return vectors
 
 
 def merge_top_k(scores_pqk: np.ndarray, rows_pqk: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The first k of the results [P,Q,k] of P shards: scores [Q,k] descending, ties by ascending row, score
     −inf and row −1 last."""
-    P, Q, found = scores_pqk.shape
-    scores = scores_pqk.transpose(1, 0, 2).reshape(Q, P * found)
-    rows = rows_pqk.transpose(1, 0, 2).reshape(Q, P * found)
+    P, Q, K = scores_pqk.shape
+    scores = scores_pqk.transpose(1, 0, 2).reshape(Q, P * K)
+    rows = rows_pqk.transpose(1, 0, 2).reshape(Q, P * K)
     order = np.lexsort((rows, -scores), axis=1)[:, :k]
     return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
 
