@@ -51,7 +51,7 @@ class StoredDocuments(Sequence[Document]):
             # Our builder writes rows in order.
             if int(example["row"]) != row:
                 raise UserError(
-                    f"{self._folder}: record {row} is of row {int(example['row'])}; build the data set again"
+                    f"{self._folder}: example {row} is of row {int(example['row'])}; build the data set again"
                 )
             yield document_of(example)
 

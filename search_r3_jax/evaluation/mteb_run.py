@@ -1,4 +1,4 @@
-"""`mteb`: tasks of MTEB, and collections on this machine as tasks of it; results in MTEB's own files."""
+"""The command `mteb`: MTEB's tasks, and local collections as tasks; results in MTEB's file format."""
 
 from __future__ import annotations
 
@@ -61,8 +61,7 @@ def collection_task(collection: Collection, *, prompt: str | None = None) -> Abs
         is_public=False,
     )
     split = RetrievalSplitData(
-        # A title stands in the text, as it is trained on and embedded; MTEB's own joining of titles would
-        # need one everywhere.
+        # Titles are joined to the text here, as in training; MTEB's joining needs a title everywhere.
         corpus=Dataset.from_list(
             [{"id": document.doc_id, "text": document.body} for document in collection.documents]
         ),

@@ -242,10 +242,10 @@ def title_of(content: Mapping[str, Any]) -> str:
     """One line about model, queries and documents."""
     data, corpus_sample = content["data"], content["data"]["cut"]
     query_cut = data.get("query_cut")
-    of_all = f" of {corpus_sample['whole']}" if corpus_sample is not None else ""
-    query_sample = f" of {query_cut['whole']}" if query_cut is not None else ""
-    searched = f"{data['queries']}{query_sample} queries of {data['name']} ({data['split']})"
-    return f"{content['model']}: {searched} over {data['documents']}{of_all} documents"
+    of_all_documents = f" of {corpus_sample['whole']}" if corpus_sample is not None else ""
+    of_all_queries = f" of {query_cut['whole']}" if query_cut is not None else ""
+    queries = f"{data['queries']}{of_all_queries} queries of {data['name']} ({data['split']})"
+    return f"{content['model']}: {queries} over {data['documents']}{of_all_documents} documents"
 
 
 def interval_text(interval: Mapping[str, float], shape: str = "{:.3f}") -> str:

@@ -36,10 +36,10 @@ class EvalResult:
     """One mode of one result file of `eval`.
 
     Attributes:
-        system: the model, and of a decoder the mode, checkpoint and limit of thinking.
+        system: name of the model; for a decoder with mode, checkpoint and limit of thinking.
         of_query: query id → metrics, in the order of the file.
-        costs: those of `COSTS`.
-        controls: of reasoning, as in the file; empty where they were not asked for.
+        costs: the values of `COSTS`.
+        controls: controls of reasoning, as in the file; empty if the file has none.
     """
 
     file: Path

@@ -90,12 +90,12 @@ def open_system(settings: EvalSettings) -> System:
         return DecoderSystem(settings)
     if settings.mode != "direct":
         raise UserError(f"--mode: {name} writes no reasoning; leave --mode out")
-    ours = {
+    decoder_options = {
         "--step": settings.step,
         "--max-query-tokens": settings.max_query_tokens,
         "--max-document-tokens": settings.max_document_tokens,
     }
-    for flag, value in ours.items():
+    for flag, value in decoder_options.items():
         if value is not None:
             raise UserError(f"{flag}: has no meaning for {name}; leave it out")
     if name in ("bm25", "bm25-split"):
@@ -156,7 +156,7 @@ class SentenceTransformersSystem:
             raise UserError(
                 "sentence-transformers is not installed; run: pip install 'search_r3_jax[eval]'"
             ) from None
-        # Its own bar would stand between ours.
+        # Its progress bar would interrupt ours.
         disable_progress_bar()
         try:
             self._model = SentenceTransformer(

@@ -307,7 +307,7 @@ def _hf_name(name: str) -> str:
         return f"{_GLOBAL[module]}.{kind}"
     match = _BLOCK.fullmatch(module)
     if match and match["module"] in _LAYER:
-        return f"model.layers.{match['layer']}.{_LAYER[match['own']]}.{kind}"
+        return f"model.layers.{match['layer']}.{_LAYER[match['module']]}.{kind}"
     return name
 
 

@@ -117,8 +117,7 @@ class Head:
         weight: [V,D] (a tied head: the embedding) or [D,V] (a free one); used in the hidden states' dtype, as
             the decoder does.
         vocab_axis: which axis of the weight is V.
-        row_d: the vector [D] that stands for the weight of token `row_id`, where one token's row is a
-            parameter of its own.
+        row_d: the weight [D] of token `row_id`, if this token's row is a separate parameter.
     """
 
     weight: jax.Array

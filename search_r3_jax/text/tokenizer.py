@@ -122,7 +122,7 @@ def add_embed_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Embe
         if reserved is not None:
             renamed = _renamed(tokenizer, reserved)
             return EmbedToken(renamed, int(vocabulary[reserved]), vocab_size, True)
-    # Typed loosely: transformers declares its own stand-in for this class.
+    # Any: transformers declares a placeholder for this class.
     token: Any = AddedToken(EMBED_TOKEN, normalized=False, special=True)
     tokenizer.add_tokens(token, special_tokens=True)
     embed_id = int(tokenizer.get_vocab()[EMBED_TOKEN])

@@ -252,7 +252,7 @@ def test_an_interrupted_export_leaves_what_was_there(
     def interrupt(*_: object) -> None:
         raise interruption
 
-    monkeypatch.setattr(export, "write_record", lambda *_, **__: interrupt())
+    monkeypatch.setattr(export, "write_export_manifest", lambda *_, **__: interrupt())
     with pytest.raises(interruption):
         export_model(tiny_model, out)
     assert contents(tmp_path) == before

@@ -22,7 +22,7 @@ from search_r3_jax import files
 from search_r3_jax.config import LoraConfig, OptimizerConfig, RunConfig, SftConfig, TextConfig
 from search_r3_jax.data.development import TrainingSet
 from search_r3_jax.errors import UserError
-from search_r3_jax.hub import checkpoint_integrity as seals
+from search_r3_jax.hub import checkpoint_integrity
 from search_r3_jax.hub.checkpoint_reader import checkpoint_folder, checkpoint_steps
 from search_r3_jax.hub.load_model import load_model, with_lora
 from search_r3_jax.training import run as run_module
@@ -88,7 +88,7 @@ def test_a_full_disk_ends_the_run_with_a_line_and_the_same_command_goes_on(runs:
             if done == 3:
                 # The disk fills after step 2 has been committed, however slow it is, and before step 4.
                 wait_for(runs.folder / "full", [2])
-                patched.setattr(seals, "write_json", full)
+                patched.setattr(checkpoint_integrity, "write_json", full)
 
         with pytest.raises(
             UserError, match=r"checkpoints: step 4: cannot be written \(.*No space left on device"
