@@ -1,6 +1,9 @@
 """Shared by all tests: quiet libraries, CPU, tiny models of every family."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +16,38 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # here and in what tests start.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Torch works on tiny tensors here: its threads would only wait for each other, at the expense of other workers.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A program is compiled once a session: its workers, who inherit this, and the processes that they start find
+# what one of them made.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="search-r3-programs-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 configure_libraries()
+
+# Of two workers neither should begin the longest tests last.
+LONGEST = (
+    "training/test_survival.py",
+    "training/test_planted.py",
+    "training/test_rl_sharding.py",
+    "training/test_sharding.py",
+    "training/test_restore_elsewhere.py",
+    "training/test_stopping.py",
+    "training/test_rl.py",
+    "planning/test_committed.py",
+    "planning/test_plan.py",
+    "retrieval/indexer/test_faults.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Modules with long tests first; within a module, and among the others, everything stays as it was."""
+    tests = Path(__file__).parent
+    ranks = {tests / name: rank for rank, name in enumerate(LONGEST)}
+    slow = {item.path for item in items if "slow" in item.keywords}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks) + (item.path not in slow)))
 
 
 @pytest.fixture(scope="module")

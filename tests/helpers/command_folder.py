@@ -65,8 +65,8 @@ RL = {
 class Place:
     """A folder with a model, a data set and runs, and the environment that commands are started in."""
 
-    def __init__(self, folder: Path, model: Path, programs: Path):
-        self.folder, self.model, self._programs = folder, model, programs
+    def __init__(self, folder: Path, model: Path):
+        self.folder, self.model = folder, model
         self._started: list[subprocess.Popen[bytes]] = []
         folder.mkdir(parents=True, exist_ok=True)
         build_dataset(
@@ -97,10 +97,6 @@ class Place:
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
             # Each device's part of a collective waits in a thread of its own.
             **({"NPROC": str(2 * devices)} if devices > 1 else {}),
-            # Restarts find the programs that an earlier attempt compiled, or an earlier test.
-            "JAX_COMPILATION_CACHE_DIR": str(self._programs),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
         with (self.folder / log).open("ab") as out:
             process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from search_r3_jax.console import show_log
 from search_r3_jax.hub.checkpoint_reader import checkpoint_folder
 from search_r3_jax.retrieval.indexer import worker as indexer
 from search_r3_jax.retrieval.store import corpus_vectors as corpus
@@ -93,7 +94,7 @@ elif FAULT == "disk full while publishing":
 elif FAULT == "disk full at the pointer":
     before(os, "replace", on_target(r"/CURRENT$", no_space))
 elif FAULT == "checkpoint deleted":
-    before(indexer, "read_snapshot", delete_checkpoint)
+    before(indexer, "read_checkpoint", delete_checkpoint)
 elif FAULT == "silent":
     before(Encoder, "encode", lambda *_: first_time() and os.kill(os.getpid(), signal.SIGSTOP))
 elif FAULT == "clocks jump":
@@ -101,5 +102,6 @@ elif FAULT == "clocks jump":
 elif FAULT:
     raise SystemExit(f"no such fault: {FAULT}")
 
+show_log(sys.stdout)
 indexer.RETRY_SECONDS = 0.2
 indexer.run_indexer(RUN, parent=PARENT)

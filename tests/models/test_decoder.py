@@ -2,6 +2,7 @@
 and packed."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -137,12 +138,12 @@ def continued_with_cache(decoder: Decoder, ids: np.ndarray, positions: np.ndarra
     logits = decoder.logits(hidden[jnp.arange(B), last])[:, :V]
     shape = (decoder.config.layers, B, tokens, decoder.config.kv_heads, decoder.config.head_dim)
     cache = KVBlock(jnp.zeros(shape), jnp.zeros(shape), jnp.full((B, tokens), EMPTY_POSITION, jnp.int32))
-    step = jax.jit(lambda token, position, cache: decoder(token, position, contexts=[prompt, cache]))
+    graph, state = nnx.split(decoder)
     found = np.zeros((B, tokens), np.int32)
     for t in range(tokens):
         found[:, t] = np.argmax(np.asarray(logits), axis=-1)
         position = jnp.asarray(positions.max(axis=1) + 1 + t, jnp.int32)[:, None]
-        hidden, own = step(jnp.asarray(found[:, t : t + 1]), position, cache)
+        hidden, own = _step(graph, state, jnp.asarray(found[:, t : t + 1]), position, [prompt, cache])
         cache = KVBlock(
             cache.keys.at[:, :, t].set(own.keys[:, :, 0]),
             cache.values.at[:, :, t].set(own.values[:, :, 0]),
@@ -152,15 +153,30 @@ def continued_with_cache(decoder: Decoder, ids: np.ndarray, positions: np.ndarra
     return found
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _step(
+    graph: nnx.GraphDef[Decoder],
+    state: nnx.State,
+    token: jax.Array,
+    position: jax.Array,
+    contexts: list[KVBlock],
+) -> tuple[jax.Array, KVBlock]:
+    return nnx.merge(graph, state)(token, position, contexts=contexts)
+
+
 def continued_without_cache(decoder: Decoder, prompt: np.ndarray, tokens: int) -> list[int]:
-    row = np.zeros((1, len(prompt) + tokens), np.int32)
+    graph, state = nnx.split(decoder)
+    row = np.zeros((1, 24), np.int32)
     row[0, : len(prompt)] = prompt
-    whole = jax.jit(
-        lambda ids, lengths: decoder.logits(decoder(ids, positions_from_lengths(lengths, ids.shape[1]))[0])
-    )
-    for t in range(len(prompt), row.shape[1]):
-        row[0, t] = int(np.argmax(np.asarray(whole(row, np.array([t])))[0, t - 1, :320]))
-    return row[0, len(prompt) :].tolist()
+    for t in range(len(prompt), len(prompt) + tokens):
+        row[0, t] = int(np.argmax(np.asarray(_whole(graph, state, row, np.array([t])))[0, t - 1, :320]))
+    return row[0, len(prompt) : len(prompt) + tokens].tolist()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _whole(graph: nnx.GraphDef[Decoder], state: nnx.State, ids: jax.Array, lengths: jax.Array) -> jax.Array:
+    decoder = nnx.merge(graph, state)
+    return decoder.logits(decoder(ids, positions_from_lengths(lengths, ids.shape[1]))[0])
 
 
 def test_greedy_continuation_equals_generate(pair: tuple[LoadedModel, Any]) -> None:

@@ -11,6 +11,9 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 from search_r3_jax.rollout.token_sampling import sample_token, warp
 
+# Of half a million draws, running is most of the time, not compiling.
+pytestmark = pytest.mark.usefixtures("optimised")
+
 V = 700
 SETTINGS = [(0, 0.9), (0, 0.3), (5, 1.0), (40, 0.8), (5, 0.2), (1, 0.5), (0, 1e-6), (V + 50, 0.95), (0, 1.0)]
 

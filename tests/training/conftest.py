@@ -7,15 +7,9 @@ import pytest
 from helpers.command_folder import Place
 
 
-@pytest.fixture(scope="session")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for what is compiled in any place."""
-    return tmp_path_factory.mktemp("compiled")
-
-
 @pytest.fixture
-def place(tiny_folders: dict[str, Path], tmp_path: Path, programs: Path) -> Iterator[Place]:
+def place(tiny_folders: dict[str, Path], tmp_path: Path) -> Iterator[Place]:
     """A folder with a tiny model and a data set; whatever was started there has ended afterwards."""
-    made = Place(tmp_path, tiny_folders["llama"], programs)
+    made = Place(tmp_path, tiny_folders["llama"])
     yield made
     made.close()
