@@ -16,7 +16,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # here and in what tests start.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Torch works on tiny tensors here: its threads would only wait for each other, at the expense of other workers.
+# Torch works on tiny tensors here: more threads would wait for each other, at the expense of other workers.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A program is compiled once a session: its workers, who inherit this, and the processes that they start find
 # what one of them made.
