@@ -155,17 +155,11 @@ def policy_loss(
     variant or estimator, β without a reference, `dr_grpo` without `max_tokens`, a cap without
     log-probabilities of the sampler or the reverse, and clips outside of 0 ≤ clip_low < 1, 0 ≤ clip_high.
     """
-    if beta and reference_log_probs_bt is None:
-        raise ValueError(f"beta {beta} needs the reference's log-probabilities")
-    if variant == "dr_grpo" and max_tokens < 1:
-        raise ValueError(f"dr_grpo: max_tokens {max_tokens} must be the budget of a reply")
     if (sampler_log_probs_bt is None) != (importance_cap <= 0):
         raise ValueError(
             f"importance_cap {importance_cap}: a cap above 0 and the sampler's log-probabilities go together"
         )
-    if not (0 <= clip_low < 1 and clip_high >= 0):
-        raise ValueError(f"clip_low {clip_low} must be in [0, 1) and clip_high {clip_high} at least 0")
-
+    _check_weights(variant, max_tokens, clip_low, clip_high, beta, reference_log_probs_bt)
     dtype = jnp.promote_types(log_probs_bt.dtype, jnp.float32)
     mask_bt = mask_bt.astype(bool)
     counted_bt = mask_bt.astype(dtype)
@@ -223,6 +217,22 @@ def policy_loss(
     if variant == "dr_grpo" or variant == "dapo":
         return token_sum(loss_bt), count, statistics
     raise ValueError(f"unknown variant {variant!r} of the policy loss")
+
+
+def _check_weights(
+    variant: Variant,
+    max_tokens: int,
+    clip_low: float,
+    clip_high: float,
+    beta: float,
+    reference_log_probs_bt: jax.Array | None,
+) -> None:
+    if beta and reference_log_probs_bt is None:
+        raise ValueError(f"beta {beta} needs the reference's log-probabilities")
+    if variant == "dr_grpo" and max_tokens < 1:
+        raise ValueError(f"dr_grpo: max_tokens {max_tokens} must be the budget of a reply")
+    if not (0 <= clip_low < 1 and clip_high >= 0):
+        raise ValueError(f"clip_low {clip_low} must be in [0, 1) and clip_high {clip_high} at least 0")
 
 
 def kl_to_reference(

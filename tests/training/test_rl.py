@@ -138,7 +138,7 @@ def test_the_indexer_ends_with_a_killed_trainer(tiny_folders: dict[str, Path], t
         "import sys, time; from pathlib import Path; from search_r3_jax.retrieval.indexer.follower import "
         "IndexFollower\n"
         "follower = IndexFollower(Path(sys.argv[1]), 'x', 0); follower.start()\n"
-        "print(follower._process._process.pid, flush=True)\n"
+        "print(follower.indexer_pid, flush=True)\n"
         "time.sleep(60)"
     )
     run = tmp_path / "run"

@@ -230,6 +230,11 @@ class IndexFollower:
             "a new one, as another run: --allow-config-change"
         )
 
+    def open_versions(self) -> list[int]:
+        """Versions that are open and checked here, later than the one in use, ascending."""
+        with self._lock:
+            return sorted(self._open)
+
     def version_stats(self, version: int) -> dict[str, float]:
         """What the manifest of a version says: step, recall@10 against exact search, seconds it took."""
         root = next(root for root in self._roots if version in list_versions(root))
@@ -240,6 +245,11 @@ class IndexFollower:
             "encode_seconds": manifest["encode_seconds"],
             "build_seconds": manifest["build_seconds"],
         }
+
+    @property
+    def indexer_pid(self) -> int | None:
+        """The indexer process that was started here; None where there is none."""
+        return self._process.pid
 
     def close(self) -> None:
         """End the indexer process, and look no more."""

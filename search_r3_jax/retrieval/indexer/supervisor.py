@@ -52,6 +52,11 @@ class IndexerProcess:
         self._failures, self._start_at, self._elsewhere = 0, 0.0, False
         self._beat, self._beat_since, self._last_message = read_beat(run), time.monotonic(), ""
 
+    @property
+    def pid(self) -> int | None:
+        """The process that runs, or None."""
+        return None if self._process is None else self._process.pid
+
     def start(self) -> None:
         """Start the process, unless another follows the run already; what it prints goes to `indexer.log`."""
         if not self._local:

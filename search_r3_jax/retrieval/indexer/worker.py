@@ -132,7 +132,7 @@ class IndexWorker:
         )
         # Merged parameters have the structure of the model without adapters, so one encoder serves every
         # checkpoint.
-        self._encoder = Encoder(nnx.split(start.decoder)[0], Prompter(start.tokenizer), mesh=mesh)
+        self.encoder = Encoder(nnx.split(start.decoder)[0], Prompter(start.tokenizer), mesh=mesh)
         self._model = with_lora(start, config.lora, seed=config.seed)
         self._root = index_folder(run, config.index.folder)
         self._shards = run / "encoding"
@@ -179,7 +179,7 @@ class IndexWorker:
         config, documents = self._config, self._collection.documents
         vectors, state, of_parameters = self._encode(step)
         probes = [query.text for query in self._collection.queries[:PROBE_QUERIES]]
-        probe_vectors = self._encoder.encode(state, probes, max_tokens=config.text.max_query_tokens)
+        probe_vectors = self.encoder.encode(state, probes, max_tokens=config.text.max_query_tokens)
         encoded = time.time()
         self._heartbeat.beat("publishing", step=step, encoded=len(documents), documents=len(documents))
         with self._heartbeat.ticking():
@@ -228,7 +228,7 @@ class IndexWorker:
             self._heartbeat.beat("encoding", step=step, encoded=self._encoded, documents=len(documents))
 
         def encode(texts: Sequence[str], *, on_progress: Callable[[int], object] | None = None) -> np.ndarray:
-            return self._encoder.encode(
+            return self.encoder.encode(
                 state, texts, max_tokens=config.text.max_document_tokens, on_progress=on_progress
             )
 

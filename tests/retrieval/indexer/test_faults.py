@@ -290,7 +290,7 @@ def test_the_newest_snapshot_is_taken_and_interrupted_encoding_goes_on(
     run.save(2, 4)
     worker = worker_of(run)
     calls: list[int] = []
-    encode = worker._encoder.encode
+    encode = worker.encoder.encode
 
     def counted(state: Any, texts: Any, **named: Any) -> np.ndarray:
         if len(calls) == 1:
@@ -299,7 +299,7 @@ def test_the_newest_snapshot_is_taken_and_interrupted_encoding_goes_on(
         calls.append(len(texts))
         return encode(state, texts, **named)
 
-    monkeypatch.setattr(worker._encoder, "encode", counted)
+    monkeypatch.setattr(worker.encoder, "encode", counted)
     with pytest.raises(KeyboardInterrupt):
         worker.advance()
     assert worker.advance()

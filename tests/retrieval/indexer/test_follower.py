@@ -85,7 +85,7 @@ def test_a_version_from_a_later_step_is_left_until_that_step(tmp_path: Path) -> 
     follower = follower_of(run)
     follower.start()
     try:
-        wait_until(lambda: bool(follower._open))
+        wait_until(lambda: bool(follower.open_versions()))
         for step in range(8):
             assert follower.newer_than(3, at_most=step) is None
         found = follower.newer_than(3, at_most=8)
@@ -110,7 +110,7 @@ def test_a_version_that_training_and_the_thread_open_at_once_hides_no_later_one(
             if threading.current_thread() is not threading.main_thread():
                 assert slower == "training" or training_has_it.wait(30)
             elif slower == "training":
-                wait_until(lambda: 0 in follower._open)
+                wait_until(lambda: 0 in follower.open_versions())
         return index
 
     monkeypatch.setattr("search_r3_jax.retrieval.indexer.follower.open_version", open_at_once)
@@ -123,7 +123,7 @@ def test_a_version_that_training_and_the_thread_open_at_once_hides_no_later_one(
             assert follower.newer_than(0, at_most=1) is None
             time.sleep(0.05)
         publish(run, 2)
-        wait_until(lambda: 2 in follower._open)
+        wait_until(lambda: 2 in follower.open_versions())
         holds(follower.newer_than(0, at_most=2), 2)
     finally:
         follower.close()

@@ -44,9 +44,9 @@ def test_two_processes_share_the_encoding(run: IndexedRun, monkeypatch: pytest.M
     first, second = worker_of(run, 0, 2), worker_of(run, 1, 2)
     assert not second.advance()
     encoded: list[int] = []
-    encode = second._encoder.encode
+    encode = second.encoder.encode
     monkeypatch.setattr(
-        second._encoder, "encode", lambda *a, **n: encoded.append(len(a[1])) or encode(*a, **n)
+        second.encoder, "encode", lambda *a, **n: encoded.append(len(a[1])) or encode(*a, **n)
     )
     done = threading.Event()
 
