@@ -163,17 +163,17 @@ def info_nce(
             log_z = jnp.logaddexp(log_z, other)
         loss_bp = jax.nn.softplus(log_z - scores_bp)
 
+    total = jnp.sum(pairs.weight_b * jnp.sum(pairs.share_bp * loss_bp, axis=-1))
+    return total, jnp.sum(pairs.weight_b), _info_nce_scalars(pairs, scores_bp, kept)
+
+
+def _info_nce_scalars(pairs: _Pairs, scores_bp: jax.Array, kept: jax.Array) -> dict[str, jax.Array]:
     best_positive_b = jnp.max(jnp.where(pairs.positive_bp, scores_bp, FLOOR), axis=-1)
     best_negative_b = jnp.max(jnp.where(pairs.negative_bp, scores_bp, FLOOR), axis=-1)
-    scalars = {
+    return {
         "hits": jnp.sum(pairs.weight_b * (best_positive_b > best_negative_b)),
         "negatives": jnp.sum(pairs.weight_b * jnp.sum(pairs.share_bp * kept, axis=-1)),
     }
-    return (
-        jnp.sum(pairs.weight_b * jnp.sum(pairs.share_bp * loss_bp, axis=-1)),
-        jnp.sum(pairs.weight_b),
-        scalars,
-    )
 
 
 def _check_directions(directions: Sequence[Direction], partition: str) -> None:

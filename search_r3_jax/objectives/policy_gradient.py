@@ -200,12 +200,7 @@ def policy_loss(
     statistics = PolicyStatistics(
         tokens=jnp.sum(tokens_b),
         rows=jnp.sum(rows_b),
-        ratios=jnp.sum(weight),
-        ratio_sum=jnp.sum(ratio * weight),
-        ratio_min=jnp.min(jnp.where(weight > 0, ratio, jnp.inf)),
-        ratio_max=jnp.max(jnp.where(weight > 0, ratio, -jnp.inf)),
-        clipped_low=jnp.sum(((ratio < 1 - clip_low) & (advantages < 0)) * weight),
-        clipped_high=jnp.sum(((ratio > 1 + clip_high) & (advantages > 0)) * weight),
+        **_ratio_statistics(ratio, weight, advantages, clip_low, clip_high),
         zero_advantages=jnp.sum((advantages[:, 0] == 0) * rows_b),
         kl=kl,
         entropy=None if entropies_bt is None else token_sum(sampled(entropies_bt)),
@@ -214,9 +209,21 @@ def policy_loss(
     count = policy_count(mask_bt, variant, max_tokens=max_tokens).astype(dtype)
     if variant == "grpo" or variant == "gspo":
         return jnp.sum(jnp.sum(loss_bt * counted_bt, axis=-1) / jnp.maximum(tokens_b, 1)), count, statistics
-    if variant == "dr_grpo" or variant == "dapo":
-        return token_sum(loss_bt), count, statistics
-    raise ValueError(f"unknown variant {variant!r} of the policy loss")
+    return token_sum(loss_bt), count, statistics
+
+
+def _ratio_statistics(
+    ratio: jax.Array, weight: jax.Array, advantages: jax.Array, clip_low: float, clip_high: float
+) -> dict[str, jax.Array]:
+    """The statistics of the ratios, [B,T] or with gspo [B,1]; `weight` is 1 where a ratio counts, else 0."""
+    return {
+        "ratios": jnp.sum(weight),
+        "ratio_sum": jnp.sum(ratio * weight),
+        "ratio_min": jnp.min(jnp.where(weight > 0, ratio, jnp.inf)),
+        "ratio_max": jnp.max(jnp.where(weight > 0, ratio, -jnp.inf)),
+        "clipped_low": jnp.sum(((ratio < 1 - clip_low) & (advantages < 0)) * weight),
+        "clipped_high": jnp.sum(((ratio > 1 + clip_high) & (advantages > 0)) * weight),
+    }
 
 
 def _check_weights(
@@ -227,6 +234,8 @@ def _check_weights(
     beta: float,
     reference_log_probs_bt: jax.Array | None,
 ) -> None:
+    if variant not in ("grpo", "dr_grpo", "dapo", "gspo"):
+        raise ValueError(f"unknown variant {variant!r} of the policy loss")
     if beta and reference_log_probs_bt is None:
         raise ValueError(f"beta {beta} needs the reference's log-probabilities")
     if variant == "dr_grpo" and max_tokens < 1:

@@ -218,37 +218,10 @@ def make_update(
             log_probs_bt, entropies_bt, embeds_bd = _read(
                 decoder, prompter, part, temperature=temperature, adapters=True, mesh=mesh
             )
-            policy, _, statistics = policy_loss(
-                log_probs_bt,
-                part.advantages,
-                part.sampled,
-                variant=config.variant,
-                clip_low=config.clip_low,
-                clip_high=config.clip_high,
-                max_tokens=config.sampler.max_think_tokens,
-                old_log_probs_bt=old_bt,
-                reference_log_probs_bt=reference_bt,
-                beta=config.beta,
-                kl_estimator=config.kl_estimator,
-                sampler_log_probs_bt=part.sampler_log_probs if config.importance_cap > 0 else None,
-                importance_cap=config.importance_cap,
-                entropies_bt=entropies_bt,
-            )
+            policy, statistics = _policy_loss(config, part, log_probs_bt, entropies_bt, old_bt, reference_bt)
             infonce = jnp.zeros(())
             if config.infonce.weight > 0:
-                relevance_bp = jnp.repeat(part.relevance, G, axis=0)
-                excluded_bp = jnp.zeros(relevance_bp.shape, bool)
-                documents_pe = batch.documents
-                if config.infonce.train_documents:
-                    trained_qe = _embedded(decoder, prompter, batch.trained_ids, batch.trained_lengths)
-                    documents_pe = jnp.concatenate([trained_qe, documents_pe[len(trained_qe) :]])
-                infonce, _, _ = info_nce(
-                    l2_normalize(embeds_bd),
-                    documents_pe,
-                    relevance_bp,
-                    excluded_bp,
-                    temperature=config.infonce.temperature,
-                )
+                infonce = _infonce_loss(decoder, prompter, config, batch, part, embeds_bd)
             loss = policy / policy_total + config.infonce.weight * infonce / infonce_total
             return loss, (_Part(policy, infonce, statistics), log_probs_bt)
 
@@ -291,6 +264,60 @@ def make_update(
         return state, {"loss": loss, **scalars, **about_update}, log_probs
 
     return update
+
+
+def _policy_loss(
+    config: RlConfig,
+    part: Replies,
+    log_probs_bt: jax.Array,
+    entropies_bt: jax.Array,
+    old_bt: jax.Array | None,
+    reference_bt: jax.Array | None,
+) -> tuple[jax.Array, PolicyStatistics]:
+    """The policy gradient's sum over a micro-batch, and its statistics."""
+    policy, _, statistics = policy_loss(
+        log_probs_bt,
+        part.advantages,
+        part.sampled,
+        variant=config.variant,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        max_tokens=config.sampler.max_think_tokens,
+        old_log_probs_bt=old_bt,
+        reference_log_probs_bt=reference_bt,
+        beta=config.beta,
+        kl_estimator=config.kl_estimator,
+        sampler_log_probs_bt=part.sampler_log_probs if config.importance_cap > 0 else None,
+        importance_cap=config.importance_cap,
+        entropies_bt=entropies_bt,
+    )
+    return policy, statistics
+
+
+def _infonce_loss(
+    decoder: Decoder,
+    prompter: Prompter,
+    config: RlConfig,
+    batch: RlBatch,
+    part: Replies,
+    embeds_bd: jax.Array,
+) -> jax.Array:
+    """The auxiliary InfoNCE's sum over a micro-batch's sampled queries."""
+    G = part.ids.shape[0] // part.prompt_ids.shape[0]
+    relevance_bp = jnp.repeat(part.relevance, G, axis=0)
+    excluded_bp = jnp.zeros(relevance_bp.shape, bool)
+    documents_pe = batch.documents
+    if config.infonce.train_documents:
+        trained_qe = _embedded(decoder, prompter, batch.trained_ids, batch.trained_lengths)
+        documents_pe = jnp.concatenate([trained_qe, documents_pe[len(trained_qe) :]])
+    infonce, _, _ = info_nce(
+        l2_normalize(embeds_bd),
+        documents_pe,
+        relevance_bp,
+        excluded_bp,
+        temperature=config.infonce.temperature,
+    )
+    return infonce
 
 
 def _read(

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from search_r3_jax.compiler import compiler_options
 from search_r3_jax.config import SftConfig
@@ -77,31 +78,9 @@ def make_step(
                 constrain(l2_normalize(hidden_md[chunk.embed_at]), None),
                 constrain(l2_normalize(of_documents_md[documents.embed_at]), None),
             )
-            # The reply's tokens, each predicted by the state before it; the head runs nowhere else.
-            mask_m, reply_at = jnp.asarray(chunk.reply_at) >= 0, jnp.maximum(chunk.reply_at, 1)
-            read_md = states_for_head(hidden_md[reply_at - 1])
-            states, columns = head_chunks(decoder.config.vocab_size, mesh)
-            targets_m = jnp.asarray(chunk.ids).reshape(-1)[reply_at]
-            head = head_of(decoder)
-            log_probs, _ = token_log_probs(head.logits, read_md, targets_m, chunk=states)
-            language, count = cross_entropy(log_probs, mask_m)
-            sums = {
-                "language": language,
-                "reply_tokens": count,
-                "kl": jnp.zeros(()),
-                "kl_tokens": jnp.zeros(()),
-            }
-            if config.kl_weight > 0:
-                if not with_base:
-                    base_md = _hidden(base, prompter, [chunk], adapters=False)
-                base_md = states_for_head(jax.lax.stop_gradient(base_md[0])[reply_at - 1])
-                base_head = head_of(base, adapters=False)
-                # The base knows nothing of the embed token: where that is due, staying close to it would mean
-                # not to write it.
-                mask_m = mask_m & (targets_m != prompter.embed_id)
-                sums["kl"], sums["kl_tokens"] = kl_to_base(
-                    read_md, head, base_md, base_head, mask_m, chunk=states, vocab_chunk=columns
-                )
+            sums = _reply_losses(
+                decoder, base, prompter, config, chunk, hidden_md, base_md if with_base else None, mesh
+            )
             return vectors, sums
 
         def loss(
@@ -141,6 +120,48 @@ def make_step(
         return state, scalars | about_update
 
     return step
+
+
+def _reply_losses(
+    decoder: Decoder,
+    base: Decoder,
+    prompter: Prompter,
+    config: SftConfig,
+    chunk: TextChunks,
+    hidden_md: jax.Array,
+    base_states: Sequence[jax.Array] | None,
+    mesh: Mesh | None,
+) -> dict[str, jax.Array]:
+    """Sums of cross-entropy and KL to the base over a chunk's replies, and their tokens.
+
+    `base_states` are the base's hidden states where it read the queries in the same pass.
+    """
+    # The reply's tokens, each predicted by the state before it; the head runs nowhere else.
+    mask_m, reply_at = jnp.asarray(chunk.reply_at) >= 0, jnp.maximum(chunk.reply_at, 1)
+    read_md = states_for_head(hidden_md[reply_at - 1])
+    states, columns = head_chunks(decoder.config.vocab_size, mesh)
+    targets_m = jnp.asarray(chunk.ids).reshape(-1)[reply_at]
+    head = head_of(decoder)
+    log_probs, _ = token_log_probs(head.logits, read_md, targets_m, chunk=states)
+    language, count = cross_entropy(log_probs, mask_m)
+    sums = {
+        "language": language,
+        "reply_tokens": count,
+        "kl": jnp.zeros(()),
+        "kl_tokens": jnp.zeros(()),
+    }
+    if config.kl_weight > 0:
+        if base_states is None:
+            base_states = _hidden(base, prompter, [chunk], adapters=False)
+        base_md = states_for_head(jax.lax.stop_gradient(base_states[0])[reply_at - 1])
+        base_head = head_of(base, adapters=False)
+        # The base knows nothing of the embed token: where that is due, staying close to it would mean
+        # not to write it.
+        mask_m = mask_m & (targets_m != prompter.embed_id)
+        sums["kl"], sums["kl_tokens"] = kl_to_base(
+            read_md, head, base_md, base_head, mask_m, chunk=states, vocab_chunk=columns
+        )
+    return sums
 
 
 def contrastive_losses(

@@ -46,7 +46,7 @@ from search_r3_jax.rollout.encoder import Encoder, ReasonedEncoder
 from search_r3_jax.rollout.sampler import Sampler, rollout_seeds
 from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training import live_index, rl
-from search_r3_jax.training.rl import reencode_rollout
+from search_r3_jax.training.rl_acts import reencode_rollout
 from search_r3_jax.training.run import RlRecord
 from search_r3_jax.training.sft import train_sft
 

@@ -24,7 +24,7 @@ from search_r3_jax.rollout.encoder import ReasonedEncoder
 from search_r3_jax.rollout.sampler import Sampler, rollout_seeds
 from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training.live_index import LiveIndex
-from search_r3_jax.training.rl import reencode_rollout
+from search_r3_jax.training.rl_acts import reencode_rollout
 
 ROWS = 30
 

@@ -1,0 +1,187 @@
+"""The acts of a step of stage 2: sample replies, score them, update the policy."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from search_r3_jax.data.collection import Collection, Query
+from search_r3_jax.data.mixture import shuffled
+from search_r3_jax.objectives.policy_gradient import group_advantages
+from search_r3_jax.retrieval.environment.environment import StepResult
+from search_r3_jax.retrieval.environment.negatives import drop_near_duplicates, infonce_document_rows
+from search_r3_jax.rollout.encoder import ReasonedEncoder
+from search_r3_jax.rollout.sampler import Rollout, rollout_seeds
+from search_r3_jax.training.live_index import (
+    LiveIndex,
+)
+from search_r3_jax.training.rl_report import step_scalars
+from search_r3_jax.training.rl_setup import RlStage
+from search_r3_jax.training.rl_step import RlBatch, make_batch, put_batch, tokenize_documents
+from search_r3_jax.training.state import TrainState
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """A step's queries and the replies to them.
+
+    Attributes:
+        positives: each query's relevant documents, row → grade.
+        seconds: it took.
+    """
+
+    queries: list[Query]
+    positives: list[Mapping[int, int]]
+    rollout: Rollout
+    seconds: float
+
+    @property
+    def texts(self) -> list[str]:
+        """The queries' texts."""
+        return [query.text for query in self.queries]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """What the replies earned, and the seconds that took."""
+
+    result: StepResult
+    seconds: float
+
+
+def sample(stage: RlStage, step: int) -> Sampled:
+    """G replies to each of Q queries, written with the current parameters."""
+    started = time.perf_counter()
+    rl, collection, seed = stage.config.rl, stage.collection, stage.config.seed
+    rows = shuffled(len(collection.queries), seed, step * rl.global_queries, rl.global_queries)
+    queries = [collection.queries[row] for row in rows]
+    seeds_qg = rollout_seeds(seed, step, rows, rl.group_size)
+    rollout = stage.sampler.sample(
+        stage.current,
+        [query.text for query in queries],
+        seeds_qg,
+        max_tokens=stage.config.text.max_query_tokens,
+    )
+    long_enough = rollout.lengths >= rl.min_tokens
+    return Sampled(
+        queries=queries,
+        positives=[_positives(query, collection) for query in queries],
+        rollout=dataclasses.replace(rollout, valid=rollout.valid & long_enough),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def score(stage: RlStage, state: TrainState, sampled: Sampled, index: LiveIndex, step: int) -> Scored:
+    """Rewards: candidates from the index, ranked under the parameters that `index.scoring` names."""
+    started = time.perf_counter()
+    config, rollout = stage.config, sampled.rollout
+    Q, G = len(sampled.queries), config.rl.group_size
+    vectors, params = rollout.vectors, stage.current
+    if config.index.scoring == "consistent_stale":
+        params = stage.merged(index.checkpoint_params(state.params))
+        vectors = reencode_rollout(
+            stage.reasoned_encoder, params, sampled.texts, rollout, config.text.max_query_tokens
+        )
+    needs_direct = config.rl.reward.variant == "gain_over_direct"
+    result = index.environment.score(
+        step,
+        sampled.positives,
+        vectors.reshape(Q, G, -1),
+        rollout.valid.reshape(Q, G),
+        tokens=rollout.lengths.reshape(Q, G),
+        direct=stage.encode_queries(sampled.texts, params) if needs_direct else None,
+    )
+    return Scored(result=result, seconds=time.perf_counter() - started)
+
+
+def update(
+    stage: RlStage, state: TrainState, sampled: Sampled, scored: Scored, index: LiveIndex
+) -> tuple[TrainState, dict[str, float]]:
+    """`rl.inner_epochs` updates on the rollout, and the step's metrics."""
+    started = time.perf_counter()
+    rl, rollout, frozen = stage.config.rl, sampled.rollout, stage.frozen
+    batch = _make_batch(stage, sampled, scored.result, index)
+    reference = None
+    if rl.beta != 0:
+        # Under LoRA the reference is the frozen base, else the parameters that stage 2 started from.
+        full = stage.config.lora.rank == 0
+        reference = stage.log_probs(stage.start, frozen, batch.replies, adapters=full)
+    before = None
+    if rl.inner_epochs > 1:
+        before = stage.log_probs(state.params, frozen, batch.replies, adapters=True)
+    scalars: dict[str, jax.Array] = {}
+    log_probs: list[jax.Array] = []
+    for _ in range(rl.inner_epochs):
+        state, scalars, policy_log_probs = stage.update(state, frozen, batch, before, reference)
+        log_probs.append(policy_log_probs)
+    metrics = {name: float(value) for name, value in scalars.items()}
+    seconds = time.perf_counter() - started
+    trainer_bt = np.asarray(log_probs[0]).reshape(rollout.ids.shape)
+    metrics |= step_scalars(rollout, scored.result, trainer_bt, sampled.seconds)
+    metrics |= {
+        "rollout_seconds": sampled.seconds,
+        "environment_seconds": scored.seconds,
+        "update_seconds": seconds,
+    }
+    return state, metrics
+
+
+def reencode_rollout(
+    encoder: ReasonedEncoder, params: nnx.State, texts: Sequence[str], rollout: Rollout, max_tokens: int
+) -> np.ndarray:
+    """Vectors [B,E] of replies to `texts` [Q] under `params`; zero where a reply is not valid."""
+    group = len(rollout.lengths) // len(texts)
+    valid = np.flatnonzero(rollout.valid).tolist()
+    replies = [rollout.ids[b, : rollout.lengths[b]].tolist() for b in valid]
+    vectors = np.zeros_like(rollout.vectors)
+    vectors[valid] = encoder.encode(
+        params, [texts[b // group] for b in valid], replies, max_tokens=max_tokens
+    )
+    return vectors
+
+
+def _make_batch(stage: RlStage, sampled: Sampled, result: StepResult, index: LiveIndex) -> RlBatch:
+    """The update's arrays: advantages, and the documents that InfoNCE contrasts the queries with."""
+    rl, environment = stage.config.rl, index.environment
+    Q, G = result.rewards.shape
+    group_id = jnp.repeat(jnp.arange(Q), G)
+    rewards = jnp.asarray(result.rewards).reshape(-1)
+    advantages, _ = group_advantages(rewards, group_id, groups=Q, scale=rl.scale_rewards)
+    candidates = result.candidates
+    if rl.infonce.near_duplicate_cosine < 1:
+        candidates = drop_near_duplicates(
+            environment.vectors_of,
+            sampled.positives,
+            candidates,
+            max_cosine=rl.infonce.near_duplicate_cosine,
+        )
+    rows = infonce_document_rows(
+        sampled.positives, candidates, rl.infonce.negatives, rows=len(stage.collection.documents)
+    )
+    relevance_qp = np.array(
+        [[grades.get(row, 0) for row in rows.tolist()] for grades in sampled.positives], np.float32
+    )
+    trained = None
+    if rl.infonce.train_documents:
+        bodies = [stage.collection.documents[row].body for row in rows[:Q].tolist()]
+        trained = tokenize_documents(stage.prompter, bodies, stage.config.text.max_document_tokens)
+    batch = make_batch(
+        sampled.rollout,
+        np.asarray(advantages),
+        environment.vectors_of(rows),
+        relevance_qp,
+        trained=trained,
+        micro_queries=rl.micro_queries,
+    )
+    return put_batch(batch, stage.mesh)
+
+
+def _positives(query: Query, collection: Collection) -> dict[int, int]:
+    return {collection.row_of[doc_id]: grade for doc_id, grade in query.positives.items()}

@@ -1,0 +1,244 @@
+"""An open run of stage 2: its folder, its checkpoints, and what happens between two steps."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from search_r3_jax.errors import UserError
+from search_r3_jax.hub.checkpoint_writer import CheckpointWriter, latest_valid_checkpoint
+from search_r3_jax.training.live_index import (
+    IndexStart,
+    LiveIndex,
+    discard_index_versions_after,
+    load_or_copy_schedule,
+)
+from search_r3_jax.training.monitor import CollapseGuard
+from search_r3_jax.training.rl_acts import Sampled, Scored
+from search_r3_jax.training.rl_progress import RlProgress
+from search_r3_jax.training.rl_report import ConstantTerms, sample_records
+from search_r3_jax.training.rl_setup import RlStage
+from search_r3_jax.training.run import Run
+from search_r3_jax.training.state import TrainState
+from search_r3_jax.training.stopping import StopRequest
+
+BEST_BY = "dev_reason_ndcg@10"
+OnStep = Callable[[int, int, dict[str, float]], object]
+logger = logging.getLogger(__name__)
+
+
+class RlSession:
+    """An open run of stage 2: its folder, its checkpoints, and what happens between two steps."""
+
+    def __init__(
+        self,
+        stage: RlStage,
+        run: Run,
+        checkpoints: CheckpointWriter,
+        request: StopRequest,
+        first: int | None,
+        on_step: OnStep,
+    ):
+        rl = stage.config.rl
+        self._stage, self._run, self._checkpoints, self._request = stage, run, checkpoints, request
+        self._first, self._on_step = first, on_step
+        self._guard = CollapseGuard(
+            valid_below=rl.collapse.valid_rate, entropy_below=rl.collapse.entropy, steps=rl.collapse.steps
+        )
+        self._constant_terms = ConstantTerms()
+        self._save_seconds = 0.0
+
+    def begin(
+        self, state: TrainState, replay: Path | None, *, allow_other_version: bool
+    ) -> tuple[TrainState, RlProgress, IndexStart]:
+        """State and progress of the last valid checkpoint; without one, of step 0, evaluated and saved."""
+        first = self._first
+        load_or_copy_schedule(self._run.path, first or 0, replay=replay if first is None else None)
+        # A run that has not saved yet evaluates step 0 again.
+        self._run.start_at(-1 if first is None else first)
+        progress, arrays = RlProgress(), {}
+        if first:
+            restored = self._checkpoints.restore(first, state.params, state.optimizer)
+            progress, arrays = RlProgress.from_meta(first, restored.meta), restored.arrays
+            in_a_row = jax.device_put(np.int32(progress.skipped_in_a_row), state.skipped.sharding)
+            state = TrainState(restored.params, restored.optimizer, in_a_row)
+            self._guard.restore(progress.guard)
+            logger.info("going on from step %d", first)
+        if first is None:
+            metrics = self._evaluate(state, 0)
+            self._checkpoints.save(
+                0, state.params, state.optimizer, progress.to_meta(), score=metrics.get(BEST_BY)
+            )
+            self._checkpoints.wait()
+        start = IndexStart(
+            step=progress.step,
+            statistics=progress.index,
+            arrays=arrays,
+            allow_other_version=allow_other_version,
+        )
+        return state, progress, start
+
+    def stop_waiting(self, step: int) -> None:
+        """Stop here if asked to: training waits at a step that is saved."""
+        self._request.stop_waiting(self._run.path, step)
+
+    def save(
+        self,
+        state: TrainState,
+        progress: RlProgress,
+        index: LiveIndex,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Begin to save a checkpoint of this step."""
+        self._run.make_durable()
+        progress.index = index.statistics
+        self._checkpoints.save(
+            progress.step,
+            state.params,
+            state.optimizer,
+            progress.to_meta(),
+            arrays=index.checkpoint_arrays(),
+            score=(metrics or {}).get(BEST_BY),
+        )
+
+    def save_for_index(self, state: TrainState, progress: RlProgress, index: LiveIndex) -> None:
+        """Commit a checkpoint of this step, if there is none, for the indexer."""
+        if progress.step != self._checkpoints.latest():
+            index.checkpoint_saved()
+            self.save(state, progress, index)
+            self._checkpoints.wait()
+
+    def save_last(self, state: TrainState, progress: RlProgress, index: LiveIndex) -> None:
+        """Save the last step, where a finished run was called again with fewer steps between checkpoints."""
+        if progress.step > (self._checkpoints.latest() or 0):
+            self.save(state, progress, index)
+
+    def finish_step(
+        self,
+        state: TrainState,
+        progress: RlProgress,
+        sampled: Sampled,
+        scored: Scored,
+        metrics: dict[str, float],
+        index: LiveIndex,
+    ) -> None:
+        """Count, log, evaluate and save a step; raises UserError where the run cannot go on, StoppedError."""
+        rl, step = self._stage.config.rl, progress.step
+        phases = ("swap", "index_wait", "rollout", "environment", "update")
+        metrics["seconds"] = sum(metrics[f"{phase}_seconds"] for phase in phases)
+        progress.skipped_in_a_row = int(metrics.pop("skipped_in_a_row"))
+        progress.skipped += progress.skipped_in_a_row > 0
+        progress.reencoded += int(scored.result.stats["reencoded"])
+        progress.valid_rates.append(metrics["valid_rate"])
+        metrics |= {"skipped": progress.skipped, "save_seconds": self._save_seconds}
+        self._constant_terms.observe(step, metrics)
+        self._write_samples(step, sampled, scored)
+        progress.step, progress.index = step + 1, index.statistics
+        done = progress.step
+        self._stage.current = self._stage.merged(state.params)
+        evaluated = rl.eval_every > 0 and (done % rl.eval_every == 0 or done == rl.steps)
+        if evaluated:
+            metrics |= self._evaluate(state, done)
+        drifted, drift = index.drifted(done)
+        metrics |= drift
+        self._run.log(step, metrics)
+        self._on_step(done, rl.steps, metrics)
+        problem = self._reason_to_stop(step, metrics, progress)
+        stop_requested, self._save_seconds = self._request.asked(), 0.0
+        should_save = evaluated or drifted or done % rl.save_every == 0 or done == rl.steps
+        if should_save:
+            index.checkpoint_saved()
+        if should_save or problem or stop_requested:
+            started = time.perf_counter()
+            self.save(state, progress, index, metrics)
+            self._save_seconds = time.perf_counter() - started
+        if problem:
+            raise UserError(f"{problem} (checkpoints are in {self._run.path})")
+        if stop_requested and not progress.finished(rl):
+            self._checkpoints.wait()
+            self._request.stop(self._run.path, done)
+        self._checkpoints.check()
+        index.check()
+
+    def _write_samples(self, step: int, sampled: Sampled, scored: Scored) -> None:
+        stage = self._stage
+        for record in sample_records(
+            step,
+            stage.config.rl.sample_every,
+            sampled.queries,
+            sampled.rollout,
+            scored.result,
+            stage.prompter,
+            stage.collection,
+        ):
+            self._run.sample(record)
+
+    def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
+        """Metrics of the development queries, direct and reasoned; {} where there are none."""
+        if self._stage.development is None:
+            return {}
+        params = self._stage.merged(state.params)
+        metrics, searches = self._stage.development.evaluate(params, step, self._run.path)
+        for search in searches:
+            self._run.sample({"step": step - 1, **search})
+        swapped = ""
+        if "dev_swap_gain" in metrics:
+            swapped = f"; with another query's reasoning {-metrics['dev_swap_gain']:+.3f}"
+        direct, reasoned = metrics["dev_direct_ndcg@10"], metrics[BEST_BY]
+        valid, tokens = metrics["dev_reason_valid_rate"], metrics["dev_reason_reply_tokens"]
+        milliseconds = metrics["dev_reason_milliseconds_per_query"]
+        logger.info(
+            f"step {step}: nDCG@10 {direct:.3f} direct, {reasoned:.3f} reasoned ({valid:.0%} valid, "
+            f"{tokens:.0f} tokens and {milliseconds:.0f} ms a query{swapped})"
+        )
+        return metrics
+
+    def _reason_to_stop(self, step: int, metrics: Mapping[str, float], progress: RlProgress) -> str:
+        """Why the run cannot go on, or nothing; counts the step."""
+        rl = self._stage.config.rl
+        try:
+            self._guard.observe(step, valid_rate=metrics["valid_rate"], entropy=metrics["entropy"])
+        except UserError as error:
+            return str(error)
+        finally:
+            progress.guard = self._guard.state()
+        if progress.skipped_in_a_row >= rl.max_skipped * rl.inner_epochs:
+            return (
+                f"rl.optimizer.learning_rate: step {step}: {rl.max_skipped} steps in a row were not finite; "
+                "lower the rate"
+            )
+        return ""
+
+
+@contextmanager
+def open_session(
+    stage: RlStage,
+    run_folder: Path,
+    record: dict[str, Any],
+    allow_config_change: bool,
+    on_step: OnStep,
+) -> Iterator[RlSession]:
+    """Open run folder, checkpoints and stop signals; `record` stands beside the config in `config.json`."""
+    rl = stage.config.rl
+    run = Run(
+        run_folder,
+        stage.config,
+        stage="rl",
+        record=record,
+        allow_config_change=allow_config_change,
+        on_change=lambda: discard_index_versions_after(run_folder, stage.config),
+    )
+    with closing(run):
+        run.save_tokenizer(stage.model.tokenizer)
+        # Before the writer, which remembers the steps that are there: a damaged one is put aside.
+        first = latest_valid_checkpoint(run_folder)
+        checkpoints = CheckpointWriter(run_folder, keep=rl.keep, keep_every=rl.keep_every)
+        with StopRequest() as request, closing(checkpoints):
+            yield RlSession(stage, run, checkpoints, request, first, on_step)
