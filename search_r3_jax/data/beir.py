@@ -152,8 +152,7 @@ def _judgement(fields: Sequence[str], known: _Known, highest: int) -> tuple[str,
             f"field 'corpus-id': {shown(doc_id)} is not in {known.corpus_file.name}; add it or remove the row"
         )
         raise LineError("unknown or skipped document", text)
-    # int() also accepts "1_0" and digits of other scripts; for thousands of digits it raises an error of
-    # Python.
+    # int() alone also accepts "1_0" and digits of other scripts, and fails on thousands of digits.
     if not re.fullmatch(r"[+-]?[0-9]{1,10}", score.strip()) or abs(int(score)) > MAX_SCORE:
         raise LineError("bad score", f"field 'score': expected an integer of 32 bits, got {shown(score)}")
     if int(score) > highest:

@@ -19,7 +19,7 @@ from search_r3_jax.hub.load_model import LoadedModel
 from search_r3_jax.rollout.sampler import Rollout, Sampler
 from search_r3_jax.text.prompts import Prompter
 
-QUERIES_PER_PASS = 64
+QUERIES_A_PASS = 64
 
 
 def with_self_generated_reasoning(
@@ -48,12 +48,12 @@ def with_self_generated_reasoning(
     sampler = Sampler(graph, prompter, greedy, mesh=model.mesh)
     # Sorted by length, so that a pass holds prompts of one bucket.
     missing.sort(key=lambda at: (len(collections[at[0]].queries[at[1]].text), at))
-    for start in range(0, len(missing), QUERIES_PER_PASS):
-        chosen = missing[start : start + QUERIES_PER_PASS]
+    for start in range(0, len(missing), QUERIES_A_PASS):
+        chosen = missing[start : start + QUERIES_A_PASS]
         # Always the same passes: who shares one must not depend on where an earlier attempt was interrupted.
         if all((number, collections[number].queries[row].query_id) in thoughts for number, row in chosen):
             continue
-        filled = chosen + chosen[:1] * (QUERIES_PER_PASS - len(chosen))
+        filled = chosen + chosen[:1] * (QUERIES_A_PASS - len(chosen))
         texts = [collections[number].queries[row].text for number, row in filled]
         rollout = sampler.sample(
             state, texts, np.zeros((len(texts), 1), np.uint32), max_tokens=config.text.max_query_tokens
