@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class RlResult:
-    """What stage 2 leaves.
+    """The result of stage 2.
 
     Attributes:
         params: the trained parameters.
@@ -77,7 +77,7 @@ class Sampled:
 
     Attributes:
         positives: each query's relevant documents, row → grade.
-        seconds: it took.
+        seconds: time to sample.
     """
 
     queries: list[Query]
@@ -93,7 +93,7 @@ class Sampled:
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """What the replies earned, and the seconds that took."""
+    """The scores of the replies, and the seconds to compute them."""
 
     result: StepResult
     seconds: float
@@ -119,15 +119,15 @@ def train_rl(
     Raises UserError for settings that cannot work, before the first step, when the replies collapse, and
     when too many updates in a row are not finite; StoppedError on a stop signal. The last checkpoint is kept.
     """
-    # Act 1: what stage 2 is made of.
+    # 1. Build the stage.
     config, run_folder, rl = with_absolute_paths(config), Path(run_folder), config.rl
     data = data or load_rl_data(config)
     check_settings(config, data.train)
     record = record or rl_record(run_folder, config)
     stage, state = make_stage(config, data, model or load_training_model(config, step=record.start_step))
-    described = record.to_json(data.train, replay)
-    with _open_session(stage, run_folder, described, allow_config_change, on_step) as session:
-        # Act 2: where to begin, and the index in use there.
+    record_json = record.to_json(data.train, replay)
+    with _open_session(stage, run_folder, record_json, allow_config_change, on_step) as session:
+        # 2. Restore the last checkpoint, and open the index in use there.
         state, progress, start = session.begin(state, replay, allow_other_version=allow_config_change)
         stage.current = stage.merged(state.params)
         index = LiveIndex.open(
@@ -140,7 +140,7 @@ def train_rl(
             on_wait=session.stop_waiting,
         )
         with closing(index):
-            # Act 3: the loop. The index changes between steps only.
+            # 3. The loop. The index changes between steps only.
             while not progress.finished(rl):
                 stalls = index.before_step(
                     progress.step, functools.partial(session.save_for_index, state, progress, index)
@@ -149,7 +149,7 @@ def train_rl(
                 scored = score(stage, state, sampled, index, progress.step)
                 state, metrics = update(stage, state, sampled, scored, index)
                 session.finish_step(state, progress, sampled, scored, metrics | stalls, index)
-            # Act 4: the last checkpoint.
+            # 4. The last checkpoint.
             session.save_last(state, progress, index)
     return RlResult(
         params=state.params,
@@ -162,7 +162,7 @@ def train_rl(
 
 
 def sample(stage: RlStage, step: int) -> Sampled:
-    """G replies to each of Q queries, written with the current parameters."""
+    """Sample G replies to each of Q queries with the current parameters."""
     started = time.perf_counter()
     rl, collection, seed = stage.config.rl, stage.collection, stage.config.seed
     rows = shuffled(len(collection.queries), seed, step * rl.global_queries, rl.global_queries)
@@ -184,7 +184,7 @@ def sample(stage: RlStage, step: int) -> Sampled:
 
 
 def score(stage: RlStage, state: TrainState, sampled: Sampled, index: LiveIndex, step: int) -> Scored:
-    """Rewards: candidates from the index, ranked under the parameters that `index.scoring` names."""
+    """Score the replies: candidates from the index, ranked under the parameters of `index.scoring`."""
     started = time.perf_counter()
     config, rollout = stage.config, sampled.rollout
     Q, G = len(sampled.queries), config.rl.group_size
@@ -209,7 +209,7 @@ def score(stage: RlStage, state: TrainState, sampled: Sampled, index: LiveIndex,
 def update(
     stage: RlStage, state: TrainState, sampled: Sampled, scored: Scored, index: LiveIndex
 ) -> tuple[TrainState, dict[str, float]]:
-    """`rl.inner_epochs` updates on the rollout, and the step's metrics."""
+    """Make `rl.inner_epochs` updates on the rollout; returns the state and the step's metrics."""
     started = time.perf_counter()
     rl, rollout, frozen = stage.config.rl, sampled.rollout, stage.frozen
     batch = _make_batch(stage, sampled, scored.result, index)
@@ -241,7 +241,7 @@ def update(
 def reencode_rollout(
     encoder: ReasonedEncoder, params: nnx.State, texts: Sequence[str], rollout: Rollout, max_tokens: int
 ) -> np.ndarray:
-    """Vectors [B,E] of replies to `texts` [Q] under `params`; zero where a reply is not valid."""
+    """Re-encode the replies to `texts` [Q] under `params`: vectors [B,E], zero where a reply is invalid."""
     group = len(rollout.lengths) // len(texts)
     valid = np.flatnonzero(rollout.valid).tolist()
     replies = [rollout.ids[b, : rollout.lengths[b]].tolist() for b in valid]
@@ -253,7 +253,7 @@ def reencode_rollout(
 
 
 def _make_batch(stage: RlStage, sampled: Sampled, result: StepResult, index: LiveIndex) -> RlBatch:
-    """The update's arrays: advantages, and the documents that InfoNCE contrasts the queries with."""
+    """Make the update's arrays: advantages, and the documents for InfoNCE."""
     rl, environment = stage.config.rl, index.environment
     Q, G = result.rewards.shape
     group_id = jnp.repeat(jnp.arange(Q), G)
@@ -293,7 +293,7 @@ def _positives(query: Query, collection: Collection) -> dict[int, int]:
 
 
 class _Session:
-    """An open run of stage 2: its folder, its checkpoints, and what happens between two steps."""
+    """An open run of stage 2: its folder, its checkpoints, and the work between two steps."""
 
     def __init__(
         self,
@@ -316,10 +316,10 @@ class _Session:
     def begin(
         self, state: TrainState, replay: Path | None, *, allow_other_version: bool
     ) -> tuple[TrainState, RlProgress, IndexStart]:
-        """State and progress of the last valid checkpoint; without one, of step 0, evaluated and saved."""
+        """Restore the last valid checkpoint; without one, evaluate and save step 0."""
         first = self._first
         load_or_copy_schedule(self._run.path, first or 0, replay=replay if first is None else None)
-        # A run that has not saved yet evaluates step 0 again.
+        # Without a checkpoint, step 0 is evaluated again: drop its earlier metrics.
         self._run.start_at(-1 if first is None else first)
         progress, arrays = RlProgress(), {}
         if first:
@@ -344,7 +344,7 @@ class _Session:
         return state, progress, start
 
     def stop_waiting(self, step: int) -> None:
-        """Stop here if asked to: training waits at a step that is saved."""
+        """Stop here if requested: training waits at a step that is saved."""
         self._request.stop_waiting(self._run.path, step)
 
     def save(
@@ -354,7 +354,7 @@ class _Session:
         index: LiveIndex,
         metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Begin to save a checkpoint of this step."""
+        """Start to save a checkpoint of this step."""
         self._run.make_durable()
         progress.index = index.statistics
         self._checkpoints.save(
@@ -367,14 +367,14 @@ class _Session:
         )
 
     def save_for_index(self, state: TrainState, progress: RlProgress, index: LiveIndex) -> None:
-        """Commit a checkpoint of this step, if there is none, for the indexer."""
+        """Commit a checkpoint of this step for the indexer, unless there is one."""
         if progress.step != self._checkpoints.latest():
             index.checkpoint_saved()
             self.save(state, progress, index)
             self._checkpoints.wait()
 
     def save_last(self, state: TrainState, progress: RlProgress, index: LiveIndex) -> None:
-        """Save the last step, where a finished run was called again with fewer steps between checkpoints."""
+        """Save the last step, unless it is saved (a finished run called again with another `save_every`)."""
         if progress.step > (self._checkpoints.latest() or 0):
             self.save(state, progress, index)
 
@@ -387,7 +387,10 @@ class _Session:
         metrics: dict[str, float],
         index: LiveIndex,
     ) -> None:
-        """Count, log, evaluate and save a step; raises UserError where the run cannot go on, StoppedError."""
+        """Count, log, evaluate and save a step.
+
+        Raises UserError where the run cannot go on, and StoppedError on a stop signal.
+        """
         rl, step = self._stage.config.rl, progress.step
         phases = ("swap", "index_wait", "rollout", "environment", "update")
         metrics["seconds"] = sum(metrics[f"{phase}_seconds"] for phase in phases)
@@ -459,7 +462,7 @@ class _Session:
         return metrics
 
     def _reason_to_stop(self, step: int, metrics: Mapping[str, float], progress: RlProgress) -> str:
-        """Why the run cannot go on, or nothing; counts the step."""
+        """Count the step; return why the run cannot go on, or an empty string."""
         rl = self._stage.config.rl
         try:
             self._guard.observe(step, valid_rate=metrics["valid_rate"], entropy=metrics["entropy"])
@@ -494,7 +497,7 @@ def _open_session(
     )
     with closing(run):
         run.save_tokenizer(stage.model.tokenizer)
-        # Before the writer, which remembers the steps that are there: a damaged one is put aside.
+        # Before the writer is made, which lists the steps: damaged checkpoints are moved aside here.
         first = latest_valid_checkpoint(run_folder)
         checkpoints = CheckpointWriter(run_folder, keep=rl.keep, keep_every=rl.keep_every)
         with StopRequest() as request, closing(checkpoints):
