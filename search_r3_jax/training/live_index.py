@@ -77,9 +77,10 @@ class LiveIndex:
         statistics: IndexStatistics | None = None,
         on_wait: Callable[[int], object] = lambda step: None,
     ):
-        """Use the versions that `schedule` names, and for later steps the newest, which is added to it.
+        """Use the versions in `schedule` for its steps, and the newest for later ones.
 
-        `on_wait` is called repeatedly with the step while training waits; it may raise.
+        The version of a later step is added to the schedule. `on_wait` is called repeatedly with the step
+        while training waits; it may raise.
         """
         self.environment = environment
         self._run, self._config, self._follower, self._schedule = run, config.index, follower, schedule
