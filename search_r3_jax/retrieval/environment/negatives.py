@@ -34,8 +34,8 @@ def infonce_document_rows(
 ) -> np.ndarray:
     """Rows [Q+negatives] int32: each query's best relevant document, then candidates.
 
-    Candidates are taken rank by rank over all queries. Where there are too few, rows from the first of the
-    corpus' `rows` on fill up. Raises ValueError where the corpus has too few.
+    Candidates are taken rank by rank over all queries. Where there are too few, rows 0, 1, … of the corpus
+    (`rows` in all) fill up. Raises ValueError where the corpus has too few.
     """
     best = best_rows(positives)
     ranked = (

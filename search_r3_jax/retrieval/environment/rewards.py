@@ -184,7 +184,7 @@ def within_group_variance(terms: Mapping[str, np.ndarray], group_id: np.ndarray)
     variances = {}
     for name, term in terms.items():
         values_b = np.asarray(term, dtype=np.float64)
-        # Offsets from a member of the group, so that equal values have variance exactly 0 in spite of rounding.
+        # Offsets from a member of the group: equal values have variance exactly 0 in spite of rounding.
         first_g = values_b[np.unique(group_b, return_index=True)[1]]
         offset_b = values_b - first_g[group_b]
         mean_g = np.bincount(group_b, offset_b) / size_g
