@@ -1,4 +1,4 @@
-"""What may change in a run's config between two calls, and what would make another run of it."""
+"""Compares the settings of two calls on one run, and separates harmless changes from others."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def make_stage(config: RunConfig, data: TrainingSet, model: LoadedModel) -> tupl
     graph, params, frozen = nnx.split(model.decoder, trainable_filter(model.decoder), ...)
     full_graph = nnx.split(model.decoder)[0]
     optimizer = make_optimizer(rl.optimizer, rl.steps * rl.inner_epochs)
-    # As in stage 1: Orbax writes from the arrays' own memory on a CPU.
+    # As in stage 1: on a CPU, Orbax writes from the arrays' memory in the background.
     donate = jax.default_backend() != "cpu"
     shardings = None if model.mesh is None else state_shardings(params, optimizer, model.mesh)
     state = init_state(params, optimizer, shardings, copy=donate)

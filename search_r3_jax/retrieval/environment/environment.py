@@ -18,7 +18,7 @@ AGREEMENT_MAX_ROWS = 20_000
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What one step of the environment returns.
+    """The result of one step of the environment.
 
     Attributes:
       rewards: [Q,G] float32 in [0,1].

@@ -101,7 +101,7 @@ def file_names(path: epath.Path) -> list[str]:
 def read_chunks(path: epath.Path) -> Iterator[bytes]:
     """The bytes of a local file or of one in a bucket."""
     with path.open("rb") as opened:
-        # epath does not tell text from bytes.
+        # epath's types do not distinguish text from bytes.
         file = cast(BinaryIO, opened)
         while chunk := file.read(READ_BYTES):
             yield chunk

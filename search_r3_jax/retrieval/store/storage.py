@@ -201,7 +201,7 @@ def _names(folder: epath.Path) -> list[str]:
 
 def _copy(source: epath.Path, target: epath.Path) -> None:
     with target.open("wb") as opened:
-        # epath does not tell text from bytes.
+        # epath's types do not distinguish text from bytes.
         file = cast(BinaryIO, opened)
         for chunk in read_chunks(source):
             file.write(chunk)

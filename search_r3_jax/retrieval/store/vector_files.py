@@ -55,7 +55,7 @@ def write_vectors(
     }
     # Written, not memory-mapped: a full disk raises here, but kills the process in a mapping.
     with epath.Path(path).open("wb") as opened:
-        # Any: what epath says it opens may hold text.
+        # Any, because epath's type of an open file allows text.
         file = cast(Any, opened)
         np.lib.format.write_array_header_1_0(file, header)
         for chunk in chunks:
