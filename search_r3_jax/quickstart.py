@@ -1,5 +1,4 @@
-"""The whole method, small: data, stage 1, stage 2 with a moving index, evaluation before and after,
-export."""
+"""The whole method on a small scale: data, both stages with a live index, evaluation, export."""
 
 from __future__ import annotations
 
@@ -38,7 +37,7 @@ SHOWN = 3
 
 
 class Quickstart:
-    """One output folder; a stage whose result is recorded there is not done again."""
+    """One output folder; stages with a recorded result are not repeated."""
 
     def __init__(self, out: Path, config: RunConfig):
         self._out, self._config = out, config
@@ -46,8 +45,10 @@ class Quickstart:
         self._data = out / "data"
 
     def run(self) -> dict[str, Any]:
-        """All stages in order; returns the summary, which is also `summary.json`. Raises UserError for a
-        folder of another config."""
+        """Run all stages in order; returns the summary, which is also written to `summary.json`.
+
+        Raises UserError for a folder of another config.
+        """
         self._out.mkdir(parents=True, exist_ok=True)
         self._claim()
         with self._stages.log():
@@ -67,7 +68,7 @@ class Quickstart:
         return summary
 
     def _claim(self) -> None:
-        """Record what this folder is for, so that results of two configs never mix."""
+        """Record the config of this folder, so that results of two configs never mix."""
         file = self._out / "quickstart.json"
         if not file.is_file():
             write_json(file, dataclasses.asdict(self._config))
@@ -77,16 +78,16 @@ class Quickstart:
     def _step(self, key: str, title: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         file = self._out / "stages" / f"{key}.json"
         if file.is_file():
-            record = json.loads(file.read_text(encoding="utf-8"))
-            self._stages.reused(key, title, record["seconds"])
-            return record["result"]
+            saved = json.loads(file.read_text(encoding="utf-8"))
+            self._stages.reused(key, title, saved["seconds"])
+            return saved["result"]
         with self._stages.stage(key, title):
             result = work()
         file.parent.mkdir(exist_ok=True)
         write_json(file, {"seconds": self._stages.seconds[key], "result": result})
         return result
 
-    # What each stage works on; loaded when first needed, so that a second call does not wait for it.
+    # Inputs of the stages, loaded when first needed, so that a second call does not wait for them.
 
     @functools.cached_property
     def _test(self) -> Collection:
@@ -104,7 +105,7 @@ class Quickstart:
 
     @functools.cached_property
     def _evaluator(self) -> Evaluator:
-        # Merged models have the structure of the base: all three evaluations share what is compiled here.
+        # Merged models have the structure of the base, so all three evaluations share the compiled programs.
         graph = nnx.split(self._base.decoder)[0]
         return Evaluator(graph, Prompter(self._base.tokenizer), self._config.text, self._config.rl.sampler)
 
@@ -164,7 +165,7 @@ class Quickstart:
         return {"direct": direct.as_dict(), "reason": reason.as_dict(), "example": self._example(reason)}
 
     def _example(self, result: ModeResult) -> dict[str, Any]:
-        """The first test query, whatever comes of it: a chosen one would only show what we like."""
+        """The first test query, whatever its result, because choosing one would bias the picture."""
         query = self._test.queries[0]
         ranked = sorted(result.run[query.query_id].items(), key=lambda pair: -pair[1])[:SHOWN]
         top = [
@@ -201,7 +202,7 @@ class Quickstart:
                 self._out / "rl",
                 data=TrainingSet(train=self._train, dev=None),
                 model=model,
-                # The folder as a whole can be moved.
+                # Relative paths, so that the folder can be moved.
                 record=RlRecord(start="../sft", data="../data", split="train"),
                 on_step=on_step,
             )
@@ -218,7 +219,7 @@ class Quickstart:
     def _export(self) -> dict[str, Any]:
         return {"folder": str(export_model(self._final, self._out / "export"))}
 
-    # What is left for the reader.
+    # The summary and the example.
 
     def _summary(
         self,

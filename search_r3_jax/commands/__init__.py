@@ -1,2 +1,4 @@
-"""The subcommands of `search-r3`, thin: each reads its options and calls one function. Importing them loads
-no jax."""
+"""The subcommands of `search-r3`: each reads its options and calls one function.
+
+Importing them does not load jax.
+"""

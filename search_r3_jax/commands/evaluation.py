@@ -1,4 +1,4 @@
-"""Commands that measure."""
+"""Commands that evaluate."""
 
 from __future__ import annotations
 

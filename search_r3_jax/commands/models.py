@@ -1,4 +1,4 @@
-"""Commands that take a model as it is: export, embed."""
+"""Commands that use a model: export, embed."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from search_r3_jax.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Write a run or a model as a Hugging Face folder, also for sentence-transformers; or a run's adapters
-    for PEFT.
+    """Write a run or a model as a Hugging Face folder, also for sentence-transformers.
+
+    `--peft` writes a run's adapters for PEFT instead.
 
     Attributes:
         out: Folder to write. Must not exist, or be an earlier export.
@@ -87,7 +88,7 @@ class Embed:
         mode: `reason`: the model thinks before it embeds (queries only). `direct`: it does not.
         kind: What the texts are. Documents are embedded directly.
         truncate_dim: Keep this many dimensions and normalise again. None: all.
-        max_tokens: Longest text, in tokens. None: the model's own limit.
+        max_tokens: Longest text, in tokens. None: the model's limit.
         step: Checkpoint of a run: a step or `best` (on its development queries). None: the newest.
         debug: On an error, show the traceback.
     """

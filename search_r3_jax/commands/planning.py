@@ -1,4 +1,4 @@
-"""The command that plans for a TPU without one."""
+"""The command that plans a TPU run without a TPU."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from search_r3_jax.config import RunConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a stage needs of a TPU slice, from its compiler, which runs without a TPU: memory, work,
-    exchanges, the least time.
+    """Estimate what a stage needs of a TPU slice: memory, FLOPs, communication and the least time.
+
+    The numbers come from the TPU compiler, which runs without a TPU.
 
     Attributes:
         config: Name of an experiment (a file in `configs/`). The settings below show its values; flags change
@@ -49,7 +50,7 @@ class Plan:
         from search_r3_jax.planning.report import print_meshes, print_plan, write_plan
         from search_r3_jax.planning.search import largest_chunk, try_meshes
 
-        # Results go to standard output; what was tried, to standard error.
+        # The result goes to standard output; progress goes to standard error.
         show_log(sys.stderr)
         chips = open_slice(self.topology, self.slices)
         if self.auto:

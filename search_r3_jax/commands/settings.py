@@ -1,4 +1,4 @@
-"""Settings as a stage's command shows them: those that only concern the other stage are hidden."""
+"""Settings as a stage's command shows them; those of the other stage are hidden."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ T = TypeVar("T")
 
 
 def sft_settings(config: RunConfig) -> RunConfig:
-    """A config as `sft` shows it. Of stage 2 only the sampler is left, which evaluation uses too."""
+    """The config for `sft`, with the settings of stage 2 hidden except the sampler, which evaluation uses."""
     data = _hiding(config.data, "rl_queries", "rl_documents", "functions")
     rl = _hiding(config.rl, *(name for name in _fields(config.rl) if name != "sampler"))
     return _hiding(dataclasses.replace(config, data=data, rl=rl), "index")
 
 
 def rl_settings(config: RunConfig) -> RunConfig:
-    """A config as `rl` shows it."""
+    """The config for `rl`, with the settings of stage 1 hidden."""
     data = _hiding(config.data, "batches", "weights", "functions")
     return _hiding(dataclasses.replace(config, data=data), "sft")
 
 
 def run_config(settings: RunConfig) -> RunConfig:
-    """The config that a command was given, of the classes that it was hidden in."""
+    """Turn a command's settings back into a config, with the hidden ones."""
     data, rl = DataConfig(**_fields(settings.data)), RlConfig(**_fields(settings.rl))
     return RunConfig(**{**_fields(settings), "data": data, "rl": rl})
 
 
 def _hiding(config: T, *names: str) -> T:
-    """The same values in a subclass whose named fields tyro leaves out: it goes by the class of a default."""
+    """The same values in a subclass whose named fields tyro omits: it reads the class of a default."""
     kind: Any = type(config)
     hints = get_type_hints(kind)
     hidden = [(name, Annotated[hints[name], tyro.conf.Suppress]) for name in names]

@@ -16,7 +16,7 @@ from search_r3_jax.distributed.spec import Cluster
 
 @dataclass(frozen=True, kw_only=True)
 class Quickstart:
-    """The whole method, small, with nothing but installed packages.
+    """Run the whole method on a small scale, with nothing but installed packages.
 
     Attributes:
         out: Output folder: data, runs, the exported model and `summary.json`. A second call resumes what is
@@ -87,8 +87,9 @@ class Sft:
 
 @dataclass(frozen=True, kw_only=True)
 class Rl:
-    """Stage 2: reinforcement learning of reasoning and embedding. The same command resumes from the last
-    checkpoint.
+    """Stage 2: reinforcement learning of reasoning and embedding.
+
+    The same command resumes from the last checkpoint.
 
     Attributes:
         config: Name of an experiment (a file in `configs/`). The settings below show its values; flags change
@@ -136,7 +137,8 @@ class Rl:
 @dataclass(frozen=True, kw_only=True)
 class Indexer:
     """Build the index of a run of stage 2: encode its corpus with each new checkpoint, publish a version.
-    Started by `rl` unless `--index.no-local`.
+
+    `rl` starts it unless given `--index.no-local`.
 
     Attributes:
         run_folder: Run folder of stage 2.
@@ -157,7 +159,7 @@ class Indexer:
         from search_r3_jax.console import show_log
         from search_r3_jax.retrieval.indexer.worker import run_indexer
 
-        # The trainer sends standard output to the run's indexer.log.
+        # The trainer redirects standard output to the run's indexer.log.
         show_log(sys.stdout, timestamps=True)
 
         run_indexer(self.run_folder, parent=self.parent, process=self.process, processes=self.processes)

@@ -1,2 +1,1 @@
-"""Search over document vectors: indexes, their published versions, and the environment that rewards
-rollouts."""
+"""Search over document vectors: indexes, their published versions, the reward environment."""

@@ -1,4 +1,4 @@
-"""Embedding of texts whose replies are given: the shared prompt prefix once, then length buckets."""
+"""Encodes texts whose replies are given: the shared prompt prefix once, then length buckets."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from search_r3_jax.models.kv_block import KVBlock
 from search_r3_jax.text.packing import PaddedBatch, length_batches
 from search_r3_jax.text.prompts import Mode, Prompter
 
-# Padded tokens a batch and device. A CPU's caches like small ones: a decoder of 135M parameters ran 5 %
+# Padded tokens a batch and device. Small batches suit a CPU's caches: a decoder of 135M parameters ran 5 %
 # faster at 1,024 than at 2,048.
 CPU_BATCH_TOKENS, BATCH_TOKENS = 1024, 8192
-# Batches handed to the device before the first result is asked for: it never waits for the host to pad the
-# next one.
+# Batches dispatched to the device before the first result is read, so that it never waits for the host to
+# pad the next one.
 BATCHES_AHEAD = 2
 
 
 def prefix_block(decoder: Decoder, prefix: Sequence[int], *, adapters: bool = True) -> KVBlock:
-    """Keys and values [L,1,S,K,H] of a prompt prefix, to be shared by every row behind it."""
+    """Keys and values [L,1,S,K,H] of a prompt prefix, shared by every row behind it."""
     return decoder.read([prefix_text(prefix, adapters=adapters)])[0][1]
 
 
 def prefix_text(prefix: Sequence[int], *, adapters: bool = True) -> Text:
-    """A prompt prefix [1,S] as a text that others may stand behind."""
+    """A prompt prefix [1,S] as a text that others may attend to."""
     return Text(
         jnp.asarray([prefix], jnp.int32), jnp.arange(len(prefix), dtype=jnp.int32)[None], adapters=adapters
     )
@@ -52,11 +52,11 @@ def both_prefixes(prompter: Prompter, *, adapters: bool = True) -> Text:
 
 
 class RowEncoder:
-    """Encodes what follows a mode's prefix with whatever parameters it is handed; compiled once per (rows,
-    length) bucket.
+    """Encodes token rows behind a mode's prefix; compiled once per (rows, length) bucket.
 
-    On a mesh, of this process's devices or of all processes', the rows of a batch lie across `BATCH_AXES`,
-    and the parameters as the caller laid them out; every process gives the same texts and has all vectors.
+    The parameters are an argument of each call. On a mesh, of this process's devices or of all processes',
+    the rows of a batch are sharded across `BATCH_AXES`, and the parameters keep the caller's sharding; every
+    process passes the same texts and gets all vectors.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class RowEncoder:
             with use_mesh(mesh):
                 return prefix_block(nnx.merge(graph, state), prefix)
 
-        # On all devices: each process reads the vectors from its own.
+        # Replicated, so that each process can read all vectors.
         everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
 
         @functools.partial(jax.jit, out_shardings=everywhere, compiler_options=compiler_options(mesh))
@@ -95,8 +95,10 @@ class RowEncoder:
             self._batch_tokens *= axis_size(mesh, BATCH_AXES)
 
     def compile_rows(self, state: nnx.State, rows: Sequence[Sequence[int]]) -> None:
-        """Compile what `encode_rows` of these rows runs, and run none of it but the prefix: what follows can
-        be timed."""
+        """Compile `encode_rows` for these rows without running it, so that a later call can be timed.
+
+        Only the prefix is run.
+        """
         if not rows:
             return
         shared = self._prefix_of(state)
@@ -104,12 +106,14 @@ class RowEncoder:
         for batch in self._batches(rows):
             if batch.ids.shape not in compiled:
                 compiled.add(batch.ids.shape)
-                # A call with these shapes finds the program.
+                # Later calls with these shapes use the compiled program.
                 self._encode.lower(state, shared, *self._put(batch)).compile()
 
     def lower(self, state: nnx.State, *, length: int, batch_tokens: int) -> jax.stages.Lowered:
-        """What encodes a batch of so many padded tokens a device in rows of `length`, to be compiled; the
-        state may be one of shapes."""
+        """Lower the encoding of a batch: rows of `length`, `batch_tokens` padded tokens a device.
+
+        The state may be one of shapes.
+        """
         shares = 1 if self._mesh is None else axis_size(self._mesh, BATCH_AXES)
         rows = max(1, batch_tokens // length) * shares
         placed = None if self._mesh is None else NamedSharding(self._mesh, PartitionSpec(BATCH_AXES))
@@ -129,8 +133,10 @@ class RowEncoder:
         rows: Sequence[Sequence[int]],
         on_progress: Callable[[int], object] | None = None,
     ) -> np.ndarray:
-        """Unit vectors [N,E] float32 of token rows, each with one embed token; `on_progress` hears how many
-        were finished."""
+        """Unit vectors [N,E] float32 of token rows, each with one embed token.
+
+        `on_progress` gets the number of finished rows.
+        """
         vectors = np.zeros((len(rows), nnx.merge(self._graph, state).config.hidden_size), np.float32)
         if not rows:
             return vectors
@@ -152,12 +158,14 @@ class RowEncoder:
         return vectors
 
     def _batches(self, rows: Sequence[Sequence[int]]) -> Iterator[PaddedBatch]:
-        # The pad id must not be the embed token, which has to occur once; 0 never is.
+        # The pad id must not be the embed token, which has to occur once; 0 never is the embed token.
         return length_batches(rows, tokens=self._batch_tokens, pad_id=0)
 
     def _put(self, batch: PaddedBatch) -> tuple[jax.typing.ArrayLike, jax.typing.ArrayLike]:
-        """Ids [B,T] and lengths [B] of a batch, on a mesh filled up with rows of length 0 so that all devices
-        have as many."""
+        """Ids [B,T] and lengths [B] of a batch.
+
+        On a mesh, rows of length 0 are added so that all devices have as many.
+        """
         if self._mesh is None:
             return batch.ids, batch.lengths
         missing = -len(batch.ids) % axis_size(self._mesh, BATCH_AXES)
@@ -182,7 +190,7 @@ class Encoder(RowEncoder):
         self._prompter = prompter
 
     def compile(self, state: nnx.State, texts: Sequence[str], *, max_tokens: int) -> None:
-        """Compile what `encode` of these texts runs."""
+        """Compile `encode` for these texts."""
         self.compile_rows(state, self._prompter.direct_rows(texts, max_tokens))
 
     def encode(
@@ -193,13 +201,15 @@ class Encoder(RowEncoder):
         max_tokens: int,
         on_progress: Callable[[int], object] | None = None,
     ) -> np.ndarray:
-        """Unit vectors [N,E] float32 in the order of `texts`; `on_progress` hears how many were finished."""
+        """Unit vectors [N,E] float32 in the order of `texts`; `on_progress` gets the number finished."""
         return self.encode_rows(state, self._prompter.direct_rows(texts, max_tokens), on_progress)
 
 
 class ReasonedEncoder(RowEncoder):
-    """Encodes queries whose reasoning is given, by teacher forcing: for a sampler's own replies it gives the
-    sampler's vectors."""
+    """Encodes queries with given reasoning by teacher forcing.
+
+    For replies of a sampler it gives the sampler's vectors.
+    """
 
     def __init__(
         self,
@@ -215,7 +225,7 @@ class ReasonedEncoder(RowEncoder):
     def compile(
         self, state: nnx.State, texts: Sequence[str], replies: Sequence[Sequence[int]], *, max_tokens: int
     ) -> None:
-        """Compile what `encode` of these texts and replies runs."""
+        """Compile `encode` for these texts and replies."""
         self.compile_rows(state, self._prompter.replied_rows(texts, replies, max_tokens))
 
     def encode(
@@ -227,10 +237,10 @@ class ReasonedEncoder(RowEncoder):
         max_tokens: int,
         on_progress: Callable[[int], object] | None = None,
     ) -> np.ndarray:
-        """Unit vectors [N,E] float32 of texts [N], each cut to `max_tokens`, with complete replies [N] as
-        `Prompter.thought_ids` gives.
+        """Unit vectors [N,E] float32 of texts [N] with complete replies [N].
 
-        Raises ValueError for a reply that does not end with its only embed token.
+        Each text is truncated to `max_tokens`; the replies are as from `Prompter.thought_ids`. Raises
+        ValueError for a reply that does not end with its only embed token.
         """
         embed_id = self._prompter.embed_id
         for n, reply in enumerate(replies):

@@ -1,5 +1,4 @@
-"""Prompts into the key/value cache, a chunk at a time, so that a long prompt needs the memory of a chunk's
-scores only."""
+"""Prefills prompts into the key/value cache in chunks, which bounds the memory of the scores."""
 
 from __future__ import annotations
 
@@ -21,9 +20,10 @@ def prefill(
     contexts: Sequence[KVBlock] = (),
     adapters: bool = True,
 ) -> tuple[jax.Array, KVBlock]:
-    """Hidden states [B,T,D] and the block [L,B,T,K,H] of prompts, as one pass over them would give.
+    """Hidden states [B,T,D] and the block [L,B,T,K,H] of prompts, equal to those of a single pass.
 
-    `chunk` is in tokens; 0, or a prompt no longer than it, is one pass. Padding has position `NOTHING`.
+    `chunk` is in tokens; 0, or a prompt no longer than it, is one pass. Padding has position
+    `EMPTY_POSITION`.
     """
     B, T = ids_bt.shape
     if chunk <= 0 or chunk >= T:

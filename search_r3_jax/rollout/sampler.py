@@ -1,5 +1,4 @@
-"""Writes reasoning and embeds it in one pass: prompts are prefilled once and shared by the group's
-samples."""
+"""Samples reasoning and its embedding in one pass; a group's samples share one prefilled prompt."""
 
 from __future__ import annotations
 
@@ -22,8 +21,8 @@ from search_r3_jax.rollout.sampling_program import Replies, make_program
 from search_r3_jax.text.packing import bucket_length, pad_rows
 from search_r3_jax.text.prompts import Prompter
 
-# The share of a chip's memory that the weights may have while replies are written; a trainer's state and the
-# caches have the rest.
+# The share of a chip's memory for the weights while replies are written; the rest is for the trainer's state
+# and the caches.
 MOST_OF_MEMORY = 0.5
 
 
@@ -67,7 +66,7 @@ class Rollout:
 
 
 def rollout_throughput(rollout: Rollout, seconds: float) -> dict[str, float]:
-    """`rollout_tokens` of a rollout and `rollout_tokens_per_second`; prompts are no tokens written."""
+    """`rollout_tokens` of a rollout and `rollout_tokens_per_second`; prompts do not count."""
     return {"rollout_tokens": float(rollout.tokens), "rollout_tokens_per_second": rollout.tokens / seconds}
 
 
@@ -83,10 +82,11 @@ class Sampler:
         slots: int = 0,
         mesh: Mesh | None = None,
     ):
-        """`slots` rows are written at a time; a finished one makes room for the next. 0 writes all at once.
+        """Make a sampler that writes `slots` rows at a time; 0 writes all at once.
 
-        On a `mesh` the parameters keep the caller's sharding; each process passes the same texts and seeds,
-        and has all replies. Raises UserError for a setting out of range.
+        A finished row makes room for the next. On a `mesh` the parameters keep the caller's sharding; each
+        process passes the same texts and seeds, and gets all replies. Raises UserError for a setting out of
+        range.
         """
         _check(config, slots)
         self._prompter = prompter
@@ -94,7 +94,7 @@ class Sampler:
 
         def sample_on_mesh(state: nnx.State, *arguments: jax.Array) -> Replies:
             decoder = nnx.merge(graph, state)
-            # Every token reads all weights: they are cast once, and gathered once to where they are read.
+            # Every token reads all weights, so they are cast once and resharded once.
             state = jax.tree.map(lambda x: x.astype(decoder.compute_dtype), state)
             views = writing_meshes(mesh, decoder.config, _bytes(state))
             for view in views:
@@ -106,22 +106,20 @@ class Sampler:
         replicated = None if mesh is None else NamedSharding(mesh, PartitionSpec())
         self._sample = jax.jit(
             sample_on_mesh,
-            # Parameters keep their sharding. For the rest JAX asks the compiler, and would look for its
-            # answer, which is of another view, in `mesh`.
+            # None keeps the parameters' sharding. The rest is explicit, because JAX would take the
+            # compiler's choice, a sharding of another view, for one of `mesh`.
             in_shardings=(None, replicated, replicated, replicated),
             out_shardings=replicated,
             compiler_options=compiler_options(mesh),
         )
 
     def compile(self, state: nnx.State, queries: int, group: int, *, max_tokens: int) -> None:
-        """Compile what `sample` of so many queries and samples runs, and run none of it: what follows can be
-        timed."""
-        # A call with these shapes finds the program.
+        """Compile `sample` for these sizes without running it, so that a later call can be timed."""
+        # Later calls with these shapes use the compiled program.
         self.lower(state, queries, group, max_tokens=max_tokens).compile()
 
     def lower(self, state: nnx.State, queries: int, group: int, *, max_tokens: int) -> jax.stages.Lowered:
-        """What `sample` of so many queries and samples runs, to be compiled; the state may be one of
-        shapes."""
+        """Lower `sample` for `queries` × `group` samples; the state may be one of shapes."""
         ids = jax.ShapeDtypeStruct((queries, self._prompt_tokens(max_tokens)), np.int32)
         lengths, seeds = (
             jax.ShapeDtypeStruct((queries,), np.int32),
@@ -135,11 +133,10 @@ class Sampler:
     def sample(
         self, state: nnx.State, texts: Sequence[str], seeds_qg: np.ndarray, *, max_tokens: int
     ) -> Rollout:
-        """Samples for each text [Q] under the seeds [Q,G] (uint32): the same seed and text write the same
-        reply, whatever else is sampled.
+        """Sample replies to each text [Q] under the seeds [Q,G] (uint32).
 
-        The loop runs as long as the longest reply; prompts are padded to what `max_tokens` allows, so one
-        shape is compiled.
+        The same seed and text give the same reply, whatever else is sampled. The loop runs as long as the
+        longest reply; prompts are padded to what `max_tokens` allows, so one shape is compiled.
         """
         rows = self._prompter.reason_rows(texts, max_tokens)
         prompt_ids, prompt_lengths = pad_rows(rows, length=self._prompt_tokens(max_tokens), pad_id=0)
@@ -149,12 +146,11 @@ class Sampler:
 
 
 def writing_meshes(mesh: Mesh | None, config: ModelConfig, size: float) -> list[Mesh | None]:
-    """The mesh that replies are written on, as the last, and one that weights of so many bytes pass on their
-    way there.
+    """The meshes for sampling: the last one writes; weights are resharded through the others.
 
-    Each device has the whole of the weights, or, where that is too much of its memory, the heads of its part
-    of a group as small as can be. Where no such group can hold them they stay, and are gathered for every
-    token, layer by layer.
+    `size` is that of the weights in bytes. Each device holds the whole weights; where they exceed its memory,
+    it holds the heads of its part of the smallest group of devices that can hold them. Where no group can,
+    the sharding stays, and the weights are gathered for every token, layer by layer.
     """
     if mesh is None:
         return [None]
@@ -192,11 +188,10 @@ def _check(config: SamplerConfig, slots: int) -> None:
 
 
 def rollout_seeds(seed: int, step: int, queries: Sequence[int], group_size: int) -> np.ndarray:
-    """Seeds [Q,G] uint32, a pure function of (run seed, step, query, sample), so that a resumed run samples
-    the same.
+    """Seeds [Q,G] uint32: a pure function of (run seed, step, query, sample).
 
-    `queries` are numbers that name the queries for good, their rows in the collection: what else is in the
-    batch, and where, has no part.
+    A resumed run samples the same. `queries` are permanent numbers of the queries, their rows in the
+    collection; the seeds do not depend on the rest of the batch.
     """
     return np.stack(
         [np.random.SeedSequence([seed, step, int(query)]).generate_state(group_size) for query in queries]

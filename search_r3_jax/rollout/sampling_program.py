@@ -1,4 +1,4 @@
-"""The program that writes replies: prompts are read once for a group, tokens are drawn until all rows end."""
+"""The compiled program that writes replies: one prefill a prompt, then a token a pass for each row."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class _Slots(NamedTuple):
 
 
 class _Loop(NamedTuple):
-    """What a pass changes.
+    """The state that a pass changes.
 
     `prompts` are those of each slot, where slots change their rows; None reads the batch's prompts, once for
     a whole group.
@@ -56,7 +56,7 @@ class _Loop(NamedTuple):
 
 
 class _Batch(NamedTuple):
-    """What all passes read: Q prompts, G samples each, B = Q·G rows."""
+    """The arrays that all passes read: Q prompts, G samples each, B = Q·G rows."""
 
     prefix: KVBlock
     prompts: KVBlock
@@ -73,7 +73,10 @@ Program = Callable[[nnx.State, jax.Array, jax.Array, jax.Array], Replies]
 def make_program(
     graph: nnx.GraphDef[Decoder], prompter: Prompter, config: SamplerConfig, slots: int
 ) -> Program:
-    """`(state, prompt ids [Q,S], lengths [Q], seeds [Q,G]) → Replies`; `slots` rows at a time, 0 is all."""
+    """Make `(state, prompt ids [Q,S], lengths [Q], seeds [Q,G]) → Replies`.
+
+    `slots` rows are written at a time; 0 writes all.
+    """
     T = config.max_think_tokens + len(prompter.reason.closing)
 
     def program(state: nnx.State, ids_qs: jax.Array, lengths_q: jax.Array, seeds_qg: jax.Array) -> Replies:
@@ -123,7 +126,7 @@ def _read_prompts(
 
 
 def _start(batch: _Batch, S: int, T: int) -> _Loop:
-    """The first S rows, nothing written yet."""
+    """The slots of the first S rows, before the first token."""
     B, G = len(batch.keys_b), batch.group
     L, _, _, K, H = batch.prompts.keys.shape
     empty = jnp.zeros((L, S, T, K, H), batch.prompts.keys.dtype)
@@ -152,13 +155,13 @@ def _start(batch: _Batch, S: int, T: int) -> _Loop:
 
 
 def _write(decoder: Decoder, prompter: Prompter, config: SamplerConfig, batch: _Batch, loop: _Loop) -> _Loop:
-    """One more token of each slot's row."""
+    """Write one more token of each slot's row."""
     slots, replies = loop.slots, loop.replies
     B, S, row, t = len(batch.keys_b), len(slots.row), slots.row, slots.step
     closing = jnp.asarray(prompter.reason.closing, jnp.int32)
     active = row < B
     known = jnp.minimum(row, B - 1)
-    # Out of budget: the closing is forced, token by token, so that every row ends with an embedding.
+    # Out of budget: force the closing, token by token, so that every row ends with an embedding.
     out_of_budget = (slots.closing_step == EMPTY_POSITION) & (t >= config.max_think_tokens)
     closing_step = jnp.where(out_of_budget, 0, slots.closing_step)
     forced = closing_step != EMPTY_POSITION
@@ -172,7 +175,7 @@ def _write(decoder: Decoder, prompter: Prompter, config: SamplerConfig, batch: _
     )
     token = jnp.where(forced, closing[jnp.clip(closing_step, 0, len(closing) - 1)], drawn.token)
     ends = token == prompter.embed_id
-    # A reply that ends its turn without an embedding is closed for it, and is not valid.
+    # A reply that ends its turn without the embed token gets a forced closing, and is invalid.
     gave_up = ~forced & (token == prompter.eos_id)
     position = jnp.where(active, batch.first_position_q[known // batch.group] + t, EMPTY_POSITION)
     prompts = batch.prompts if loop.prompts is None else loop.prompts
@@ -180,7 +183,7 @@ def _write(decoder: Decoder, prompter: Prompter, config: SamplerConfig, batch: _
         token[:, None], position[:, None], contexts=[batch.prefix, prompts, slots.cache]
     )
     state = hidden[:, 0]
-    # Idle rows are B, one past the end, where nothing is written.
+    # Idle rows are B, one past the end: writes there are dropped.
     chosen = jnp.where(forced, B, row)
     return loop._replace(
         slots=_Slots(
@@ -203,7 +206,7 @@ def _write(decoder: Decoder, prompter: Prompter, config: SamplerConfig, batch: _
 
 
 def _refill(batch: _Batch, loop: _Loop) -> _Loop:
-    """The next rows in place of those that have ended."""
+    """Replace the rows that have ended by the next ones."""
     slots, B = loop.slots, len(batch.keys_b)
     idle = slots.row == B
     following = jnp.minimum(loop.next_row + jnp.cumsum(idle) - 1, B)
@@ -231,7 +234,7 @@ def _prompts_of(batch: _Batch, row_s: jax.Array) -> KVBlock:
 
 
 def _append(cache: KVBlock, new: KVBlock, step_s: jax.Array, *, same_step: bool) -> KVBlock:
-    """The cache with one more token a row; with `same_step` all rows are at the same step."""
+    """Append one token a row to the cache; with `same_step` all rows are at the same step."""
     if same_step:
         t = step_s[0]
         at_slot = (0, 0, t, 0, 0)

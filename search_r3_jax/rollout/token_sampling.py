@@ -1,5 +1,4 @@
-"""One token of each row: temperature, top-k, top-p, then a draw that hardly feels the last digits of
-logits."""
+"""Samples a token of each row: temperature, top-k, top-p, and a draw robust to rounding."""
 
 from __future__ import annotations
 
@@ -10,17 +9,17 @@ import jax.numpy as jnp
 
 # Entropy of a masked column (−inf): e^−10⁴ is 0, and 0 · −inf would be NaN.
 LOWEST = -1e4
-# Tokens of a block of the vocabulary: of the order of the root of V, for the fewest random numbers.
+# Tokens in a block of the vocabulary: about the square root of V needs the fewest random numbers.
 BLOCK = 256
 
 
 class SampledToken(NamedTuple):
-    """A `token` [B] int32 a row, its `log_prob` [B] and the `entropy` [B] of what it was one of; float32, in
-    nats.
+    """A `token` [B] int32 a row, its `log_prob` [B] and the `entropy` [B] of its distribution.
 
-    Both are of softmax(logits/temperature) over the whole vocabulary, whatever top-k and top-p left to choose
-    from: this is what a teacher-forced forward can recompute. (So does TRL's trainer; samplers that normalise
-    over the survivors differ from it by the log of the surviving probability.)
+    The last two are float32, in nats. Both are of softmax(logits/temperature) over the whole vocabulary,
+    whatever top-k and top-p left to choose from: this is what a teacher-forced forward can recompute. (So
+    does TRL's trainer; samplers that normalise over the survivors differ from it by the log of the surviving
+    probability.)
     """
 
     token: jax.Array
@@ -37,10 +36,10 @@ def sample_token(
     top_k: int,
     top_p: float,
 ) -> SampledToken:
-    """Sample from logits [B,V] float32 with each row's random key [B] and the number of the token in its row;
-    temperature 0 is greedy.
+    """Sample a token of each row from logits [B,V] float32; temperature 0 is greedy.
 
-    A row's token depends on its own logits, key and number alone.
+    Each row has a random key [B] and the number of the token in its row. Its token depends on its logits, key
+    and number alone.
     """
     scaled_bv = logits_bv / temperature if temperature > 0 else logits_bv
     log_probs_bv = jax.nn.log_softmax(scaled_bv, axis=-1)
@@ -57,13 +56,12 @@ def sample_token(
 
 
 def _draw(scores_bv: jax.Array, keys_b: jax.Array) -> jax.Array:
-    """A token [B] of softmax(scores) a row, by the Gumbel trick: first a block of the vocabulary, then a
-    token of it.
+    """Draw a token [B] of softmax(scores) a row by the Gumbel trick: a block of the vocabulary, then a token.
 
-    Two stages take a few hundred random numbers a row where one would take V. And not by an inverse
-    transform: another shape of the batch changes the scores in their last digits. That turns a draw here
-    where the best two sums are as near as those digits; a cumulated probability hands it on to every token
-    behind, and in the tail nearly each draw turns.
+    Two stages take a few hundred random numbers a row instead of V. An inverse transform would be less
+    robust: another batch shape changes the last digits of the scores. With the Gumbel trick this changes a
+    draw only where the best two sums agree to those digits; in a cumulated probability the change carries
+    over to every later token, and changes nearly each draw in the tail.
     """
     B, V = scores_bv.shape
     blocks_bnc = jnp.pad(scores_bv, ((0, 0), (0, -V % BLOCK)), constant_values=-jnp.inf).reshape(B, -1, BLOCK)
@@ -76,11 +74,10 @@ def _draw(scores_bv: jax.Array, keys_b: jax.Array) -> jax.Array:
 
 
 def warp(scores_bv: jax.Array, *, top_k: int, top_p: float) -> jax.Array:
-    """Scores [B,V] with −inf where top-k (0: off), then top-p (1: off) drops a token, as `transformers` warps
-    in this order.
+    """Mask scores [B,V] with −inf where top-k, then top-p, drops a token, as in `transformers`.
 
-    Top-k keeps what ties with the k-th; top-p keeps the fewest best tokens whose probability after top-k
-    reaches `top_p`, at least one.
+    Top-k 0 and top-p 1 are off. Top-k keeps what ties with the k-th; top-p keeps the fewest best tokens whose
+    probability after top-k reaches `top_p`, at least one.
     """
     V = scores_bv.shape[-1]
     if 0 < top_k < V:

@@ -1,4 +1,4 @@
-"""What may change in a run's config between two calls, and what would make another run of it."""
+"""Compares the settings of two calls on one run, and separates harmless changes from others."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 MISSING = "nothing"
 
-# Fields, or sections, that leave what is computed as it is (but for the order of additions, where the devices
-# are others), or only say when checkpoints, evaluations and new indexes are made: the record of index
-# versions keeps what was.
+# Fields, or sections, that do not change the result (but for the order of additions on other devices), or
+# only time checkpoints, evaluations and index versions: the schedule on the disk keeps the versions used so
+# far.
 HARMLESS = (
-    # Where the data lies; what it is stands in `data_version`.
+    # The folder of the data; `data_version` identifies its content.
     "data",
     "config.data.sets",
     "config.remat",
@@ -53,8 +53,10 @@ HARMLESS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """One field of a run's record that has another value now; `field` is its path, `config.sft.steps` for
-    one."""
+    """One setting of a run that has another value now.
+
+    `field` is its path, for example `config.sft.steps`.
+    """
 
     field: str
     before: Any

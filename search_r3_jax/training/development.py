@@ -1,4 +1,4 @@
-"""How a run in training does on its development queries: metrics, a few searches to read, the best step."""
+"""Evaluation on the development queries during training: metrics, sample searches, the best step."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ SHOWN_DOCUMENTS = 3
 
 
 class Development:
-    """Evaluates parameters on every development collection, direct, and reasoned where `reasoned` asks for
-    it.
+    """Evaluates parameters on every development collection, directly and (if `reasoned`) with reasoning.
 
     With `probe` the queries also exchange their reasoning: `dev_swap_gain` is what nDCG@10 loses by that.
     """
@@ -47,8 +46,10 @@ class Development:
     def evaluate(
         self, state: nnx.State, step: int, folder: Path
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Scalars named `dev_…` (means over the collections) and a few searches; all of it goes to
-        `eval/dev_<step>.json` of the run."""
+        """Evaluate at `step`: the mean scalars `dev_…` over the collections, and a few searches to read.
+
+        Also writes all results to `eval/dev_<step>.json` of the run.
+        """
         results: dict[str, dict[str, Any]] = {}
         scalars: dict[str, list[float]] = {}
         samples = []
@@ -80,7 +81,7 @@ class Development:
 
 
 def _per_query(result: ModeResult) -> dict[str, float]:
-    """nDCG@10 of each query: two steps of a run can be compared query by query."""
+    """nDCG@10 of each query, so that two steps can be compared query by query."""
     return {query_id: metrics.ndcg_at_10 for query_id, metrics in result.of_query.items()}
 
 
@@ -92,7 +93,7 @@ def _swap(unswapped: ModeResult, swapped: ModeResult) -> dict[str, float]:
 
 
 def _samples(collection: Collection, mode: str, result: ModeResult) -> list[dict[str, Any]]:
-    """The same first queries every time: a reader sees how they change."""
+    """Searches of the first queries, the same ones each time, so that a reader sees them change."""
     shown = []
     for i, query in enumerate(collection.queries[:SHOWN_QUERIES]):
         ranked = sorted(result.run[query.query_id].items(), key=lambda pair: -pair[1])[:SHOWN_DOCUMENTS]

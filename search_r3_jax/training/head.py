@@ -1,5 +1,4 @@
-"""The head of a training step: the matrix that makes logits of hidden states, where it lies on a mesh, and
-how much of it at a time."""
+"""The language-model head in a training step: its sharding, and the chunk sizes of its losses."""
 
 from __future__ import annotations
 
@@ -10,17 +9,16 @@ from search_r3_jax.mesh import BATCH_AXES, axis_size, constrain, reshard
 from search_r3_jax.models.decoder import Decoder
 from search_r3_jax.objectives.language import Head
 
-# What one device takes of the logits at a time.
+# Chunk of the logits on one device.
 STATES, COLUMNS = 256, 16384
-# On a mesh every device has a part of the vocabulary and all of D, and reads the states of its neighbours:
-# they are far smaller than the matrix, which moves from how it is stored by an exchange of parts and never
-# stands whole anywhere.
+# On a mesh each device holds a part of the vocabulary with all of D and gathers the hidden states of its
+# neighbours, which are far smaller than the matrix. The matrix is resharded by an all-to-all, never gathered.
 _VOCAB_AXES = ("tensor", "fsdp")
 STATE_AXES = tuple(axis for axis in (*BATCH_AXES, "sequence") if axis not in _VOCAB_AXES)
 
 
 def head_of(decoder: Decoder, *, adapters: bool = True) -> Head:
-    """What makes logits of a decoder's hidden states, as `Decoder.logits` does, laid out for the losses."""
+    """The head of a decoder, with the same logits as `Decoder.logits`, sharded for the losses."""
     if decoder.head is None:
         weight = reshard(
             decoder.embedding[...], PartitionSpec("tensor", "fsdp"), PartitionSpec(_VOCAB_AXES, None)
@@ -35,13 +33,15 @@ def head_of(decoder: Decoder, *, adapters: bool = True) -> Head:
 
 
 def states_for_head(hidden_md: jax.Array) -> jax.Array:
-    """Hidden states [M,D] where the head reads them."""
+    """Hidden states [M,D] with the sharding that the head reads."""
     return constrain(hidden_md, STATE_AXES)
 
 
 def head_chunks(vocab_size: int, mesh: Mesh | None) -> tuple[int, int]:
-    """How many states, and how many columns of the vocabulary, the losses on the head take at a time; each
-    device its part of them."""
+    """Chunk sizes of the head's losses: hidden states, and columns of the vocabulary.
+
+    On a mesh both count all devices together; each device takes its share.
+    """
     if mesh is None:
         return STATES, COLUMNS
     return STATES * axis_size(mesh, (*STATE_AXES, *_VOCAB_AXES)), vocab_size

@@ -1,5 +1,4 @@
-"""Stage 2's index while training goes on: which version each step uses, how long training waited for it, and
-when the embeddings have drifted so far that a new one is due."""
+"""The index of stage 2 during training: the version of each step, time spent waiting, and drift."""
 
 from __future__ import annotations
 
@@ -49,7 +48,7 @@ class IndexStatistics:
 
 @dataclass(frozen=True, kw_only=True)
 class IndexStart:
-    """Where a live index begins: at the start of a run, or at the checkpoint that it resumes from.
+    """Where a live index starts: at the start of a run, or at the checkpoint that it resumes from.
 
     Attributes:
         step: the checkpoint's step.
@@ -78,9 +77,10 @@ class LiveIndex:
         statistics: IndexStatistics | None = None,
         on_wait: Callable[[int], object] = lambda step: None,
     ):
-        """Steps that `schedule` has use the version it names; later ones the newest, which is then recorded.
+        """Use the versions in `schedule` for its steps, and the newest for later ones.
 
-        `on_wait` is called with the step, again and again, while training waits; it may raise.
+        The version of a later step is added to the schedule. `on_wait` is called repeatedly with the step
+        while training waits; it may raise.
         """
         self.environment = environment
         self._run, self._config, self._follower, self._schedule = run, config.index, follower, schedule
@@ -94,8 +94,8 @@ class LiveIndex:
         self._checkpoint: tuple[int, nnx.State] | None = None
         self._warned_version: int | None = None
         self._started, self._stalled = time.perf_counter(), 0.0
-        # Versions that the schedule names and no index has, or no checkpoint of this run: a replayed run
-        # comes to the same parameters and builds them itself.
+        # Scheduled versions that are not published, or have no checkpoint in this run: a replay reaches the
+        # same parameters and builds them itself.
         local_only = self._config.scoring == "consistent_stale"
         self._to_build = {
             version
@@ -116,10 +116,10 @@ class LiveIndex:
         start: IndexStart | None = None,
         on_wait: Callable[[int], object] = lambda step: None,
     ) -> LiveIndex:
-        """Start the indexer and open the index in use at `start`; blocks until there is one.
+        """Start the indexer and open the index in use at `start`; blocks until it is published.
 
         `encode` embeds corpus rows with the current parameters. The schedule is that of the run folder (see
-        `load_or_copy_schedule`). Raises UserError where the index is gone, or there will be none.
+        `load_or_copy_schedule`). Raises UserError where that index is gone, or none can be published.
         """
         start = start or IndexStart()
         schedule = IndexSchedule(run)
@@ -162,8 +162,8 @@ class LiveIndex:
     def before_step(self, step: int, save: Callable[[], object]) -> dict[str, float]:
         """Swap in the version that this step uses; returns the seconds that training waited.
 
-        `save` commits a checkpoint of this step for the indexer. Raises UserError where a stale index is to
-        stop the run, where none will come, and where the schedule names one that is gone.
+        `save` commits a checkpoint of this step for the indexer. Raises UserError where a stale index shall
+        stop the run, where no new version can come, and where a scheduled version is gone.
         """
         started = time.perf_counter()
         if step in self._to_build:
@@ -174,7 +174,7 @@ class LiveIndex:
         newer, waited = None, 0.0
         if scheduled is None:
             newer, waited = self._select_index(step, save)
-            # On the disk before it has any effect.
+            # Written first, so that an interrupted step is repeated with the same version.
             self._schedule.record(step, current if newer is None else newer.version)
         elif scheduled != current:
             newer = self._follower.open_version(scheduled)
@@ -186,17 +186,17 @@ class LiveIndex:
         return {"swap_seconds": took - waited, "index_wait_seconds": waited, "index_stall_share": share}
 
     def checkpoint_arrays(self) -> dict[str, np.ndarray]:
-        """Arrays for a checkpoint: fresh document vectors, and the vectors that drift is measured from."""
+        """Arrays for a checkpoint: fresh document vectors, and the reference vectors of the drift."""
         probe = {} if self._probe is None else {PROBE: self._probe}
         return self.environment.state() | probe
 
     def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Resume from what `checkpoint_arrays` gave."""
+        """Resume from the arrays of `checkpoint_arrays`."""
         self.environment.restore(arrays)
         self._probe = arrays.get(PROBE)
 
     def checkpoint_saved(self) -> None:
-        """A checkpoint of the current parameters is saved: drift is measured from here."""
+        """Restart the drift measurement: a checkpoint of the current parameters was saved."""
         if self._config.drift_every:
             self._probe = self.environment.encode_documents(self._probe_rows)
 
@@ -219,7 +219,7 @@ class LiveIndex:
         return self._checkpoint[1]
 
     def check(self) -> None:
-        """Keep the indexer alive, and raise what went wrong in the background; call between steps."""
+        """Restart a dead indexer, and raise errors of the background thread; call between steps."""
         self._follower.check()
 
     def close(self) -> None:
@@ -227,7 +227,7 @@ class LiveIndex:
         self._follower.close()
 
     def _select_index(self, step: int, save: Callable[[], object]) -> tuple[Index | None, float]:
-        """A newer index, if any, and the seconds waited; acts on a stale one as configured."""
+        """Return a newer index, if any, and the seconds waited; act on a stale one as configured."""
         config, current = self._config, self.environment.index.version
         newer = self._follower.newer_than(current, at_most=step)
         version = current if newer is None else newer.version
@@ -270,13 +270,13 @@ class LiveIndex:
             self._statistics = replace(self._statistics, versions=versions)
 
     def _pin_checkpoint(self, version: int) -> None:
-        """Keep the checkpoints whose parameters may embed queries again (`consistent_stale`)."""
+        """Keep the checkpoints whose parameters may re-encode queries (`consistent_stale`)."""
         if self._config.scoring == "consistent_stale":
             pin_checkpoints(self._run, PIN, {*self._follower.versions_to_keep(), version})
 
 
 def load_or_copy_schedule(run: Path, step: int, *, replay: Path | None) -> IndexSchedule:
-    """The run's schedule of index versions; a run that has none yet copies that of the run it replays.
+    """Load the run's schedule of index versions; a new run copies that of the run it replays.
 
     Raises UserError for a schedule that cannot be read, and for one that ends before `step`.
     """
@@ -292,7 +292,7 @@ def load_or_copy_schedule(run: Path, step: int, *, replay: Path | None) -> Index
 
 
 def discard_index_versions_after(run: Path, config: RunConfig) -> None:
-    """Discard schedule and versions after the newest checkpoint: with other settings it is another run."""
+    """Discard schedule and versions after the newest checkpoint: other settings make another run."""
     step = latest_valid_checkpoint(run) or 0
     IndexSchedule(run).truncate(step)
     root = index_folder(run, config.index.folder)
@@ -304,7 +304,10 @@ def discard_index_versions_after(run: Path, config: RunConfig) -> None:
 def open_initial_index(
     follower: Follower, schedule: IndexSchedule, start: IndexStart, *, on_wait: Callable[[], object]
 ) -> Index:
-    """The index in use at `start`, or another if that is gone and allowed. Blocks until there is one."""
+    """Open the index in use at `start`, or another if it is gone and that is allowed.
+
+    Blocks until it is published.
+    """
     version = start.statistics.version
     if start.step == 0:
         version = schedule.version_at(0) or 0
@@ -319,8 +322,11 @@ def open_initial_index(
 
 
 def versions_to_keep(run: Path, schedule: IndexSchedule, keep: int) -> set[int]:
-    """Index versions that a run may use again: those since the oldest of its `keep` newest checkpoints, and
-    those in use at the others."""
+    """Index versions that a run may use again.
+
+    These are the versions since the oldest of its `keep` newest checkpoints, and those in use at the other
+    checkpoints.
+    """
     steps = checkpoint_steps(run)
     used = {schedule.version_at(max(step - 1, 0)) for step in steps}
     since = schedule.versions_from(min(steps[-keep:], default=0))
@@ -328,7 +334,7 @@ def versions_to_keep(run: Path, schedule: IndexSchedule, keep: int) -> set[int]:
 
 
 def index_folder_of(run: Path) -> epath.Path:
-    """Where another run keeps its index versions."""
+    """The folder where another run keeps its index versions."""
     return index_folder(run, read_run(run)[0].index.folder)
 
 
@@ -338,7 +344,7 @@ def make_environment(config: RunConfig, index: Index, encode_documents: EncodeDo
         index,
         encode_documents,
         candidates=config.index.candidates,
-        # With stale scoring the index's vectors are used as they are.
+        # Stale scoring uses the index's vectors and refreshes none.
         refresh_budget=config.index.refresh_budget if config.index.scoring == "fresh" else 0,
         neighbours=config.index.neighbours,
         overlay_max_age_steps=config.index.overlay_max_age_steps,

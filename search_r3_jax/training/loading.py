@@ -1,4 +1,4 @@
-"""What a run of training loads: its data sets and its model, each announced in the log."""
+"""Loads the data sets and the model of a training run, and logs each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_sft_data(config: RunConfig) -> tuple[TrainingSet, ...]:
-    """The data sets of stage 1; raises UserError where one cannot be read or there is none."""
+    """Load the data sets of stage 1; raises UserError where one cannot be read or there is none."""
     sets = load_training_sets(config.data)
     for each in sets:
         logger.info(
@@ -24,7 +24,10 @@ def load_sft_data(config: RunConfig) -> tuple[TrainingSet, ...]:
 
 
 def load_rl_data(config: RunConfig) -> TrainingSet:
-    """The data set of stage 2, its documents left on disk; raises UserError unless there is just one."""
+    """Load the data set of stage 2, its documents left on disk.
+
+    Raises UserError unless there is exactly one.
+    """
     if len(config.data.sets) != 1:
         raise UserError(
             f"data.sets: {len(config.data.sets)} data sets: stage 2 searches one corpus; name one"
@@ -36,7 +39,10 @@ def load_rl_data(config: RunConfig) -> TrainingSet:
 
 
 def load_training_model(config: RunConfig, *, step: int | None = None) -> LoadedModel:
-    """The model that training starts from, adapters added, on the config's mesh; `step` where it is a run."""
+    """Load the model to train, with adapters, on the config's mesh.
+
+    `step` selects the checkpoint where `config.model` is a run.
+    """
     logger.info(f"loading {config.model}" + ("" if step is None else f", step {step}"))
     model = load_model(
         config.model,

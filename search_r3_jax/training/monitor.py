@@ -1,5 +1,4 @@
-"""How a run of stage 2 fares beyond its reward, which falls last: the replies, the embeddings, and what
-reasoning is worth."""
+"""Health metrics of stage 2 beyond the reward: replies, embeddings, and the gain from reasoning."""
 
 from __future__ import annotations
 
@@ -35,15 +34,19 @@ def rollout_health(rollout: Rollout) -> dict[str, float]:
 
 
 def distinct(replies: Sequence[Sequence[int]], n: int) -> float:
-    """Different n-grams of all replies over n-grams (distinct-n, arXiv 1510.03055), in [0, 1]; 0 where there
-    are none."""
+    """Share of distinct n-grams among all n-grams of the replies (distinct-n), in [0, 1].
+
+    arXiv 1510.03055; 0 where there are no n-grams.
+    """
     grams = [gram for reply in replies for gram in _ngrams(reply, n)]
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
 def repetition(replies: Sequence[Sequence[int]], n: int) -> float:
-    """Share of a reply's n-grams that it wrote before, in [0, 1], averaged over the replies that have any; 0
-    where none has."""
+    """Share of repeated n-grams in a reply, in [0, 1], averaged over the replies.
+
+    Replies shorter than n count for nothing; 0 where all are.
+    """
     of_reply = [_ngrams(reply, n) for reply in replies if len(reply) >= n]
     return float(np.mean([1 - len(set(grams)) / len(grams) for grams in of_reply])) if of_reply else 0.0
 
@@ -53,8 +56,10 @@ def _ngrams(reply: Sequence[int], n: int) -> list[tuple[int, ...]]:
 
 
 def effective_rank(vectors_be: np.ndarray) -> float:
-    """exp of the entropy of the singular values' shares (Roy & Vetterli, 2007), 1 to min(B,E); 0 where all
-    vectors are zero."""
+    """Effective rank of vectors [B,E]: exp of the entropy of their singular values' shares.
+
+    Roy & Vetterli, 2007. From 1 to min(B,E); 0 where all vectors are zero.
+    """
     singular = np.linalg.svd(vectors_be.astype(np.float64), compute_uv=False)
     if not singular.any():
         return 0.0
@@ -64,12 +69,13 @@ def effective_rank(vectors_be: np.ndarray) -> float:
 
 
 def log_prob_mismatch(trainer: np.ndarray, sampler: np.ndarray, sampled: np.ndarray) -> dict[str, float]:
-    """`sampler_ratio_min` and `_max` of exp(trainer − sampler) where `sampled`, all of one shape: about 1
-    while both are one policy.
+    """Smallest and largest probability ratio of trainer to sampler over the `sampled` tokens.
 
-    A log-probability in float32 hangs on the order of additions: on SmolLM2 a cached decoder and a
-    teacher-forced pass are within 1 ± 5e-5. Old log-probabilities of a policy gradient therefore come from
-    the trainer's own forward; these show that both are one policy.
+    All arrays have one shape. `sampler_ratio_min` and `sampler_ratio_max` are of exp(trainer − sampler):
+    about 1 while both have the same policy. A log-probability in float32 depends on the order of additions:
+    on SmolLM2 a cached decoder and a teacher-forced pass agree within 1 ± 5e-5. Old log-probabilities of a
+    policy gradient therefore come from the trainer's forward pass; these metrics check that both have the
+    same policy.
     """
     ratio = np.exp(trainer.astype(np.float64) - sampler)[sampled]
     low, high = (float(ratio.min()), float(ratio.max())) if ratio.size else (1.0, 1.0)
@@ -78,12 +84,12 @@ def log_prob_mismatch(trainer: np.ndarray, sampler: np.ndarray, sampled: np.ndar
 
 @dataclass(kw_only=True)
 class CollapseGuard:
-    """Stops a run whose replies fall apart and stay so.
+    """Stops a run whose replies have collapsed for several steps in a row.
 
     Attributes:
         valid_below: a step with a lower valid rate is a low one; 0 never is.
         entropy_below: a step with a lower entropy, in nats a token, is a low one; 0 never is.
-        steps: so many low steps in a row are a collapse; 0 never stops.
+        steps: low steps in a row that count as a collapse; 0 never stops.
         valid_low, entropy_low: low steps in a row up to now, all that a resumed run needs.
     """
 
@@ -94,9 +100,11 @@ class CollapseGuard:
     entropy_low: int = 0
 
     def observe(self, step: int, *, valid_rate: float, entropy: float) -> None:
-        """Count a step; raises UserError when it is the last of `steps` low ones. A value that is no number
-        is low."""
-        # Both are counted before either is judged: the state is whole when this raises.
+        """Count a step; raises UserError when it is the last of `steps` low ones.
+
+        NaN is low.
+        """
+        # Count both before judging either, so that the state is complete when this raises.
         self.valid_low = 0 if valid_rate >= self.valid_below else self.valid_low + 1
         self.entropy_low = 0 if entropy >= self.entropy_below else self.entropy_low + 1
         seen = (
@@ -113,23 +121,22 @@ class CollapseGuard:
                 )
 
     def state(self) -> dict[str, int]:
-        """What to keep in a checkpoint, as JSON knows it."""
+        """The counters for a checkpoint, as JSON."""
         return {"valid_low": self.valid_low, "entropy_low": self.entropy_low}
 
     def restore(self, state: dict[str, int]) -> None:
-        """Go on from what `state` gave."""
+        """Resume from the counters of `state`."""
         self.valid_low, self.entropy_low = int(state["valid_low"]), int(state["entropy_low"])
 
 
-def swap_probe(own_qg: np.ndarray, exchanged_qg: np.ndarray) -> dict[str, float]:
-    """What a query's own reasoning is worth to it, from rewards [Q,G] with its own and with another query's
-    (by a `derangement`).
+def swap_probe(original_qg: np.ndarray, exchanged_qg: np.ndarray) -> dict[str, float]:
+    """Gain in reward [Q,G] of a query's reasoning over that of another query (by a `derangement`).
 
-    `swap_gain` (mean of own − exchanged), `swap_gain_error` (its standard error over queries, whose samples
-    are no independent draws) and `swap_wins` (queries that do better with their own; a tie counts half). A
-    gain near 0: the reasoning is decoration.
+    `swap_gain` (mean of original − exchanged), `swap_gain_error` (its standard error over queries: samples of
+    one query are not independent) and `swap_wins` (share of queries that score higher with their reasoning; a
+    tie counts half). With a gain near 0 the reasoning has no effect.
     """
-    gain_q = (own_qg.astype(np.float64) - exchanged_qg).mean(axis=-1)
+    gain_q = (original_qg.astype(np.float64) - exchanged_qg).mean(axis=-1)
     error = float(gain_q.std(ddof=1) / np.sqrt(len(gain_q))) if len(gain_q) > 1 else float("nan")
     wins = float(np.mean((gain_q > 0) + 0.5 * (gain_q == 0)))
     return {"swap_gain": float(gain_q.mean()), "swap_gain_error": error, "swap_wins": wins}

@@ -11,7 +11,7 @@ from search_r3_jax.config import OptimizerConfig
 
 # The share of the steps over which `wsd` falls.
 WSD_DECAY = 0.2
-# What weight decay pulls at: matrices. Norms, biases and the embed token's row have a scale of their own.
+# Weight decay applies to matrices; norms, biases and the embed token's row need their scale.
 DECAYED = ("kernel", "lora_a", "lora_b", "embedding", "head")
 ROWS = ("embed_row", "head_row")
 
@@ -41,8 +41,10 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Step → learning rate: a line up over `warmup_steps`, then the schedule down to `final_share` of the
-    peak at step `steps`."""
+    """Learning rate by step: a linear warm-up over `warmup_steps`, then the configured schedule.
+
+    It ends at `final_share` of the peak at step `steps`.
+    """
     peak, final = config.learning_rate, config.learning_rate * config.final_share
     left = max(steps - config.warmup_steps, 1)
     if config.schedule == "cosine":
@@ -62,7 +64,9 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def _names(path: tuple[Any, ...]) -> list[str]:
-    """The names along a parameter's path; a leaf of an NNX state ends in its variable's value, which has
-    none."""
+    """The names along a parameter's path.
+
+    The last key of an NNX state's leaf, `value`, is dropped.
+    """
     keys = [jax.tree_util.keystr((key,)).strip("[]'.") for key in path]
     return [key for key in keys if key != "value"]

@@ -1,4 +1,4 @@
-"""How far a run of stage 2 has come: what its checkpoints keep as JSON beside parameters and arrays."""
+"""Progress of stage 2: the counters that a checkpoint keeps as JSON beside parameters and arrays."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class RlProgress:
         return float(np.mean(self.valid_rates[-max(1, len(self.valid_rates) // 4) :]))
 
     def to_meta(self) -> dict[str, Any]:
-        """The counters as a checkpoint keeps them; the step is the checkpoint's own."""
+        """The counters as a checkpoint keeps them; `step` is left out, being the checkpoint's."""
         return {
             "index_version": self.index.version,
             "swaps": [list(swap) for swap in self.index.swaps],

@@ -1,5 +1,4 @@
-"""What is told of a step of stage 2: scalars, rollouts to read, and terms of the reward that teach
-nothing."""
+"""Reports on a step of stage 2: scalars, sample rollouts, and reward terms without a signal."""
 
 from __future__ import annotations
 
@@ -16,14 +15,16 @@ from search_r3_jax.rollout.sampler import Rollout, rollout_throughput
 from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training.monitor import log_prob_mismatch, rollout_health
 
-# A term that varies in no group for so many steps in a row is named.
+# Steps without variance in any group after which a term is reported.
 CONSTANT_STEPS = 5
 logger = logging.getLogger(__name__)
 
 
 def reward_scalars(result: StepResult) -> dict[str, float]:
-    """`reward`, its spread within groups, the share of groups without any, and each term's mean and variance
-    within groups."""
+    """Mean reward, its spread within groups, the share of constant groups, and statistics of each term.
+
+    Each term has its mean and its variance within groups.
+    """
     Q, G = result.rewards.shape
     within = result.rewards.std(axis=-1)
     variances = within_group_variance(
@@ -42,7 +43,7 @@ def reward_scalars(result: StepResult) -> dict[str, float]:
 def step_scalars(
     rollout: Rollout, result: StepResult, log_probs_bt: np.ndarray, rollout_seconds: float
 ) -> dict[str, float]:
-    """Everything about a step's rollouts; `log_probs_bt` are the trainer's, before the update."""
+    """All scalars about a step's rollouts; `log_probs_bt` are the trainer's, before the update."""
     return {
         **rollout_health(rollout),
         **rollout_throughput(rollout, rollout_seconds),
@@ -53,14 +54,16 @@ def step_scalars(
 
 
 class ConstantTerms:
-    """Names, once, each term of the reward that has not varied within any group for `CONSTANT_STEPS` steps:
-    advantages cancel it."""
+    """Warns once of each reward term that was constant within every group for `CONSTANT_STEPS` steps.
+
+    The advantages cancel such a term.
+    """
 
     def __init__(self) -> None:
         self._steps, self._named = dict[str, int](), set[str]()
 
     def observe(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Look at what `reward_scalars` gave."""
+        """Count the terms without variance in the scalars of `reward_scalars`."""
         variances = {
             name.removesuffix("_variance"): value
             for name, value in scalars.items()
@@ -86,8 +89,10 @@ def sample_records(
     prompter: Prompter,
     collection: Collection,
 ) -> list[dict[str, Any]]:
-    """Every `every`-th rollout of a run, counted from its first: query, reply, what it earned and for what,
-    the best documents."""
+    """Records of every `every`-th rollout of a run: query, reply, reward by term, best documents.
+
+    Rollouts are counted from the run's first.
+    """
     B, G = len(rollout.lengths), result.rewards.shape[1]
     records = []
     for b in range(-(step * B) % every, B, every):

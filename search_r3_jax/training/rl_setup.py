@@ -1,4 +1,4 @@
-"""What stage 2 is made of before its first step, and whether that can work."""
+"""Builds the programs of stage 2 before its first step, and checks the settings."""
 
 from __future__ import annotations
 
@@ -75,13 +75,16 @@ class RlStage:
 
 
 def make_stage(config: RunConfig, data: TrainingSet, model: LoadedModel) -> tuple[RlStage, TrainState]:
-    """Programs and initial state of stage 2; raises UserError where the model's embeddings are not finite."""
+    """Build programs and initial state of stage 2.
+
+    Raises UserError where the model's embeddings are not finite.
+    """
     rl = config.rl
     prompter = Prompter(model.tokenizer)
     graph, params, frozen = nnx.split(model.decoder, trainable_filter(model.decoder), ...)
     full_graph = nnx.split(model.decoder)[0]
     optimizer = make_optimizer(rl.optimizer, rl.steps * rl.inner_epochs)
-    # As in stage 1: Orbax writes from the arrays' own memory on a CPU.
+    # As in stage 1: on a CPU, Orbax writes from the arrays' memory in the background.
     donate = jax.default_backend() != "cpu"
     shardings = None if model.mesh is None else state_shardings(params, optimizer, model.mesh)
     state = init_state(params, optimizer, shardings, copy=donate)
@@ -109,7 +112,7 @@ def make_stage(config: RunConfig, data: TrainingSet, model: LoadedModel) -> tupl
 
 
 def check_settings(config: RunConfig, collection: Collection) -> None:
-    """Raises UserError where the settings do not fit each other or the data."""
+    """Raise UserError where the settings do not fit each other or the data."""
     rl, index = config.rl, config.index
     if jax.process_count() > 1:
         raise UserError(f"rl: {jax.process_count()} processes: stage 2 runs in one, over all of its devices")

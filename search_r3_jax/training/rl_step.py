@@ -1,5 +1,4 @@
-"""The update of stage 2: the policy gradient and an auxiliary InfoNCE, in the memory of one micro-batch and
-on any mesh."""
+"""The update of stage 2: policy gradient and auxiliary InfoNCE, in micro-batches, on any mesh."""
 
 from __future__ import annotations
 
@@ -34,8 +33,7 @@ Scorer = Callable[..., jax.Array]
 
 
 class Replies(NamedTuple):
-    """Prompts and their replies in K micro-batches of q whole groups, b = q·G rows; what an update needs of
-    each.
+    """Prompts and their replies in K micro-batches of q whole groups, b = q·G rows.
 
     `prompt_ids` [K,q,S], `prompt_lengths` [K,q], `ids` [K,b,T], `lengths` [K,b] int32; `sampled` [K,b,T]
     bool, tokens that the policy chose; `sampler_log_probs` [K,b,T] and `advantages` [K,b] float32;
@@ -53,11 +51,11 @@ class Replies(NamedTuple):
 
 
 class RlBatch(NamedTuple):
-    """The replies of a step, and `documents` [P,E] float32: unit vectors under current parameters that
-    the queries are contrasted with.
+    """The replies of a step, and the `documents` [P,E] that InfoNCE contrasts the queries with.
 
-    `trained_ids` [Q,S] and `trained_lengths` [Q] int32 are the tokens of the first Q documents, where
-    these are trained too (`rl.infonce.train_documents`).
+    `documents` are float32 unit vectors under the current parameters. `trained_ids` [Q,S] and
+    `trained_lengths` [Q] int32 are the tokens of the first Q documents, where these are trained too
+    (`rl.infonce.train_documents`).
     """
 
     replies: Replies
@@ -67,7 +65,7 @@ class RlBatch(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """What a micro-batch adds; sums [], so that they add up exactly."""
+    """The sums [] that a micro-batch contributes; they add up exactly."""
 
     policy: jax.Array
     infonce: jax.Array
@@ -83,12 +81,12 @@ def make_batch(
     trained: tuple[np.ndarray, np.ndarray] | None = None,
     micro_queries: int = 0,
 ) -> RlBatch:
-    """The arrays of an update, in one shape whatever was sampled; `micro_queries` queries a micro-batch, 0 is
-    all of them.
+    """Make the arrays of an update, in one shape whatever was sampled.
 
-    Advantages [B] are those of the whole batch: a micro-batch holds whole groups and changes nothing of them.
-    `trained` are ids and lengths of the first Q documents, where these are trained. Raises ValueError where
-    `micro_queries` does not divide the queries.
+    `micro_queries` is the number of queries in a micro-batch; 0 means all of them. Advantages [B] are those
+    of the whole batch: micro-batches hold whole groups and do not change them. `trained` are ids and lengths
+    of the first Q documents, where these are trained. Raises ValueError where `micro_queries` does not divide
+    the queries.
     """
     Q = len(rollout.prompt_lengths)
     q = micro_queries or Q
@@ -114,15 +112,19 @@ def make_batch(
 def tokenize_documents(
     prompter: Prompter, bodies: Sequence[str], max_tokens: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ids [Q,S] and lengths [Q] int32 of documents, each cut to `max_tokens`, in one shape whatever they
-    are."""
+    """Ids [Q,S] and lengths [Q] int32 of documents, each truncated to `max_tokens`.
+
+    The shape depends on `max_tokens` only.
+    """
     longest = max_tokens + len(prompter.direct.suffix) + len(prompter.direct.closing)
     return pad_rows(prompter.direct_rows(bodies, max_tokens), length=bucket_length(longest), pad_id=0)
 
 
 def put_batch(batch: RlBatch, mesh: Mesh | None) -> RlBatch:
-    """A batch on its mesh: each micro-batch's rows, and its queries, across `BATCH_AXES` where they divide,
-    all else everywhere."""
+    """Place a batch on its mesh, each micro-batch's rows and queries across `BATCH_AXES`.
+
+    Arrays that the axes do not divide, and all others, are replicated.
+    """
     if mesh is None:
         return batch
     return jax.tree.map(
@@ -133,7 +135,7 @@ def put_batch(batch: RlBatch, mesh: Mesh | None) -> RlBatch:
 
 
 def batch_shardings(batch: RlBatch, mesh: Mesh) -> RlBatch:
-    """Where a batch lies, in its own structure."""
+    """Shardings of a batch, in the batch's structure."""
     devices = axis_size(mesh, BATCH_AXES)
 
     def of(x: Any) -> NamedSharding:
@@ -156,8 +158,10 @@ def batch_shardings(batch: RlBatch, mesh: Mesh) -> RlBatch:
 def make_scorer(
     graph: nnx.GraphDef[Decoder], prompter: Prompter, config: RlConfig, shardings: TrainState | None = None
 ) -> Scorer:
-    """`(params, frozen, replies, adapters) → [K,b,T]`: log-probabilities of the sampled tokens;
-    `adapters=False` is the frozen base."""
+    """Make `(params, frozen, replies, adapters) → log-probabilities [K,b,T]` of the sampled tokens.
+
+    `adapters=False` scores with the frozen base.
+    """
     mesh = _mesh_of(shardings)
 
     @partial(jax.jit, static_argnames="adapters", compiler_options=compiler_options(mesh))
@@ -183,12 +187,12 @@ def make_update(
     *,
     donate: bool = False,
 ) -> Update:
-    """One jitted update `(state, frozen, batch, old=None, reference=None) → (state, scalars, log_probs
-    [K,b,T])`.
+    """Make the jitted update of stage 2.
 
-    `old` and `reference` [K,b,T]: log-probabilities before the first epoch, None where there is but one, and
-    of the reference, None where β is 0. The log-probabilities that come back are those before the update. On
-    a mesh see `sft_step.make_step`.
+    Its signature: `(state, frozen, batch, old=None, reference=None) → (state, scalars, log_probs [K,b,T])`.
+    `old` and `reference` [K,b,T] are log-probabilities before the first epoch, None with a single epoch, and
+    of the reference, None where β is 0. The returned log-probabilities are those before the update. For a
+    mesh see `sft_step.make_step`.
     """
     mesh = _mesh_of(shardings)
 
@@ -201,7 +205,7 @@ def make_update(
     ) -> tuple[jax.Array, dict[str, jax.Array], jax.Array, nnx.State]:
         replies = batch.replies
         G = replies.ids.shape[1] // replies.prompt_ids.shape[1]
-        # Known before the batch is cut: each micro-batch divides by what the whole of it counts.
+        # Counted over the whole batch: every micro-batch divides by the same totals.
         tokens_kbt = replies.sampled.reshape(-1, replies.sampled.shape[-1])
         policy_total = jnp.maximum(
             policy_count(tokens_kbt, config.variant, max_tokens=config.sampler.max_think_tokens), 1
@@ -329,11 +333,10 @@ def _read(
     adapters: bool,
     mesh: Mesh | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Log-probabilities [b,T] and entropies [b,T] of a micro-batch's sampled tokens, 0 elsewhere, and the
-    states [b,D] at the embed token.
+    """Log-probabilities [b,T] and entropies [b,T] of a micro-batch's tokens, and embed states [b,D].
 
-    Prefix and prompt run once per query and are shared by the group, with gradients; the replies attend to
-    them.
+    The first two are 0 where a token was not sampled; the states are those at the embed token. Prefix and
+    prompt run once per query and are shared by the group, with gradients; the replies attend to them.
     """
     prompt, (B, T) = prompter.reason, part.ids.shape
     G = B // part.prompt_ids.shape[0]
@@ -369,7 +372,7 @@ def _read(
 
 
 def _embedded(decoder: Decoder, prompter: Prompter, ids_qs: jax.Array, lengths_q: jax.Array) -> jax.Array:
-    """Unit vectors [Q,E] of texts embedded directly, with gradients, the same on every device."""
+    """Unit vectors [Q,E] of directly embedded texts, with gradients, replicated."""
     prefix = prompter.direct.prefix
     positions_qs = positions_from_lengths(lengths_q, ids_qs.shape[1], len(prefix))
     _, (hidden_qsd, _) = decoder.read([prefix_text(prefix), Text(ids_qs, positions_qs, behind=(0,))])

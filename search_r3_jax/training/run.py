@@ -1,4 +1,4 @@
-"""A run's directory: its config, its metrics, and who may write to it."""
+"""A run's directory: its config, its metrics, and its lock."""
 
 from __future__ import annotations
 
@@ -30,12 +30,11 @@ logger = logging.getLogger(__name__)
 
 
 class Run:
-    """An open run directory, which no other trainer may write to meanwhile; opening it again with the same
-    config resumes it.
+    """An open run directory, locked against other trainers; the same config resumes it.
 
     Of several processes only process 0 writes. Raises UserError for a bucket, when another trainer has the
-    directory open, or when it holds a run whose config differs in more than harmless fields; with
-    `allow_change` these are taken over, after `on_change` was called.
+    directory open, or when it holds a run whose config differs in more than harmless fields. With
+    `allow_change` such differences are accepted, after a call of `on_change`.
     """
 
     def __init__(
@@ -49,7 +48,7 @@ class Run:
         on_change: Callable[[], object] = lambda: None,
     ):
         if path.parts and path.parts[0].endswith(":"):
-            # What a path makes of gs://BUCKET/…: it would be a local folder of that name.
+            # Path turns gs://BUCKET/… into gs:/BUCKET/…, a local folder.
             raise UserError(
                 f"--run: {path}: a run lies in a folder that all its processes see, not in a bucket; its "
                 "index may (index.folder)"
@@ -75,15 +74,17 @@ class Run:
             except BaseException:
                 self.close()
                 raise
-        # A CPU's programs are for machines of its very kind, and soon made.
+        # Not on a CPU, where programs compile fast and run on that type of CPU only.
         if jax.default_backend() != "cpu":
             keep_programs(path / "compiled")
 
     def _claim(
         self, record: dict[str, Any], allow_config_change: bool, on_change: Callable[[], object]
     ) -> None:
-        """Write down what this run is, where another call has not, or say what has changed since; raises
-        UserError where it may not."""
+        """Write `config.json` of a new run; for an existing one compare it, and log the changes.
+
+        Raises UserError for a change that is not allowed.
+        """
         file, record = self.path / "config.json", json.loads(json.dumps(record))
         if not file.is_file():
             write_json(file, record)
@@ -102,7 +103,7 @@ class Run:
             logger.info(f"changed since this run was started, harmless: {describe_changes(harmless)}")
         if harmful:
             logger.info(f"changed since this run was started, as allowed: {describe_changes(harmful)}")
-            # Before the change is on record: who is interrupted here is asked again.
+            # Before the change is written: a run interrupted here compares again.
             on_change()
         history += [
             {"step": latest_checkpoint(self.path) or 0, **dataclasses.asdict(change)} for change in changes
@@ -111,8 +112,10 @@ class Run:
             write_json(file, record | {HISTORY: history})
 
     def start_at(self, step: int) -> None:
-        """Forget metrics and samples of steps from `step` on: they will be computed again, and each step must
-        stand once."""
+        """Delete metrics and samples from `step` on.
+
+        They will be computed again, and each step must be written once.
+        """
         if not self._first:
             return
         for file in (self._metrics, self._samples):
@@ -136,16 +139,16 @@ class Run:
             self._append(self._samples, record)
 
     def save_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Keep the tokenizer beside the checkpoints, with `<|embed_token|>` in it."""
+        """Save the tokenizer beside the checkpoints, with `<|embed_token|>` in it."""
         folder = self.path / "tokenizer"
         if self._first and not folder.is_dir():
-            # At once or not at all: a folder that is there is not written again.
+            # Written aside and renamed: an existing folder is always complete.
             aside = folder.with_name(f".tokenizer.{os.getpid()}.tmp")
             tokenizer.save_pretrained(str(aside))
             aside.rename(folder)
 
     def make_durable(self) -> None:
-        """Before a checkpoint: what was logged of its steps must not be lost where the checkpoint is not."""
+        """Flush metrics and samples to the disk; call before a checkpoint of their steps is saved."""
         if self._first:
             for file in (self._metrics, self._samples):
                 if file.is_file():
@@ -153,7 +156,7 @@ class Run:
                         os.fsync(opened.fileno())
 
     def close(self) -> None:
-        """Flush what is still buffered, and leave the directory to others."""
+        """Flush the buffers, and release the lock."""
         if self._board is not None:
             self._board.close()
         if self._lock is not None:
@@ -171,7 +174,9 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class RlRecord:
-    """What `config.json` says of a run of stage 2 beside its config; paths may be relative to the run.
+    """The fields of `config.json` of a run of stage 2 beside its config.
+
+    Paths may be relative to the run.
 
     Attributes:
         data: folder of the data set, for the indexer.
@@ -211,14 +216,14 @@ def rl_record(run: Path, config: RunConfig) -> RlRecord:
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
-    """The config with absolute paths: a run is opened from anywhere, and remembers what it was made from."""
+    """The config with absolute paths, so that a run can be opened from any directory."""
     sets = tuple(str(Path(folder).resolve()) for folder in config.data.sets)
     model = str(Path(config.model).resolve()) if Path(config.model).exists() else config.model
     return dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, sets=sets))
 
 
 def data_version(collection: Collection) -> dict[str, str]:
-    """What a collection is, wherever it lies: its texts in their order, queries and judgements."""
+    """Identify a collection by its content: texts in their order, queries and judgements."""
     hashes = {
         "corpus_hash": collection.corpus_hash(),
         "queries_hash": ordered_queries_hash(collection.queries),
@@ -227,7 +232,9 @@ def data_version(collection: Collection) -> dict[str, str]:
 
 
 def _with_all_settings(run: Path) -> dict[str, Any]:
-    """The record of a run; settings that are newer than it have their defaults. Raises UserError where it
-    cannot be read."""
+    """Read the record of a run, with defaults for settings that are newer than it.
+
+    Raises UserError where it cannot be read.
+    """
     config, record = read_run(run)
     return record | {"config": json.loads(json.dumps(dataclasses.asdict(config)))}

@@ -1,5 +1,4 @@
-"""Reasoning without a teacher: what the untrained model writes about a query, greedily, for stage 1 to end in
-an embedding."""
+"""Reasoning for stage 1 without a teacher: the untrained model writes it greedily."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ from search_r3_jax.hub.load_model import LoadedModel
 from search_r3_jax.rollout.sampler import Rollout, Sampler
 from search_r3_jax.text.prompts import Prompter
 
-QUERIES_A_PASS = 64
+QUERIES_PER_PASS = 64
 
 
 def with_self_generated_reasoning(
@@ -30,17 +29,16 @@ def with_self_generated_reasoning(
     model: LoadedModel,
     on_progress: Callable[[int, int], object],
 ) -> tuple[Collection, ...]:
-    """The collections with the model's own text as `reasoning` of the wanted `(set, query row)`; kept in
-    `file`, one a line.
+    """Fill in the model's text as `reasoning` of the wanted `(set, query row)`.
 
-    `model` is untrained: adapters that are new add nothing. A pass whose texts are in the file already is not
-    written again.
+    The texts are kept in `file`, one a line; a pass whose texts are in it is skipped. `model` is untrained:
+    new adapters add nothing.
     """
     missing = sorted(
         {(number, row) for number, row in wanted if not collections[number].queries[row].reasoning}
     )
     thoughts = _read(file)
-    # Whoever reads later would find more in the file than the others did.
+    # All processes must read the same file before process 0 appends to it.
     wait_for_all("own reasoning is read")
     prompter = Prompter(model.tokenizer)
     graph, state = nnx.split(model.decoder)
@@ -48,12 +46,12 @@ def with_self_generated_reasoning(
     sampler = Sampler(graph, prompter, greedy, mesh=model.mesh)
     # Sorted by length, so that a pass holds prompts of one bucket.
     missing.sort(key=lambda at: (len(collections[at[0]].queries[at[1]].text), at))
-    for start in range(0, len(missing), QUERIES_A_PASS):
-        chosen = missing[start : start + QUERIES_A_PASS]
-        # Always the same passes: who shares one must not depend on where an earlier attempt was interrupted.
+    for start in range(0, len(missing), QUERIES_PER_PASS):
+        chosen = missing[start : start + QUERIES_PER_PASS]
+        # The passes are fixed: their composition must not depend on where an earlier attempt was interrupted.
         if all((number, collections[number].queries[row].query_id) in thoughts for number, row in chosen):
             continue
-        filled = chosen + chosen[:1] * (QUERIES_A_PASS - len(chosen))
+        filled = chosen + chosen[:1] * (QUERIES_PER_PASS - len(chosen))
         texts = [collections[number].queries[row].text for number, row in filled]
         rollout = sampler.sample(
             state, texts, np.zeros((len(texts), 1), np.uint32), max_tokens=config.text.max_query_tokens
@@ -72,7 +70,7 @@ def with_self_generated_reasoning(
 
 
 def _thoughts(rollout: Rollout, prompter: Prompter) -> list[str]:
-    """What the model chose to write, up to the closing or the end of its turn, and no broken last word."""
+    """The texts that the model chose, without the closing and without a truncated last word."""
     thoughts_written = []
     for ids, sampled, valid in zip(rollout.ids, rollout.sampled, rollout.valid, strict=True):
         chosen = ids[sampled].tolist()
@@ -85,14 +83,14 @@ def _thoughts(rollout: Rollout, prompter: Prompter) -> list[str]:
             )
         )
         words = text.split()
-        # The budget ends anywhere: a word cut in two would be learnt as one.
+        # The token budget may end inside a word: the model would learn the truncated word.
         thoughts_written.append(" ".join(words if complete or valid or len(words) < 2 else words[:-1]))
     return thoughts_written
 
 
 def _with(collection: Collection, number: int, thoughts: dict[tuple[int, str], str]) -> Collection:
     def written(query: Query) -> str:
-        # Who writes nothing at all is taught to repeat the question.
+        # Where the model writes nothing, the query is the reasoning.
         return query.reasoning or (
             thoughts[number, query.query_id] or query.text if (number, query.query_id) in thoughts else ""
         )

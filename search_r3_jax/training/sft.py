@@ -61,10 +61,10 @@ class _Stage:
     development: Development | None
 
     def evaluates(self, done: int) -> bool:
-        """Whether the development queries are evaluated after so many steps."""
+        """Whether the development queries are evaluated after `done` steps."""
         sft = self.config.sft
-        due = sft.eval_every > 0 and (done % sft.eval_every == 0 or done == sft.steps)
-        return self.development is not None and due
+        scheduled = sft.eval_every > 0 and (done % sft.eval_every == 0 or done == sft.steps)
+        return self.development is not None and scheduled
 
 
 def train_sft(
@@ -83,7 +83,7 @@ def train_sft(
     Raises UserError for settings that cannot work and when too many steps in a row were not finite, and
     StoppedError on a stop signal, saved.
     """
-    # Act 1: what stage 1 is made of.
+    # 1. Build the stage.
     config, run_folder, sft = with_absolute_paths(config), Path(run_folder), config.sft
     sets = load_sft_data(config) if sets is None else sets
     _check(config, sets)
@@ -91,18 +91,18 @@ def train_sft(
     stage, state = _make_stage(config, sets, model)
     with _open_run(config, run_folder, sets, model, allow_config_change) as opened:
         run, checkpoints, request, first = opened
-        # Act 2: where to begin.
+        # 2. Restore the last checkpoint.
         if sft.reasoning == "self":
             stage.pipeline = _self_generated_reasoning(config, run_folder, stage.pipeline, model)
         state, skipped = _begin(stage, state, first, run, checkpoints)
-        # Act 3: the loop.
+        # 3. The loop.
         batch, save_seconds = stage.pipeline.batch(min(first, sft.steps - 1)), 0.0
         for step in range(first, sft.steps):
             done = step + 1
             state, metrics, next_batch = _train_step(stage, state, batch, step)
             in_a_row = int(metrics.pop("skipped_in_a_row"))
             skipped += in_a_row > 0
-            # What the save before this step kept the loop from going on.
+            # Seconds that the loop was blocked by the save before this step.
             metrics |= {"skipped": skipped, "save_seconds": save_seconds}
             batch, save_seconds = next_batch, 0.0
             evaluated = stage.evaluates(done)
@@ -137,8 +137,8 @@ def _make_stage(
     prompter = Prompter(model.tokenizer)
     graph, params, frozen = nnx.split(model.decoder, trainable_filter(model.decoder), ...)
     optimizer = make_optimizer(sft.optimizer, sft.steps)
-    # Orbax reads the arrays of a save before it returns, except on CPU, where it writes from their own
-    # memory in the background.
+    # Orbax copies the arrays of a save before it returns, except on CPU, where it writes from their memory in
+    # the background: they must not be donated there.
     donate = jax.default_backend() != "cpu"
     shardings = None if model.mesh is None else state_shardings(params, optimizer, model.mesh)
     stage = _Stage(
@@ -146,7 +146,7 @@ def _make_stage(
         pipeline=make_pipeline(config, [each.train for each in sets], prompter),
         step=make_step(graph, prompter, optimizer, sft, shardings, donate=donate),
         frozen=frozen,
-        # Under LoRA the base itself is the reference; full fine-tuning keeps a copy of where it began.
+        # Under LoRA the base is the reference; full fine-tuning keeps a copy of its starting values.
         reference=params if sft.kl_weight > 0 and config.lora.rank == 0 else None,
         mesh=model.mesh,
         throughput=Throughput(
@@ -169,7 +169,7 @@ def _open_run(
     run = Run(run_folder, config, stage="sft", record=record, allow_config_change=allow_config_change)
     with closing(run):
         run.save_tokenizer(model.tokenizer)
-        # Before the writer, which remembers the steps that are there: a damaged one is put aside.
+        # Before the writer is made, which lists the steps: damaged checkpoints are moved aside here.
         first = latest_valid_checkpoint(run_folder) or 0
         checkpoints = CheckpointWriter(run_folder, keep=config.sft.keep, keep_every=config.sft.keep_every)
         with StopRequest() as request, closing(checkpoints):
@@ -179,7 +179,7 @@ def _open_run(
 def _begin(
     stage: _Stage, state: TrainState, first: int, run: Run, checkpoints: CheckpointWriter
 ) -> tuple[TrainState, int]:
-    """State and skipped steps of the checkpoint `first`; 0 is the start, which is evaluated."""
+    """Restore the checkpoint `first`, and its count of skipped steps; 0 is the start, which is evaluated."""
     skipped = 0
     if first:
         restored = checkpoints.restore(first, state.params, state.optimizer)
@@ -197,7 +197,7 @@ def _begin(
 def _train_step(
     stage: _Stage, state: TrainState, batch: PairBatch, step: int
 ) -> tuple[TrainState, dict[str, float], PairBatch]:
-    """One update: the new state, its metrics, and the next batch, packed while the device computes."""
+    """Make one update: the new state, its metrics, and the next batch, packed while the device computes."""
     started = time.perf_counter()
     config = stage.config
     key = jax.random.fold_in(jax.random.key(config.seed), step) if config.lora.dropout > 0 else None
@@ -224,7 +224,7 @@ def _evaluate(stage: _Stage, state: TrainState, done: int, run: Run) -> dict[str
 
 
 def _check(config: RunConfig, sets: Sequence[TrainingSet]) -> None:
-    """Raises UserError where the settings do not fit each other or the data."""
+    """Raise UserError where the settings do not fit each other or the data."""
     sft = config.sft
     pairs = sum(len(query.positives) for each in sets for query in each.train.queries)
     if sft.global_batch > pairs:
@@ -258,7 +258,7 @@ def _check(config: RunConfig, sets: Sequence[TrainingSet]) -> None:
 
 
 def make_pipeline(config: RunConfig, collections: Sequence[Collection], prompter: Prompter) -> PairPipeline:
-    """The batches of stage 1."""
+    """Make the pipeline of batches of stage 1."""
     sft = config.sft
     chunk = sft.encode_chunk or sft.global_batch
     return PairPipeline(
@@ -285,8 +285,7 @@ def make_pipeline(config: RunConfig, collections: Sequence[Collection], prompter
 def _self_generated_reasoning(
     config: RunConfig, folder: Path, pipeline: PairPipeline, model: LoadedModel
 ) -> PairPipeline:
-    """The pipeline with the model's own text as the reasoning of just the queries that are trained in the
-    reasoned format."""
+    """The pipeline with the model's text as reasoning of the queries trained in the reasoned format."""
     wanted = {
         (pair.set, pair.query) for step in range(config.sft.steps) for pair in pipeline.reasoned_pairs(step)
     }
@@ -316,7 +315,7 @@ def _make_development(
 
 
 def _summary(scalars: dict[str, float]) -> str:
-    """What a reader wants to know of an evaluation."""
+    """One line about an evaluation, for the log."""
     text = f"nDCG@10 {scalars[BEST_BY]:.3f} direct"
     if "dev_reason_ndcg@10" in scalars:
         text += (

@@ -38,12 +38,12 @@ def make_step(
     *,
     donate: bool = False,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """One jitted update `(state, frozen, batch, reference=None, dropout_key=None) → (state, scalars)` of the
-    trainable parameters.
+    """Make the jitted update of the trainable parameters.
 
-    `reference` are the starting values of the trainable parameters, for the KL term of full fine-tuning;
-    under LoRA the base is at hand. On a mesh the batch comes from `put_batch`, and the new state lies as the
-    old one did, by `shardings`; with `donate` it also takes the old one's memory.
+    Its signature: `(state, frozen, batch, reference=None, dropout_key=None) → (state, scalars)`. `reference`
+    are the starting values of the trainable parameters, for the KL term of full fine-tuning; LoRA uses its
+    base. On a mesh the batch comes from `put_batch`, and the new state keeps the sharding of the old one,
+    `shardings`; `donate` reuses the old one's memory.
     """
     mesh = None if shardings is None else jax.tree.leaves(shardings)[0].mesh
 
@@ -59,16 +59,15 @@ def make_step(
         def encode(
             params: nnx.State, pairs: Pairs
         ) -> tuple[tuple[jax.Array, jax.Array], dict[str, jax.Array]]:
-            """Unit vectors of one chunk's queries [N,E] and of its documents, and the sums of the losses on
-            its replies."""
+            """Unit vectors [N,E] of a chunk's queries and documents, and the sums of its language losses."""
             decoder = nnx.merge(graph, params, frozen)
-            # Every chunk drops other inputs, and the same ones when it is encoded again: the sum of its ids
-            # tells it apart.
+            # The seed is the sum of a chunk's ids: dropout differs by chunk, and is the same when a chunk is
+            # encoded again.
             keys = [
                 None if key is None else jax.random.fold_in(key, jnp.sum(chunk.ids.astype(jnp.uint32)))
                 for chunk in pairs
             ]
-            # Under adapters the base is beside them, and reads the queries in the same pass.
+            # With adapters the base reads the queries in the same pass.
             with_base = config.kl_weight > 0 and reference is None
             hidden_md, of_documents_md, *base_md = _hidden(
                 decoder, prompter, pairs, keys=keys, with_base=with_base
@@ -96,8 +95,7 @@ def make_step(
 
         return cached_value_and_grad(encode, loss)(params, (batch.queries, batch.documents))
 
-    # Left to XLA, a parameter may end up elsewhere than it began, and the next step would be compiled again
-    # and move it.
+    # Without out_shardings XLA may reshard a parameter: the next step would compile again and move it back.
     @partial(
         jax.jit,
         donate_argnums=0 if donate else (),
@@ -155,8 +153,7 @@ def _reply_losses(
             base_states = _hidden(base, prompter, [chunk], adapters=False)
         base_md = states_for_head(jax.lax.stop_gradient(base_states[0])[reply_at - 1])
         base_head = head_of(base, adapters=False)
-        # The base knows nothing of the embed token: where that is due, staying close to it would mean
-        # not to write it.
+        # The base has never seen the embed token: the KL term would teach the model not to write it.
         mask_m = mask_m & (targets_m != prompter.embed_id)
         sums["kl"], sums["kl_tokens"] = kl_to_base(
             read_md, head, base_md, base_head, mask_m, chunk=states, vocab_chunk=columns
@@ -175,7 +172,7 @@ def contrastive_losses(
         axis=-1,
     )
     excluded_bp = exclusions(jnp.asarray(batch.document_ids), jnp.asarray(batch.known_ids))
-    # Negatives that came with a query are near its positive on purpose.
+    # Mined negatives are close to the positive on purpose.
     mined_bp = jnp.any(jnp.asarray(batch.mined)[:, :, None] == jnp.arange(len(batch.document_ids)), axis=1)
 
     def contrast(queries_be: jax.Array, documents_pe: jax.Array) -> Loss:
@@ -224,8 +221,7 @@ def _hidden(
     keys: Sequence[jax.Array | None] = (None,),
     with_base: bool = False,
 ) -> list[jax.Array]:
-    """Final hidden states [R·T,D] of each chunk's packed texts, read together behind the prefixes that they
-    share.
+    """Final hidden states [R·T,D] of each chunk's packed texts, read in one pass behind shared prefixes.
 
     `with_base` adds those of the first chunk without adapters.
     """

@@ -1,5 +1,7 @@
-"""Where a training step's arrays lie on a mesh: the batch, the state and the activations; a mesh of None is
-one device."""
+"""Shardings of a training step's arrays: batch and parameters.
+
+A mesh of None is one device.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,9 @@ ROWS = PartitionSpec(None, BATCH_AXES)
 
 
 def put_batch(batch: PairBatch, mesh: Mesh | None) -> PairBatch:
-    """A batch on its mesh: each chunk's rows across `BATCH_AXES`, padded to share them equally, all else
-    everywhere.
+    """Place a batch on its mesh, each chunk's rows across `BATCH_AXES`, all else replicated.
 
-    Every process gives the same batch, and its devices are handed no rows but their own.
+    Rows are padded to divide evenly. Every process gives the same batch; each device gets only its rows.
     """
     if mesh is None:
         return batch
@@ -33,7 +34,7 @@ def put_batch(batch: PairBatch, mesh: Mesh | None) -> PairBatch:
 
 
 def batch_shardings(batch: PairBatch, mesh: Mesh) -> PairBatch:
-    """Where a padded batch lies, in its own structure."""
+    """Shardings of a padded batch, in the batch's structure."""
 
     def of(path: tuple[Any, ...], _: Any) -> NamedSharding:
         return NamedSharding(mesh, ROWS if path[-1].name in ROW_FIELDS else PartitionSpec())
@@ -42,5 +43,5 @@ def batch_shardings(batch: PairBatch, mesh: Mesh) -> PairBatch:
 
 
 def params_shardings(params: nnx.State, mesh: Mesh) -> nnx.State:
-    """Where parameters lie, in their own structure."""
+    """Shardings of parameters, in their structure."""
     return map_params(lambda _, spec: NamedSharding(mesh, spec), params)

@@ -1,5 +1,4 @@
-"""What both stages' steps change, where it lies on a mesh, and an update that leaves it alone when a gradient
-is not finite."""
+"""The state that both stages train, its sharding, and an update that skips non-finite gradients."""
 
 from __future__ import annotations
 
@@ -15,8 +14,10 @@ from search_r3_jax.training import sharding
 
 
 class TrainState(NamedTuple):
-    """What a step changes, or where each of it lies; a plain pytree. `skipped` [] int32: updates in a row
-    that were not finite."""
+    """The arrays that a step changes, or their shardings; a plain pytree.
+
+    `skipped` [] int32 counts updates in a row that were not finite.
+    """
 
     params: Any
     optimizer: Any
@@ -24,8 +25,7 @@ class TrainState(NamedTuple):
 
 
 def state_shardings(params: nnx.State, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Where a state lies on a mesh, as a state of shardings: moments with their parameters, counters
-    everywhere."""
+    """Shardings of a state: moments like their parameters, counters replicated."""
     of_params = sharding.params_shardings(params, mesh)
     everywhere = NamedSharding(mesh, PartitionSpec())
     moments = optax.tree_map_params(
@@ -45,9 +45,11 @@ def init_state(
     *,
     copy: bool = False,
 ) -> TrainState:
-    """The state before the first step, each array made where `shardings` wants it; `copy` leaves `params` to
-    the caller."""
-    # A donated state takes its arrays with it, which the model and the reference of the KL term still hold.
+    """Make the state before the first step, sharded by `shardings`.
+
+    `copy` leaves `params` to the caller.
+    """
+    # Donation frees the state's arrays, which the model and the reference of the KL term still use.
     start_params = jax.tree.map(jnp.copy, params) if copy else params
     if shardings is None:
         return TrainState(start_params, optimizer.init(params), jnp.zeros((), jnp.int32))
@@ -63,8 +65,10 @@ def init_state(
 def updated(
     state: TrainState, gradients: Any, loss: jax.Array, optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """The state after one update, and `gradient_norm`, `skipped_in_a_row`; a loss or gradient that is not
-    finite changes nothing."""
+    """Apply one update; also returns `gradient_norm` and `skipped_in_a_row`.
+
+    A loss or gradient that is not finite changes neither parameters nor optimizer.
+    """
     norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)

@@ -1,4 +1,4 @@
-"""Stopping when asked to: at the next step boundary, saved, on all processes at the same step."""
+"""Stops training on request: at the next step boundary, saved, at the same step on all processes."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from jax.experimental import multihost_utils
 
 from search_r3_jax.errors import StoppedError
 
-# SIGTERM is what a machine that is taken away sends, SIGINT the keyboard; SIGUSR1 is what SLURM is mostly
-# told to send ahead of its limit.
+# SIGTERM comes from a preempted machine, SIGINT from the keyboard, SIGUSR1 usually from SLURM ahead of its
+# time limit.
 logger = logging.getLogger(__name__)
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """While entered, the first of `SIGNALS` asks training to stop at its next step boundary, and a second
-    ends the process at once.
+    """Turns the first of `SIGNALS` into a request to stop at the next step boundary.
 
-    Outside the main thread, where Python knows no signals, nothing changes.
+    A second signal ends the process at once. Outside the main thread, where Python receives no signals,
+    nothing changes.
     """
 
     def __init__(self) -> None:
@@ -37,8 +37,8 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            # Python's own handlers wait until a call into XLA returns, which may compile for minutes; a
-            # thread reading this pipe does not.
+            # Python's handlers wait until a call into XLA returns, which may compile for minutes; a thread
+            # that reads this pipe does not.
             self._heard, self._wake = os.pipe()
             os.set_blocking(self._wake, False)
             self._previous_wake = signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
@@ -57,15 +57,14 @@ class StopRequest:
             os.close(self._wake)
 
     def asked(self) -> bool:
-        """Whether any process has been asked to stop; every process calls it at the same step."""
+        """Whether any process was asked to stop; every process calls it at the same step."""
         asked_here = self._asked_at is not None
         if jax.process_count() == 1:
             return asked_here
         return bool(np.any(multihost_utils.process_allgather(np.array(asked_here))))
 
     def stop(self, run: Path, step: int) -> None:
-        """Raises StoppedError, which says that `step` of `run` is saved and how long after the signal that
-        was."""
+        """Raise StoppedError: `step` of `run` is saved, and how long after the signal."""
         grace = (
             "" if self._asked_at is None else f", {time.monotonic() - self._asked_at:.1f} s after the signal"
         )
@@ -74,7 +73,7 @@ class StopRequest:
         )
 
     def stop_waiting(self, run: Path, step: int) -> None:
-        """`stop`, if this process was asked to: for who waits at a step that is saved."""
+        """Call `stop` if this process was asked to; call while blocked at a step that is saved."""
         if self._asked_at is not None:
             self.stop(run, step)
 
@@ -96,4 +95,4 @@ class StopRequest:
 
 
 def _nothing(number: int, frame: FrameType | None) -> None:
-    """Only a handler of Python's makes the signal known to the pipe."""
+    """Do nothing: the signal reaches the pipe only if Python has a handler."""

@@ -18,8 +18,10 @@ PROBE_SIZE = 1536
 
 
 def peak_flops() -> float:
-    """What all devices together can do, FLOP/s: published for a TPU; elsewhere what a float32 matrix product
-    reaches, measured now."""
+    """Peak of all devices together, FLOP/s.
+
+    Published for a TPU; elsewhere measured now, by a float32 matrix product.
+    """
     chip = chip_of(jax.devices()[0].device_kind)
     if chip is not None:
         return chip.flops * jax.device_count()
@@ -36,7 +38,7 @@ def peak_flops() -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Throughput:
-    """Counts what a step had to compute; padding, shared prefixes and recomputation are no work.
+    """Counts the necessary work of a step: no padding, shared prefixes or recomputation.
 
     Attributes:
         peak: of all devices together, FLOP/s.
@@ -49,8 +51,10 @@ class Throughput:
     with_base: bool
 
     def of(self, queries: TextChunks, documents: TextChunks, seconds: float) -> dict[str, float]:
-        """`tokens_per_second`, `tflops` (model FLOPs a second, in 10¹²) and `mfu` (their share of the peak,
-        in [0, 1])."""
+        """Throughput of a step: `tokens_per_second`, `tflops` and `mfu`.
+
+        `tflops` are model FLOPs a second in 10¹²; `mfu` is their share of the peak, in [0, 1].
+        """
         tokens, attended = 0, 0
         for chunks in (queries, documents):
             real = chunks.segments >= 0

@@ -1,4 +1,4 @@
-"""How far the embeddings have moved since a checkpoint, seen on a fixed part of the corpus."""
+"""Measures how far the embeddings of a fixed part of the corpus have moved since a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ OVERLAP_AT = 10
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Drift:
-    """How much of an earlier geometry is left.
+    """Similarity of two sets of embeddings of the same documents.
 
     Attributes:
       cosine: mean cosine of each document's vector then and now; 1 is no drift.
@@ -23,7 +23,7 @@ class Drift:
 
 
 def probe_rows(rows: int, count: int) -> np.ndarray:
-    """`count` rows of a corpus of `rows`, spread evenly and always the same ones, int32."""
+    """`count` rows, int32, spread evenly over a corpus of `rows`; always the same ones."""
     return np.unique(np.linspace(0, rows - 1, min(count, rows)).astype(np.int32))
 
 

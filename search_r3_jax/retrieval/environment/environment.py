@@ -1,5 +1,4 @@
-"""The environment of stage 2: propose candidates, refresh them with the current parameters, reward the
-completions."""
+"""The environment of stage 2: proposes candidates, refreshes their vectors, rewards completions."""
 
 import dataclasses
 import time
@@ -19,7 +18,7 @@ AGREEMENT_MAX_ROWS = 20_000
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What one step of the environment returns.
+    """The result of one step of the environment.
 
     Attributes:
       rewards: [Q,G] float32 in [0,1].
@@ -38,7 +37,7 @@ class StepResult:
 
 
 class Environment:
-    """Candidates from a stale index, ranked by fresh vectors where there are any."""
+    """Proposes candidates from a stale index, and ranks them by fresh vectors where there are any."""
 
     def __init__(
         self,
@@ -55,10 +54,10 @@ class Environment:
     ) -> None:
         """`encode_documents` maps distinct rows [n] int32 to unit vectors [n,E] of the current parameters.
 
-        `candidates` a query beside its positives; `per_completion` of them from each completion's own search;
-        `neighbours` more for each candidate, its nearest in the index: what was near it may have come nearer
-        to the query; `refresh_budget` documents encoded a step at most, none for rewards by the index alone;
-        `overlay_max_age_steps` in steps, 0 = this step's only.
+        A query has at most `candidates` beside its positives, `per_completion` of them from the search of
+        each completion. Each candidate adds its `neighbours` nearest in the index: a document near it may
+        have moved closer to the query. At most `refresh_budget` documents are encoded a step; 0 ranks by the
+        index alone. The overlay keeps vectors for `overlay_max_age_steps`; 0 keeps them for one step.
         """
         if candidates < 1 or per_completion < 1 or min(refresh_budget, overlay_max_age_steps, neighbours) < 0:
             raise ValueError(
@@ -86,14 +85,14 @@ class Environment:
         tokens: np.ndarray | None = None,
         direct: np.ndarray | None = None,
     ) -> StepResult:
-        """Reward Q groups: positives {row → grade > 0} by query, unit vectors [Q,G,E], valid [Q,G] bool, of
-        policy `step`.
+        """Reward Q groups of G completions of policy `step`.
 
-        `tokens` [Q,G] of each reply, where length has a weight; `direct` [Q,E], the queries embedded without
-        reasoning, for the reward `gain_over_direct`.
+        `positives` maps row → grade > 0 for each query; the vectors are unit vectors [Q,G,E]; `valid` is
+        [Q,G] bool. `tokens` [Q,G] of each reply, where length has a weight; `direct` [Q,E], the queries
+        embedded without reasoning, for the reward `gain_over_direct`.
         """
         self._check(positives, vectors, valid)
-        # Whatever an invalid completion left in its place must not reach a sum.
+        # Vectors of invalid completions may hold anything: they must not enter a sum.
         vectors = np.where(valid[:, :, None], vectors, 0).astype(np.float32)
         self._overlay.expire(step)
 
@@ -127,8 +126,10 @@ class Environment:
         return StepResult(rewards=rewards, terms=terms, top_rows=top_rows, candidates=candidates, stats=stats)
 
     def swap(self, index: Index) -> None:
-        """Take a newer index, between steps, and forget overlay vectors older than it; raises ValueError on
-        another corpus."""
+        """Switch to a newer index, between steps; drops overlay vectors older than it.
+
+        Raises ValueError on another corpus.
+        """
         if index.ids_hash != self.index.ids_hash or index.shape != self.index.shape:
             raise ValueError(
                 f"index v{index.version} is of another corpus or width than v{self.index.version}"
@@ -138,8 +139,10 @@ class Environment:
         self._reencoded_before_swap = self._reencoded_total
 
     def state(self) -> dict[str, np.ndarray]:
-        """The overlay as arrays for a checkpoint (`Overlay.state`), and reencoded_total [],
-        reencoded_before_swap []."""
+        """Arrays for a checkpoint: the overlay, and the counters of re-encoded documents.
+
+        See `Overlay.state`; the counters are `reencoded_total` [] and `reencoded_before_swap` [].
+        """
         counts = {
             "reencoded_total": self._reencoded_total,
             "reencoded_before_swap": self._reencoded_before_swap,
@@ -150,8 +153,10 @@ class Environment:
         }
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
-        """Take up what `state` gave, without vectors older than the present index; raises ValueError on
-        another corpus."""
+        """Resume from the arrays of `state`, without vectors older than the present index.
+
+        Raises ValueError on another corpus.
+        """
         self._overlay.restore(state, self.index)
         self._reencoded_total, self._reencoded_before_swap = (
             int(state["reencoded_total"]),
@@ -165,14 +170,13 @@ class Environment:
         valid: np.ndarray,
         means: np.ndarray,
     ) -> tuple[list[np.ndarray], dict[str, float]]:
-        """Candidate rows of each query, positives first, and the agreement of the proposal with exact
-        search."""
+        """Candidate rows of each query, positives first, and the recall of the proposal."""
         _, mean_rows = self.index.search(means, self._candidates)
         _, flat_rows = self.index.search(vectors[valid], self._per_completion)
         owners = np.nonzero(valid)[0]
         candidates = []
         for query in range(len(positives)):
-            # Rank by rank, so that the cap cuts every completion's own list at the same depth.
+            # Rank by rank, so that the cap cuts the list of every completion at the same depth.
             by_completion = flat_rows[owners == query].T.ravel()
             proposed = (
                 _distinct(np.concatenate([by_completion, mean_rows[query]]))[: self._candidates]
@@ -190,7 +194,7 @@ class Environment:
     def _widened(self, candidates: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Each query's candidates, then their nearest documents."""
         rows = _distinct(np.concatenate(candidates))
-        # One more: a document is its own nearest.
+        # One more, because a document is nearest to itself.
         _, nearest = self.index.search(self.vectors_of(rows), self._neighbours + 1)
         place = {row: i for i, row in enumerate(rows.tolist())}
         return [
@@ -199,8 +203,10 @@ class Environment:
         ]
 
     def _agreement(self, means: np.ndarray, proposed: np.ndarray) -> dict[str, float]:
-        """Share of the exact top 10 in the index's; nothing where the corpus is too large to look every
-        step."""
+        """Share of the exact top 10 that the index finds.
+
+        Empty where the corpus is too large for an exact search every step.
+        """
         if len(means) == 0 or self.index.shape[0] > AGREEMENT_MAX_ROWS:
             return {}
         k = min(10, proposed.shape[1])
@@ -217,8 +223,10 @@ class Environment:
         valid: np.ndarray,
         candidates: Sequence[np.ndarray],
     ) -> int:
-        """Encode candidates without a fresh vector, positives first, then by their best score; returns how
-        many."""
+        """Encode candidates without a fresh vector; returns how many.
+
+        Positives come first, then the candidates by their best score.
+        """
         if self._refresh_budget == 0:
             return 0
         priority: dict[int, float] = {}
@@ -229,7 +237,7 @@ class Environment:
                     priority[row] = max(
                         priority.get(row, -np.inf), np.inf if row in positives[query] else score
                     )
-        # Equal scores by row: the choice must not depend on the order of queries.
+        # Ties by row: the choice must not depend on the order of queries.
         chosen = sorted(priority, key=lambda row: (-priority[row], row))[: self._refresh_budget]
         if not chosen:
             return 0

@@ -1,4 +1,4 @@
-"""Which documents the auxiliary InfoNCE contrasts the sampled queries with."""
+"""Chooses the documents that the auxiliary InfoNCE contrasts the sampled queries with."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def drop_near_duplicates(
 ) -> list[np.ndarray]:
     """Each query's candidates, int32, without near duplicates of a positive of any query of the step.
 
-    A near duplicate's cosine to the best positive of a query exceeds `max_cosine`: it says the same, and
-    nobody has judged it. Judged documents stay. `vectors_of` gives unit vectors [n,E] of rows [n].
+    The cosine of a near duplicate to the best positive of a query exceeds `max_cosine`: probably an unjudged
+    copy of it. Judged documents stay. `vectors_of` gives unit vectors [n,E] of rows [n].
     """
     judged = [row for grades in positives for row in grades]
     best_qe = vectors_of(np.array(best_rows(positives), np.int32))
@@ -32,11 +32,10 @@ def drop_near_duplicates(
 def infonce_document_rows(
     positives: Sequence[Mapping[int, float]], candidates: Sequence[np.ndarray], negatives: int, *, rows: int
 ) -> np.ndarray:
-    """Rows [Q+negatives] int32: each query's best relevant document, then candidates, a rank of all queries
-    before the next.
+    """Rows [Q+negatives] int32: each query's best relevant document, then candidates.
 
-    Where the queries propose too few, others fill up from the first of the corpus' `rows` on. Raises
-    ValueError where it has too few.
+    Candidates are taken rank by rank over all queries. Where there are too few, rows 0, 1, … of the corpus
+    (`rows` in all) fill up. Raises ValueError where the corpus has too few.
     """
     best = best_rows(positives)
     ranked = (
@@ -56,5 +55,5 @@ def infonce_document_rows(
 
 
 def best_rows(positives: Sequence[Mapping[int, float]]) -> list[int]:
-    """Each query's row of the highest grade; of equal ones the first."""
+    """Each query's row of the highest grade; the first of a tie."""
     return [max(grades, key=lambda row: (grades[row], -row)) for grades in positives]

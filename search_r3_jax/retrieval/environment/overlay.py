@@ -1,5 +1,4 @@
-"""Document vectors that are fresher than the index: {row → (vector, step)}, forgotten when they are too
-old."""
+"""The overlay of document vectors fresher than the index, {row → (vector, step)}, with expiry."""
 
 from __future__ import annotations
 
@@ -11,10 +10,10 @@ from search_r3_jax.retrieval.index.protocol import Index
 
 
 class Overlay:
-    """Fresh vectors over an index; a row's vector is the overlay's where there is one, else the index's."""
+    """Fresh vectors over an index: a row's vector is the overlay's if present, else the index's."""
 
     def __init__(self, *, max_age: int):
-        """`max_age` in steps; 0 keeps a vector for its own step only."""
+        """`max_age` is in steps; 0 keeps a vector for one step only."""
         self._max_age = max_age
         self._entries: dict[int, tuple[np.ndarray, int]] = {}
 
@@ -25,12 +24,12 @@ class Overlay:
         return row in self._entries
 
     def put(self, step: int, rows: list[int], vectors: np.ndarray) -> None:
-        """Vectors [n,E] of rows [n], encoded with the parameters of `step`."""
+        """Store vectors [n,E] of rows [n], encoded with the parameters of `step`."""
         self._entries.update({row: (vector, step) for row, vector in zip(rows, vectors, strict=True)})
 
     def over(self, index: Index, rows: np.ndarray) -> np.ndarray:
-        """The vectors [n,E] float32 that ranking uses of rows [n]."""
-        # A copy: what the index hands out may be its own memory.
+        """The vectors [n,E] float32 of rows [n] that ranking uses."""
+        # A copy: the index may return a view of its memory.
         vectors = np.array(index.take(rows), dtype=np.float32)
         for place, row in enumerate(rows.tolist()):
             if row in self._entries:
@@ -38,13 +37,13 @@ class Overlay:
         return vectors
 
     def expire(self, step: int) -> None:
-        """Forget what is more than `max_age` steps older than `step`."""
+        """Drop vectors more than `max_age` steps older than `step`."""
         self._entries = {
             row: entry for row, entry in self._entries.items() if step - entry[1] <= self._max_age
         }
 
     def keep_from(self, step: int) -> None:
-        """Forget what is older than an index of `step`."""
+        """Drop vectors older than an index of `step`."""
         self._entries = {row: entry for row, entry in self._entries.items() if entry[1] >= step}
 
     def state(self, dim: int) -> dict[str, np.ndarray]:
@@ -57,8 +56,10 @@ class Overlay:
         }
 
     def restore(self, state: Mapping[str, np.ndarray], index: Index) -> None:
-        """Take up what `state` gave, without vectors older than the index; raises ValueError on another
-        corpus."""
+        """Resume from the arrays of `state`, without vectors older than the index.
+
+        Raises ValueError on another corpus.
+        """
         rows, vectors, steps = (np.asarray(state[name]) for name in ("rows", "vectors", "steps"))
         corpus_rows, dim = index.shape
         if (

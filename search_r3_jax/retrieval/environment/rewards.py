@@ -1,5 +1,4 @@
-"""Rewards of one query's group of completions, from the similarities to its candidates; plain numpy, all in
-[0,1]."""
+"""Rewards of a group of completions from the similarities to its candidates; numpy, all in [0,1]."""
 
 from __future__ import annotations
 
@@ -45,12 +44,11 @@ def reward_terms(
     tokens: np.ndarray | None = None,
     max_tokens: int = 0,
 ) -> dict[str, np.ndarray]:
-    """What each term adds to the reward of G completions, [G] float64 by name; all are 0 where a completion
-    is invalid.
+    """Terms of the reward of G completions, [G] float64 by name.
 
-    Cosines [G,C] to distinct candidates, grades [C] ≥ 0, valid [G] bool; `direct_similarities` [C] for
-    `gain_over_direct`, `tokens` [G] of each reply where length has a weight. The sum (`total_reward`) of a
-    valid completion, in [floor_gap, 1], is
+    All terms are 0 where a completion is invalid. Cosines [G,C] to distinct candidates, grades [C] ≥ 0, valid
+    [G] bool; `direct_similarities` [C] for `gain_over_direct`, `tokens` [G] of each reply where length has a
+    weight. The sum (`total_reward`) of a valid completion, in [floor_gap, 1], is
 
         floor_gap + (1 − floor_gap) · (value + w · (1 − excess)) / (1 + w)
 
@@ -100,8 +98,10 @@ def reward_terms(
 
 
 def total_reward(terms: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The sum of the terms [G], float32 in [0,1]: 0 if invalid, else floor_gap … 1; raises ValueError where
-    it is not finite."""
+    """The sum of the terms [G], float32: 0 if invalid, else floor_gap … 1.
+
+    Raises ValueError where it is not finite.
+    """
     rewards = np.sum(list(terms.values()), axis=0).astype(np.float32)
     if not np.isfinite(rewards).all():
         raise ValueError(
@@ -112,12 +112,12 @@ def total_reward(terms: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def dcg_reward(similarities: np.ndarray, relevance: np.ndarray, *, temperature: float = 0.02) -> np.ndarray:
-    """Cosines [G,C], grades [C] ≥ 0 → DCG of soft ranks / ideal DCG, [G] float64 in [0,1]; at temperature → 0
-    linear-gain nDCG.
+    """DCG of soft ranks / ideal DCG, [G] float64 in [0,1], of cosines [G,C] and grades [C] ≥ 0.
 
-    Soft rank of a positive = 1 + Σ over other candidates of sigmoid((s_other − s_positive) / temperature),
-    after Qin et al. 2010 (ApproxNDCG). Between positives of one grade the order is hard: which of them leads,
-    and by how much, earns nothing. Raises ValueError without a positive candidate or with a temperature ≤ 0.
+    At temperature → 0 it is linear-gain nDCG. Soft rank of a positive = 1 + Σ over other candidates of
+    sigmoid((s_other − s_positive) / temperature), after Qin et al. 2010 (ApproxNDCG). Between positives of
+    one grade the order is hard: which of them leads, and by how much, earns nothing. Raises ValueError
+    without a positive candidate or with a temperature ≤ 0.
     """
     scores, grades, positives = _checked(similarities, relevance, temperature)
     ahead_gpc = _sigmoid((scores[:, None, :] - scores[:, positives, None]) / temperature)
@@ -131,13 +131,12 @@ def dcg_reward(similarities: np.ndarray, relevance: np.ndarray, *, temperature: 
 def log_rank_reward(
     similarities: np.ndarray, relevance: np.ndarray, *, temperature: float = 0.02
 ) -> np.ndarray:
-    """Cosines [G,C], grades [C] → 1 − log(rank of the best positive) / log(1 + N), [G] float64 in [0,1], N
-    negatives.
+    """1 − log(rank of the best positive) / log(1 + N), [G] float64 in [0,1], of cosines [G,C].
 
-    After LREM (arXiv 2510.14321), which rewards the logarithm of the rank; the mapping to [0,1] is our own: 1
-    where a positive leads, 0 where all negatives do. The rank is soft: 1 + Σ over negatives of
-    sigmoid((s_negative − max s_positive) / temperature). Grades count as positive or not. Raises as
-    `dcg_reward`.
+    Grades [C] count as positive or not; N is the number of negatives. After LREM (arXiv 2510.14321), which
+    rewards the logarithm of the rank; the mapping to [0,1] is ours: 1 where a positive leads, 0 where all
+    negatives do. The rank is soft: 1 + Σ over negatives of sigmoid((s_negative − max s_positive) /
+    temperature). Raises as `dcg_reward`.
     """
     scores, grades, positives = _checked(similarities, relevance, temperature)
     negatives = scores[:, grades <= 0]
@@ -159,7 +158,7 @@ def rank_and_margin(
     """The two parts of `rank_margin`: cosines [G,C], grades [C] → rank and margin, each [G] float64 in [0,1].
 
     After UME-R1 (arXiv 2511.00405), which rewards ranks and the gap between similarities; the formulas are
-    our own. Rank: the mean over positives of 1 / (1 + Σ over negatives of sigmoid((s_negative − s_positive) /
+    ours. Rank: the mean over positives of 1 / (1 + Σ over negatives of sigmoid((s_negative − s_positive) /
     temperature)). Margin: 0.5 + m / (2 · margin_width), cut to [0,1], m = mean s_positive − mean of the
     `hard_negatives` highest s_negative. Both are 1 without a negative. Grades count as positive or not.
     Raises as `dcg_reward`.
@@ -175,18 +174,17 @@ def rank_and_margin(
 
 
 def within_group_variance(terms: Mapping[str, np.ndarray], group_id: np.ndarray) -> dict[str, float]:
-    """The mean over groups of each term's variance; exactly 0 where it is constant in every group. Terms [B],
-    group_id [B] int.
+    """Mean over groups of each term's variance; exactly 0 where the term is constant in every group.
 
-    Group-relative advantages cancel what a group has in common: a term of variance 0 teaches nothing.
+    Terms are [B], `group_id` [B] int. Group-relative advantages subtract what a group has in common: a term
+    of variance 0 gives no signal.
     """
     _, group_b = np.unique(group_id, return_inverse=True)
     size_g = np.bincount(group_b)
     variances = {}
     for name, term in terms.items():
         values_b = np.asarray(term, dtype=np.float64)
-        # From a member of the group, not from zero: equal values then differ by exactly 0, whatever the mean
-        # is rounded to.
+        # Offsets from a member of the group: equal values have variance exactly 0 in spite of rounding.
         first_g = values_b[np.unique(group_b, return_index=True)[1]]
         offset_b = values_b - first_g[group_b]
         mean_g = np.bincount(group_b, offset_b) / size_g
@@ -195,13 +193,15 @@ def within_group_variance(terms: Mapping[str, np.ndarray], group_id: np.ndarray)
 
 
 def constant_terms(variances: Mapping[str, float]) -> list[str]:
-    """The names of the terms that are constant in every group, from what `within_group_variance` gave."""
+    """Names of the terms that are constant in every group, from `within_group_variance`."""
     return [name for name, variance in variances.items() if variance == 0]
 
 
 def check_rewards(*, documents: int, candidates: int, group_size: int, scale_rewards: str) -> None:
-    """Raises UserError where no step could be taken: a corpus below the candidates of a query, a scaled group
-    of one completion."""
+    """Raise UserError where no step can be taken.
+
+    That is a corpus smaller than the candidates of a query, or a scaled group of one completion.
+    """
     if scale_rewards != "none" and group_size < 2:
         raise UserError(
             "config: rl.group_size: must be at least 2 unless rl.scale_rewards is none; a group of one has "
@@ -214,7 +214,7 @@ def check_rewards(*, documents: int, candidates: int, group_size: int, scale_rew
 
 
 def check_similarities(similarities: np.ndarray, valid: np.ndarray) -> None:
-    """Raises ValueError where a similarity [G,C] of a valid [G] completion is not finite."""
+    """Raise ValueError where a similarity [G,C] of a valid [G] completion is not finite."""
     wrong = np.flatnonzero(valid & ~np.isfinite(similarities).all(axis=1))
     if len(wrong):
         raise ValueError(
@@ -244,5 +244,5 @@ def _precedes(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:
-    # By tanh: exp would overflow at low temperatures.
+    # tanh, because exp would overflow at low temperatures.
     return 0.5 * (1 + np.tanh(0.5 * x))

@@ -1,4 +1,4 @@
-"""Builds an index of the kind that is asked for."""
+"""Builds an index of the requested kind."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from search_r3_jax.retrieval.index.scann import ScannIndex, scann_available
 def build_index(
     kind: IndexKind, vectors: np.ndarray, ids: Sequence[str], version: int, *, threads: int = 0
 ) -> LocalIndex:
-    """Build an index over unit vectors [N,E]; `auto` is ScaNN where installed, else exact; the result's
-    `kind` says which."""
+    """Build an index over unit vectors [N,E]; the result's `kind` says which it is.
+
+    `auto` is ScaNN where installed, else exact.
+    """
     if resolve_kind(kind) == "scann":
         return ScannIndex.build(vectors, ids, version, threads=threads)
     return ExactIndex(vectors, ids, version)
 
 
 def resolve_kind(kind: IndexKind) -> Literal["exact", "scann"]:
-    """What `auto` means on this machine; raises ValueError on an unknown kind."""
+    """Resolve `auto` on this machine; raises ValueError on an unknown kind."""
     if kind == "auto":
         return "scann" if scann_available() else "exact"
     if kind not in ("exact", "scann"):

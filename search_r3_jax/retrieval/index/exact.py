@@ -11,8 +11,10 @@ from search_r3_jax.retrieval.index.protocol import check_corpus, check_queries, 
 
 
 class ExactIndex:
-    """Exact search over unit vectors [N,E] (float32 or bfloat16, may be memory-mapped); implements
-    `Index`."""
+    """Exact search over unit vectors [N,E]; implements `Index`.
+
+    The vectors are float32 or bfloat16 and may be memory-mapped.
+    """
 
     kind: str = "exact"
 
@@ -26,8 +28,10 @@ class ExactIndex:
         query_chunk: int = 1_024,
         approximate: bool = False,
     ) -> None:
-        """At most query_chunk × corpus_chunk scores at once; `approximate` is `jax.lax.approx_max_k`, for TPU
-        only."""
+        """Compute at most query_chunk × corpus_chunk scores at once.
+
+        `approximate` uses `jax.lax.approx_max_k`, on TPU only.
+        """
         check_corpus(vectors, ids)
         self.vectors = vectors
         self.ids = ids
@@ -36,12 +40,14 @@ class ExactIndex:
         self._corpus_chunk = min(corpus_chunk, next_power_of_two(len(vectors)))
         self._query_chunk = query_chunk
         self._approximate = approximate
-        # A corpus of one chunk stays on the device; a larger one is streamed through it at every search.
+        # A corpus of one chunk stays on the device; a larger one is streamed at every search.
         self._resident = self._device_chunk(0) if len(vectors) <= self._corpus_chunk else None
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Queries [Q,E] → inner products [Q,k] float32, descending, and rows [Q,k] int32; equal scores by
-        ascending row."""
+        """Inner products [Q,k] float32, descending, and rows [Q,k] int32 for queries [Q,E].
+
+        Ties by ascending row.
+        """
         queries = check_queries(queries, k, self.vectors.shape[1])
         wanted = min(k, len(self.vectors))
         if len(queries) == 0:
@@ -49,7 +55,7 @@ class ExactIndex:
         parts = [self._search_chunk(queries, start, chunk, wanted) for start, chunk in self._chunks()]
         scores = np.concatenate([scores for scores, _ in parts], axis=1)
         rows = np.concatenate([rows for _, rows in parts], axis=1)
-        # Stable, and chunks are in row order: ties keep the lower row first.
+        # The sort is stable and chunks are in row order: ties keep the lower row first.
         order = np.argsort(-scores, axis=1, kind="stable")[:, :wanted]
         return pad_results(
             np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1), k

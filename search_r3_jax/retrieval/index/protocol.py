@@ -1,4 +1,4 @@
-"""What an index over document vectors is, how two of them are compared, and how one is built."""
+"""The protocol of an index over document vectors, and its recall against another."""
 
 from collections.abc import Sequence
 from typing import Literal, Protocol
@@ -15,7 +15,7 @@ class Index(Protocol):
 
     @property
     def kind(self) -> str:
-        """How it searches: `exact` or `scann`."""
+        """The kind of search: `exact` or `scann`."""
         ...
 
     @property
@@ -25,7 +25,7 @@ class Index(Protocol):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """How many vectors there are and how wide they are, (N, E)."""
+        """The number of vectors and their dimension, (N, E)."""
         ...
 
     @property
@@ -34,8 +34,10 @@ class Index(Protocol):
         ...
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Queries [Q,E] → inner products [Q,k] float32, descending, and rows [Q,k] int32; −inf and −1 past
-        the last document."""
+        """Inner products [Q,k] float32, descending, and rows [Q,k] int32 for queries [Q,E].
+
+        −inf and −1 past the last document.
+        """
         ...
 
     def take(self, rows: np.ndarray) -> np.ndarray:
@@ -63,8 +65,10 @@ def hash_of_ids(ids: Sequence[str]) -> str:
 
 
 def recall_at_k(found_rows: np.ndarray, exact_rows: np.ndarray, k: int) -> float:
-    """Share of the true first k rows [Q,≥k] among the first k found [Q,≥k]; −1 is no row; 1.0 where there is
-    none to find."""
+    """Share of the true first k rows [Q,≥k] among the first k retrieved [Q,≥k].
+
+    −1 is no row; 1.0 where there are no true rows.
+    """
     returned, exact = found_rows[:, :k], exact_rows[:, :k]
     hits = ((exact[:, :, None] == returned[:, None, :]).any(axis=2) & (exact >= 0)).sum()
     wanted = (exact >= 0).sum()
@@ -72,8 +76,10 @@ def recall_at_k(found_rows: np.ndarray, exact_rows: np.ndarray, k: int) -> float
 
 
 def probe_recall(index: Index, exact: Index, queries: np.ndarray, k: int) -> float:
-    """Recall@k of `index` for queries [Q,E]; a document that ties with the true k-th is as good as it, so
-    copies do no harm."""
+    """Recall@k of `index` for queries [Q,E] against exact search.
+
+    A document that ties with the true k-th counts as correct, so copies do not lower the recall.
+    """
     exact_scores, exact_rows = exact.search(queries, k)
     found_rows = np.sort(index.search(queries, k)[1], axis=1)
     found_vectors = exact.take(np.maximum(found_rows, 0).ravel()).reshape(*found_rows.shape, -1)
@@ -81,7 +87,7 @@ def probe_recall(index: Index, exact: Index, queries: np.ndarray, k: int) -> flo
     found_scores = np.where(counted, np.einsum("qe,qke->qk", queries, found_vectors), -np.inf)
     wanted = (exact_rows >= 0).sum(axis=1)
     last = np.where(exact_rows >= 0, exact_scores, np.inf).min(axis=1, keepdims=True)
-    # Two ways to sum up the same float32 products differ by about this much.
+    # Tolerance for the order of summation of the same float32 products.
     slack = 1e-6
     above = (found_scores > last + slack).sum(axis=1)
     tied = (np.abs(found_scores - last) <= slack).sum(axis=1)

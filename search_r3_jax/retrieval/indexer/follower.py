@@ -1,5 +1,4 @@
-"""The trainer's side of the index: opens what is published in the background, and hands it over between
-steps."""
+"""The trainer's side of the index: opens published versions in the background between swaps."""
 
 from __future__ import annotations
 
@@ -38,18 +37,18 @@ logger = logging.getLogger(__name__)
 
 
 class Follower(Protocol):
-    """What a live index asks of whoever finds new versions for it."""
+    """The source of new index versions for a live index."""
 
     def versions_to_keep(self) -> Collection[int]:
         """Versions that must not be pruned, beside those in use."""
         ...
 
     def start(self) -> None:
-        """Begin to look for what is published."""
+        """Start to look for published versions."""
         ...
 
     def check(self) -> None:
-        """Raise what went wrong in the background; call between steps."""
+        """Raise errors of the background thread; call between steps."""
         ...
 
     def newer_than(self, version: int | None, *, at_most: int) -> Index | None:
@@ -59,7 +58,7 @@ class Follower(Protocol):
     def wait_for_newer(
         self, version: int | None, *, at_most: int, on_wait: Callable[[], object] = lambda: None
     ) -> Index:
-        """Block until `newer_than` gives an index; raises UserError when there will be none."""
+        """Block until `newer_than` gives an index; raises UserError when none can come."""
         ...
 
     def is_published(self, version: int, *, local_only: bool = False) -> bool:
@@ -71,7 +70,7 @@ class Follower(Protocol):
         ...
 
     def open_version(self, version: int) -> Index:
-        """A version that the schedule names; raises UserError where it cannot be opened."""
+        """Open a version of the schedule; raises UserError where it cannot be opened."""
         ...
 
     def version_stats(self, version: int) -> dict[str, float]:
@@ -101,10 +100,10 @@ class IndexFollower:
         versions_to_keep: Callable[[], Collection[int]] = tuple,
         replayed: epath.Path | None = None,
     ):
-        """`command` is what to start in place of `search-r3 indexer`.
+        """`command` replaces `search-r3 indexer`.
 
-        `versions_to_keep` names versions that must not be pruned, beside those in use; `replayed` is another
-        run's index, where versions that a schedule names are looked for first.
+        `versions_to_keep` names versions that must not be pruned, beside those in use. `replayed` is another
+        run's index, searched first for the versions of a schedule.
         """
         self._settings = settings or IndexConfig()
         self._root = index_folder(run, self._settings.folder)
@@ -118,7 +117,7 @@ class IndexFollower:
             silent_seconds=self._settings.silent_seconds,
             command=command,
         )
-        # Shared with the thread, under the lock.
+        # Shared with the background thread, under the lock.
         self._lock = threading.Lock()
         self._open: dict[int, Index] = {}
         self._failed: set[int] = set()
@@ -127,7 +126,7 @@ class IndexFollower:
         self._current: int | None = None
         self._last_logged = ""
         self._error: BaseException | None = None
-        # What was rejected, and its manifest: a version that is built again has another one.
+        # The rejected version and its manifest, which differs once the version is built again.
         self._rejected: tuple[int, str] | None = None
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="index", daemon=True)
@@ -137,24 +136,23 @@ class IndexFollower:
         return self._versions_to_keep()
 
     def start(self) -> None:
-        """Start the indexer process, where it is to run here, and to look for what is published."""
+        """Start the indexer process, if it runs here, and the search for published versions."""
         self._process.start()
         self._thread.start()
 
     def check(self) -> None:
-        """Between steps: keep the indexer alive, and raise what went wrong in the background."""
+        """Restart a dead indexer, and raise errors of the background thread; call between steps."""
         self._process.check()
         self._raise_background_error()
 
     def newer_than(self, version: int | None, *, at_most: int) -> Index | None:
-        """An index from a later step than `version`, open and checked on all processes; None where there is
-        none yet. Never waits.
+        """Return a newer index than `version`, open on all processes, or None; never waits.
 
-        One of a later step than `at_most` is left for later: a run that went back to an earlier checkpoint
-        will come to it again. Every process calls it at the same step, with the same versions.
+        A version of a later step than `at_most` is left for later: a run that went back to an earlier
+        checkpoint will reach it again. Every process calls this at the same step, with the same versions.
         """
         self._raise_background_error()
-        # Process 0 proposes one version until all have it open, or one of them cannot.
+        # Process 0 proposes one version until all processes have opened it, or one has failed to.
         with self._lock:
             if self._proposed not in self._open:
                 self._proposed = max((step for step in self._open if step <= at_most), default=None)
@@ -182,10 +180,10 @@ class IndexFollower:
     def wait_for_newer(
         self, version: int | None, *, at_most: int, on_wait: Callable[[], object] = lambda: None
     ) -> Index:
-        """Block until there is an index as `newer_than` gives; `on_wait` is called again and again, and may
-        raise.
+        """Block until `newer_than` gives an index.
 
-        Raises UserError when there will be none: the indexer keeps ending, or refuses its checkpoint.
+        `on_wait` is called repeatedly and may raise. Raises UserError when none can come: the indexer keeps
+        ending, or rejects its checkpoint.
         """
         while True:
             index = self.newer_than(version, at_most=at_most)
@@ -203,7 +201,7 @@ class IndexFollower:
             self._wait(on_wait)
 
     def open_version(self, version: int) -> Index:
-        """A version that the record names, open and checked; raises UserError where there is none."""
+        """Open and check a version of the schedule; raises UserError where there is none."""
         with self._lock:
             index = self._open.get(version)
             if index is not None:
@@ -236,7 +234,7 @@ class IndexFollower:
             return sorted(self._open)
 
     def version_stats(self, version: int) -> dict[str, float]:
-        """What the manifest of a version says: step, recall@10 against exact search, seconds it took."""
+        """Statistics from a version's manifest: step, recall@10 against exact search, seconds."""
         root = next(root for root in self._roots if version in list_versions(root))
         manifest = read_version(root, version).manifest
         return {
@@ -252,7 +250,7 @@ class IndexFollower:
         return self._process.pid
 
     def close(self) -> None:
-        """End the indexer process, and look no more."""
+        """End the indexer process and the background thread."""
         self._stopping.set()
         self._process.stop()
         if self._thread.is_alive():
@@ -272,7 +270,7 @@ class IndexFollower:
                 if step is not None:
                     self._try_open(step)
             except BaseException as error:
-                # Raised where training goes on.
+                # Raised in the training thread, by `check`.
                 with self._lock:
                     self._error = error
                 return
@@ -293,7 +291,7 @@ class IndexFollower:
         return None if self._rejected == (newest, self._manifest_text(newest)) else newest
 
     def _try_open(self, step: int) -> None:
-        # Before it is opened: the indexer prunes whenever it has published.
+        # Pinned before it is opened, because the indexer prunes after each publication.
         self._pin(step)
         text = self._manifest_text(step)
         try:
@@ -309,10 +307,10 @@ class IndexFollower:
                 with self._lock:
                     self._failed.add(step)
             return
-        # Its pages and programs are there when the first step searches it.
+        # Warm up: load pages and compile before the first step searches it.
         index.search(index.take(np.zeros(1, np.int32)), 1)
         with self._lock:
-            # Training may have opened the same one meanwhile, because its record names it.
+            # Training may have opened the same version meanwhile, for its schedule.
             if self._is_newer(step):
                 self._open[step] = index
 
@@ -320,8 +318,10 @@ class IndexFollower:
         return self._current is None or step > self._current
 
     def _set_current(self, version: int) -> None:
-        """Under the lock: this one is in use from now on; only later ones stay open, or an earlier one would
-        be proposed for ever."""
+        """Set the version in use, and drop the earlier ones; call under the lock.
+
+        An earlier version that stayed open would be proposed again and again.
+        """
         self._open = {step: index for step, index in self._open.items() if step > version}
         self._current = version
 
@@ -338,13 +338,13 @@ class IndexFollower:
             return ""
 
     def _log_once(self, message: str) -> None:
-        """Log a message, unless it is the last one over again."""
+        """Log a message, unless the last one was the same."""
         if message != self._last_logged:
             self._last_logged = message
             logger.info(message)
 
     def _raise_background_error(self) -> None:
-        """Raise what the thread met."""
+        """Raise the error of the background thread, if any."""
         with self._lock:
             error, self._error = self._error, None
         if error is not None:
@@ -354,13 +354,13 @@ class IndexFollower:
         """Process 0's proposal, on every process."""
         if jax.process_count() == 1:
             return self._proposed
-        # Collectives carry numbers: −1 is no step.
+        # Collectives need a number: −1 stands for None.
         sent = np.array(-1 if self._proposed is None else self._proposed, np.int32)
         received = int(multihost_utils.broadcast_one_to_all(sent))
         return None if received < 0 else received
 
     def _of_all(self, mine: int) -> list[int]:
-        """What each process says."""
+        """The value of each process."""
         if jax.process_count() == 1:
             return [mine]
         return np.atleast_1d(multihost_utils.process_allgather(np.array(mine, np.int32))).tolist()

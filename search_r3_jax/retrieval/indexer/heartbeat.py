@@ -1,5 +1,4 @@
-"""What the indexer tells of itself: one small file, written anew with every piece of work, and a lock that
-only one indexer holds."""
+"""The indexer's heartbeat file, rewritten at every piece of work, and the lock of a run's indexer."""
 
 from __future__ import annotations
 
@@ -23,14 +22,14 @@ Phase = Literal["starting", "waiting", "reading", "encoding", "publishing", "ref
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Beat:
-    """What an indexer does.
+    """The state of an indexer.
 
     Attributes:
-      beat: counts up; a number that stays means silence, whatever the clocks say.
+      beat: a counter; while it stays the same the indexer is silent. No clocks are compared.
       pid: its process; a new one counts from 1.
       step: the checkpoint that it works on, −1 for none.
       encoded: documents finished, of `documents`.
-      message: why it refused or failed; empty otherwise.
+      message: why it rejected its checkpoint or failed; empty otherwise.
       time: seconds since the epoch, for people only.
     """
 
@@ -45,7 +44,7 @@ class Beat:
 
 
 class Heartbeat:
-    """Writes the file of a run's only indexer, or of one of its processes."""
+    """Writes the heartbeat file of a run's indexer, or of one of its processes."""
 
     def __init__(self, run: Path, process: int = 0):
         self._file, self._lock = run / _of_process(HEARTBEAT, process), threading.Lock()
@@ -54,7 +53,7 @@ class Heartbeat:
     def beat(
         self, phase: Phase, *, step: int = -1, encoded: int = 0, documents: int = 0, message: str = ""
     ) -> None:
-        """Say what is being done."""
+        """Write the current phase and progress."""
         with self._lock:
             self._last = Beat(
                 beat=self._last.beat + 1,
@@ -66,13 +65,13 @@ class Heartbeat:
                 message=message,
                 time=time.time(),
             )
-            # A full disk must not end the process that waits for room.
+            # A full disk must not end the indexer, which waits for space.
             with suppress(OSError):
                 write_json(self._file, dataclasses.asdict(self._last))
 
     @contextmanager
     def ticking(self) -> Iterator[None]:
-        """Repeat the last beat every few seconds, meanwhile: work that reports no progress is no silence."""
+        """Repeat the last beat every few seconds while entered, for work that reports no progress."""
         done = threading.Event()
 
         def tick() -> None:
@@ -107,7 +106,7 @@ def read_beat(run: Path) -> Beat | None:
 def only_indexer(run: Path, process: int = 0) -> Iterator[None]:
     """Hold the run's lock for this process of its indexer; raises UserError while another does.
 
-    The system frees it however its holder ends.
+    The operating system releases it when the holder ends in any way.
     """
     file = run / _of_process(LOCK, process)
     lock = hold_lock(file)

@@ -1,5 +1,4 @@
-"""Which index version each step of stage 2 was rewarded by: on the disk before the step, so that the step can
-be taken again."""
+"""The schedule of index versions: the one that each step of stage 2 uses, written before the step."""
 
 from __future__ import annotations
 
@@ -13,18 +12,17 @@ SCHEDULE = "index_schedule.jsonl"
 
 
 class IndexSchedule:
-    """The record of a run, a line a step (`step`, `index`) from step 0 on; steps that are in it are taken
-    with the same index again.
+    """The schedule of a run, a line a step (`step`, `index`) from step 0 on.
 
-    When a new index is ready depends on the machine, and nothing else in a run does: whoever repeats the
-    record repeats the run.
+    A repeated step uses the version that the schedule names. Only the moment at which a new version is ready
+    depends on the machine: repeating the schedule repeats the run.
     """
 
     def __init__(self, run: Path):
-        """Raises UserError for a record that is not whole."""
+        """Read the schedule of `run`; raises UserError where it is incomplete."""
         self._file = run / SCHEDULE
         self._versions = _read(self._file)
-        # Without a last line that a kill has cut off: another will be appended.
+        # Rewrite it without a last line that was cut off, because lines will be appended.
         if self._file.is_file():
             self._write()
 
@@ -32,16 +30,16 @@ class IndexSchedule:
         return len(self._versions)
 
     def version_at(self, step: int) -> int | None:
-        """The recorded version of a step; None beyond the record."""
+        """The version of a step; None beyond the schedule."""
         return self._versions[step] if step < len(self._versions) else None
 
     def versions_from(self, step: int) -> set[int]:
-        """The versions that a run which goes on from `step` needs again."""
-        # It goes on with the one that was in use before.
+        """The versions that a run resuming from `step` needs."""
+        # Including the version in use before it.
         return set(self._versions[max(step - 1, 0) :])
 
     def record(self, step: int, version: int) -> None:
-        """Write down the version of the next step; raises UserError when the disk refuses."""
+        """Append the version of the next step; raises UserError when the disk refuses."""
         if step != len(self._versions):
             raise ValueError(f"step {step}: the record has {len(self._versions)} steps")
         try:
@@ -54,8 +52,10 @@ class IndexSchedule:
         self._versions.append(version)
 
     def copy(self, run: Path) -> None:
-        """Take over the record of another run, for a run that has none yet; raises UserError where that run
-        has none."""
+        """Copy the schedule of another run into a run that has none.
+
+        Raises UserError where that run has none.
+        """
         other = _read(run / SCHEDULE)
         if not other:
             raise UserError(
@@ -65,7 +65,7 @@ class IndexSchedule:
         self._write()
 
     def truncate(self, step: int) -> None:
-        """Forget the record from a step on: what follows is another run."""
+        """Drop the schedule from a step on; the steps from there are another run."""
         if step < len(self._versions):
             self._versions = self._versions[:step]
             self._write()
@@ -79,9 +79,9 @@ class IndexSchedule:
 
 def _read(file: Path) -> list[int]:
     try:
-        records = [json.loads(line) for line in complete_lines(file)]
-        if [record["step"] for record in records] != list(range(len(records))):
+        entries = [json.loads(line) for line in complete_lines(file)]
+        if [entry["step"] for entry in entries] != list(range(len(entries))):
             raise ValueError("its steps are not 0, 1, 2 …")
-        return [int(record["index"]) for record in records]
+        return [int(entry["index"]) for entry in entries]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: is no record of index versions ({error}); give another --run") from None

@@ -1,4 +1,4 @@
-"""The process of a run's indexer, kept alive: started, watched, ended when it falls silent, started again."""
+"""Supervises a run's indexer process: starts it, ends it when it is silent, and restarts it."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ logger = logging.getLogger(__name__)
 
 
 class IndexerProcess:
-    """A run's indexer, started here, or elsewhere and only watched.
+    """A run's indexer, started here, or started elsewhere and only watched.
 
-    The process gets its own session, so an interrupt at the terminal reaches the trainer alone, which then
-    stops it; it also watches the trainer and ends when that is gone. Nothing here depends on what a clock
-    shows: only on how long a beat has stayed the same.
+    The process has a separate session, so that an interrupt at the terminal reaches the trainer alone, which
+    then stops it; it also watches the trainer and ends with it. Silence is measured by how long a beat has
+    stayed the same, so clocks need not agree.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class IndexerProcess:
         silent_seconds: float,
         command: Sequence[str] | None = None,
     ):
-        """`command` is what to start in place of `search-r3 indexer`; without `local` nothing is."""
+        """`command` replaces `search-r3 indexer`; without `local` no process is started."""
         self._run, self._local, self._silent_seconds = run, local, silent_seconds
         self._command = command or [
             sys.executable,
@@ -58,7 +58,7 @@ class IndexerProcess:
         return None if self._process is None else self._process.pid
 
     def start(self) -> None:
-        """Start the process, unless another follows the run already; what it prints goes to `indexer.log`."""
+        """Start the process, unless another follows the run already; its output goes to `indexer.log`."""
         if not self._local:
             return
         if is_followed(self._run):
@@ -71,7 +71,7 @@ class IndexerProcess:
             self._elsewhere, self._process, self._start_at = True, None, time.monotonic() + 10
             return
         self._elsewhere = False
-        # A chip serves one process: beside a trainer that has it, the indexer computes on the host.
+        # An accelerator serves one process, and the trainer has it: the indexer computes on the CPU.
         environment = os.environ if jax.default_backend() == "cpu" else os.environ | {"JAX_PLATFORMS": "cpu"}
         with (self._run / "indexer.log").open("ab") as log:
             self._process = subprocess.Popen(
@@ -85,8 +85,10 @@ class IndexerProcess:
         self._beat_since = time.monotonic()
 
     def check(self) -> None:
-        """Start the process again, after a pause, if it ended or fell silent, and pass on what it says; never
-        raises."""
+        """Restart the process, after a pause, if it ended or is silent, and log its messages.
+
+        Never raises.
+        """
         self._listen()
         if not self._local:
             return
@@ -104,7 +106,7 @@ class IndexerProcess:
             return
         self._process = None
         if is_followed(self._run):
-            # It was told so too late: another came first.
+            # Another indexer took the lock first.
             self.start()
             return
         self._failures += 1
@@ -116,12 +118,14 @@ class IndexerProcess:
         )
 
     def succeeded(self) -> None:
-        """It has published: what went wrong before counts no more."""
+        """Reset the count of failures: a version was published."""
         self._failures = 0
 
     def raise_if_failing(self) -> None:
-        """Raise UserError if the indexer has crashed more than PATIENCE times in a row or given up its
-        checkpoint. Call while blocked on a new index."""
+        """Raise UserError after more than PATIENCE crashes in a row, or a rejected checkpoint.
+
+        Call while blocked on a new index.
+        """
         if self._failures > PATIENCE:
             raise UserError(
                 f"{self._run / 'indexer.log'}: the indexer ended {self._failures} times in a row: "

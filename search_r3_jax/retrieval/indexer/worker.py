@@ -1,5 +1,4 @@
-"""The indexer process: follows a run's checkpoints, encodes the corpus with the newest, and publishes an
-index version."""
+"""The indexer: encodes the corpus with a run's newest checkpoint and publishes an index version."""
 
 from __future__ import annotations
 
@@ -58,7 +57,7 @@ POLL_SECONDS = 0.5
 RETRY_SECONDS = 10.0
 PROBE_QUERIES = 64
 PIN, TASK = "indexer", "step"
-# How often a version is made anew for a reader that refuses it.
+# How often a rejected version is built again.
 MAX_REMAKES = 2
 
 
@@ -67,16 +66,18 @@ class CheckpointGoneError(Exception):
 
 
 def index_folder(run: Path, folder: str = "") -> epath.Path:
-    """Where a run keeps its index versions, `folder` of its config or its own (absolute: ScaNN asks for
-    it)."""
+    """The folder of a run's index versions: `folder` of its config, else the default in the run.
+
+    Absolute, because ScaNN needs that.
+    """
     return epath.Path(folder) if folder else epath.Path((run / "index").absolute())
 
 
 def run_indexer(run: Path, *, parent: int | None = None, process: int = 0, processes: int = 1) -> None:
-    """Follow `run` until stopped; with `parent` it ends as soon as that process is gone, however it went.
+    """Follow `run` until stopped; with `parent`, end when that process has ended in any way.
 
-    Several processes share the encoding: process 0 decides of which checkpoint, builds and publishes. Raises
-    UserError when it is no run of stage 2, or another indexer follows it.
+    Several processes share the encoding; process 0 chooses the checkpoint, builds and publishes. Raises
+    UserError when `run` is no run of stage 2, or another indexer follows it.
     """
     if not 0 <= process < processes:
         raise UserError(f"--process: {process} of {processes}: give 0 to {processes - 1}")
@@ -97,13 +98,12 @@ def run_indexer(run: Path, *, parent: int | None = None, process: int = 0, proce
 
 
 def start_relative(run: Path, recorded: str) -> Path:
-    """A path that a run recorded relative to itself."""
+    """Resolve a path that a run recorded relative to its folder."""
     return (run / recorded).resolve()
 
 
 class IndexWorker:
-    """Holds the corpus and the model that a run started from, and makes a version of the newest checkpoint,
-    again and again."""
+    """Holds the corpus and the model, and publishes a version of each newest checkpoint."""
 
     def __init__(
         self,
@@ -146,14 +146,14 @@ class IndexWorker:
             self._check_current()
 
     def advance(self) -> bool:
-        """Make a version of the newest checkpoint, if it has none; whether there was something to do."""
+        """Publish a version of the newest checkpoint, if it has none; returns whether there was work."""
         if self._process:
             return self._encode_assigned_shards()
         self._check_rejected()
         newest = latest_checkpoint(self._run)
         if newest is None or newest in (self._abandoned_step, self._current()):
             last = read_beat(self._run)
-            # What went wrong last stays to be read.
+            # Keep the message of the last failure in the file.
             if last is None or last.phase not in ("refused", "failed"):
                 self._heartbeat.beat("waiting", step=-1 if newest is None else newest)
             return False
@@ -171,9 +171,10 @@ class IndexWorker:
         return True
 
     def build(self, step: int) -> None:
-        """Encode the corpus with the checkpoint of `step` and publish it; the heartbeat tells how far it is.
+        """Encode the corpus with the checkpoint of `step` and publish it; the heartbeat reports progress.
 
-        Raises SnapshotGoneError, IndexGateError when it is not good enough, OSError when the disk refuses.
+        Raises CheckpointGoneError, IndexGateError when it is not good enough, and OSError when the disk
+        refuses.
         """
         started = time.time()
         config, documents = self._config, self._collection.documents
@@ -205,7 +206,7 @@ class IndexWorker:
                 ),
             )
             shutil.rmtree(self._shards / str(step))
-            # No one else writes here, so whatever is temporary was left by a writer that is gone.
+            # This is the only writer, so every temporary folder is left over from an interrupted one.
             prune_versions(self._root, keep=config.index.keep_versions, stale_seconds=-math.inf)
         logger.info(
             f"index v{step}: published; {encoded - started:.1f} s to encode, {time.time() - encoded:.1f} s "
@@ -213,8 +214,10 @@ class IndexWorker:
         )
 
     def _encode(self, step: int) -> tuple[np.ndarray, nnx.State, str]:
-        """The corpus's vectors [N,E], memory-mapped, under the checkpoint of `step`, its merged parameters
-        and their hash."""
+        """Encode the corpus [N,E] with the checkpoint of `step`.
+
+        Returns the vectors, memory-mapped, the checkpoint's merged parameters and their hash.
+        """
         config, decoder, documents = self._config, self._model.decoder, self._collection.documents
         self._heartbeat.beat("reading", step=step, documents=len(documents))
         with self._heartbeat.ticking():
@@ -253,8 +256,7 @@ class IndexWorker:
         return vectors, state, of_parameters
 
     def _encode_assigned_shards(self) -> bool:
-        """Encode this process's shards of the checkpoint that process 0 works on; whether there was something
-        to do."""
+        """Encode this process's shards of the announced checkpoint; returns whether there was work."""
         try:
             step = int((self._shards / TASK).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -274,19 +276,21 @@ class IndexWorker:
             self._last_assisted_step = step
         except (CheckpointGoneError, UserError) as error:
             if self._encoded == assigned:
-                # Only what others bring was missing, which process 0 waits for.
+                # Only the shards of others are missing; process 0 waits for those.
                 self._last_assisted_step = step
             else:
-                # Process 0 has gone on to a newer one, or will say what is wrong.
+                # Process 0 works on a newer checkpoint, or will report the error.
                 logger.info(f"checkpoint {step}: {error}")
                 time.sleep(RETRY_SECONDS)
         return True
 
     def _read(self, step: int) -> nnx.State:
-        """The trainable parameters of a checkpoint, which is not deleted meanwhile; raises SnapshotGoneError
-        where it was before."""
-        # Scores by an index and its checkpoint need that until the trainer, which will pin it, has taken the
-        # index in.
+        """Read a checkpoint's trainable parameters, pinning it meanwhile.
+
+        Raises CheckpointGoneError where it was deleted before.
+        """
+        # `consistent_stale` needs the checkpoint of the published version until the trainer, which swaps the
+        # version in, has pinned it.
         published = self._current() if self._config.index.scoring == "consistent_stale" else None
         kept = (
             []
@@ -301,7 +305,7 @@ class IndexWorker:
                 self._run, step, nnx.state(self._model.decoder, trainable_filter(self._model.decoder))
             )
         except Exception as error:
-            # Orbax says in many ways that files vanished under it.
+            # Orbax raises different errors where files vanish.
             if (checkpoint_folder(self._run) / str(step)).is_dir():
                 raise
             raise CheckpointGoneError(
@@ -311,8 +315,7 @@ class IndexWorker:
             pin_checkpoints(self._run, self._pin, kept)
 
     def _announce(self, step: int) -> None:
-        """Say which checkpoint is being encoded, and remove the vectors of others: they are of no use any
-        more."""
+        """Announce the checkpoint being encoded, and remove the vectors of others."""
         for other in self._shards.glob("*/"):
             if other.name != str(step):
                 shutil.rmtree(other, ignore_errors=True)
@@ -344,19 +347,19 @@ class IndexWorker:
             delete_version(self._root, current)
 
     def _check_rejected(self) -> None:
-        """Discard what a reader refused, so that it is made anew; but not for ever."""
-        refused = rejected_version(self._root)
-        if refused is None:
+        """Delete a version that a reader rejected, so that it is built again, at most MAX_REMAKES times."""
+        rejected = rejected_version(self._root)
+        if rejected is None:
             return
-        delete_version(self._root, refused)
-        self._remade[refused] += 1
-        if self._remade[refused] > MAX_REMAKES:
+        delete_version(self._root, rejected)
+        self._remade[rejected] += 1
+        if self._remade[rejected] > MAX_REMAKES:
             self._abandon(
-                refused,
-                f"index v{refused}: was refused {MAX_REMAKES + 1} times by the trainer, whose log says why",
+                rejected,
+                f"index v{rejected}: was refused {MAX_REMAKES + 1} times by the trainer, whose log says why",
             )
         else:
-            logger.info(f"index v{refused}: was refused by the trainer; making it anew")
+            logger.info(f"index v{rejected}: was refused by the trainer; making it anew")
 
     def _abandon(self, step: int, message: str) -> None:
         self._abandoned_step = step
@@ -365,7 +368,7 @@ class IndexWorker:
 
 
 def _limit_resources(index: IndexConfig) -> None:
-    """Lower this process's priority and keep it to its threads and cores; before JAX makes its threads."""
+    """Lower this process's priority and limit its threads and cores; call before JAX starts threads."""
     os.nice(index.nice)
     if index.cores:
         try:
@@ -375,12 +378,12 @@ def _limit_resources(index: IndexConfig) -> None:
                 f"index.cores: {index.cores}: not all of them are this machine's ({error.strerror})"
             ) from None
     if index.threads:
-        # What XLA's pool of threads on a CPU goes by.
+        # XLA sizes its CPU thread pool by this.
         os.environ["NPROC"] = str(index.threads)
 
 
 def _exit_with(parent: int) -> None:
-    # Polling, because a killed parent sends nothing.
+    # Polling, because a killed parent sends no signal.
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(0)

@@ -1,5 +1,4 @@
-"""What `data mine` does: a data set, its corpus and queries embedded, becomes a new data set with mined
-negatives."""
+"""`data mine`: adds mined hard negatives to a data set, using a model's embeddings."""
 
 from __future__ import annotations
 
@@ -35,7 +34,7 @@ from search_r3_jax.text.prompts import Prompter
 
 @dataclass(frozen=True, kw_only=True)
 class MiningCounts:
-    """What became of the queries and the candidates of one split.
+    """Counts of the queries and the candidates of one split.
 
     Attributes:
         queries: of the split.
@@ -69,11 +68,11 @@ def mine_dataset(
     step: Step = None,
     shard_documents: int = SHARD_DOCUMENTS,
 ) -> MiningCounts:
-    """Builds `out` from the data set or BEIR folder `data`, with negatives mined by `model` for the queries
-    of `split`.
+    """Build `out` from the data set or BEIR folder `data`, with negatives mined by `model`.
 
-    Everything else is carried over. The vectors are kept beside `out` until it is there, so that the same
-    command goes on after an interruption. Raises UserError for what cannot be read or written.
+    Only the queries of `split` get negatives; everything else is copied. The vectors are kept beside `out`
+    until it is complete, so that the same command resumes after an interruption. Raises UserError for files
+    that cannot be read or written.
     """
     for option, tokens in (
         ("--max-query-tokens", max_query_tokens),
@@ -83,8 +82,7 @@ def mine_dataset(
             raise UserError(f"{option}: {tokens}: give 1 or more")
     work = out.parent / f".{out.name}.mining"
     finished = out.is_file() or (out.is_dir() and any(out.iterdir()))
-    # With the vectors still there, a command was stopped between its last two acts: the same command may come
-    # again.
+    # If the vectors are still there, the command was interrupted before it removed them: it may run again.
     if finished and not work.is_dir():
         raise UserError(f"--out: {out}: already exists; remove it or choose another")
     collections = load_collections(data)
@@ -123,7 +121,7 @@ def mine_dataset(
         if finished:
             build_dataset(mined, out, name=collection.name, source=source)
         else:
-            # Built among the vectors, so that whatever a stopped build leaves goes with them.
+            # Built in the work folder, so that leftovers of an interrupted build are removed with it.
             shutil.rmtree(work / "built", ignore_errors=True)
             build_dataset(mined, work / "built", name=collection.name, source=source).rename(out)
     except OSError as error:
@@ -135,12 +133,12 @@ def mine_dataset(
 
 
 class _Vectors:
-    """A model that embeds into a work folder, with what a data set says of it.
+    """A model that embeds into a work folder, and its description for the data set.
 
     Attributes:
-        name: of the model, without the place where it lies.
+        name: of the model, without its folder.
         step: the checkpoint, where the model is a run.
-        model_hash: stands for everything that a vector depends on beside its text and its limit of tokens.
+        model_hash: of everything that a vector depends on beside its text and the limit of tokens.
     """
 
     def __init__(self, model: str, step: Step, work: Path, shard_documents: int):
@@ -155,7 +153,7 @@ class _Vectors:
         self._work, self._shard_documents = work, shard_documents
 
     def encode(self, what: str, documents: Sequence[Document], max_tokens: int) -> np.ndarray:
-        """Vectors [N,E]; those that an interrupted command left in the work folder are taken from there."""
+        """Vectors [N,E]; those that an interrupted command left in the work folder are reused."""
         room = min(max_tokens, max_text_tokens(self._prompter, self._config.max_positions))
         # On standard error, because standard output is for the result.
         with progress_bar(Console(stderr=True, highlight=False, soft_wrap=True), what, len(documents)) as bar:
@@ -185,7 +183,7 @@ def _model_hash(decoder: Decoder, prompter: Prompter) -> str:
 
 
 def _identity(collections: Mapping[str, Collection]) -> dict[str, Any]:
-    """Name and contents of a data set, wherever it lies."""
+    """Name and contents of a data set, wherever it is stored."""
     hashes = {
         split: {
             "corpus_hash": collection.corpus_hash(),

@@ -1,5 +1,4 @@
-"""Hard negatives: for every query the nearest documents that nobody judged relevant, found through an
-index."""
+"""Hard negatives: the nearest documents of each query that are not judged relevant."""
 
 from __future__ import annotations
 
@@ -15,13 +14,13 @@ from search_r3_jax.errors import UserError
 from search_r3_jax.retrieval.index.protocol import LocalIndex
 
 Sampling = Literal["top", "random"]
-# Of the candidates' vectors that are scored again at once.
+# Size of the candidates' vectors that are scored again at once.
 GATHERED_BYTES = 1 << 26
 
 
 @dataclass(frozen=True, kw_only=True)
 class MiningOptions:
-    """Which of a query's nearest documents become its negatives; raises UserError when that can be none.
+    """Which of a query's nearest documents become its negatives; raises UserError for an empty window.
 
     A rank is counted from 0 among the documents not judged for the query: the most similar one has rank 0.
     Known positives, judged negatives and copies of another document's text have no rank. Of the window
@@ -30,7 +29,7 @@ class MiningOptions:
     counts `range_min` among what they leave.)
 
     Attributes:
-        num_negatives: at most so many are added to a query.
+        num_negatives: the most negatives added to a query.
         first_rank: the first rank of the window.
         last_rank: where the window ends; by default behind `num_negatives` ranks, ten times as many where a
             limit or chance chooses.
@@ -117,12 +116,11 @@ def select_negatives(
     options: MiningOptions,
     draws_qw: np.ndarray | None = None,
 ) -> Selection:
-    """Chooses from candidates [Q,K], scores descending and row −1 where there is none; `positives` and
-    `judged` hold each query's rows.
+    """Choose negatives from candidates [Q,K], sorted by descending score, row −1 for none.
 
-    `weakest_q` [Q] is the score of each query's weakest positive, +inf where there is none. `draws_qw`
-    [Q,window] decides where the sampling is random: of the ranks that are left, those with the smallest
-    draws.
+    `positives` and `judged` hold each query's rows. `weakest_q` [Q] is the score of each query's weakest
+    positive, +inf where there is none. `draws_qw` [Q,window] decides where the sampling is random: of the
+    ranks that are left, those with the smallest draws.
     """
     positive_qk = _among(rows_qk, positives)
     judged_qk = _among(rows_qk, judged) & ~positive_qk
@@ -139,7 +137,7 @@ def select_negatives(
     chosen_qn = np.argsort(np.where(eligible_qk, order_qk, np.inf), axis=1, kind="stable")[
         :, : options.num_negatives
     ]
-    # Back to the candidates' order, what is not eligible at the end.
+    # Back to the candidates' order, with ineligible ones last.
     chosen_qn = np.sort(
         np.where(np.take_along_axis(eligible_qk, chosen_qn, axis=1), chosen_qn, rows_qk.shape[1]), axis=1
     )
@@ -163,12 +161,12 @@ def _among(rows_qk: np.ndarray, sets: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _highest_score(weakest_q: np.ndarray, options: MiningOptions) -> np.ndarray:
-    """[Q], the highest score that a negative may have."""
+    """The highest score [Q] that a negative may have."""
     highest_q = np.full(len(weakest_q), np.inf if options.max_score is None else options.max_score)
     if options.margin is not None:
         highest_q = np.minimum(highest_q, weakest_q - options.margin)
     if options.relative_margin is not None:
-        # Of the magnitude: a share of a negative cosine would raise the limit.
+        # A share of the magnitude, because a share of a negative cosine would raise the limit.
         room_q = np.where(np.isfinite(weakest_q), np.abs(weakest_q), 0.0) * options.relative_margin
         highest_q = np.minimum(highest_q, weakest_q - room_q)
     return highest_q
@@ -189,8 +187,11 @@ class Texts(NamedTuple):
 
 
 def distinct_texts(collection: Collection) -> Texts:
-    """The documents that differ in their body: a copy of a positive is as relevant as itself, and a negative
-    needs to be there once."""
+    """The documents without copies, and the judgements as rows of those.
+
+    Documents with the same body are copies: a copy of a positive is as relevant as the positive, and a
+    negative is needed once.
+    """
     row_of_body: dict[str, int] = {}
     documents: list[Document] = []
     row_of: dict[str, int] = {}
@@ -215,8 +216,10 @@ def distinct_texts(collection: Collection) -> Texts:
 def mine_negatives(
     index: LocalIndex, queries_qe: np.ndarray, query_ids: Sequence[str], texts: Texts, options: MiningOptions
 ) -> Selection:
-    """Negatives of queries [Q,E] from an index over `texts.documents`; equal vectors, equal result, whatever
-    the order of the queries."""
+    """Negatives of queries [Q,E] from an index over `texts.documents`.
+
+    Equal vectors give an equal result, in any order of the queries.
+    """
     depths = np.array(
         [_depth(options, len(p) + len(j)) for p, j in zip(texts.positives, texts.judged, strict=True)],
         np.int64,
@@ -254,7 +257,7 @@ def _select(
     rows_qk: np.ndarray,
 ) -> Selection:
     scores_qk = _scores(index.vectors, queries_qe[at], rows_qk)
-    # The order of the index, but by these scores, and by row where they are equal.
+    # Sort again by these scores, ties by row.
     order = np.lexsort((rows_qk, -scores_qk), axis=1)
     scores_qk, rows_qk = (
         np.take_along_axis(scores_qk, order, axis=1),
@@ -279,17 +282,22 @@ def _select(
 
 
 def _depth(options: MiningOptions, judged: int) -> int:
-    """How many candidates hold the window for sure; a power of two of judged ones, because an index compiles
-    for every depth."""
+    """How many candidates are certain to hold the window.
+
+    The number of judged candidates is rounded up to a power of two, because an index compiles for every
+    depth.
+    """
     return options.end_rank + (1 << (judged - 1).bit_length() if judged else 0)
 
 
 def _scores(vectors_ne: np.ndarray, queries_qe: np.ndarray, rows_qk: np.ndarray) -> np.ndarray:
-    """Cosines [Q,K] float64, −inf for row −1: neither the index nor the number of threads shall decide what
-    is above a limit."""
+    """Cosines [Q,K] float64, −inf for row −1.
+
+    Computed here, so that neither the index nor the number of threads decides which are above a limit.
+    """
     candidates_qke = np.asarray(vectors_ne[np.maximum(rows_qk, 0)], np.float64)
     scores_qk = (candidates_qke @ queries_qe.astype(np.float64)[:, :, None])[:, :, 0]
-    # Rounded, so that equal vectors tie however their products were summed up.
+    # Rounded, so that equal vectors tie in any order of summation.
     return np.where(rows_qk >= 0, np.round(scores_qk, 9), -np.inf)
 
 
@@ -299,6 +307,6 @@ def _weakest(vectors_ne: np.ndarray, query_e: np.ndarray, rows: np.ndarray) -> f
 
 
 def _draws(options: MiningOptions, query_id: str) -> np.ndarray:
-    """[window] float64 in [0, 1) of a seed and a query, and of nothing else."""
+    """Uniform draws [window] float64 in [0, 1) that depend only on seed and query."""
     words = np.frombuffer(hashlib.sha256(query_id.encode()).digest(), "<u4")
     return np.random.default_rng([options.seed, *words.tolist()]).random(options.window)

@@ -1,5 +1,4 @@
-"""The vectors of a corpus, encoded shard by shard into a folder: what is there already is not encoded
-again."""
+"""Encodes a corpus shard by shard into a folder, and resumes where shards are already there."""
 
 from __future__ import annotations
 
@@ -58,22 +57,22 @@ def encode_corpus(
     wait_seconds: float = WAIT_SECONDS,
     on_progress: Callable[[int], object] | None = None,
 ) -> np.ndarray:
-    """Vectors [N,E] of the documents' bodies, E = `dimension`, of `dtype` and memory-mapped.
+    """Encode the bodies of documents: vectors [N,E], E = `dimension`, of `dtype`, memory-mapped.
 
-    `folder` keeps them as `shard-00000.npy` and so on, and joined as `vectors.npy`. `corpus.json` says whose
-    they are: `model_hash` stands for the weights, the tokenizer and the prompt, `max_tokens` for what
-    `encode` reads of a text, `documents_hash` is the documents' `corpus_hash` where that is known. The
-    documents are sliced a shard at a time. `on_progress` hears how many are finished, at once of those that
-    were there. Interrupted anywhere, the same call goes on.
+    `folder` keeps them as `shard-00000.npy` and so on, and joined as `vectors.npy`. `corpus.json` identifies
+    them: `model_hash` stands for the weights, the tokenizer and the prompt, `max_tokens` is the limit of
+    `encode`, `documents_hash` is the documents' `corpus_hash` where that is known. Documents are sliced a
+    shard at a time. `on_progress` gets the number of finished documents, existing shards included. After an
+    interruption, the same call resumes.
 
     Several processes that share `folder` each encode every `processes`-th shard, from `process` on; process 0
     joins them, and all return when that is done. Raises UserError when the folder holds the vectors of
-    another corpus or model, when the disk refuses, and when what another process has to bring has not come
-    for `wait_seconds`.
+    another corpus or model, when the disk refuses, and when a file of another process is missing after
+    `wait_seconds`.
     """
     if not 0 <= process < processes:
         raise ValueError(f"process {process} of {processes}: want one of 0 to {processes - 1}")
-    record = {
+    description = {
         "format_version": 1,
         "corpus_hash": corpus_hash(documents) if documents_hash is None else documents_hash,
         "documents": len(documents),
@@ -86,7 +85,7 @@ def encode_corpus(
     shards = _shards(folder, len(documents), dimension, shard_documents, processes)
     if process > 0:
         _wait(partial(_present, folder / RECORD), folder / RECORD, 0, wait_seconds)
-    _claim(folder, record, write=process == 0)
+    _claim(folder, description, write=process == 0)
     for shard in shards[process::processes]:
         if shard.read(dtype) is None:
             bodies = [document.body for document in documents[shard.start : shard.stop]]
@@ -95,7 +94,7 @@ def encode_corpus(
             on_progress(shard.stop - shard.start)
     joined, shape = folder / VECTORS, (len(documents), dimension)
     if process > 0:
-        # A look at each: nothing comes for long before they are all there.
+        # Wait for each shard first: the joined file comes long after the first ones.
         for shard in shards:
             _wait(partial(_present, shard.file), shard.file, shard.owner, wait_seconds)
         return _wait(partial(_joined, joined, shape, dtype), joined, 0, wait_seconds)
@@ -105,7 +104,7 @@ def encode_corpus(
 
 @dataclass(frozen=True, kw_only=True)
 class _Shard:
-    """Documents `start` to `stop` and the file of their vectors, which process `owner` writes."""
+    """The documents `start` to `stop` and the file of their vectors, which process `owner` writes."""
 
     file: Path
     start: int
@@ -114,7 +113,7 @@ class _Shard:
     owner: int
 
     def read(self, dtype: VectorDtype) -> np.ndarray | None:
-        """Its vectors [n,E]; None where the file is missing or damaged, and they have to be encoded again."""
+        """Its vectors [n,E]; None where the file is missing or damaged and has to be encoded again."""
         try:
             stored = np.load(self.file, allow_pickle=False)
         except (OSError, ValueError, EOFError):
@@ -147,7 +146,7 @@ def _in_order(
     wait_seconds: float,
     on_progress: Callable[[int], object] | None,
 ) -> Iterator[np.ndarray]:
-    """The vectors of one shard after the other, those of other processes as they come."""
+    """The vectors of each shard in order, waiting for those of other processes."""
     for shard in shards:
         yield _wait(partial(shard.read, dtype), shard.file, shard.owner, wait_seconds)
         if shard.owner != 0 and on_progress is not None:
@@ -155,7 +154,7 @@ def _in_order(
 
 
 def _wait(read: Callable[[], T | None], file: Path, owner: int, seconds: float) -> T:
-    """What `read` gives as soon as it is something; raises UserError when it is nothing for so long."""
+    """Poll `read` until it returns a result; raises UserError after `wait_seconds`."""
     deadline = time.monotonic() + seconds
     while (result := read()) is None:
         if time.monotonic() >= deadline:
@@ -180,7 +179,7 @@ def _joined(file: Path, shape: tuple[int, int], dtype: VectorDtype) -> np.ndarra
 
 
 def _join(file: Path, shape: tuple[int, int], dtype: VectorDtype, chunks: Iterator[np.ndarray]) -> None:
-    """Write the vectors [N,E] of all shards as one file, at once or not at all."""
+    """Write the vectors [N,E] of all shards as one file, atomically."""
     try:
         with replacing(file) as temporary:
             write_vectors(temporary, chunks, shape, dtype)
@@ -190,9 +189,11 @@ def _join(file: Path, shape: tuple[int, int], dtype: VectorDtype, chunks: Iterat
         ) from error
 
 
-def _claim(folder: Path, record: dict[str, Any], *, write: bool) -> None:
-    """Write the record of a new folder; raise UserError when the folder has another one, or shards and
-    none."""
+def _claim(folder: Path, description: dict[str, Any], *, write: bool) -> None:
+    """Write `corpus.json` of a new folder, or compare it with that of an existing one.
+
+    Raises UserError when they differ, or when the folder has shards and no `corpus.json`.
+    """
     remedy = f"remove {folder}, or repeat the command that made it"
     file = folder / RECORD
     try:
@@ -201,14 +202,16 @@ def _claim(folder: Path, record: dict[str, Any], *, write: bool) -> None:
         if file.exists():
             result = json.loads(file.read_text(encoding="utf-8"))
             differing = sorted(
-                key for key in record if not isinstance(result, dict) or result.get(key) != record[key]
+                key
+                for key in description
+                if not isinstance(result, dict) or result.get(key) != description[key]
             )
             if differing:
                 raise UserError(f"{file}: holds other vectors (differs in {', '.join(differing)}); {remedy}")
         elif any(folder.glob("shard-*.npy")):
             raise UserError(f"{file}: missing, so nothing says whose the shards beside it are; {remedy}")
         elif write:
-            write_json(file, record)
+            write_json(file, description)
     except ValueError as error:
         raise UserError(f"{file}: not valid JSON ({error}); {remedy}") from None
     except OSError as error:

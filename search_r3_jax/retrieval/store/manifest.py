@@ -1,4 +1,4 @@
-"""The files of one index version: the manifest names them all with their checksums, and says so of itself."""
+"""The manifest of an index version: all its files with their checksums, and its checksum."""
 
 import hashlib
 import json
@@ -16,12 +16,14 @@ READ_BYTES = 1 << 22
 
 
 class IndexVersionError(UserError):
-    """A version that is missing, damaged or of another corpus or model; it must not be searched."""
+    """A version is missing, damaged, or of another corpus or model; it must not be searched."""
 
 
 def write_manifest(path: epath.Path, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the manifest of the local folder `path`: `fields`, the checksum of each file there, and its
-    own."""
+    """Write the manifest of the local folder `path`.
+
+    It holds `fields`, the checksum of each file there, and a checksum of the manifest.
+    """
     manifest = {**fields, "sha256": {name: file_sha256(path / name) for name in file_names(path)}}
     manifest["manifest_sha256"] = manifest_hash(manifest)
     (path / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
@@ -29,14 +31,16 @@ def write_manifest(path: epath.Path, fields: Mapping[str, Any]) -> dict[str, Any
 
 
 def read_manifest(path: epath.Path, step: int) -> dict[str, Any]:
-    """The manifest of a version; raises IndexVersionError where there is none, or none of `step`, or it is
-    damaged."""
+    """Read the manifest of a version.
+
+    Raises IndexVersionError where there is none, or none of `step`, or it is damaged.
+    """
     if not (path / MANIFEST).exists():
         raise IndexVersionError(f"{path}: no such index version (no {MANIFEST})")
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         sound = manifest["manifest_sha256"] == manifest_hash(manifest) and manifest["step"] == step
-        # A name that leads elsewhere would be written to elsewhere by whoever copies the version.
+        # A path that leaves the folder would let a copy of the version write outside of it.
         inside = all(
             ".." not in PurePosixPath(name).parts and not PurePosixPath(name).is_absolute()
             for name in manifest["sha256"]
@@ -55,15 +59,17 @@ def read_manifest(path: epath.Path, step: int) -> dict[str, Any]:
 
 
 def verify(path: epath.Path, step: int) -> dict[str, Any]:
-    """The manifest of a local folder, after `check_files`."""
+    """Run `check_files` on a local folder; returns its manifest."""
     manifest = read_manifest(path, step)
     check_files(path, manifest)
     return manifest
 
 
 def check_files(path: epath.Path, manifest: Mapping[str, Any]) -> None:
-    """Raise IndexVersionError unless the local folder holds the manifest's files and no other, each with its
-    checksum."""
+    """Raise IndexVersionError unless the local folder holds exactly the manifest's files, undamaged.
+
+    Each file must have its checksum.
+    """
     different = sorted(set(manifest["sha256"]) ^ set(file_names(path)))
     if different:
         raise IndexVersionError(f"{path}: files missing or not in the manifest: {', '.join(different)}")
@@ -71,8 +77,10 @@ def check_files(path: epath.Path, manifest: Mapping[str, Any]) -> None:
 
 
 def check_hashes(path: epath.Path, manifest: Mapping[str, Any]) -> None:
-    """Raise IndexVersionError unless each of the manifest's files is there with its checksum; `path` may be
-    in a bucket."""
+    """Raise IndexVersionError unless each of the manifest's files has its checksum.
+
+    `path` may be in a bucket.
+    """
     for name, expected in manifest["sha256"].items():
         try:
             digest = file_sha256(path / name)
@@ -91,9 +99,9 @@ def file_names(path: epath.Path) -> list[str]:
 
 
 def read_chunks(path: epath.Path) -> Iterator[bytes]:
-    """The bytes of a file, wherever it lies."""
+    """The bytes of a local file or of one in a bucket."""
     with path.open("rb") as opened:
-        # epath does not tell text from bytes.
+        # epath's types do not distinguish text from bytes.
         file = cast(BinaryIO, opened)
         while chunk := file.read(READ_BYTES):
             yield chunk

@@ -1,5 +1,7 @@
-"""An index in shards, one in each JAX process: every process asks the same, searches its own rows, and hears
-the whole answer."""
+"""An index in shards, one in each JAX process; a search combines the results of all.
+
+Every process passes the same queries, searches its rows, and gets the complete answer.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,10 @@ from search_r3_jax.retrieval.store.versions import (
 
 
 class ShardedIndex:
-    """Rows [start, stop) of a corpus in each process's own index; implements `Index`, each method to be
-    called by all at once."""
+    """An index whose rows [start, stop) are split over the processes; implements `Index`.
+
+    All processes must call each method together.
+    """
 
     def __init__(self, local: LocalIndex, *, start: int, ids_hash: str) -> None:
         """`local` holds the rows from `start` on; `ids_hash` is `hash_of_ids` of the whole corpus.
@@ -43,7 +47,7 @@ class ShardedIndex:
         facts = _gather(np.array([start, start + rows, dim, local.version], np.int32))
         hashes = _gather(np.frombuffer(bytes.fromhex(ids_hash), np.uint8))
         self._ranges = [(int(first), int(stop)) for first, stop in facts[:, :2]]
-        # Not the process's number: devices, and with them what is gathered, may be in another order.
+        # Not the process's number: the gathered arrays follow the order of devices, which may differ.
         self._place = self._ranges.index((start, start + rows))
         problem = _problem_of(self._ranges)
         for name, values in (("version", facts[:, 3]), ("width", facts[:, 2])):
@@ -56,10 +60,9 @@ class ShardedIndex:
         self.shape: tuple[int, int] = (max(stop for _, stop in self._ranges), dim)
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Queries [Q,E], the same in all processes → inner products [Q,k] float32, descending, and rows [Q,k]
-        int32.
+        """Inner products [Q,k] float32, descending, and rows [Q,k] int32 for queries [Q,E].
 
-        Equal scores by ascending row; −inf and −1 past the last document.
+        The queries are the same in all processes. Ties by ascending row; −inf and −1 past the last document.
         """
         queries = check_queries(queries, k, self.shape[1])
         scores, rows = self._local.search(queries, k)
@@ -67,13 +70,15 @@ class ShardedIndex:
         return merge_top_k(_gather_rows(scores), _gather_rows(rows), k)
 
     def take(self, rows: np.ndarray) -> np.ndarray:
-        """The vectors [n,E] float32 of rows [n], the same in all processes, in their order; raises IndexError
-        on a row that is none."""
+        """The vectors [n,E] float32 of rows [n], in their order.
+
+        The rows are the same in all processes. Raises IndexError on a row that does not exist.
+        """
         rows = np.asarray(rows)
         if len(rows) and not 0 <= rows.min() <= rows.max() < self.shape[0]:
             raise IndexError(f"rows {rows.min()} to {rows.max()}: want 0 to {self.shape[0] - 1}")
         places = [np.flatnonzero((rows >= first) & (rows < stop)) for first, stop in self._ranges]
-        # No process sends more than it holds of what is asked.
+        # Each process sends only the requested rows that it holds.
         most = max(len(at) for at in places)
         mine = np.zeros((most, self.shape[1]), np.float32)
         held_here = places[self._place]
@@ -85,8 +90,10 @@ class ShardedIndex:
 
 
 def merge_top_k(scores_pqk: np.ndarray, rows_pqk: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first k of the results [P,Q,k] of P shards: scores [Q,k] descending, ties by ascending row, score
-    −inf and row −1 last."""
+    """Merge the results [P,Q,k] of P shards into the first k.
+
+    Scores [Q,k] descending, ties by ascending row, score −inf and row −1 last.
+    """
     P, Q, K = scores_pqk.shape
     scores = scores_pqk.transpose(1, 0, 2).reshape(Q, P * K)
     rows = rows_pqk.transpose(1, 0, 2).reshape(Q, P * K)
@@ -95,8 +102,10 @@ def merge_top_k(scores_pqk: np.ndarray, rows_pqk: np.ndarray, k: int) -> tuple[n
 
 
 def shard_rows(rows: int, process: int, processes: int) -> tuple[int, int]:
-    """Rows [start, stop) of a corpus that one of several processes holds; they differ by one at most. Raises
-    ValueError if it gets none."""
+    """The rows [start, stop) of a corpus that one of several processes holds.
+
+    Sizes differ by one at most. Raises ValueError for an empty shard.
+    """
     if not 0 <= process < processes <= rows:
         raise ValueError(
             f"{rows} rows, process {process} of {processes}: want a row for each, and a process that is one "
@@ -108,7 +117,7 @@ def shard_rows(rows: int, process: int, processes: int) -> tuple[int, int]:
 
 
 def shard_root(root: epath.PathLike, process: int, processes: int) -> epath.Path:
-    """Where the versions of one process's shard are."""
+    """The folder of the versions of one process's shard."""
     return epath.Path(root) / f"shard-{process:05d}-of-{processes:05d}"
 
 
@@ -173,7 +182,7 @@ def open_shard(
     threads: int = 0,
     cache: Path | None = None,
 ) -> ShardedIndex:
-    """The index of all processes, each of which opens its own shard of `v<step>`; all call it at once.
+    """Open the index of all processes, each with its shard of `v<step>`; all call it together.
 
     Raises IndexVersionError in all processes where `open_version` does in one, as for the shard of other
     rows, and ValueError where `ShardedIndex` does.
@@ -199,14 +208,14 @@ def open_shard(
         )
     except IndexVersionError as error:
         doubt = error
-    # A process that raised on its own would leave the others waiting for it.
+    # All raise together: if one process raised alone, the others would wait for it.
     if not _gather(np.array(opened is not None)).all() or opened is None:
         raise doubt
     return ShardedIndex(opened, start=start, ids_hash=ids_hash)
 
 
 def _problem_of(ranges: Sequence[tuple[int, int]]) -> str | None:
-    """What keeps ranges of rows from being a corpus."""
+    """Why ranges of rows do not make up a corpus; empty if they do."""
     reached = 0
     for start, stop in sorted(ranges):
         if start != reached:

@@ -1,5 +1,4 @@
-"""Where versions lie: in a local folder, which can rename, or in a bucket, which only writes and deletes
-whole objects."""
+"""Storage of versions: a local folder, which can rename, or a bucket of whole objects."""
 
 import contextlib
 import hashlib
@@ -28,12 +27,12 @@ TEMPORARY = ".tmp-"
 
 
 def open_root(root: epath.PathLike) -> epath.Path:
-    """A folder of versions; raises UserError for a bucket that no installed package can read."""
+    """Open a folder of versions; raises UserError for a bucket that no installed package can read."""
     root = epath.Path(root)
     if is_bucket(root):
         scheme = os.fspath(root).split("://")[0]
-        # A remembered listing hides what other processes have written since; it has to be off before the
-        # first access.
+        # A cached listing hides files that other processes write later; it must be off before the first
+        # access.
         conf.setdefault(scheme, {})["use_listings_cache"] = False
         try:
             get_filesystem_class(scheme)
@@ -43,12 +42,12 @@ def open_root(root: epath.PathLike) -> epath.Path:
 
 
 def is_bucket(path: epath.PathLike) -> bool:
-    """Whether a path is an object store's."""
+    """Whether a path is in an object store."""
     return "://" in os.fspath(path)
 
 
 def version_path(root: epath.Path, step: int) -> epath.Path:
-    """Where the version of `step` is or will be."""
+    """The path of the version of `step`, present or not."""
     return root / f"v{step}"
 
 
@@ -58,17 +57,17 @@ def version_steps(root: epath.Path) -> list[int]:
 
 
 def local_folder(root: epath.Path) -> Path:
-    """This user's local folder for what belongs to a bucket: the same at every call."""
+    """This user's local folder for the files of a bucket: the same at every call."""
     name = hashlib.sha256(os.fspath(root).encode()).hexdigest()[:16]
     return Path(tempfile.gettempdir()) / f"search_r3_jax-{os.getuid()}" / name
 
 
 @contextlib.contextmanager
 def staging(root: epath.Path, step: int) -> Iterator[epath.Path]:
-    """An empty local folder to build a version in; gone afterwards, unless it was renamed."""
+    """An empty local folder to build a version in; deleted at exit, unless it was renamed."""
     parent = epath.Path(local_folder(root) / "building") if is_bucket(root) else root
     work = parent / f"{TEMPORARY}v{step}"
-    # What a crashed attempt at the same step left behind.
+    # Left behind by an interrupted attempt at the same step.
     work.rmtree(missing_ok=True)
     try:
         work.mkdir(parents=True)
@@ -78,8 +77,10 @@ def staging(root: epath.Path, step: int) -> Iterator[epath.Path]:
 
 
 def publish_folder(work: epath.Path, final: epath.Path) -> None:
-    """Make a complete local folder the version `final`: at once, or on a bucket file by file and the manifest
-    last."""
+    """Publish a complete local folder as the version `final`.
+
+    A local folder is renamed at once; a bucket gets file by file, the manifest last.
+    """
     if not is_bucket(final):
         work.rename(final)
         return
@@ -88,14 +89,14 @@ def publish_folder(work: epath.Path, final: epath.Path) -> None:
         for name in [*file_names(work), MANIFEST]:
             _copy(work / name, final / name)
     except BaseException:
-        # What cannot be removed now is no version either, and goes at the next publication.
+        # Files that cannot be removed now are no version, and are removed at the next publication.
         with contextlib.suppress(OSError):
             remove_version(final)
         raise
 
 
 def remove_version(path: epath.Path) -> None:
-    """Delete a version; half-deleted it is none."""
+    """Delete a version; a partly deleted one no longer counts as a version."""
     if is_bucket(path):
         (path / MANIFEST).unlink(missing_ok=True)
         path.rmtree(missing_ok=True)
@@ -107,7 +108,7 @@ def remove_version(path: epath.Path) -> None:
 
 
 def remove_stale(folder: epath.Path, seconds: float) -> None:
-    """Delete temporary folders so old in a local folder; a bucket has none."""
+    """Delete temporary folders older than `seconds` in a local folder; a bucket has none."""
     if is_bucket(folder):
         return
     for name in _names(folder):
@@ -117,7 +118,7 @@ def remove_stale(folder: epath.Path, seconds: float) -> None:
 
 
 def write_pointer(root: epath.Path, name: str, text: str) -> None:
-    """Write a small file that readers see whole, old or new."""
+    """Write a small file atomically: readers see the old or the new content."""
     if is_bucket(root):
         (root / name).write_text(text)
         return
@@ -131,7 +132,7 @@ def write_pointer(root: epath.Path, name: str, text: str) -> None:
 
 
 def read_pointer(root: epath.Path, name: str) -> bytes | None:
-    """What `write_pointer` wrote last; None before the first time."""
+    """Read the content of `write_pointer`; None before the first write."""
     try:
         return (root / name).read_bytes()
     except FileNotFoundError:
@@ -139,11 +140,10 @@ def read_pointer(root: epath.Path, name: str) -> bytes | None:
 
 
 def fetch_version(path: epath.Path, step: int, cache: Path) -> tuple[epath.Path, dict[str, Any]]:
-    """A checked copy in `cache` of a version in a bucket, and the manifest there; a copy that is there and
-    sound is used again.
+    """Copy a version from a bucket into `cache` and check it; returns the copy and its manifest.
 
-    Copies of versions that the bucket no longer has are deleted. Raises IndexVersionError when it cannot be
-    had.
+    A valid copy is reused. Copies of versions that the bucket no longer has are deleted. Raises
+    IndexVersionError when the version cannot be copied.
     """
     copy = epath.Path(cache) / path.name
     work = copy.parent / f"{TEMPORARY}{os.getpid()}-{path.name}"
@@ -156,7 +156,7 @@ def fetch_version(path: epath.Path, step: int, cache: Path) -> tuple[epath.Path,
                 (work / name).parent.mkdir(parents=True, exist_ok=True)
                 _copy(path / name, work / name)
             check_files(work, manifest)
-            # Another reader may have been faster, and have it open by now.
+            # Another reader may have copied it meanwhile, and have it open.
             if not _sound(copy, manifest):
                 copy.rmtree(missing_ok=True)
                 work.rename(copy)
@@ -181,12 +181,12 @@ def _tidy(cache: epath.Path, root: epath.Path) -> None:
     for step in version_steps(cache):
         if not (version_path(root, step) / MANIFEST).exists():
             version_path(cache, step).rmtree(missing_ok=True)
-    # Old enough that no other reader is still copying into it.
+    # So old that no other reader is still copying into it.
     remove_stale(cache, seconds=86_400.0)
 
 
 def _remove_leftovers(root: epath.Path) -> None:
-    """Delete what interrupted publications and deletions left in a bucket; only its one writer may."""
+    """Delete the remains of interrupted publications and deletions in a bucket; only its writer may."""
     for step in version_steps(root):
         if not (version_path(root, step) / MANIFEST).exists():
             version_path(root, step).rmtree(missing_ok=True)
@@ -201,7 +201,7 @@ def _names(folder: epath.Path) -> list[str]:
 
 def _copy(source: epath.Path, target: epath.Path) -> None:
     with target.open("wb") as opened:
-        # epath does not tell text from bytes.
+        # epath's types do not distinguish text from bytes.
         file = cast(BinaryIO, opened)
         for chunk in read_chunks(source):
             file.write(chunk)

@@ -1,5 +1,4 @@
-"""Published versions of the index: written aside, measured, verified, then published; readers trust nothing
-they have not checked."""
+"""Published index versions: built aside, measured, verified, published; readers verify again."""
 
 import dataclasses
 import json
@@ -51,11 +50,11 @@ __all__ = [
 ]
 
 CURRENT, IN_USE = "CURRENT", "IN_USE"
-# A reader names here the version that failed its checks; the indexer builds it again. The file keeps its
-# first name.
+# Names the version that a reader rejected; the indexer builds it again. The file keeps the name of earlier
+# releases.
 REJECTED = "REFUSED"
 CALLER_FIELDS = ("parameter_hash", "corpus_hash", "embed_token_id", "pooling", "encode_seconds")
-# What makes a version another one; the last three are those of a shard.
+# Versions are the same where these are; the last three are for shards.
 IDENTITY_FIELDS = (
     "parameter_hash",
     "corpus_hash",
@@ -69,7 +68,7 @@ PROBE_ROWS = 256
 
 
 class IndexGateError(UserError):
-    """A new index that is not good enough to publish; the version before it stays current."""
+    """A new version is not good enough to publish; the current one stays."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +78,7 @@ class VersionInfo:
     Attributes:
       step: checkpoint step of the parameters that encoded it.
       path: its directory.
-      manifest: all it says of itself, as in `MANIFEST.json`.
+      manifest: the content of `MANIFEST.json`.
     """
 
     step: int
@@ -117,19 +116,18 @@ def publish_version(
     manifest_fields: Mapping[str, Any],
     options: PublishOptions | None = None,
 ) -> VersionInfo:
-    """Build, measure and publish `v<step>` from unit vectors [N,E], then point CURRENT at it; the only writer
-    of `root`.
+    """Build, measure and publish `v<step>` from unit vectors [N,E], then point CURRENT at it.
 
-    `root` is a local folder or a bucket (`gs://…`); `vectors` may be memory-mapped. `manifest_fields` holds
-    at least CALLER_FIELDS (times in seconds). `probe_queries` [Q,E], by default rows of the corpus, measure
-    recall@10. Publishing again what is already there only moves CURRENT. Raises IndexGateError,
-    IndexVersionError where another version has that step, and OSError when the disk or the bucket refuses;
-    CURRENT then stays as it was, and nothing half-made is a version.
+    The caller must be the only writer of `root`. `root` is a local folder or a bucket (`gs://…`); `vectors`
+    may be memory-mapped. `manifest_fields` holds at least CALLER_FIELDS (times in seconds). `probe_queries`
+    [Q,E], by default rows of the corpus, measure recall@10. Publishing again what is already there only moves
+    CURRENT. Raises IndexGateError, IndexVersionError where another version has that step, and OSError when
+    the disk or the bucket refuses; CURRENT then stays as it was, and nothing half-made is a version.
     """
     _check_arguments(step, vectors, ids, manifest_fields)
     root = storage.open_root(root)
     final = storage.version_path(root, step)
-    # On a bucket, files without a manifest are what an interrupted attempt left.
+    # In a bucket, files without a manifest are from an interrupted attempt.
     if (final / MANIFEST if storage.is_bucket(root) else final).exists():
         info = _confirm_existing(final, step, manifest_fields)
     else:
@@ -144,8 +142,10 @@ def publish_version(
 
 
 def current_version(root: epath.PathLike) -> int | None:
-    """The step CURRENT names, None before the first publication; raises IndexVersionError where it names
-    none."""
+    """The step that CURRENT names; None before the first publication.
+
+    Raises IndexVersionError where it names none.
+    """
     text = storage.read_pointer(storage.open_root(root), CURRENT)
     if text is None:
         return None
@@ -165,8 +165,10 @@ def list_versions(root: epath.PathLike) -> list[int]:
 
 
 def read_version(root: epath.PathLike, step: int) -> VersionInfo:
-    """What `v<step>` says of itself, its files unread; raises IndexVersionError where there is none or its
-    manifest is damaged."""
+    """Read the manifest of `v<step>`, not its files.
+
+    Raises IndexVersionError where there is none or its manifest is damaged.
+    """
     path = storage.version_path(storage.open_root(root), step)
     return VersionInfo(step=step, path=path, manifest=read_manifest(path, step))
 
@@ -182,12 +184,11 @@ def open_version(
     threads: int = 0,
     cache: Path | None = None,
 ) -> LocalIndex:
-    """Open `v<step>`, vectors memory-mapped; exact search where ScaNN is not installed; raises
-    IndexVersionError on any doubt.
+    """Open `v<step>` with memory-mapped vectors; raises IndexVersionError on any doubt.
 
-    `expect` names further fields of the manifest and their values. A version in a bucket is copied into
-    `cache`, by default a folder for temporary files that is the same at every call, and always verified; a
-    sound copy is not copied again.
+    Search is exact where ScaNN is not installed. `expect` names further fields of the manifest and their
+    values. A version in a bucket is copied into `cache`, by default a folder for temporary files that is the
+    same at every call, and always verified; a sound copy is not copied again.
     """
     root = storage.open_root(root)
     path = storage.version_path(root, step)
@@ -197,7 +198,7 @@ def open_version(
         **(expect or {}),
     }
     if storage.is_bucket(root):
-        # Before a large copy, the few lines that may say it is the wrong one.
+        # Check the small manifest before the large copy.
         _check_expected(path, read_manifest(path, step), expectations)
         path, manifest = storage.fetch_version(
             path, step, storage.local_folder(root) if cache is None else cache
@@ -218,17 +219,21 @@ def open_version(
 
 
 def pin_versions(root: epath.PathLike, steps: Collection[int]) -> None:
-    """Say which versions a reader has open, in place of those it named before; they are not pruned. The only
-    writer of IN_USE."""
+    """Replace the versions that a reader has open by `steps`; pinned versions are not pruned.
+
+    The only writer of IN_USE.
+    """
     root = storage.open_root(root)
-    # Whoever replays another run's versions may come before the first of its own.
+    # A replay pins before this run's first version is published.
     root.mkdir(parents=True, exist_ok=True)
     storage.write_pointer(root, IN_USE, json.dumps(sorted(steps)) + "\n")
 
 
 def pinned_versions(root: epath.PathLike) -> list[int]:
-    """The versions that `pin_versions` named last, ascending; raises IndexVersionError where the file cannot
-    be read."""
+    """The versions of the last `pin_versions`, ascending.
+
+    Raises IndexVersionError where the file cannot be read.
+    """
     text = storage.read_pointer(storage.open_root(root), IN_USE)
     try:
         return [] if text is None else [int(step) for step in json.loads(text)]
@@ -241,10 +246,9 @@ def pinned_versions(root: epath.PathLike) -> list[int]:
 def prune_versions(
     root: epath.PathLike, keep: int, pinned: Collection[int] = (), *, stale_seconds: float = 3600.0
 ) -> list[int]:
-    """Delete all but the newest `keep`, CURRENT, `pinned` and what a reader pinned, and temporaries
-    `stale_seconds` old.
+    """Delete all versions but the newest `keep`, CURRENT, and pinned ones; returns their steps.
 
-    Returns the deleted steps.
+    `pinned` adds to those that a reader pinned. Temporary folders `stale_seconds` old are deleted too.
     """
     if keep < 0:
         raise ValueError(f"keep {keep} is negative")
@@ -264,19 +268,21 @@ def prune_versions(
 
 
 def mark_rejected(root: epath.PathLike, step: int) -> None:
-    """Say that `v<step>` failed a reader's checks."""
+    """Mark `v<step>` as rejected by a reader's checks."""
     storage.write_pointer(storage.open_root(root), REJECTED, f"{step}\n")
 
 
 def rejected_version(root: epath.PathLike) -> int | None:
-    """The version that was refused last; None where there is none."""
+    """The version that was rejected last; None where there is none."""
     text = storage.read_pointer(storage.open_root(root), REJECTED)
     return int(text) if text is not None and text.strip().isdigit() else None
 
 
 def delete_version(root: epath.PathLike, step: int) -> None:
-    """Delete a version that must not be searched, and what was said of it; readers keep the files they have
-    open."""
+    """Delete a version that must not be searched, and its marks.
+
+    Readers keep the files they have open.
+    """
     root = storage.open_root(root)
     path = storage.version_path(root, step)
     if path.exists():
@@ -306,11 +312,14 @@ def _write_version(
     ids: Sequence[str],
     options: PublishOptions,
 ) -> dict[str, Any]:
-    """Write everything but the manifest and return our part of it; raises IndexGateError."""
+    """Write everything but the manifest; returns the fields for it.
+
+    Raises IndexGateError.
+    """
     settings, probe_queries = options.settings, options.probe_queries
     write_vectors(work / VECTORS, chunks_of(vectors), vectors.shape, options.vector_dtype)
     (work / IDS).write_text(json.dumps(list(ids)))
-    # From here on the stored vectors, rounded as readers will see them.
+    # Use the stored vectors from here on, rounded as readers see them.
     stored = open_vectors(work / VECTORS, options.vector_dtype)
     _gate_norms(stored, step)
     exact = ExactIndex(stored, ids, step)
@@ -320,7 +329,7 @@ def _write_version(
         settings = settings or ScannSettings.for_corpus(*stored.shape)
         (work / SCANN).mkdir()
         ScannIndex.build(stored, ids, step, settings, options.threads).save(os.fspath(work / SCANN))
-        # Measured as loaded from the files, which is what readers get.
+        # Measure the index as loaded from the files, as readers do.
         index = ScannIndex.load(os.fspath(work / SCANN), stored, ids, step, options.threads)
     build_seconds = time.perf_counter() - started
     if probe_queries is None:
