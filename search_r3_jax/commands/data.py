@@ -41,6 +41,7 @@ class DataBuild:
     debug: bool = False
 
     def run(self) -> None:
+        """Run the subcommand."""
         from search_r3_jax.data.build import FunctionCounts, build_beir, build_jsonl, build_python_functions
 
         if self.source == "python-functions":
@@ -109,6 +110,7 @@ class DataMine:
     debug: bool = False
 
     def run(self) -> None:
+        """Run the subcommand."""
         from search_r3_jax.retrieval.mining.dataset import mine_dataset
         from search_r3_jax.retrieval.mining.select import MiningOptions
 

@@ -23,6 +23,7 @@ class Eval(EvalSettings):
     debug: bool = False
 
     def run(self) -> None:
+        """Run the subcommand."""
         from search_r3_jax.evaluation.report import run_evaluation
 
         run_evaluation(self)
@@ -39,6 +40,7 @@ class Budget(BudgetSettings):
     debug: bool = False
 
     def run(self) -> None:
+        """Run the subcommand."""
         from search_r3_jax.evaluation.budget import run_budget
 
         run_budget(self)
@@ -55,6 +57,7 @@ class Mteb(MtebSettings):
     debug: bool = False
 
     def run(self) -> None:
+        """Run the subcommand."""
         try:
             from search_r3_jax.evaluation.mteb_run import run_mteb
         except ImportError as error:
@@ -86,6 +89,7 @@ class Compare:
     debug: bool = False
 
     def run(self) -> None:
+        """Run the subcommand."""
         from rich.console import Console
 
         from search_r3_jax.evaluation.compare import compare_results, read_result, show_comparison
@@ -122,6 +126,7 @@ class Perplexity:
     debug: bool = False
 
     def run(self) -> None:
+        """Run the subcommand."""
         from search_r3_jax.evaluation.perplexity import measure_perplexity
 
         result = measure_perplexity(
@@ -155,6 +160,7 @@ class Curves:
     debug: bool = False
 
     def run(self) -> None:
+        """Run the subcommand."""
         from search_r3_jax.evaluation.curves import draw_curves
 
         draw_curves(self.runs, self.out)
@@ -180,6 +186,7 @@ class Report:
     debug: bool = False
 
     def run(self) -> None:
+        """Run the subcommand."""
         from search_r3_jax.evaluation.page import write_report
 
         write_report(self.runs, self.eval, self.out, self.pictures)

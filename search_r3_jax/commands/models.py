@@ -42,6 +42,7 @@ class Export:
     debug: bool = False
 
     def run(self) -> None:
+        """Run the subcommand."""
         source = self._source()
         if self.peft:
             print(self._export_adapters(Path(source)))
@@ -104,6 +105,7 @@ class Embed:
     debug: bool = False
 
     def run(self) -> None:
+        """Run the subcommand."""
         from search_r3_jax.files import read_texts
 
         texts = read_texts(self.input)

@@ -45,6 +45,7 @@ class Plan:
     debug: bool = False
 
     def run(self) -> None:
+        """Run the subcommand."""
         from search_r3_jax.console import show_log
         from search_r3_jax.planning.plan import make_plan, open_slice
         from search_r3_jax.planning.report import print_meshes, print_plan, write_plan

@@ -28,6 +28,7 @@ class Quickstart:
     debug: bool = False
 
     def run(self) -> None:
+        """Run the subcommand."""
         from search_r3_jax.configs.quickstart import config
         from search_r3_jax.quickstart import Quickstart as Work
 
@@ -56,6 +57,7 @@ class Sft:
     debug: bool = False
 
     def run(self) -> None:
+        """Run the subcommand."""
         from search_r3_jax.distributed.runtime import join_cluster
 
         with join_cluster(self.cluster):
@@ -111,6 +113,7 @@ class Rl:
     debug: bool = False
 
     def run(self) -> None:
+        """Run the subcommand."""
         from search_r3_jax.console import Stages
         from search_r3_jax.training.rl import train_rl
 
@@ -156,6 +159,7 @@ class Indexer:
     debug: bool = False
 
     def run(self) -> None:
+        """Run the subcommand."""
         from search_r3_jax.console import show_log
         from search_r3_jax.retrieval.indexer.worker import run_indexer
 

@@ -111,6 +111,7 @@ class Bm25System:
         self._identifiers = identifiers
 
     def identity(self) -> dict[str, Any]:
+        """Kind, weights and settings that identify this system."""
         return {
             "kind": "bm25",
             "k1": 0.9,
@@ -119,6 +120,7 @@ class Bm25System:
         }
 
     def evaluate(self, collection: Collection, modes: Sequence[QueryMode], console: Console) -> SystemResult:
+        """Results by mode."""
         started = time.perf_counter()
         index = Bm25(collection, k1=0.9, b=0.4, identifiers=self._identifiers)
         indexed = time.perf_counter()
@@ -169,6 +171,7 @@ class SentenceTransformersSystem:
             ) from None
 
     def identity(self) -> dict[str, Any]:
+        """Kind, weights and settings that identify this system."""
         weights = {
             file.relative_to(self._folder).as_posix(): file_sha256(file)
             for file in sorted(self._folder.rglob("*.safetensors"))
@@ -181,6 +184,7 @@ class SentenceTransformersSystem:
         }
 
     def evaluate(self, collection: Collection, modes: Sequence[QueryMode], console: Console) -> SystemResult:
+        """Results by mode."""
         with progress_bar(console, "documents", len(collection.documents)) as bar:
             started = time.perf_counter()
             vectors = self._encode(
@@ -241,6 +245,7 @@ class DecoderSystem:
         self._graph, self._state = nnx.split(model.decoder)
 
     def identity(self) -> dict[str, Any]:
+        """Kind, weights and settings that identify this system."""
         return {
             "kind": "decoder",
             "step": self._step,
@@ -253,6 +258,7 @@ class DecoderSystem:
         }
 
     def evaluate(self, collection: Collection, modes: Sequence[QueryMode], console: Console) -> SystemResult:
+        """Results by mode."""
         evaluator = self._evaluator(self._settings.max_think_tokens)
         index, document_seconds = self._build_index(evaluator, collection, console)
         results: dict[QueryMode, ModeResult] = {}

@@ -127,6 +127,7 @@ class Head:
 
     @property
     def vocab_size(self) -> int:
+        """V, columns of the logits."""
         return self.weight.shape[self.vocab_axis]
 
     def logits(self, hidden_md: jax.Array) -> jax.Array:

@@ -146,18 +146,18 @@ def policy_loss(
       (2507.18071): one r a row, exp of the mean log-ratio of its tokens; aggregated as grpo; clips are far
       tighter, about 3e-4.
     `mask_bt` bool is true on tokens that the policy sampled: never on prompt, padding or forced tokens, and
-    the values there are ignored. Rows without any count as nothing, so that they may pad a
-    micro-batch; where no row has any, sum and count are 0. `old_log_probs_bt`: of the first pass over the
-    batch; None takes the current ones, stopped, so that r is 1 with r's gradient. `reference_log_probs_bt` is
-    needed if β > 0; with β = 0 it is measured alone. `sampler_log_probs_bt` with `importance_cap` > 0 weighs
-    the surrogate, not the KL, by w = min(exp(old − sampler), cap) without gradient (truncated importance
-    sampling): what drew the tokens need not compute exactly what is trained. Raises ValueError on an unknown
-    variant or estimator, β without a reference, `dr_grpo` without `max_tokens`, a cap without
-    log-probabilities of the sampler or the reverse, and clips outside of 0 ≤ clip_low < 1, 0 ≤ clip_high.
+    the values there are ignored. Rows without any count as nothing, so that they may pad a micro-batch; where
+    no row has any, sum and count are 0. `old_log_probs_bt`: of the first pass over the batch; None takes the
+    current ones, stopped, so that r is 1 with r's gradient. `reference_log_probs_bt` is needed if β > 0; with
+    β = 0 it is measured alone. `sampler_log_probs_bt` with `importance_cap` > 0 weighs the surrogate, not the
+    KL, by w = min(exp(old − sampler), cap) without gradient (truncated importance sampling): what drew the
+    tokens need not compute exactly what is trained. Raises ValueError on an unknown variant or estimator, β
+    without a reference, `dr_grpo` without `max_tokens`, a cap without log-probabilities of the sampler or the
+    reverse, and clips outside of 0 ≤ clip_low < 1, 0 ≤ clip_high.
     """
     if (sampler_log_probs_bt is None) != (importance_cap <= 0):
         raise ValueError(
-            f"importance_cap {importance_cap}: a cap above 0 and the sampler's log-probabilities go together"
+            f"importance_cap {importance_cap}: needs the sampler's log-probabilities, and they it"
         )
     _check_weights(variant, max_tokens, clip_low, clip_high, beta, reference_log_probs_bt)
     dtype = jnp.promote_types(log_probs_bt.dtype, jnp.float32)
@@ -185,7 +185,6 @@ def policy_loss(
     surrogate = jnp.minimum(ratio * advantages, jnp.clip(ratio, 1 - clip_low, 1 + clip_high) * advantages)
     loss_bt = jnp.broadcast_to(-surrogate, mask_bt.shape)
 
-    # Importance weights, then the KL term.
     capped = kl = None
     if sampler_log_probs_bt is not None:
         drift_bt = jnp.exp(old_bt - sampled(sampler_log_probs_bt))
@@ -207,7 +206,7 @@ def policy_loss(
         capped=capped,
     )
     count = policy_count(mask_bt, variant, max_tokens=max_tokens).astype(dtype)
-    if variant == "grpo" or variant == "gspo":
+    if variant in ("grpo", "gspo"):
         return jnp.sum(jnp.sum(loss_bt * counted_bt, axis=-1) / jnp.maximum(tokens_b, 1)), count, statistics
     return token_sum(loss_bt), count, statistics
 
