@@ -156,9 +156,7 @@ def policy_loss(
     reverse, and clips outside of 0 ≤ clip_low < 1, 0 ≤ clip_high.
     """
     if (sampler_log_probs_bt is None) != (importance_cap <= 0):
-        raise ValueError(
-            f"importance_cap {importance_cap}: needs the sampler's log-probabilities, and they it"
-        )
+        raise ValueError(f"importance_cap {importance_cap}: goes together with the sampler's log-probs")
     _check_weights(variant, max_tokens, clip_low, clip_high, beta, reference_log_probs_bt)
     dtype = jnp.promote_types(log_probs_bt.dtype, jnp.float32)
     mask_bt = mask_bt.astype(bool)
