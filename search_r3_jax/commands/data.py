@@ -82,7 +82,7 @@ class DataMine:
             None: no limit.
         relative_margin: The same limit as a share of the weakest positive's cosine. None: no limit.
         max_score: Leave out documents with a higher cosine. None: no limit.
-        sampling: `top`: the most similar documents that are left; `random`: any of them.
+        sampling: `top`: the most similar documents that are left; `random`: a random choice of them.
         seed: Seed of random sampling.
         index: How to search: `exact`, `scann`, or `auto`: ScaNN where it is installed.
         max_query_tokens: Longest query, in tokens.

@@ -101,7 +101,7 @@ class Compare:
 
 @dataclass(frozen=True, kw_only=True)
 class Perplexity:
-    """Measure how well a model writes plain text: the perplexity of documents, before and after training.
+    """Measure how well a model writes plain text: the perplexity of documents.
 
     Attributes:
         model: Run folder, Hugging Face folder, GGUF file, or `smollm2`.
@@ -147,7 +147,7 @@ class Perplexity:
 
 @dataclass(frozen=True, kw_only=True)
 class Curves:
-    """Draw the course of runs: nDCG@10 on their development queries, and their losses.
+    """Draw the course of runs: nDCG@10 on their development queries, losses (stage 1), rewards (stage 2).
 
     Attributes:
         runs: Folders that `sft` or `rl` wrote.

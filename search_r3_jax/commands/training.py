@@ -73,7 +73,7 @@ class Sft:
 
             def on_step(done: int, total: int, metrics: dict[str, float]) -> None:
                 rate = f"{metrics['tokens_per_second']:,.0f} tokens/s, MFU {metrics['mfu']:.0%}"
-                accuracy = f"in-batch accuracy {metrics['in_batch_accuracy']:.0%}"
+                accuracy = f"in-batch accuracy {_in_batch_accuracy(metrics):.0%}"
                 bar.to(done, f"loss {metrics['loss']:.3f}, {accuracy}, {rate}", total)
 
             train_sft(
@@ -85,6 +85,14 @@ class Sft:
         console.say(
             f"{self.run_folder}: done; search-r3 export --run {self.run_folder} --out FOLDER writes the model"
         )
+
+
+def _in_batch_accuracy(metrics: dict[str, float]) -> float:
+    """The accuracy of the full vectors; with `sft.matryoshka` each dimension has one, the full one last."""
+    names = [name for name in metrics if name.startswith("in_batch_accuracy")]
+    return metrics[
+        max(names, key=lambda name: int(name.rpartition("_")[2] or 0) if name[-1].isdigit() else 0)
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +155,8 @@ class Indexer:
         run_folder: Run folder of stage 2.
         parent: Process id of the trainer that started this indexer; it ends with that process. None: it runs
             until stopped.
-        process: Number of this process, where several share the encoding. Process 0 builds and publishes.
+        process: Index of this process, from 0, where several share the encoding. Process 0 builds and
+            publishes.
         processes: Number of processes that share the encoding.
         debug: On an error, show the traceback.
     """

@@ -25,16 +25,18 @@ class IndexConfig:
             checkpoint is saved. 0 never measures.
         drift_documents: Documents in that part.
         drift_cosine: Mean cosine to the last checkpoint's vectors below which it has drifted.
-        drift_overlap: Share of unchanged ten-nearest documents below which it has drifted.
+        drift_overlap: Share of a document's ten nearest that are unchanged, below which it has drifted.
         max_index_age_steps: Age in steps above which the index is stale. 0: no limit.
-        on_stale_index: What to do then: `wait` for a newer one, `warn`, or `stop` with a checkpoint.
+        on_stale_index: What to do with an index older than that: `wait` for a newer one, `warn`, or save and
+            `stop`.
         recall_gate: Smallest recall@10 against exact search at which a version is published.
         vector_dtype: How a version stores its vectors.
         folder: Where versions are kept, a folder or a bucket (`gs://…`). Empty: `index` in the run folder.
         keep_versions: Newest versions to keep.
-        local: Start an indexer beside the trainer. Without it, start one yourself: `search-r3 indexer`.
+        local: Start an indexer beside the trainer. With `--index.no-local`, start one yourself:
+            `search-r3 indexer`.
         silent_seconds: Restart an indexer that shows no sign of life for this long.
-        nice: Added to the indexer's niceness, 0 to 19.
+        nice: Unix nice value added to the indexer process, 0 to 19.
         threads: CPU threads of the indexer. 0 lets XLA choose.
         cores: CPU cores that the indexer may use. Empty: all.
         mesh: Mesh of an indexer process.

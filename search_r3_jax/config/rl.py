@@ -39,10 +39,10 @@ class RewardConfig:
             `dcg` gains over the query embedded without reasoning.
         temperature: Temperature of the soft ranks, in cosine.
         margin_weight: `rank_margin`: share of the margin, in [0, 1]; the ranks have the rest.
-        margin_width: `rank_margin`: a margin of this cosine earns all; a larger one earns no more.
+        margin_width: `rank_margin`: margin (cosine) at which the margin term reaches its maximum.
         hard_negatives: `rank_margin`: the margin is taken to this many highest negatives.
         floor_gap: The worst valid reply earns this much; an invalid one earns 0. In (0, 1).
-        length_weight: Weight of brevity beside retrieval's 1. 0 leaves it out.
+        length_weight: Weight of the length term; retrieval has weight 1. 0: off.
         free_tokens: Tokens of a reply that cost nothing; from there the price rises to `max_think_tokens`.
     """
 
@@ -63,8 +63,8 @@ class InfoNceConfig:
     Attributes:
         weight: Weight of the loss. 0 leaves it out.
         temperature: Temperature τ.
-        negatives: Candidates of the step to contrast with, best of each query first, beside the other
-            queries' documents. 0: those documents alone.
+        negatives: Extra negatives: this many of the step's candidates, best-ranked first. 0: only the other
+            queries' documents.
         near_duplicate_cosine: Drop a candidate from the InfoNCE negatives when its cosine to any positive of
             the step exceeds this: probably an unjudged duplicate. 1 keeps all.
         train_documents: Encode the queries' own documents inside the update, so that they are trained too.
@@ -84,8 +84,8 @@ class CollapseConfig:
 
     Attributes:
         steps: Stop after this many steps in a row under one of the thresholds. 0 never stops.
-        valid_rate: Smallest share of valid replies.
-        entropy: Smallest entropy, in nats per token.
+        valid_rate: A step counts as collapsed below this share of valid replies.
+        entropy: A step counts as collapsed below this entropy, in nats per token.
     """
 
     steps: int = 20
@@ -98,22 +98,24 @@ class RlConfig:
     """Stage 2: GRPO with a retrieval reward.
 
     Attributes:
-        steps: Rollouts, each followed by `inner_epochs` updates.
+        steps: Training steps: one rollout and `inner_epochs` updates each.
         global_queries: Queries per step, over all devices; each gets `group_size` replies.
         micro_queries: Queries whose replies' activations are in memory at a time. 0: all at once.
         group_size: Replies sampled per query (G).
         min_tokens: A reply of fewer tokens, closing included, is invalid. Keeps a policy from learning first
             of all to write nothing.
-        variant: How tokens are weighted. `grpo`: mean per reply. `dr_grpo`: by the token budget. `dapo`: mean
-            over the batch. `gspo`: one ratio per reply; use clips of about 3e-4.
+        variant: How tokens are weighted. `grpo`: mean per reply. `dr_grpo`: sum over tokens / (replies ×
+            `max_think_tokens`). `dapo`: mean over the batch's tokens. `gspo`: one ratio per reply; use clips
+            of about 3e-4.
         clip_low: The ratio is clipped below at 1 − clip_low.
         clip_high: The ratio is clipped above at 1 + clip_high. More than clip_low is clip-higher (DAPO).
         beta: Weight of the KL to the model that stage 2 started from. 0 never runs that model.
-        kl_estimator: `k3` is never negative and has low variance; `k2` has the gradient of the KL; `k1` has
-            none on average.
-        scale_rewards: Divide advantages by the standard deviation of their group, of the batch, or not.
+        kl_estimator: `k3` is never negative and has low variance; `k2` has the gradient of the KL; `k1` is
+            unbiased, but its gradient is zero on average.
+        scale_rewards: Divide advantages by the standard deviation of their `group` or of the `batch`; `none`:
+            do not divide.
         inner_epochs: Updates on the same rollout. The ratio is to the policy before the first.
-        importance_cap: Weight tokens by trainer probability / sampler probability, up to this. 0: no weights.
+        importance_cap: Weight tokens by trainer probability / sampler probability, up to this. 0: off.
         eval_every: Steps between evaluations on the development queries, direct and reasoned. 0 never.
         save_every: Steps between checkpoints. The indexer builds an index of each. Evaluations save too.
         keep: Newest checkpoints to keep. The best one is kept as well.

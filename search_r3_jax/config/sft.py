@@ -17,8 +17,8 @@ class OptimizerConfig:
         schedule: Decay after the warm-up: a cosine or a line down to `final_share`, none, or `wsd`: constant,
             then a line over the last fifth of the steps.
         final_share: Learning rate of the last step, as a share of the peak.
-        row_scale: Multiplies the learning rate of the embed token's row. The row is new while all else is
-            already trained, so a short run needs a large value.
+        row_scale: Multiplies the learning rate of the embed token's row. In stage 1 the row is new while all
+            else is trained already, so a short run needs a large value.
         warmup_steps: Steps over which the rate rises from 0 to its peak.
         weight_decay: Decay of matrices. Norms, biases and the embed token's row are never decayed.
         b1: AdamW: decay of the first moment.
@@ -60,10 +60,11 @@ class SftConfig:
         kl_weight: Weight of KL(current ‖ base) on the reply. 0 leaves it out.
         matryoshka: Truncated dimensions at which the contrastive losses apply too; name the full dimension
             as well. Empty: the full vector alone.
-        negatives: Judged or mined negatives per query.
+        negatives: Negatives per query from the data set (judged irrelevant, or from `data mine`). 0: only
+            those of the batch.
         reasoned_share: Share of queries trained in the reasoned format, in [0, 1].
-        reasoning: Where their reasoning comes from: `column` of the data set, `self` (the untrained model
-            writes it), or `key_terms` of the positive document (tf·idf).
+        reasoning: Where their reasoning comes from: `off`, nowhere; `column` of the data set, `self` (the
+            untrained model writes it), or `key_terms` of the positive document (tf·idf).
         key_terms: Terms in a key-term reasoning.
         eval_every: Steps between evaluations on the development queries. 0 never evaluates.
         save_every: Steps between checkpoints. Every evaluation saves one too.

@@ -1,7 +1,8 @@
 """Both stages of SmolLM2-135M-Instruct on one real collection, on two CPU cores.
 
 search-r3 sft --config smollm2 --run runs/sft --data.sets DATA/strategyqa
-search-r3 rl --config smollm2 --run runs/rl --model runs/sft --start-step best --data.sets DATA/strategyqa
+search-r3 rl --config smollm2 --run runs/rl --model runs/sft --start-step best --data.sets DATA/strategyqa \\
+    --rl.min-tokens 12
 """
 
 from search_r3_jax.config import (

@@ -16,10 +16,10 @@ class Cluster:
     """The processes that train together.
 
     Attributes:
-        coordinator: `host:port` where process 0 listens. Empty: found out (SLURM, TPU metadata), or not
+        coordinator: `host:port` where process 0 listens. Empty: detected (SLURM, TPU metadata), or not
             needed.
-        processes: Number of processes. 0: found out.
-        process: Number of this process. -1: found out.
+        processes: Number of processes. 0: detected.
+        process: Index of this process, from 0. -1: detected.
     """
 
     coordinator: str = ""

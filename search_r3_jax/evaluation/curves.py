@@ -26,6 +26,8 @@ def draw_curves(runs: Sequence[Path], out: Path) -> None:
     One column per run. Raises UserError for a folder that is no run.
     """
     check_output("--out", out)
+    if not runs:
+        raise UserError("curves: no runs; name one or more folders that sft or rl wrote")
     pyplot = open_pyplot("curves")
     files_of = {run.name: _read(run) for run in runs}
     figure, axes = pyplot.subplots(

@@ -19,19 +19,20 @@ class EvalSettings:
             sentence-transformers model).
         data: Built data set or BEIR folder.
         split: Split whose queries are searched.
-        mode: `direct`: no thinking. `reason`: the model thinks before it embeds a query. `both`. `all`: both,
-            and `average`, the mean of a query's two vectors. Baselines have `direct` only.
+        mode: `direct`: no thinking. `reason`: the model thinks before it embeds a query. `both`: direct and
+            reason. `all`: both, and `average`, the mean of a query's two vectors. Baselines have `direct`
+            only.
         index: How to search.
         out: JSON file with all numbers and each query's results, for `compare` and `report`. None: print
             only.
         run_file: TREC run file to write; the judgements go beside it as .qrels. Several modes write a file
-            each, with .direct or .reason added. None: none.
+            each, with .direct or .reason added. None: no file.
         max_queries: Random queries of the split to search, at most. None: all.
         max_documents: Documents to search: all that are judged, filled up with random others. None: the whole
             corpus.
         seed: Seed that draws those queries and documents.
-        max_query_tokens: Longest query, in tokens (models of ours). None: 64.
-        max_document_tokens: Longest document, in tokens (models of ours). None: 256.
+        max_query_tokens: Longest query, in tokens (not for baselines). None: 64.
+        max_document_tokens: Longest document, in tokens (not for baselines). None: 256.
         max_think_tokens: Longest reasoning, in tokens; then the embed token is forced. 0 forces it at once.
         controls: Also search with another text in place of a query's own reasoning: another query's
             reasoning, none, the query repeated, random words.
@@ -71,7 +72,7 @@ class BudgetSettings:
         model: Run folder, Hugging Face folder, GGUF file or `smollm2`.
         data: Built data set or BEIR folder.
         out: JSON file with all numbers and each query's results.
-        picture: PNG file: nDCG@10 over the tokens of a query. None: none.
+        picture: PNG file: nDCG@10 over the tokens of a query. None: no file.
         budgets: Thinking tokens before the embed token is forced. 0 forces it at once.
         split: Split whose queries are searched.
         index: How to search.

@@ -285,7 +285,7 @@ def load_or_copy_schedule(run: Path, step: int, *, replay: Path | None) -> Index
         schedule.copy(replay)
     if len(schedule) < step:
         raise UserError(
-            f"{run}: its record of index versions ends at step {len(schedule)}, its checkpoint is of {step}; "
+            f"{run}: its index schedule ends at step {len(schedule)}, its checkpoint is of {step}; "
             "give another --run"
         )
     return schedule

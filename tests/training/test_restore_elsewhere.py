@@ -117,7 +117,7 @@ def test_stage_2_saved_on_one_device_resumed_on_eight_and_back(place: Place, tmp
         lines = place.lines("run")
         assert [line["step"] for line in lines] == list(range(STEPS))
         for ours, theirs in zip(lines, whole, strict=True):
-            # The same record of index versions, whatever the indexer has made meanwhile.
+            # The same index schedule, whatever the indexer has made meanwhile.
             assert ours["index_step"] == theirs["index_step"]
             for name in ("loss", "reward", "kl", "infonce"):
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-5), (ours["step"], name)

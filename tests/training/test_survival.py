@@ -87,7 +87,7 @@ def test_stage_1_killed_at_random_moments_ends_bit_equal(place: Place, tmp_path:
 def test_stage_2_killed_at_random_moments_is_repeated_bit_equal(
     place: Place, tmp_path: Path, kills: int
 ) -> None:
-    """Trainer, indexer or both are killed; an uninterrupted run that replays the record of index versions is
+    """Trainer, indexer or both are killed; an uninterrupted run that replays the index schedule is
     the same run."""
     generator = np.random.default_rng(1)
     run = tmp_path / "killed"

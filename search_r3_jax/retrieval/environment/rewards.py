@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import get_args
 
 import numpy as np
 
-from search_r3_jax.config import RewardConfig
+from search_r3_jax.config import RewardConfig, RewardVariant
 from search_r3_jax.errors import UserError
 
 
 def check_reward(reward: RewardConfig, *, max_tokens: int) -> None:
     """Raise UserError for a setting out of range; `max_tokens` is the longest reply."""
-    if reward.variant not in ("dcg", "log_rank", "rank_margin", "gain_over_direct"):
+    if reward.variant not in get_args(RewardVariant):
         raise UserError(f"rl.reward.variant: {reward.variant!r}: no such reward")
     if reward.temperature <= 0:
         raise UserError(f"rl.reward.temperature: {reward.temperature}: must be above 0")
@@ -73,7 +74,7 @@ def reward_terms(
             hard_negatives=settings.hard_negatives,
         )
         values = {"rank": (1 - settings.margin_weight) * rank, "margin": settings.margin_weight * margin}
-    else:
+    elif settings.variant == "gain_over_direct":
         if direct_similarities is None:
             raise ValueError("gain_over_direct needs the similarities of the query's direct embedding")
         check_similarities(direct_similarities[None], np.ones(1, dtype=bool))
@@ -82,6 +83,8 @@ def reward_terms(
             "retrieval": 0.5
             + 0.5 * (dcg_reward(scores, relevance, temperature=settings.temperature) - direct)
         }
+    else:
+        raise ValueError(f"unknown reward {settings.variant!r}")
 
     weight = settings.length_weight
     scale = (1 - settings.floor_gap) / (1 + weight)

@@ -223,9 +223,8 @@ class IndexFollower:
                 self._set_current(version)
             return index
         raise UserError(
-            f"{self._root}: v{version}: the run's record names this index, but {problem}; put it back, or go "
-            "on with "
-            "a new one, as another run: --allow-config-change"
+            f"{self._root}: v{version}: the run's schedule names this version, but {problem}; put it back, "
+            "or go on with a new one, as another run: --allow-config-change"
         )
 
     def open_versions(self) -> list[int]:

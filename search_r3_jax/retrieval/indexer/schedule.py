@@ -41,7 +41,7 @@ class IndexSchedule:
     def record(self, step: int, version: int) -> None:
         """Append the version of the next step; raises UserError when the disk refuses."""
         if step != len(self._versions):
-            raise ValueError(f"step {step}: the record has {len(self._versions)} steps")
+            raise ValueError(f"step {step}: the schedule has {len(self._versions)} steps")
         try:
             append_line(self._file, json.dumps({"step": step, "index": version}), durable=True)
         except OSError as error:
@@ -59,7 +59,7 @@ class IndexSchedule:
         other = _read(run / SCHEDULE)
         if not other:
             raise UserError(
-                f"{run / SCHEDULE}: no record to replay; give a run of stage 2 that has taken a step"
+                f"{run / SCHEDULE}: no schedule to replay; give a run of stage 2 that has taken a step"
             )
         self._versions = other
         self._write()
@@ -84,4 +84,4 @@ def _read(file: Path) -> list[int]:
             raise ValueError("its steps are not 0, 1, 2 …")
         return [int(entry["index"]) for entry in entries]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: is no record of index versions ({error}); give another --run") from None
+        raise UserError(f"{file}: is no index schedule ({error}); give another --run") from None

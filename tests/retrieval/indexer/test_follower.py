@@ -1,5 +1,4 @@
-"""The trainer's side of the index: what a record names is found, what lies ahead is left, what may be needed
-again is kept."""
+"""The trainer's side of the index: scheduled versions open, later ones wait, those needed again are kept."""
 
 from __future__ import annotations
 
@@ -69,13 +68,13 @@ def test_a_recorded_version_is_opened_from_the_replayed_run_or_the_own(tmp_path:
     assert not follower.is_published(6)
     with pytest.raises(
         UserError,
-        match=r"v6: the run's record names this index, but it is not there; put it back, or "
+        match=r"v6: the run's schedule names this version, but it is not there; put it back, or "
         r".*--allow-config-change",
     ):
         follower.open_version(6)
     # Damaged there, it is not taken; the error says what is wrong with it.
     (index_folder(other) / "v2" / "vectors").write_bytes(b"")
-    with pytest.raises(UserError, match=r"v2: the run's record names this index, but .*v2"):
+    with pytest.raises(UserError, match=r"v2: the run's schedule names this version, but .*v2"):
         follower.open_version(2)
 
 

@@ -1,4 +1,4 @@
-"""The record of index versions: every step stands in it once, whatever happened while it was written."""
+"""The schedule of index versions: every step stands in it once, whatever happened while it was written."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
             {4},
             set(),
         ]
-    with pytest.raises(ValueError, match="the record has 6 steps"):
+    with pytest.raises(ValueError, match="the schedule has 6 steps"):
         schedule.record(7, 4)
 
 
@@ -55,7 +55,7 @@ def test_another_run_takes_a_record_over_and_a_changed_one_forgets_it(tmp_path: 
     recorded(tmp_path / "one", [0, 0, 3])
     (tmp_path / "other").mkdir()
     schedule = IndexSchedule(tmp_path / "other")
-    with pytest.raises(UserError, match="no record to replay"):
+    with pytest.raises(UserError, match="no schedule to replay"):
         schedule.copy(tmp_path / "nowhere")
     schedule.copy(tmp_path / "one")
     schedule.record(3, 3)
@@ -72,7 +72,7 @@ def test_another_run_takes_a_record_over_and_a_changed_one_forgets_it(tmp_path: 
 )
 def test_what_is_no_record_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / SCHEDULE).write_text(text)
-    with pytest.raises(UserError, match="is no record of index versions"):
+    with pytest.raises(UserError, match="is no index schedule"):
         IndexSchedule(tmp_path)
 
 
