@@ -17,7 +17,7 @@ from search_r3_jax.commands.data import DataBuild, DataMine
 from search_r3_jax.commands.evaluation import Budget, Compare, Curves, Eval, Mteb, Perplexity, Report
 from search_r3_jax.commands.models import Embed, Export
 from search_r3_jax.commands.planning import Plan
-from search_r3_jax.commands.settings import rl_settings, sft_settings
+from search_r3_jax.commands.settings import plan_settings, rl_settings, sft_settings
 from search_r3_jax.commands.training import Indexer, Quickstart, Rl, Sft
 from search_r3_jax.config import RunConfig, renamed_flags
 from search_r3_jax.configs import load_config
@@ -84,7 +84,7 @@ def subcommands(arguments: Sequence[str]) -> Any:
     settings = load_config(name) if name else RunConfig()
     sft = Sft(config=name or required, run_folder=required, settings=sft_settings(settings))
     rl = Rl(config=name or required, run_folder=required, settings=rl_settings(settings))
-    plan = Plan(config=name or required, settings=settings, stage=required, topology=required)
+    plan = Plan(config=name or required, settings=plan_settings(settings), stage=required, topology=required)
     return (
         Annotated[Quickstart, tyro.conf.subcommand("quickstart")]
         | Annotated[

@@ -13,7 +13,7 @@ from helpers.tiny_models import word_collection
 import search_r3_jax
 from search_r3_jax.commands.data import DataBuild
 from search_r3_jax.commands.models import Embed, Export
-from search_r3_jax.configs import load_config
+from search_r3_jax.configs import config_names, load_config
 from search_r3_jax.data.dataset import build_dataset
 from search_r3_jax.embedder import Embedder
 from search_r3_jax.errors import UserError
@@ -299,8 +299,8 @@ def test_subcommands_are_listed_in_order_of_use() -> None:
     [
         (
             "sft",
-            ["--sft.steps", "--rl.sampler.top-k", "--data.batches"],
-            ["--rl.steps", "--index.", "--data.rl-"],
+            ["--sft.steps", "--rl.sampler.max-think-tokens", "--data.batches"],
+            ["--rl.steps", "--rl.sampler.top-k", "--index.", "--data.rl-"],
         ),
         ("rl", ["--rl.steps", "--index.kind", "--data.rl-queries"], ["--sft.", "--data.batches"]),
     ],
@@ -309,6 +309,8 @@ def test_a_stage_shows_its_own_settings(stage: str, shown: list[str], hidden: li
     text = search_r3(stage, "--config", "smollm2", "--help").stdout
     assert all(flag in text for flag in shown)
     assert not any(flag in text for flag in hidden)
+    # The names of all experiments stand in the help of --config.
+    assert all(name in text for name in config_names())
 
 
 def test_a_flag_of_an_older_version_is_taken_with_a_note(tmp_path: Path) -> None:

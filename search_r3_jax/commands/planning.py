@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from search_r3_jax.commands.settings import run_config
 from search_r3_jax.config import RunConfig
 
 
@@ -19,8 +20,8 @@ class Plan:
     The numbers come from the TPU compiler, which runs without a TPU.
 
     Attributes:
-        config: Name of an experiment (a file in `configs/`). The settings below show its values; flags change
-            them.
+        config: Name of an experiment: quickstart, smollm2, qwen25_1p5b, qwen25_7b, qwen25_7b_lora, qwen3_8b.
+            Put it before `--help` to see its values; the flags below change them.
         settings: The experiment's settings.
         stage: Program to plan. `sft`, `rl`: an update. `decode`: a rollout of rl.global_queries ×
             rl.group_size replies. `encode`: a batch of the corpus.
@@ -55,10 +56,10 @@ class Plan:
         show_log(sys.stderr)
         chips = open_slice(self.topology, self.slices)
         if self.auto:
-            print_meshes(try_meshes(self.settings, self.stage, chips), as_json=self.json)
+            print_meshes(try_meshes(run_config(self.settings), self.stage, chips), as_json=self.json)
             return
         find = largest_chunk if self.largest else make_plan
-        plan = find(self.settings, self.stage, chips)
+        plan = find(run_config(self.settings), self.stage, chips)
         print_plan(plan, as_json=self.json)
         if self.out is not None:
             write_plan(plan, self.out)

@@ -1,4 +1,4 @@
-"""Settings as a stage's command shows them; those of the other stage are hidden."""
+"""Settings as a command shows them; those that do not concern it are hidden."""
 
 from __future__ import annotations
 
@@ -7,40 +7,43 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 import tyro
 
-from search_r3_jax.config import DataConfig, RlConfig, RunConfig
+from search_r3_jax.config import RunConfig, config_from_dict
 
 T = TypeVar("T")
 
 
 def sft_settings(config: RunConfig) -> RunConfig:
-    """The config for `sft`, with the settings of stage 2 hidden except the sampler, which evaluation uses."""
+    """The config for `sft`, without stage 2; only the budget of the reasoned evaluation is left of it."""
     data = _hiding(config.data, "rl_queries", "rl_documents", "functions")
-    rl = _hiding(config.rl, *(name for name in _fields(config.rl) if name != "sampler"))
+    sampler = _hiding(config.rl.sampler, "temperature", "top_k", "top_p")
+    others = (entry.name for entry in dataclasses.fields(config.rl) if entry.name != "sampler")
+    rl = _hiding(dataclasses.replace(config.rl, sampler=sampler), *others)
     return _hiding(dataclasses.replace(config, data=data, rl=rl), "index")
 
 
 def rl_settings(config: RunConfig) -> RunConfig:
-    """The config for `rl`, with the settings of stage 1 hidden."""
+    """The config for `rl`, without stage 1."""
     data = _hiding(config.data, "batches", "weights", "functions")
-    return _hiding(dataclasses.replace(config, data=data), "sft")
+    text = _hiding(config.text, "max_thought_tokens")
+    return _hiding(dataclasses.replace(config, data=data, text=text), "sft")
+
+
+def plan_settings(config: RunConfig) -> RunConfig:
+    """The config for `plan`, without the quickstart's data set."""
+    return dataclasses.replace(config, data=_hiding(config.data, "functions"))
 
 
 def run_config(settings: RunConfig) -> RunConfig:
     """Turn a command's settings back into a config, with the hidden ones."""
-    data, rl = DataConfig(**_fields(settings.data)), RlConfig(**_fields(settings.rl))
-    return RunConfig(**{**_fields(settings), "data": data, "rl": rl})
+    return config_from_dict(RunConfig, dataclasses.asdict(settings))
 
 
 def _hiding(config: T, *names: str) -> T:
-    """The same values in a subclass whose named fields tyro omits: it reads the class of a default."""
+    """The same values in a subclass whose named fields tyro leaves out: it goes by the class of a default."""
     kind: Any = type(config)
     hints = get_type_hints(kind)
     hidden = [(name, Annotated[hints[name], tyro.conf.Suppress]) for name in names]
     subclass = dataclasses.make_dataclass(
         kind.__name__, hidden, bases=(kind,), frozen=True, kw_only=True, namespace={"__doc__": kind.__doc__}
     )
-    return subclass(**_fields(config))
-
-
-def _fields(config: Any) -> dict[str, Any]:
-    return {entry.name: getattr(config, entry.name) for entry in dataclasses.fields(config)}
+    return subclass(**{entry.name: getattr(config, entry.name) for entry in dataclasses.fields(kind)})

@@ -40,8 +40,8 @@ class Sft:
     """Stage 1: contrastive fine-tuning. The same command resumes from the last checkpoint.
 
     Attributes:
-        config: Name of an experiment (a file in `configs/`). The settings below show its values; flags change
-            them.
+        config: Name of an experiment: quickstart, smollm2, qwen25_1p5b, qwen25_7b, qwen25_7b_lora, qwen3_8b.
+            Put it before `--help` to see its values; the flags below change them.
         run_folder: Run folder. Created where it does not exist.
         settings: The experiment's settings.
         cluster: Processes that train together.
@@ -102,8 +102,9 @@ class Rl:
     The same command resumes from the last checkpoint.
 
     Attributes:
-        config: Name of an experiment (a file in `configs/`). The settings below show its values; flags change
-            them. `--model` names what to start from: a run of stage 1.
+        config: Name of an experiment: quickstart, smollm2, qwen25_1p5b, qwen25_7b, qwen25_7b_lora, qwen3_8b.
+            Put it before `--help` to see its values; the flags below change them. `--model` names what to
+            start from: a run of stage 1.
         run_folder: Run folder. Created where it does not exist.
         settings: The experiment's settings.
         replay: Run whose schedule of index versions to repeat: with the same settings, the same losses to the
