@@ -82,9 +82,14 @@ def subcommands(arguments: Sequence[str]) -> Any:
     name = _value_of("--config", arguments)
     required = tyro.MISSING
     settings = load_config(name) if name else RunConfig()
-    sft = Sft(config=name or required, run_folder=required, settings=sft_settings(settings))
-    rl = Rl(config=name or required, run_folder=required, settings=rl_settings(settings))
-    plan = Plan(config=name or required, settings=plan_settings(settings), stage=required, topology=required)
+    # Only help hides settings: one set of flags may serve both stages.
+    helps = not {"-h", "--help"}.isdisjoint(arguments)
+    for_sft, for_rl, for_plan = (
+        hide(settings) if helps else settings for hide in (sft_settings, rl_settings, plan_settings)
+    )
+    sft = Sft(config=name or required, run_folder=required, settings=for_sft)
+    rl = Rl(config=name or required, run_folder=required, settings=for_rl)
+    plan = Plan(config=name or required, settings=for_plan, stage=required, topology=required)
     return (
         Annotated[Quickstart, tyro.conf.subcommand("quickstart")]
         | Annotated[

@@ -11,6 +11,7 @@ import pytest
 from helpers.tiny_models import word_collection
 
 import search_r3_jax
+from search_r3_jax.cli import parse
 from search_r3_jax.commands.data import DataBuild
 from search_r3_jax.commands.models import Embed, Export
 from search_r3_jax.configs import config_names, load_config
@@ -317,3 +318,11 @@ def test_a_flag_of_an_older_version_is_taken_with_a_note(tmp_path: Path) -> None
     shown = search_r3("rl", "--config", "smollm2", "--run", str(tmp_path / "run"), "--rl.floor-gap", "0.2")
     assert shown.stderr.splitlines()[0] == "search-r3: note: --rl.floor-gap is now --rl.reward.floor-gap"
     assert "data.sets" in shown.stderr
+
+
+def test_a_command_takes_the_settings_that_its_help_hides() -> None:
+    """One set of flags may serve both stages."""
+    command = parse(
+        ["sft", "--config", "smollm2", "--run", "run", "--rl.steps", "3", "--index.kind", "exact"]
+    )
+    assert (command.settings.rl.steps, command.settings.index.kind) == (3, "exact")

@@ -9,7 +9,6 @@ from typing import Annotated, Literal
 
 import tyro
 
-from search_r3_jax.commands.settings import run_config
 from search_r3_jax.config import RunConfig
 
 
@@ -56,10 +55,10 @@ class Plan:
         show_log(sys.stderr)
         chips = open_slice(self.topology, self.slices)
         if self.auto:
-            print_meshes(try_meshes(run_config(self.settings), self.stage, chips), as_json=self.json)
+            print_meshes(try_meshes(self.settings, self.stage, chips), as_json=self.json)
             return
         find = largest_chunk if self.largest else make_plan
-        plan = find(run_config(self.settings), self.stage, chips)
+        plan = find(self.settings, self.stage, chips)
         print_plan(plan, as_json=self.json)
         if self.out is not None:
             write_plan(plan, self.out)

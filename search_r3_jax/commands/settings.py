@@ -1,4 +1,4 @@
-"""Settings as a command shows them; those that do not concern it are hidden."""
+"""Settings as the help of a command shows them: without those that do not concern it, which it takes too."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 import tyro
 
-from search_r3_jax.config import RunConfig, config_from_dict
+from search_r3_jax.config import RunConfig
 
 T = TypeVar("T")
 
@@ -31,11 +31,6 @@ def rl_settings(config: RunConfig) -> RunConfig:
 def plan_settings(config: RunConfig) -> RunConfig:
     """The config for `plan`, without the quickstart's data set."""
     return dataclasses.replace(config, data=_hiding(config.data, "functions"))
-
-
-def run_config(settings: RunConfig) -> RunConfig:
-    """Turn a command's settings back into a config, with the hidden ones."""
-    return config_from_dict(RunConfig, dataclasses.asdict(settings))
 
 
 def _hiding(config: T, *names: str) -> T:

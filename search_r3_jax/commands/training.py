@@ -9,7 +9,6 @@ from typing import Annotated
 
 import tyro
 
-from search_r3_jax.commands.settings import run_config
 from search_r3_jax.config import RunConfig
 from search_r3_jax.distributed.spec import Cluster
 
@@ -77,7 +76,7 @@ class Sft:
                 bar.to(done, f"loss {metrics['loss']:.3f}, {accuracy}, {rate}", total)
 
             train_sft(
-                run_config(self.settings),
+                self.settings,
                 self.run_folder,
                 on_step=on_step,
                 allow_config_change=self.allow_config_change,
@@ -135,7 +134,7 @@ class Rl:
                 bar.to(done, f"{reward}, entropy {metrics['entropy']:.2f}, {rate}", max(done, total))
 
             train_rl(
-                run_config(self.settings),
+                self.settings,
                 self.run_folder,
                 on_step=on_step,
                 replay=self.replay,
