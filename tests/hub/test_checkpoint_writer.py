@@ -16,7 +16,7 @@ from helpers.failing_disk import DISK_FULL
 
 from search_r3_jax.errors import UserError
 from search_r3_jax.files import write_json
-from search_r3_jax.hub import checkpoint_writer as snapshot_writer
+from search_r3_jax.hub import checkpoint_writer
 from search_r3_jax.hub.checkpoint_integrity import CHECKSUMS, verify_checkpoint
 from search_r3_jax.hub.checkpoint_reader import (
     checkpoint_folder,
@@ -152,7 +152,9 @@ def test_a_full_disk_comes_up_at_the_next_call_and_leaves_the_steps_before(
     save(tmp_path, 2)
     check(tmp_path, 2)
     assert [
-        path.name for path in checkpoint_folder(tmp_path).iterdir() if snapshot_writer.TEMPORARY in path.name
+        path.name
+        for path in checkpoint_folder(tmp_path).iterdir()
+        if checkpoint_writer.TEMPORARY in path.name
     ] == []
 
 

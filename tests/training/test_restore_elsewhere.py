@@ -101,7 +101,7 @@ def test_stage_2_saved_on_one_device_resumed_on_eight_and_back(place: Place, tmp
     settings = {
         "rl__steps": STEPS,
         "rl__keep": 9,
-        "rl__snapshot_every": 2,
+        "rl__save_every": 2,
         "rl__global_queries": 8,
         "rl__group_size": 2,
     }

@@ -101,7 +101,7 @@ def test_a_second_signal_leaves_at_once() -> None:
 def test_a_stopped_run_goes_on_as_if_nothing_had_been(
     place: Place, tmp_path: Path, stage: str, number: signal.Signals
 ) -> None:
-    steps = {f"{stage}__steps": 24, "sft__save_every": 100, "rl__snapshot_every": 100}
+    steps = {f"{stage}__steps": 24, "sft__save_every": 100, "rl__save_every": 100}
     command = place.command(stage, "stopped", **steps)
     process = place.start(command)
     until(lambda: len(place.lines("stopped")) >= 5, process)

@@ -127,7 +127,7 @@ def test_training_goes_on_and_the_next_version_is_right(
 
 
 @pytest.mark.slow
-def test_a_snapshot_deleted_under_the_reader_is_left_for_the_newest(run: IndexedRun) -> None:
+def test_a_checkpoint_deleted_under_the_reader_is_left_for_the_newest(run: IndexedRun) -> None:
     run.save(2, 4)
     with following(run.follower("checkpoint deleted")) as follower:
         index = until(lambda: follower.newer_than(None, at_most=9), seconds=120, meanwhile=[follower.check])
@@ -253,7 +253,7 @@ def test_what_is_refused_again_and_again_is_given_up(run: IndexedRun) -> None:
     check_vectors(run, opened(run, 2))
 
 
-def test_an_index_under_the_gate_is_not_published_and_the_next_snapshot_is_tried(
+def test_an_index_under_the_gate_is_not_published_and_the_next_checkpoint_is_tried(
     run: IndexedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker = worker_of(run)
@@ -273,7 +273,7 @@ def test_an_index_under_the_gate_is_not_published_and_the_next_snapshot_is_tried
     assert current_version(index_folder(run.path)) == 4
 
 
-def test_a_pinned_snapshot_is_not_deleted(run: IndexedRun) -> None:
+def test_a_pinned_checkpoint_is_not_deleted(run: IndexedRun) -> None:
     pin_checkpoints(run.path, "someone", [0])
     run.save(2, 4, 6, keep=1)
     folders = sorted(path.name for path in (run.path / "checkpoints").iterdir() if path.name.isdigit())
@@ -283,7 +283,7 @@ def test_a_pinned_snapshot_is_not_deleted(run: IndexedRun) -> None:
     assert sorted(path.name for path in (run.path / "checkpoints").iterdir() if path.name.isdigit()) == ["8"]
 
 
-def test_the_newest_snapshot_is_taken_and_interrupted_encoding_goes_on(
+def test_the_newest_checkpoint_is_taken_and_interrupted_encoding_goes_on(
     run: IndexedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("search_r3_jax.retrieval.indexer.worker.SHARD_DOCUMENTS", 16)
