@@ -247,7 +247,7 @@ def build_then_only_die(*arguments, **options):
 corpus.write_array = write_and_perhaps_die
 build = mined_dataset.build_dataset
 if kill_at == "build":
-    dataset._sha256 = die
+    dataset.file_sha256 = die
 if kill_at == "clean-up":
     mined_dataset.build_dataset = build_then_only_die
 mined_dataset.mine_dataset(
