@@ -86,7 +86,7 @@ class IndexFollower:
     """Finds, checks and opens new versions of a run's index in the background; implements `Follower`.
 
     Opening reads a whole version, which takes seconds; swapping to one that is open takes none. Of several
-    processes, process 0 decides which version is swapped in, and when.
+    processes, process 0 proposes the version; `LiveIndex` asks for it, before each step.
     """
 
     def __init__(
