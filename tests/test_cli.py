@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.command_line import search_r3_here
 from helpers.tiny_models import word_collection
 
 import search_r3_jax
@@ -123,7 +124,7 @@ def test_mistakes_before_training(
     given = [argument.replace("{data}", str(data)) for argument in arguments]
     if "--model" not in given:
         given += ["--model", str(tiny_folders["llama"])]
-    shown = search_r3("sft", *given, "--run", str(tmp_path / "run"))
+    shown = search_r3_here("sft", *given, "--run", str(tmp_path / "run"))
     assert (shown.returncode, shown.stderr.count("\n")) == (2, 1)
     assert message in shown.stderr
     assert not (tmp_path / "run").exists()
@@ -141,7 +142,7 @@ def test_a_model_that_cannot_be_read_is_one_line_and_status_2(tmp_path: Path, mo
     )
     (tmp_path / "pickled" / "tokenizer_config.json").write_text("{}")
     (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"")
-    shown = search_r3("export", "--model", str(tmp_path / model), "--out", str(tmp_path / "out"))
+    shown = search_r3_here("export", "--model", str(tmp_path / model), "--out", str(tmp_path / "out"))
     assert shown.returncode == 2
     assert shown.stdout == ""
     assert shown.stderr.count("\n") == 1
@@ -151,7 +152,7 @@ def test_a_model_that_cannot_be_read_is_one_line_and_status_2(tmp_path: Path, mo
 
 def test_quickstart_refuses_a_folder_of_another_config(tmp_path: Path) -> None:
     (tmp_path / "quickstart.json").write_text("{}")
-    shown = search_r3("quickstart", "--out", str(tmp_path))
+    shown = search_r3_here("quickstart", "--out", str(tmp_path))
     assert shown.returncode == 2
     assert "another config" in shown.stderr
 
@@ -253,20 +254,21 @@ def test_data_build_from_a_beir_folder_and_from_lines(tmp_path: Path) -> None:
         "--out",
         str(tmp_path / "set"),
     ]
-    shown = search_r3(*command)
+    shown = search_r3_here(*command)
     error = (
         f"{tmp_path}/in/corpus.jsonl, line 2: fields 'title' and 'text' are both empty; fill one or "
         "remove the line\n"
     )
     assert (shown.returncode, shown.stdout, shown.stderr) == (2, "", f"search-r3: {error}")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "pairs.jsonl"]
-    assert "Traceback" in search_r3(*command, "--debug").stderr
-    shown = search_r3(*command, "--skip-bad", "--split", "test")
+    with pytest.raises(UserError, match="both empty"):
+        search_r3_here(*command, "--debug")
+    shown = search_r3_here(*command, "--skip-bad", "--split", "test")
     assert (shown.returncode, shown.stdout) == (0, f"{tmp_path}/set: test: 1 queries over 1 documents\n")
     assert shown.stderr == f"skipped: {error}skipped 1 in all: empty text 1\n"
 
     out = tmp_path / "lines"
-    shown = search_r3(
+    shown = search_r3_here(
         "data", "build", "--source", "jsonl", "--input", str(tmp_path / "pairs.jsonl"), "--out", str(out)
     )
     assert (shown.returncode, shown.stdout, shown.stderr) == (
@@ -288,7 +290,7 @@ def test_the_version_is_the_packages() -> None:
 
 
 def test_subcommands_are_listed_in_order_of_use() -> None:
-    shown = search_r3("--help").stdout
+    shown = search_r3_here("--help").stdout
     order = (
         "quickstart data sft rl indexer eval compare budget perplexity mteb curves report export embed plan"
     )
@@ -307,7 +309,7 @@ def test_subcommands_are_listed_in_order_of_use() -> None:
     ],
 )
 def test_a_stage_shows_its_own_settings(stage: str, shown: list[str], hidden: list[str]) -> None:
-    text = search_r3(stage, "--config", "smollm2", "--help").stdout
+    text = search_r3_here(stage, "--config", "smollm2", "--help").stdout
     assert all(flag in text for flag in shown)
     assert not any(flag in text for flag in hidden)
     # The names of all experiments stand in the help of --config.
@@ -315,7 +317,9 @@ def test_a_stage_shows_its_own_settings(stage: str, shown: list[str], hidden: li
 
 
 def test_a_flag_of_an_older_version_is_taken_with_a_note(tmp_path: Path) -> None:
-    shown = search_r3("rl", "--config", "smollm2", "--run", str(tmp_path / "run"), "--rl.floor-gap", "0.2")
+    shown = search_r3_here(
+        "rl", "--config", "smollm2", "--run", str(tmp_path / "run"), "--rl.floor-gap", "0.2"
+    )
     assert shown.stderr.splitlines()[0] == "search-r3: note: --rl.floor-gap is now --rl.reward.floor-gap"
     assert "data.sets" in shown.stderr
 

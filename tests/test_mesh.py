@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 from flax import nnx
+from helpers.jax_processes import with_devices
 from jax.sharding import AbstractMesh
 
 from search_r3_jax.config import LoraConfig
@@ -106,9 +107,10 @@ print(json.dumps(out))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_eight_devices_give_the_logits_of_one(tiny_folders: dict[str, Path], family: str) -> None:
-    flags = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    flags = os.environ | {"XLA_FLAGS": with_devices(8)}
     run = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(tiny_folders[family])],
         capture_output=True,

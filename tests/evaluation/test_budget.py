@@ -2,14 +2,13 @@
 these numbers."""
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from helpers.command_line import search_r3_here
 from helpers.tiny_models import word_collection
 from matplotlib import pyplot
 from matplotlib.axes import Axes
@@ -260,18 +259,7 @@ def test_a_budget_beyond_the_models_positions_is_named(
 
 
 def test_the_command_line(words: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "search_r3_jax",
-        "budget",
-        "--model",
-        "nowhere",
-        "--data",
-        str(words),
-        "--out",
-        str(tmp_path / "b"),
-    ]
-    shown = subprocess.run([*command, "--budgets", "4", "-1"], capture_output=True, text=True, timeout=120)
+    flags = ("--model", "nowhere", "--data", str(words), "--out", str(tmp_path / "b"))
+    shown = search_r3_here("budget", *flags, "--budgets", "4", "-1")
     assert (shown.returncode, shown.stdout, shown.stderr.count("\n")) == (2, "", 1)
     assert "--budgets: -1 is below 0" in shown.stderr

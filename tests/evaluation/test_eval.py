@@ -2,15 +2,13 @@
 computation ranks."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pytest
 import pytrec_eval
+from helpers.command_line import search_r3_here
 from helpers.tiny_models import word_collection
 
 from search_r3_jax.data.dataset import load_collection
@@ -140,6 +138,7 @@ def test_a_decoder_in_both_modes(
     assert record["system"]["max_document_tokens"] == 24
 
 
+@pytest.mark.slow
 def test_the_average_of_both_vectors(tiny_folders: dict[str, Path], beir: Path, tmp_path: Path) -> None:
     model = str(tiny_folders["qwen3"])
     asked = EvalSettings(
@@ -344,21 +343,16 @@ def test_pickled_weights_are_refused(beir: Path, tmp_path: Path) -> None:
         run_evaluation(EvalSettings(model=f"st:{tmp_path}", data=beir))
 
 
-def test_the_command_line(beir: Path, tmp_path: Path) -> None:
-    def search_r3(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "search_r3_jax", *arguments]
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=120, env={**os.environ, "COLUMNS": "80"}
-        )
-
+def test_the_command_line(beir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     out = str(tmp_path / "a.json")
-    shown = search_r3("eval", "--model", "bm25", "--data", str(beir), "--out", out)
+    shown = search_r3_here("eval", "--model", "bm25", "--data", str(beir), "--out", out)
     assert (shown.returncode, shown.stderr) == (0, "")
     assert "nDCG@10" in shown.stdout
     assert "…" not in shown.stdout
-    shown = search_r3("compare", out, out)
+    shown = search_r3_here("compare", out, out)
     assert (shown.returncode, shown.stderr) == (0, "")
     assert "p = 1;" in shown.stdout
-    shown = search_r3("compare", out, str(beir / "corpus.jsonl"))
+    shown = search_r3_here("compare", out, str(beir / "corpus.jsonl"))
     assert (shown.returncode, shown.stdout, shown.stderr.count("\n")) == (2, "", 1)
     assert "corpus.jsonl: is not JSON" in shown.stderr

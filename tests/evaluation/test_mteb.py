@@ -67,6 +67,7 @@ def results_file(out: Path, task: str) -> dict[str, Any]:
     return json.loads(file.read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["direct", "reason"])
 def test_a_real_collection_scores_as_eval_scores_it(
     export: Path, mbpp: Path, tmp_path: Path, mode: Any

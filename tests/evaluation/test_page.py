@@ -8,12 +8,12 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.command_line import search_r3_here
 from helpers.report_inputs import (
     HOSTILE,
     budget_record,
@@ -413,19 +413,16 @@ def test_only_some_of_many_rollouts_are_shown(tmp_path: Path) -> None:
     assert shown[-1].endswith("(49)")
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_run(tmp_path / "sft", "sft", steps=3)
     write_json(tmp_path / "e.json", eval_record({"direct": np.array([0.5])}, model="m"))
 
-    def report(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "search_r3_jax", "report", *arguments]
-        # From the run's own folder: a run may be named "." as well.
-        return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path / "sft")
-
-    shown = report(".", "--eval", "../e.json", "--out", "../report.html")
+    # A run may be named "." as well.
+    monkeypatch.chdir(tmp_path / "sft")
+    shown = search_r3_here("report", ".", "--eval", "../e.json", "--out", "../report.html")
     assert (shown.returncode, shown.stdout, shown.stderr) == (0, "../report.html\n", "")
     assert Page(tmp_path / "report.html").sections == ["results", "sft", "samples"]
-    shown = report("nowhere", "--out", "../other.html")
+    shown = search_r3_here("report", "nowhere", "--out", "../other.html")
     assert shown.returncode == 2
     assert re.fullmatch(r"search-r3: nowhere/config\.json: not the config of a run .*\n", shown.stderr)
     assert not (tmp_path / "other.html").exists()

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from helpers.jax_processes import with_devices
 from helpers.tiny_models import word_collection
 
 from search_r3_jax.config import LoraConfig
@@ -94,7 +95,7 @@ class Place:
         environment = os.environ | {
             "PYTHONPATH": str(SOURCES),
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": with_devices(devices),
             # Each device's part of a collective waits in a thread of its own.
             **({"NPROC": str(2 * devices)} if devices > 1 else {}),
         }

@@ -9,6 +9,11 @@ from pathlib import Path
 from typing import Any
 
 
+def with_devices(devices: int) -> str:
+    """The `XLA_FLAGS` of this process and a flag for so many devices."""
+    return f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}".strip()
+
+
 def run_processes(
     program: Path, arguments: list[str], *, processes: int, devices: int, timeout: float
 ) -> list[dict[str, Any]]:
@@ -19,7 +24,7 @@ def run_processes(
         port = free.getsockname()[1]
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": with_devices(devices),
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
     }
     started = [

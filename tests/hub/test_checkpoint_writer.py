@@ -74,6 +74,7 @@ def test_what_is_saved_comes_back_arrays_without_elements_too(tmp_path: Path) ->
     assert verify_checkpoint(checkpoint_folder(tmp_path) / "7") is None
 
 
+@pytest.mark.slow
 def test_a_newest_checkpoint_cut_off_anywhere_is_put_aside_for_the_one_before(
     tmp_path: Path, log_lines: list[str]
 ) -> None:

@@ -317,6 +317,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tiny_folders: dict[str, Path
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_under_the_tokenizer_is_an_os_error(
     tiny_folders: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -106,6 +106,7 @@ def write_run(folder: Path, config: RunConfig, model: LoadedModel, extra: dict[s
     return folder
 
 
+@pytest.mark.slow
 def test_adapters_of_two_stages_load_on_the_first_base(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
     base = tiny_folders["qwen2"]
     config = RunConfig(

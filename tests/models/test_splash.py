@@ -50,7 +50,13 @@ def hidden_and_gradient(config: ModelConfig, backend: Backend, dtype: Any) -> tu
     return np.asarray(hidden, np.float32)[positions != EMPTY_POSITION], nnx.to_pure_dict(gradient)
 
 
-@pytest.mark.parametrize("windowed", [(), (True, False)], ids=["full", "window in one layer"])
+@pytest.mark.parametrize(
+    "windowed",
+    [
+        pytest.param((), id="full"),
+        pytest.param((True, False), id="window in one layer", marks=pytest.mark.slow),
+    ],
+)
 def test_float32(windowed: tuple[bool, ...]) -> None:
     config = dataclasses.replace(CONFIG, sliding_window=30 if windowed else 0, windowed=windowed)
     expected, expected_gradient = hidden_and_gradient(config, "xla", jnp.float32)

@@ -111,6 +111,7 @@ def test_stage_2(stage: str) -> None:
     assert plan.executed_flops >= plan.model_flops
 
 
+@pytest.mark.slow
 def test_a_batch_of_the_corpus_and_what_is_said_of_it(capsys: pytest.CaptureFixture[str]) -> None:
     plan = make_plan(CONFIG, "encode", open_slice("v5p-8"))
     assert (plan.topology, plan.chips) == ("v5p:2x2x1", 4)

@@ -80,6 +80,7 @@ def runs(tiny_folders: dict[str, Path], tmp_path: Path) -> Runs:
     return Runs(tmp_path, tiny_folders["llama"])
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_with_a_line_and_the_same_command_goes_on(runs: Runs) -> None:
     whole, _ = runs.train("whole")
     with pytest.MonkeyPatch.context() as patched:
@@ -125,6 +126,7 @@ def full(*_: Any, **__: Any) -> None:
     raise DISK_FULL
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_got_around(runs: Runs) -> None:
     whole, _ = runs.train("run")
     losses = runs.losses("run")
@@ -139,6 +141,7 @@ def test_a_damaged_newest_checkpoint_is_got_around(runs: Runs) -> None:
     assert checkpoint_steps(runs.folder / "run") == [4, 6, 8]
 
 
+@pytest.mark.slow
 def test_a_changed_config_goes_on_where_that_is_allowed(runs: Runs) -> None:
     def stop(done: int) -> None:
         if done == 5:

@@ -169,7 +169,9 @@ def test_gradient_equals_one_row_at_a_time(prepared: Prepared) -> None:
     )
 
 
-@pytest.mark.parametrize("variant", ["grpo", "dr_grpo", "dapo", "gspo"])
+@pytest.mark.parametrize(
+    "variant", ["grpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dr_grpo", "dapo", "gspo"))]
+)
 def test_micro_batches_change_nothing(prepared: Prepared, variant: Any) -> None:
     config = dataclasses.replace(RL, variant=variant, infonce=InfoNceConfig(weight=0.3), importance_cap=1.5)
     whole, of_whole = gradient_of(prepared, config, prepared.batch)
@@ -201,6 +203,7 @@ def test_the_auxiliary_loss_counts_every_relevant_document(prepared: Prepared) -
     np.testing.assert_allclose(scalars["loss"], scalars["policy"] + scalars["infonce"], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_documents_that_are_trained_have_the_plain_gradient(prepared: Prepared) -> None:
     """The queries' own documents beside two constant ones, against whole rows through the same decoder."""
     bodies, prompter = (

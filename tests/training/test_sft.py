@@ -177,6 +177,7 @@ def test_all_four_losses_equal_one_text_at_a_time(tiny_folders: dict[str, Path])
     assert scalars["loss"] == pytest.approx(sum(expected.values()), rel=2e-4)
 
 
+@pytest.mark.slow
 def test_chunks_change_neither_loss_nor_gradient(tiny_folders: dict[str, Path]) -> None:
     folder, collection = tiny_folders["llama"], word_collection(documents=20, queries=20)
     whole = config_of(folder, 10)
@@ -196,6 +197,7 @@ def test_chunks_change_neither_loss_nor_gradient(tiny_folders: dict[str, Path]) 
         np.testing.assert_allclose(mine, theirs, atol=1e-5 * max(scale, 1.0))
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
     tiny_folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -319,6 +321,7 @@ def at_odds(config: RunConfig, collection: Collection) -> tuple[Collection, Coll
     return judged(first + 1), judged(first)
 
 
+@pytest.mark.slow
 def test_development_queries_are_evaluated_and_the_best_checkpoint_stays(
     tiny_folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -375,6 +378,7 @@ def test_the_best_checkpoint_survives_a_restart(tmp_path: Path) -> None:
     assert best_checkpoint(tmp_path) == 5
 
 
+@pytest.mark.slow
 def test_a_kill_between_evaluations_leaves_each_sample_once(
     tiny_folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -398,6 +402,7 @@ def test_a_kill_between_evaluations_leaves_each_sample_once(
     assert len(told) == len(set(told)) == 2 * 2 * 3
 
 
+@pytest.mark.slow
 def test_the_models_own_reasoning_is_what_it_writes(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
     folder, run = tiny_folders["llama"], tmp_path / "run"
     collection = word_collection(documents=24, queries=24)

@@ -87,6 +87,7 @@ def test_moments_lie_where_their_parameters_lie(tiny_folders: dict[str, Path]) -
     assert PartitionSpec("tensor", "fsdp") in [sharding.spec for sharding in jax.tree.leaves(adam.mu)]
 
 
+@pytest.mark.slow
 def test_a_donated_state_leaves_the_model_and_the_result_alone(tiny_folders: dict[str, Path]) -> None:
     config = config_of(str(tiny_folders["llama"]), lora=True)
     sft = dataclasses.replace(config.sft, encode_chunk=config.sft.global_batch, kl_weight=0.0)

@@ -1,0 +1,28 @@
+"""The command line in this process, without the seconds that a new Python needs to start."""
+
+from __future__ import annotations
+
+import io
+import signal
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+
+import pytest
+
+from search_r3_jax import cli
+
+
+def search_r3_here(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`search-r3 ARGUMENTS`: its status and what it printed, as `subprocess.run` would give them."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["search-r3", *arguments])
+        try:
+            cli.main()
+        except SystemExit as ended:
+            status = 0 if ended.code is None else int(ended.code)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    return subprocess.CompletedProcess(list(arguments), status, out.getvalue(), err.getvalue())
