@@ -27,7 +27,6 @@ from search_r3_jax.files import write_json
 from search_r3_jax.hub.export import export_model
 from search_r3_jax.hub.load_model import LoadedModel, load_model, with_lora
 from search_r3_jax.models.lora import merge_lora
-from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training.rl import train_rl
 from search_r3_jax.training.run import RlRecord
 from search_r3_jax.training.sft import train_sft
@@ -107,7 +106,7 @@ class Quickstart:
     def _evaluator(self) -> Evaluator:
         # Merged models have the structure of the base, so all three evaluations share the compiled programs.
         graph = nnx.split(self._base.decoder)[0]
-        return Evaluator(graph, Prompter(self._base.tokenizer), self._config.text, self._config.rl.sampler)
+        return Evaluator(graph, self._base.prompter(), self._config.text, self._config.rl.sampler)
 
     @functools.cached_property
     def _tuned(self) -> LoadedModel:

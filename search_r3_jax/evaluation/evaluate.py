@@ -43,7 +43,7 @@ class EmbeddedQueries:
         warm_seconds: the same without compiling.
         valid: [Q] whether the model wrote the embed token itself; empty without reasoning.
         tokens: [Q] tokens of each reply; empty without replies.
-        thoughts: reasoning of each query as text; empty without reasoning.
+        thoughts: the reasoning alone of each query as text; empty without reasoning.
         replies: token ids of the replies, embed token included.
     """
 
@@ -209,7 +209,7 @@ class Evaluator:
             warm_seconds=ended - compiled,
             valid=valid,
             tokens=[len(reply) for reply in replies],
-            thoughts=[str(self._prompter.tokenizer.decode(reply)) for reply in replies],
+            thoughts=[self._prompter.thought_text(reply) for reply in replies],
             replies=replies,
         )
 

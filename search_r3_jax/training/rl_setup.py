@@ -80,7 +80,7 @@ def make_stage(config: RunConfig, data: TrainingSet, model: LoadedModel) -> tupl
     Raises UserError where the model's embeddings are not finite.
     """
     rl = config.rl
-    prompter = Prompter(model.tokenizer)
+    prompter = model.prompter()
     graph, params, frozen = nnx.split(model.decoder, trainable_filter(model.decoder), ...)
     full_graph = nnx.split(model.decoder)[0]
     optimizer = make_optimizer(rl.optimizer, rl.steps * rl.inner_epochs)

@@ -40,7 +40,7 @@ def with_self_generated_reasoning(
     thoughts = _read(file)
     # All processes must read the same file before process 0 appends to it.
     wait_for_all("own reasoning is read")
-    prompter = Prompter(model.tokenizer)
+    prompter = model.prompter()
     graph, state = nnx.split(model.decoder)
     greedy = SamplerConfig(max_think_tokens=config.text.max_thought_tokens, temperature=0.0, prefill_chunk=0)
     sampler = Sampler(graph, prompter, greedy, mesh=model.mesh)
@@ -74,15 +74,8 @@ def _thoughts(rollout: Rollout, prompter: Prompter) -> list[str]:
     thoughts_written = []
     for ids, sampled, valid in zip(rollout.ids, rollout.sampled, rollout.valid, strict=True):
         chosen = ids[sampled].tolist()
-        if valid:
-            chosen = chosen[: -len(prompter.reason.closing)]
-        complete = prompter.eos_id in chosen
-        text = str(
-            prompter.tokenizer.decode(
-                [token for token in chosen if token not in (prompter.eos_id, prompter.embed_id)]
-            )
-        )
-        words = text.split()
+        complete = not set(prompter.end_ids).isdisjoint(chosen)
+        words = prompter.thought_text(chosen).split()
         # The token budget may end inside a word: the model would learn the truncated word.
         thoughts_written.append(" ".join(words if complete or valid or len(words) < 2 else words[:-1]))
     return thoughts_written

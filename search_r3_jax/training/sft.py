@@ -30,7 +30,7 @@ from search_r3_jax.training import sharding
 from search_r3_jax.training.development import Development
 from search_r3_jax.training.loading import load_sft_data, load_training_model
 from search_r3_jax.training.optimizer import make_optimizer
-from search_r3_jax.training.run import Run, data_version, with_absolute_paths
+from search_r3_jax.training.run import Run, data_version, prompt_record, recorded_prompts, with_absolute_paths
 from search_r3_jax.training.self_generated_reasoning import with_self_generated_reasoning
 from search_r3_jax.training.sft_step import make_step
 from search_r3_jax.training.state import TrainState, init_state, state_shardings
@@ -87,7 +87,7 @@ def train_sft(
     config, run_folder, sft = with_absolute_paths(config), Path(run_folder), config.sft
     sets = load_sft_data(config) if sets is None else sets
     _check(config, sets)
-    model = model or load_training_model(config)
+    model = recorded_prompts(model or load_training_model(config), run_folder)
     stage, state = _make_stage(config, sets, model)
     with _open_run(config, run_folder, sets, model, allow_config_change) as opened:
         run, checkpoints, request, first = opened
@@ -134,7 +134,7 @@ def _make_stage(
     config: RunConfig, sets: Sequence[TrainingSet], model: LoadedModel
 ) -> tuple[_Stage, TrainState]:
     sft = config.sft
-    prompter = Prompter(model.tokenizer)
+    prompter = model.prompter()
     graph, params, frozen = nnx.split(model.decoder, trainable_filter(model.decoder), ...)
     optimizer = make_optimizer(sft.optimizer, sft.steps)
     # Orbax copies the arrays of a save before it returns, except on CPU, where it writes from their memory in
@@ -165,7 +165,10 @@ def _open_run(
     model: LoadedModel,
     allow_config_change: bool,
 ) -> Iterator[tuple[Run, CheckpointWriter, StopRequest, int]]:
-    record = {"data_version": [data_version(each.train) for each in sets]}
+    record = {
+        "data_version": [data_version(each.train) for each in sets],
+        **prompt_record(model.prompter()),
+    }
     run = Run(run_folder, config, stage="sft", record=record, allow_config_change=allow_config_change)
     with closing(run):
         run.save_tokenizer(model.tokenizer)

@@ -426,9 +426,11 @@ def test_the_models_own_reasoning_is_what_it_writes(tiny_folders: dict[str, Path
         row = [*prompter.reason.prefix, *prompter.reason_rows([query.text], 16)[0]]
         chosen: list[int] = []
         # Greedy, a whole forward pass a token.
-        while len(chosen) < 6 and prompter.eos_id not in chosen:
+        while len(chosen) < 6 and prompter.end_ids[0] not in chosen:
             hidden = plain_hidden(base.decoder, [row + chosen])[0, len(row) + len(chosen) - 1]
             chosen.append(int(jnp.argmax(base.decoder.logits(hidden))))
-        ended = prompter.eos_id in chosen
-        words = str(base.tokenizer.decode([token for token in chosen if token != prompter.eos_id])).split()
+        ended = prompter.end_ids[0] in chosen
+        words = str(
+            base.tokenizer.decode([token for token in chosen if token != prompter.end_ids[0]])
+        ).split()
         assert written[query.query_id] == " ".join(words if ended or len(words) < 2 else words[:-1])

@@ -145,7 +145,7 @@ class _Vectors:
         self.step = pinned_step(model, step)
         loaded = load_model(model, step=self.step)
         self.name = resolve(model).resolve().name if Path(model).exists() else model
-        self._prompter = Prompter(loaded.tokenizer)
+        self._prompter = loaded.prompter()
         graph, self._state = nnx.split(loaded.decoder)
         self._encoder = Encoder(graph, self._prompter)
         self._config = loaded.decoder.config
