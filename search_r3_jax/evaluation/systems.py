@@ -193,7 +193,7 @@ class SentenceTransformersSystem:
         with progress_bar(console, "queries", len(collection.queries)) as bar:
             started = time.perf_counter()
             query_vectors = self._encode(
-                self._model.encode_query, [query.text for query in collection.queries], bar
+                self._model.encode_query, [query.body for query in collection.queries], bar
             )
             seconds = time.perf_counter() - started
             queries = EmbeddedQueries(vectors=query_vectors, seconds=seconds, warm_seconds=seconds)

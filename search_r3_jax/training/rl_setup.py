@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from jax.sharding import Mesh
 from search_r3_jax.config import RunConfig
 from search_r3_jax.data.collection import Collection
 from search_r3_jax.data.development import TrainingSet
+from search_r3_jax.data.known_relevance import known_rows
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub.load_model import LoadedModel
 from search_r3_jax.models.decoder import Decoder
@@ -53,6 +55,11 @@ class RlStage:
     log_probs: Scorer
     update: Update
     development: Development | None
+
+    @cached_property
+    def known(self) -> tuple[dict[int, int], ...]:
+        """Each query's relevant documents: row → grade, copies and those of queries of the same text too."""
+        return known_rows(self.collection)
 
     @property
     def mesh(self) -> Mesh | None:
@@ -103,7 +110,7 @@ def make_stage(config: RunConfig, data: TrainingSet, model: LoadedModel) -> tupl
         update=make_update(graph, prompter, optimizer, rl, shardings, donate=donate),
         development=_make_development(config, data, full_graph, prompter, model.mesh),
     )
-    if not np.isfinite(stage.encode_queries([data.train.queries[0].text])).all():
+    if not np.isfinite(stage.encode_queries([data.train.queries[0].body])).all():
         raise UserError(
             f"model: {config.model}: its embeddings are not finite, nor would any reward be; start from "
             "another checkpoint"

@@ -45,14 +45,14 @@ def with_self_generated_reasoning(
     greedy = SamplerConfig(max_think_tokens=config.text.max_thought_tokens, temperature=0.0, prefill_chunk=0)
     sampler = Sampler(graph, prompter, greedy, mesh=model.mesh)
     # Sorted by length, so that a pass holds prompts of one bucket.
-    missing.sort(key=lambda at: (len(collections[at[0]].queries[at[1]].text), at))
+    missing.sort(key=lambda at: (len(collections[at[0]].queries[at[1]].body), at))
     for start in range(0, len(missing), QUERIES_PER_PASS):
         chosen = missing[start : start + QUERIES_PER_PASS]
         # The passes are fixed: their composition must not depend on where an earlier attempt was interrupted.
         if all((number, collections[number].queries[row].query_id) in thoughts for number, row in chosen):
             continue
         filled = chosen + chosen[:1] * (QUERIES_PER_PASS - len(chosen))
-        texts = [collections[number].queries[row].text for number, row in filled]
+        texts = [collections[number].queries[row].body for number, row in filled]
         rollout = sampler.sample(
             state, texts, np.zeros((len(texts), 1), np.uint32), max_tokens=config.text.max_query_tokens
         )

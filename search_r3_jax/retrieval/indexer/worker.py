@@ -179,7 +179,7 @@ class IndexWorker:
         started = time.time()
         config, documents = self._config, self._collection.documents
         vectors, state, of_parameters = self._encode(step)
-        probes = [query.text for query in self._collection.queries[:PROBE_QUERIES]]
+        probes = [query.body for query in self._collection.queries[:PROBE_QUERIES]]
         probe_vectors = self.encoder.encode(state, probes, max_tokens=config.text.max_query_tokens)
         encoded = time.time()
         self._heartbeat.beat("publishing", step=step, encoded=len(documents), documents=len(documents))

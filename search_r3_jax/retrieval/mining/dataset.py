@@ -94,8 +94,8 @@ def mine_dataset(
     encoder = _Vectors(model, step, work, shard_documents)
     texts = distinct_texts(collection)
     documents_ue = encoder.encode("documents", texts.documents, max_document_tokens)
-    # Queries are embedded as in training: the text alone, directly.
-    queries = [Document(doc_id=query.query_id, title="", text=query.text) for query in collection.queries]
+    # Queries are embedded as in training: directly, an instruction before the text.
+    queries = [Document(doc_id=query.query_id, title="", text=query.body) for query in collection.queries]
     queries_qe = encoder.encode("queries", queries, max_query_tokens)
     searched = build_index(
         index, documents_ue, [document.doc_id for document in texts.documents], encoder.step or 0
