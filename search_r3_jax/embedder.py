@@ -67,9 +67,16 @@ class Embedder:
     ):
         """Wrap a loaded model; temperature 0 is greedy.
 
-        `max_tokens` is lowered to what the model's positions leave beside the prompt.
+        `max_tokens` is lowered to what the model's positions leave beside the prompt. Raises UserError for a
+        limit out of range.
         """
         prompter = model.prompter()
+        positions = model.decoder.config.max_positions
+        room = max_text_tokens(prompter, positions)
+        if room < 1:
+            raise UserError(f"model: max_positions: {positions} leave no room for a text beside the prompt")
+        if max_tokens < 1:
+            raise UserError(f"max_tokens: {max_tokens}: give 1 or more")
         graph, self._state = nnx.split(model.decoder)
         self._encoder = Encoder(graph, prompter)
         sampling = SamplerConfig(max_think_tokens=max_think_tokens, temperature=temperature, prefill_chunk=0)
@@ -78,7 +85,7 @@ class Embedder:
         self.tokenizer: PreTrainedTokenizerBase = model.tokenizer
         self.dimension = model.decoder.config.hidden_size
         self.parameters = sum(x.size for x in jax.tree.leaves(self._state))
-        self.max_tokens = min(max_tokens, max_text_tokens(prompter, model.decoder.config.max_positions))
+        self.max_tokens = min(max_tokens, room)
 
     @classmethod
     def load(

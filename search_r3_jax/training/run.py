@@ -20,7 +20,7 @@ from search_r3_jax.config import RunConfig
 from search_r3_jax.data.collection import Collection
 from search_r3_jax.data.dataset import ordered_queries_hash
 from search_r3_jax.errors import UserError
-from search_r3_jax.files import append_line, complete_lines, hold_lock, write_json, write_text
+from search_r3_jax.files import append_json_line, hold_lock, read_json_lines, write_json, write_json_lines
 from search_r3_jax.hub.checkpoint_reader import latest_checkpoint, read_run
 from search_r3_jax.hub.load_model import LoadedModel, pinned_step, with_recorded_prompts
 from search_r3_jax.text.prompts import Prompter
@@ -124,8 +124,7 @@ class Run:
             return
         for file in (self._metrics, self._samples):
             if file.is_file():
-                kept = [line for line in complete_lines(file) if json.loads(line)["step"] < step]
-                write_text(file, "".join(line + "\n" for line in kept))
+                write_json_lines(file, [each for each in read_json_lines(file) if each["step"] < step])
         self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=max(step, 0))
 
     def log(self, step: int, scalars: dict[str, float]) -> None:
@@ -168,7 +167,7 @@ class Run:
 
     def _append(self, file: Path, record: dict[str, Any]) -> None:
         try:
-            append_line(file, json.dumps(record, ensure_ascii=False))
+            append_json_line(file, record)
         except OSError as error:
             raise UserError(
                 f"{file}: cannot be written ({error.strerror or error}); make room, then the same command "

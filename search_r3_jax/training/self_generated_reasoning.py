@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from flax import nnx
 from search_r3_jax.config import RunConfig, SamplerConfig
 from search_r3_jax.data.collection import Collection, Query
 from search_r3_jax.distributed.runtime import is_first, wait_for_all
-from search_r3_jax.files import write_text
+from search_r3_jax.files import read_json_lines, write_json_lines
 from search_r3_jax.hub.load_model import LoadedModel
 from search_r3_jax.rollout.sampler import Rollout, Sampler
 from search_r3_jax.text.prompts import Prompter
@@ -65,7 +64,7 @@ def with_self_generated_reasoning(
             {"set": number, "query_id": query_id, "reasoning": text}
             for (number, query_id), text in thoughts.items()
         ]
-        write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        write_json_lines(file, lines)
     return tuple(_with(collection, number, thoughts) for number, collection in enumerate(collections))
 
 
@@ -93,7 +92,4 @@ def _with(collection: Collection, number: int, thoughts: dict[tuple[int, str], s
 
 
 def _read(file: Path) -> dict[tuple[int, str], str]:
-    if not file.is_file():
-        return {}
-    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return {(record["set"], record["query_id"]): record["reasoning"] for record in records}
+    return {(record["set"], record["query_id"]): record["reasoning"] for record in read_json_lines(file)}

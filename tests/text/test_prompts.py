@@ -259,7 +259,8 @@ def test_the_first_token_is_the_one_that_users_of_transformers_get(byte_level: b
         templated = with_first_token(template, byte_level=byte_level)
         prompter = Prompter(templated)
         messages = [{"role": "system", "content": DIRECT_SYSTEM}, {"role": "user", "content": "a key"}]
-        expected = templated.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        encoded: Any = templated.apply_chat_template(messages, add_generation_prompt=True)
+        expected = encoded["input_ids"]
         row = prompter.text_ids(["a key"], 9)[0]
         assert [*prompter.direct.prefix, *row, *prompter.direct.suffix] == expected
         assert (expected[0] == templated.bos_token_id) == first
