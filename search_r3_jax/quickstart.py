@@ -13,7 +13,7 @@ from flax import nnx
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from search_r3_jax.config import RunConfig, config_from_dict
+from search_r3_jax.config import RunConfig, check_ranges, config_from_dict
 from search_r3_jax.console import Stages
 from search_r3_jax.data.collection import Collection
 from search_r3_jax.data.dataset import build_dataset, load_collection
@@ -46,8 +46,10 @@ class Quickstart:
     def run(self) -> dict[str, Any]:
         """Run all stages in order; returns the summary, which is also written to `summary.json`.
 
-        Raises UserError for a folder of another config.
+        Raises UserError for a folder of another config, and for settings out of range.
         """
+        for stage in ("sft", "rl"):
+            check_ranges(self._config, stage)
         self._out.mkdir(parents=True, exist_ok=True)
         self._claim()
         with self._stages.log():

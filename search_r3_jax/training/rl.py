@@ -9,7 +9,7 @@ from pathlib import Path
 
 from flax import nnx
 
-from search_r3_jax.config import RunConfig
+from search_r3_jax.config import RunConfig, check_ranges
 from search_r3_jax.data.development import TrainingSet
 from search_r3_jax.hub.load_model import LoadedModel
 from search_r3_jax.training.live_index import (
@@ -70,6 +70,7 @@ def train_rl(
     when too many updates in a row are not finite; StoppedError on a stop signal. The last checkpoint is kept.
     """
     # Act 1: what stage 2 is made of.
+    check_ranges(config, "rl")
     config, run_folder, rl = with_absolute_paths(config), Path(run_folder), config.rl
     data = data or load_rl_data(config)
     check_settings(config, data.train)

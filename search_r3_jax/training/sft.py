@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from search_r3_jax.config import RunConfig
+from search_r3_jax.config import RunConfig, check_ranges
 from search_r3_jax.data.collection import Collection
 from search_r3_jax.data.development import TrainingSet
 from search_r3_jax.data.mixture import Mixture
@@ -84,6 +84,7 @@ def train_sft(
     StoppedError on a stop signal, saved.
     """
     # 1. Build the stage.
+    check_ranges(config, "sft")
     config, run_folder, sft = with_absolute_paths(config), Path(run_folder), config.sft
     sets = load_sft_data(config) if sets is None else sets
     _check(config, sets)
@@ -235,7 +236,7 @@ def _check(config: RunConfig, sets: Sequence[TrainingSet]) -> None:
             f"sft.global_batch: {sft.global_batch}: there are {pairs} pairs to train on; give that many or "
             "fewer"
         )
-    if sft.encode_chunk < 0 or (sft.encode_chunk and sft.global_batch % sft.encode_chunk):
+    if sft.encode_chunk and sft.global_batch % sft.encode_chunk:
         raise UserError(
             f"sft.encode_chunk: {sft.encode_chunk}: does not divide sft.global_batch {sft.global_batch}; 0 "
             "is the whole batch"

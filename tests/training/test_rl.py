@@ -361,6 +361,7 @@ def with_first_query(**changes: Any) -> Collection:
     ("change", "collection", "named"),
     [
         ({"rl": {"group_size": 1}}, {}, "rl.group_size"),
+        ({"rl": {"sampler": SamplerConfig(temperature=0.0)}}, {}, "rl.sampler.temperature: 0.0: give"),
         ({"index": {"candidates": 1000}}, {}, "index.candidates"),
         ({"rl": {"micro_queries": 2}}, {}, "rl.micro_queries: 2: does not divide rl.global_queries 3"),
         ({"rl": {"global_queries": 21}}, {}, "rl.global_queries: 21: there are 20"),
@@ -373,7 +374,7 @@ def with_first_query(**changes: Any) -> Collection:
         (
             {"rl": {"infonce": InfoNceConfig(near_duplicate_cosine=1.1)}},
             {},
-            "near_duplicate_cosine: 1.1: is a cosine",
+            "near_duplicate_cosine: 1.1: give a number from -1 to 1",
         ),
         ({"rl": {"inner_epochs": 0}}, {}, "rl.inner_epochs: 0"),
         (
