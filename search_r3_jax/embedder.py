@@ -22,7 +22,7 @@ from search_r3_jax.hub.load_model import LoadedModel, load_model, resolve
 from search_r3_jax.hub.weights import parameter_hash
 from search_r3_jax.rollout.encoder import Encoder
 from search_r3_jax.rollout.sampler import Sampler
-from search_r3_jax.text.prompts import CLOSING, Mode, Prompter
+from search_r3_jax.text.prompts import Mode
 from search_r3_jax.vectors import l2_normalize_numpy
 
 Kind = Literal["query", "document"]
@@ -35,7 +35,7 @@ class Thought:
     """The model's reasoning about a query, and the resulting embedding.
 
     Attributes:
-        text: the reasoning, without the closing of the reply.
+        text: the reasoning alone, without the closing of the reply and without control tokens.
         vector: [E] float32 of unit norm.
         valid: the model wrote the embed token itself; otherwise it was forced at the limit.
         tokens: length of the whole reply in tokens.
@@ -67,9 +67,16 @@ class Embedder:
     ):
         """Wrap a loaded model; temperature 0 is greedy.
 
-        `max_tokens` is lowered to what the model's positions leave beside the prompt.
+        `max_tokens` is lowered to what the model's positions leave beside the prompt. Raises UserError for a
+        limit out of range.
         """
-        prompter = Prompter(model.tokenizer)
+        prompter = model.prompter()
+        positions = model.decoder.config.max_positions
+        room = max_text_tokens(prompter, positions)
+        if room < 1:
+            raise UserError(f"model: max_positions: {positions} leave no room for a text beside the prompt")
+        if max_tokens < 1:
+            raise UserError(f"max_tokens: {max_tokens}: give 1 or more")
         graph, self._state = nnx.split(model.decoder)
         self._encoder = Encoder(graph, prompter)
         sampling = SamplerConfig(max_think_tokens=max_think_tokens, temperature=temperature, prefill_chunk=0)
@@ -78,7 +85,7 @@ class Embedder:
         self.tokenizer: PreTrainedTokenizerBase = model.tokenizer
         self.dimension = model.decoder.config.hidden_size
         self.parameters = sum(x.size for x in jax.tree.leaves(self._state))
-        self.max_tokens = min(max_tokens, max_text_tokens(prompter, model.decoder.config.max_positions))
+        self.max_tokens = min(max_tokens, room)
 
     @classmethod
     def load(
@@ -172,7 +179,7 @@ class Embedder:
                 )
                 for at, (i, reply) in enumerate(zip(rows, rollout.replies(), strict=False)):
                     thoughts_by_row[i] = Thought(
-                        text=self._thought_text(reply),
+                        text=self._prompter.thought_text(reply),
                         vector=rollout.vectors[at],
                         valid=bool(rollout.valid[at]),
                         tokens=len(reply),
@@ -188,10 +195,6 @@ class Embedder:
     def parameter_hash(self) -> str:
         """sha256 over all parameters: equal hashes, equal vectors."""
         return parameter_hash(self._state)
-
-    def _thought_text(self, reply: list[int]) -> str:
-        written = str(self.tokenizer.decode(reply)).strip()
-        return written.removesuffix(CLOSING).strip()
 
 
 def _bar(what: str, total: int, progress: bool | None) -> AbstractContextManager[Bar | None]:

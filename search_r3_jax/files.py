@@ -1,4 +1,4 @@
-"""Atomic file writes, file locks, content hashes and line-by-line reading of texts. Imports no jax."""
+"""Atomic file writes, .jsonl files of our own, file locks and content hashes. Imports no jax."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,8 @@ import numpy as np
 from search_r3_jax.errors import UserError
 
 READ_BYTES = 1 << 22
+# What str.splitlines and other tools end a line at, apart from what JSON escapes; and what UTF-8 cannot hold.
+_SEPARATORS = re.compile("[\x85\u2028\u2029\ud800-\udfff]")
 
 
 class PathLike(Protocol):
@@ -81,20 +84,44 @@ def hold_lock(file: Path) -> TextIO | None:
     return lock
 
 
-def append_line(file: Path, line: str, *, durable: bool = False) -> None:
-    """Append one line; with `durable`, return only after it is on the disk (fsync)."""
-    with file.open("a", encoding="utf-8") as opened:
-        opened.write(line + "\n")
+def json_line(record: Any) -> str:
+    """A record as one line of a .jsonl file, which ends at "\\n" alone for every reader.
+
+    Other characters that some readers end a line at, and halves of surrogate pairs, are escaped.
+    """
+    return _SEPARATORS.sub(
+        lambda character: f"\\u{ord(character[0]):04x}", json.dumps(record, ensure_ascii=False)
+    )
+
+
+def write_json_lines(file: Path, records: Iterable[Any]) -> None:
+    """Write a .jsonl file atomically, a record a line."""
+    write_text(file, "".join(json_line(record) + "\n" for record in records))
+
+
+def append_json_line(file: Path, record: Any, *, durable: bool = False) -> None:
+    """Append a record to a .jsonl file; with `durable`, return only after it is on the disk (fsync)."""
+    with file.open("ab") as opened:
+        opened.write(json_line(record).encode() + b"\n")
         if durable:
             opened.flush()
             os.fsync(opened.fileno())
+
+
+def read_json_lines(file: Path) -> list[Any]:
+    """The records of a .jsonl file without an incomplete last line; [] when the file is missing.
+
+    Raises ValueError for a line that is no JSON.
+    """
+    return [json.loads(line) for line in complete_lines(file)]
 
 
 def complete_lines(file: Path) -> list[str]:
     """The lines of an append-only file without a truncated last one; [] when the file is missing."""
     if not file.is_file():
         return []
-    return file.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    # Bytes, because reading as text would end lines at "\r" too.
+    return file.read_bytes().decode("utf-8", errors="replace").split("\n")[:-1]
 
 
 def check_output(flag: str, path: Path | None) -> None:
@@ -122,40 +149,3 @@ def digest_of(strings: Iterable[str]) -> str:
         # Lengths keep ("ab", "c") and ("a", "bc") apart.
         digest.update(len(encoded).to_bytes(8, "big") + encoded)
     return digest.hexdigest()
-
-
-def read_texts(path: Path) -> list[str]:
-    """The lines of a text file, or the `text` fields of a .jsonl file.
-
-    Raises UserError naming file and line.
-    """
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror}); give a text file or a .jsonl file"
-        ) from None
-    if lines[-1] == b"":
-        lines.pop()
-    return [
-        _text_of(line, f"{path}: line {number}", path.suffix == ".jsonl")
-        for number, line in enumerate(lines, start=1)
-    ]
-
-
-def _text_of(line: bytes, where: str, is_json: bool) -> str:
-    try:
-        text = line.decode("utf-8").removesuffix("\r")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{where}: is not UTF-8 ({error.reason} at byte {error.start}); convert the file"
-        ) from None
-    if not is_json:
-        return text
-    try:
-        entry = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{where}: is not JSON ({error}); a .jsonl file holds one object a line") from None
-    if not isinstance(entry, dict) or not isinstance(entry.get("text"), str):
-        raise UserError(f"{where}: text: missing or no string; each line is an object with a 'text'")
-    return entry["text"]

@@ -13,7 +13,7 @@ from flax import nnx
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from search_r3_jax.config import RunConfig, config_from_dict
+from search_r3_jax.config import RunConfig, check_ranges, config_from_dict
 from search_r3_jax.console import Stages
 from search_r3_jax.data.collection import Collection
 from search_r3_jax.data.dataset import build_dataset, load_collection
@@ -27,7 +27,6 @@ from search_r3_jax.files import write_json
 from search_r3_jax.hub.export import export_model
 from search_r3_jax.hub.load_model import LoadedModel, load_model, with_lora
 from search_r3_jax.models.lora import merge_lora
-from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training.rl import train_rl
 from search_r3_jax.training.run import RlRecord
 from search_r3_jax.training.sft import train_sft
@@ -47,8 +46,10 @@ class Quickstart:
     def run(self) -> dict[str, Any]:
         """Run all stages in order; returns the summary, which is also written to `summary.json`.
 
-        Raises UserError for a folder of another config.
+        Raises UserError for a folder of another config, and for settings out of range.
         """
+        for stage in ("sft", "rl"):
+            check_ranges(self._config, stage)
         self._out.mkdir(parents=True, exist_ok=True)
         self._claim()
         with self._stages.log():
@@ -107,7 +108,7 @@ class Quickstart:
     def _evaluator(self) -> Evaluator:
         # Merged models have the structure of the base, so all three evaluations share the compiled programs.
         graph = nnx.split(self._base.decoder)[0]
-        return Evaluator(graph, Prompter(self._base.tokenizer), self._config.text, self._config.rl.sampler)
+        return Evaluator(graph, self._base.prompter(), self._config.text, self._config.rl.sampler)
 
     @functools.cached_property
     def _tuned(self) -> LoadedModel:

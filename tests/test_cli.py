@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -189,11 +190,15 @@ def test_embed_writes_an_array_and_one_line(tiny_folders: dict[str, Path], tmp_p
 @pytest.mark.parametrize(
     ("name", "content", "named"),
     [
-        ("a.jsonl", b'{"text": "fine"}\n{"txt": "x"}\n', "a.jsonl: line 2: text"),
-        ("a.jsonl", b'{"text": "fine"}\n["x"]\n', "a.jsonl: line 2: text"),
-        ("a.jsonl", b'{"text": "fine"}\n{"text": ', "a.jsonl: line 2: is not JSON"),
-        ("a.txt", b"fine\nfine\n\xff\n", "a.txt: line 3: is not UTF-8"),
+        ("a.jsonl", b'{"text": "fine"}\n{"txt": "x"}\n', "a.jsonl, line 2: field 'text' is missing"),
+        ("a.jsonl", b'{"text": "fine"}\n["x"]\n', "a.jsonl, line 2: expected a JSON object"),
+        ("a.jsonl", b'{"text": "fine"}\n{"text": ', "a.jsonl, line 2: not valid JSON"),
+        ("a.txt", b"fine\nfine\n\xff\n", "a.txt, line 3: not UTF-8"),
         ("a.txt", None, "a.txt: cannot be read"),
+        ("a.jsonl", b'{"text": "a \\ud83d b"}\n', "line 1: field 'text' holds an unpaired surrogate"),
+        ("a.jsonl", b'{"text": "a", "x": ' + b"[" * 10**5 + b"]" * 10**5 + b"}\n", "line 1: not valid JSON"),
+        ("a.txt", b"fine\na\0b\n", "a.txt, line 2: holds a NUL byte"),
+        ("A.TXT.GZ", b"no gzip", "A.TXT.GZ, after line 0: damaged gzip file"),
     ],
 )
 def test_bad_texts_name_file_and_line_before_any_model_is_loaded(
@@ -206,6 +211,22 @@ def test_bad_texts_name_file_and_line_before_any_model_is_loaded(
     assert named in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out.npy").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"max_tokens": 0}, "--max-tokens: 0: give 1 or more"),
+        ({"truncate_dim": -1}, "--truncate-dim: -1: give 1 or more"),
+        ({"mode": "reason", "kind": "document"}, "--mode: reason: documents are embedded directly"),
+    ],
+)
+def test_limits_are_checked_before_any_model_is_loaded(
+    tmp_path: Path, options: dict[str, Any], named: str
+) -> None:
+    (tmp_path / "texts.txt").write_text("a text\n")
+    with pytest.raises(UserError, match=named):
+        Embed(model="nowhere", input=tmp_path / "texts.txt", out=tmp_path / "out.npy", **options).run()
 
 
 def test_an_array_that_cannot_be_written_leaves_the_one_before(

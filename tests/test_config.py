@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
-from typing import Any
+import math
+from collections.abc import Iterator
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from search_r3_jax.config import RunConfig, config_from_dict, renamed_flags
+from search_r3_jax.config import RunConfig, check_ranges, config_from_dict, renamed_flags
+from search_r3_jax.config.ranges import RANGES
 from search_r3_jax.config.reading import RENAMED
 from search_r3_jax.errors import UserError
 
@@ -107,3 +110,69 @@ def test_flags_of_older_commands_are_taken_under_their_present_names() -> None:
         "--index.max-age is now --index.max-index-age-steps",
         "--rl.reward is now --rl.reward.variant",
     ]
+
+
+def numeric_settings(kind: Any, prefix: str = "") -> Iterator[str]:
+    """Paths of the settings of a config that hold numbers, by their declared types."""
+    for name, hint in get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint):
+            yield from numeric_settings(hint, f"{prefix}{name}.")
+        elif {int, float} & {hint, *get_args(hint)}:
+            yield f"{prefix}{name}"
+
+
+def changed(path: str, value: Any) -> RunConfig:
+    """The default config with another value of one setting."""
+    fields = dataclasses.asdict(RunConfig())
+    *sections, name = path.split(".")
+    target = fields
+    for section in sections:
+        target = target[section]
+    target[name] = (value,) if isinstance(target[name], tuple) else value
+    return config_from_dict(RunConfig, fields)
+
+
+def test_every_numeric_setting_has_a_range() -> None:
+    assert sorted(numeric_settings(RunConfig)) == sorted(RANGES)
+    for stage in ("sft", "rl"):
+        check_ranges(RunConfig(), stage)
+
+
+@pytest.mark.parametrize("path", sorted(RANGES))
+def test_a_number_out_of_range_is_refused_by_name(path: str) -> None:
+    limits = RANGES[path]
+    wrong = [math.nan, math.inf, -math.inf, limits.low - 1, limits.high + 1]
+    wrong += [limits.low] * limits.low_open + [limits.high] * limits.high_open
+    stages = ("rl",) if path.startswith(("rl.", "index.")) else ("sft",)
+    for value in wrong:
+        for stage in stages:
+            with pytest.raises(UserError, match=f"^{path}: {value}: give a "):
+                check_ranges(changed(path, value), stage)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("rl.sampler.temperature", 0.0),
+        ("rl.sampler.max_think_tokens", 0),
+        ("rl.sampler.top_k", 1),
+        ("rl.group_size", 1),
+        ("rl.infonce.temperature", 0),
+        ("rl.clip_low", 1.5),
+        ("sft.temperature", 0.0),
+        ("sft.optimizer.learning_rate", -1e-4),
+        ("sft.save_every", 0),
+    ],
+)
+def test_settings_that_the_trainer_cannot_follow(path: str, value: float) -> None:
+    with pytest.raises(UserError, match=f"^{path}: {value}: "):
+        check_ranges(changed(path, value), "rl" if path.startswith("rl.") else "sft")
+
+
+def test_stage_1_needs_a_loss_and_no_settings_of_stage_2() -> None:
+    check_ranges(changed("rl.sampler.temperature", 0.0), "sft")
+    check_ranges(changed("sft.temperature", 0.0), "rl")
+    weights = dict.fromkeys(("infonce_weight", "triplet_weight", "language_weight", "kl_weight"), 0.0)
+    config = dataclasses.replace(RunConfig(), sft=dataclasses.replace(RunConfig().sft, **weights))
+    with pytest.raises(UserError, match="every loss has weight 0"):
+        check_ranges(config, "sft")

@@ -73,7 +73,7 @@ def test_thoughts_are_greedy_and_end_in_the_embedding_of_a_plain_forward(
     for text, thought in zip(TEXTS, thoughts, strict=True):
         row = [*prompter.reason.prefix, *prompter.reason_rows([text], MAX_TOKENS)[0]]
         reply: list[int] = []
-        while len(reply) < BUDGET and (not reply or reply[-1] not in (prompter.embed_id, prompter.eos_id)):
+        while len(reply) < BUDGET and (not reply or reply[-1] not in (prompter.embed_id, *prompter.end_ids)):
             hidden = plain_hidden(tiny_model.decoder, [row + reply])[0, len(row) + len(reply) - 1]
             reply.append(int(np.argmax(np.asarray(tiny_model.decoder.logits(hidden)))))
         assert thought.valid == (reply[-1] == prompter.embed_id)

@@ -1,3 +1,5 @@
+import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -6,9 +8,17 @@ import pytest
 from search_r3_jax.data.collection import Collection, Document, Query, corpus_hash
 from search_r3_jax.data.dataset import ordered_queries_hash
 from search_r3_jax.data.jsonl import read_jsonl
-from search_r3_jax.data.lines import Problems
 from search_r3_jax.data.subsample import sample_corpus, unordered_documents_hash, unordered_queries_hash
-from search_r3_jax.files import digest_of, replacing, write_array, write_bytes
+from search_r3_jax.files import (
+    append_json_line,
+    digest_of,
+    read_json_lines,
+    replacing,
+    write_array,
+    write_bytes,
+    write_json_lines,
+)
+from search_r3_jax.lines import Problems
 
 DOCUMENTS = (
     Document(doc_id="d1", title="A title", text="Körper"),
@@ -28,8 +38,12 @@ def test_hashes_on_disk_stay_what_they_are(tmp_path: Path) -> None:
     assert sample_corpus(COLLECTION, 2)[1].ids_sha256 == IDS_HASH
     assert corpus_hash(DOCUMENTS) == "4fb2cbcdeea835fdecdd57d8c9ecc17fe3128ce652d2ff1eaa7c59d379cd9d2c"
     assert ordered_queries_hash(QUERIES) == "c557dae3077335394d83b1a4d21de4a31eab85edff7bb198b0e8dd1884bb2365"
+    plain = tuple(dataclasses.replace(query, instruction="") for query in QUERIES)
+    assert unordered_queries_hash(COLLECTION) != unordered_queries_hash(
+        dataclasses.replace(COLLECTION, queries=plain)
+    )
     assert (
-        unordered_queries_hash(COLLECTION)
+        unordered_queries_hash(dataclasses.replace(COLLECTION, queries=plain))
         == "ddfbc9eac38507aedd44044ea6318f59cb5d9eaad0dbfa33cb3c7661ac0aa817"
     )
     assert (
@@ -62,3 +76,24 @@ def test_a_file_is_replaced_at_the_end_or_not_at_all(tmp_path: Path) -> None:
     write_array(tmp_path / "x.npy", np.arange(3))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "x.npy"]
     assert file.read_bytes() == b"bytes"
+
+
+def test_json_lines_end_at_newlines_alone_for_every_reader(tmp_path: Path) -> None:
+    """Every character that some reader ends a line at, half a surrogate pair, and a torn last line."""
+    ends = [chr(i) for i in range(0x3000) if len(f"a{chr(i)}b".splitlines()) > 1]
+    assert {"\n", "\r", "\x0c", "\x1e", "\x85", "\u2028", "\u2029"} <= set(ends)
+    records = [{"id": f"a{end}b é"} for end in [*ends, "\ud83d", "\0"]]
+    file = tmp_path / "a.jsonl"
+    write_json_lines(file, records[:3])
+    for record in records[3:]:
+        append_json_line(file, record, durable=True)
+    assert read_json_lines(file) == records
+    assert [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] == records
+    assert "é" in file.read_text(encoding="utf-8")
+    with file.open("a") as opened:
+        opened.write('{"id": ')
+    assert read_json_lines(file) == records
+    assert read_json_lines(tmp_path / "missing.jsonl") == []
+    # As older versions wrote them.
+    file.write_text(json.dumps(records[-4], ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_json_lines(file) == [records[-4]]

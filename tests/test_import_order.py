@@ -29,7 +29,7 @@ ORDER = [
     {"configs"},
     {"mesh", "distributed.runtime", "compiler"},
     {"config", "chips", "vectors"},
-    {"distributed.spec", "console", "files", "runtime_env"},
+    {"distributed.spec", "console", "files", "lines", "runtime_env"},
     {"errors"},
     # The package itself: its version.
     {""},

@@ -84,7 +84,8 @@ class Embed:
 
     Attributes:
         model: Run folder, Hugging Face folder, GGUF file, or `smollm2`.
-        input: Text file, one text per line; or a .jsonl file, one object with a `text` per line.
+        input: Text file, one text per line; or a .jsonl file, one object with a `text` per line. Either may
+            be gzipped (.gz).
         out: File to write: float32 unit vectors [texts, dimension] in .npy format.
         mode: `reason`: the model thinks before it embeds (queries only). `direct`: it does not.
         kind: What the texts are. Documents are embedded directly.
@@ -106,11 +107,16 @@ class Embed:
 
     def run(self) -> None:
         """Run the subcommand."""
-        from search_r3_jax.files import read_texts
+        from search_r3_jax.files import check_output
+        from search_r3_jax.lines import read_texts
 
+        for flag, value in (("--max-tokens", self.max_tokens), ("--truncate-dim", self.truncate_dim)):
+            if value is not None and value < 1:
+                raise UserError(f"{flag}: {value}: give 1 or more, or leave it out")
+        if self.kind == "document" and self.mode == "reason":
+            raise UserError("--mode: reason: documents are embedded directly; give direct, or --kind query")
+        check_output("--out", self.out)
         texts = read_texts(self.input)
-        if not self.out.parent.is_dir():
-            raise UserError(f"--out: {self.out.parent}: no such folder; make it first")
         from search_r3_jax.embedder import Embedder
         from search_r3_jax.files import write_array
 

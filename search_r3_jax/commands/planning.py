@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from search_r3_jax.config import RunConfig
+from search_r3_jax.config import RunConfig, check_ranges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,7 @@ class Plan:
         from search_r3_jax.planning.report import print_meshes, print_plan, write_plan
         from search_r3_jax.planning.search import largest_chunk, try_meshes
 
+        check_ranges(self.settings, "sft" if self.stage == "sft" else "rl")
         # The result goes to standard output; progress goes to standard error.
         show_log(sys.stderr)
         chips = open_slice(self.topology, self.slices)

@@ -4,6 +4,7 @@ from search_r3_jax.config.data import DataConfig, FunctionsConfig, TextConfig
 from search_r3_jax.config.index import IndexConfig
 from search_r3_jax.config.mesh import MeshConfig
 from search_r3_jax.config.model import EMBED_TOKEN, LoraConfig, ModelConfig, RopeScaling
+from search_r3_jax.config.ranges import check_ranges
 from search_r3_jax.config.reading import config_from_dict, renamed_flags
 from search_r3_jax.config.rl import (
     CollapseConfig,
@@ -37,6 +38,7 @@ __all__ = [
     "SftConfig",
     "Step",
     "TextConfig",
+    "check_ranges",
     "config_from_dict",
     "renamed_flags",
 ]

@@ -16,7 +16,7 @@ class SamplerConfig:
 
     Attributes:
         max_think_tokens: Longest reasoning, in tokens. Then the embed token is forced and the reply invalid.
-        temperature: Sampling temperature. 0 is greedy.
+        temperature: Sampling temperature, above 0 in training. Evaluations are greedy.
         top_k: Sample from the k most likely tokens only. 0 samples from all.
         top_p: Then sample from the most likely tokens that together have this probability. 1 keeps all.
         prefill_chunk: Read longer prompts in chunks of this many tokens. 0 reads any prompt at once.

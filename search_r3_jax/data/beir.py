@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from search_r3_jax.data.collection import Collection, Document, Query, usable_split_name
-from search_r3_jax.data.lines import (
+from search_r3_jax.errors import UserError
+from search_r3_jax.lines import (
     LineError,
     Problems,
     filled_field,
@@ -15,7 +16,6 @@ from search_r3_jax.data.lines import (
     shown,
     string_field,
 )
-from search_r3_jax.errors import UserError
 
 # The last column name of a header row; some copies of the layout have no header.
 SCORE_HEADERS = ("score", "relevance", "rel", "label")

@@ -9,9 +9,9 @@ from search_r3_jax.data.beir import find_splits, read_beir_splits
 from search_r3_jax.data.collection import Collection
 from search_r3_jax.data.dataset import build_dataset
 from search_r3_jax.data.jsonl import read_jsonl
-from search_r3_jax.data.lines import Problems
 from search_r3_jax.data.python_functions import python_functions
 from search_r3_jax.errors import UserError
+from search_r3_jax.lines import Problems
 
 
 @dataclass(frozen=True, kw_only=True)

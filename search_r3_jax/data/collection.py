@@ -36,7 +36,7 @@ class Query:
     """One query; `positives` maps document ids to relevance > 0; `negatives` are judged irrelevant.
 
     Attributes:
-        instruction: what kind of search this is; empty for none.
+        instruction: what kind of search this is, put before the text; empty for none.
         reasoning: a text that the model shall learn to write before it embeds; empty for none.
     """
 
@@ -46,6 +46,15 @@ class Query:
     negatives: tuple[str, ...] = ()
     instruction: str = ""
     reasoning: str = ""
+
+    @property
+    def body(self) -> str:
+        """The text that is embedded: `Instruct: …`, if there is an instruction, then `Query: …`.
+
+        The format is that of E5 (arXiv 2401.00368) and of Qwen3-Embedding. Without an instruction the text
+        stands alone.
+        """
+        return f"Instruct: {self.instruction}\nQuery: {self.text}" if self.instruction.strip() else self.text
 
 
 @dataclass(frozen=True, kw_only=True)

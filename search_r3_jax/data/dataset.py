@@ -21,10 +21,10 @@ from tensorflow_datasets.core.splits import SplitDict, SplitInfo
 
 from search_r3_jax.data.beir import find_splits, read_beir_splits
 from search_r3_jax.data.collection import SHARED_CORPUS, Collection, Document, Query, usable_split_name
-from search_r3_jax.data.lines import Problems
 from search_r3_jax.data.stored import StoredDocuments, document_of
 from search_r3_jax.errors import UserError
 from search_r3_jax.files import file_sha256
+from search_r3_jax.lines import Problems
 
 FORMAT_VERSION = 2
 MANIFEST = "dataset.json"

@@ -1,12 +1,15 @@
 """Reader of .jsonl files of queries with their documents, gzipped or not: one object a line."""
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from search_r3_jax.data.collection import Collection, Document, Query, usable_split_name
-from search_r3_jax.data.lines import (
+from search_r3_jax.errors import UserError
+from search_r3_jax.files import digest_of
+from search_r3_jax.lines import (
     LineError,
     Problems,
     checked_string,
@@ -16,8 +19,6 @@ from search_r3_jax.data.lines import (
     shown,
     string_field,
 )
-from search_r3_jax.errors import UserError
-from search_r3_jax.files import digest_of
 
 ID_CHARACTERS = 32
 MAX_RELEVANCE = 2**31 - 1
@@ -53,7 +54,7 @@ def read_jsonl(path: Path, problems: Problems) -> dict[str, Collection]:
             documents.update({document.doc_id: document for document, _ in judged.values()})
     if not queries_of:
         raise UserError(f"{path}: no queries; expected one JSON object a line, with 'query' and 'positive'")
-    name = path.resolve().name.removesuffix(".gz").removesuffix(".jsonl")
+    name = re.sub(r"(\.jsonl)?(\.gz)?$", "", path.resolve().name, flags=re.IGNORECASE)
     return {
         split: Collection(
             name=name,

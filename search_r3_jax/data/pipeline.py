@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from search_r3_jax.data.collection import Query
+from search_r3_jax.data.known_relevance import first_copies, known_documents
 from search_r3_jax.data.mixture import Mixture, Pair
 from search_r3_jax.data.tfidf_reasoning import TfidfReasoning
 from search_r3_jax.text.packing import bucket_length, pack_rows
@@ -48,9 +49,9 @@ class PairBatch(NamedTuple):
     """B queries and P documents: of each chunk its queries' positives, then their negatives.
 
     Attributes:
-        document_ids: [P] int32, equal for equal documents, −1 for a missing negative.
-        known_ids: [B,K] int32, documents known to be relevant to a query, padded with −1; `known_relevance`
-            [B,K] float32.
+        document_ids: [P] int32, equal for documents of equal text, −1 for a missing negative.
+        known_ids: [B,K] int32, documents known to be relevant to a query or to another one of the same text,
+            padded with −1; `known_relevance` [B,K] float32.
         mined: [B,n] int32, rows of P that hold the negatives of each query, −1 where there are too few.
     """
 
@@ -169,27 +170,45 @@ class PairPipeline:
         return [sum(sizes[:i]) for i in range(len(sizes))]
 
     @cached_property
-    def _most_known(self) -> int:
-        return max(
-            len(query.positives) for collection in self.mixture.collections for query in collection.queries
+    def _first_copy(self) -> np.ndarray:
+        """For each document of all sets, the number of the first one with the same text."""
+        return first_copies(
+            document for collection in self.mixture.collections for document in collection.documents
         )
 
+    @cached_property
+    def _known(self) -> list[tuple[dict[int, int], ...]]:
+        """Of each set, each query's known documents: number of a first copy → grade."""
+        return known_documents(self.mixture.collections, self._first_copy)
+
+    @cached_property
+    def _most_known(self) -> int:
+        return max(len(grades) for of_set in self._known for grades in of_set)
+
+    def _number(self, number: int, row: int) -> int:
+        """The number of a set's document in `document_ids`."""
+        return int(self._first_copy[self._first_document[number] + row])
+
     def _negatives(self, pair: Pair) -> list[int]:
-        """Rows of a pair's negatives, padded with PAD; the pair's place seeds the choice among many."""
-        collection = self.mixture.collections[pair.set]
-        known = [collection.row_of[doc_id] for doc_id in collection.queries[pair.query].negatives]
-        if len(known) > self.negatives:
-            known = [
-                known[i]
+        """Rows of a pair's negatives, padded with PAD; the pair's place seeds the choice among many.
+
+        A text that is known to be relevant is never one, under whatever id.
+        """
+        collection, relevant = self.mixture.collections[pair.set], self._known[pair.set][pair.query]
+        rows = [collection.row_of[doc_id] for doc_id in collection.queries[pair.query].negatives]
+        rows = [row for row in rows if self._number(pair.set, row) not in relevant]
+        if len(rows) > self.negatives:
+            rows = [
+                rows[i]
                 for i in np.random.default_rng([self.mixture.seed, pair.place]).choice(
-                    len(known), self.negatives, replace=False
+                    len(rows), self.negatives, replace=False
                 )
             ]
-        return known + [PAD] * (self.negatives - len(known))
+        return rows + [PAD] * (self.negatives - len(rows))
 
     def _query_rows(self, chunk: list[Pair]) -> _Rows:
         direct = self.encode_chunk - self.reasoned
-        texts = [self._query(pair).text for pair in chunk]
+        texts = [self._query(pair).body for pair in chunk]
         thoughts = [self._thought(pair) for pair in chunk[direct:]]
         reasoned = self.prompter.reason_rows(texts[direct:], self.max_query_tokens)
         return _Rows(
@@ -226,15 +245,12 @@ class PairPipeline:
         for chunk in chunks:
             first_row = len(document_ids)
             documents = self._documents(chunk)
-            document_ids += [
-                self._first_document[number] + row if row != PAD else PAD for number, row in documents
-            ]
+            document_ids += [self._number(number, row) if row != PAD else PAD for number, row in documents]
             for i, pair in enumerate(chunk):
-                collection, first = self.mixture.collections[pair.set], self._first_document[pair.set]
-                positives = self._query(pair).positives
-                fill = [PAD] * (self._most_known - len(positives))
-                known_ids.append([first + collection.row_of[doc_id] for doc_id in positives] + fill)
-                relevance.append([*positives.values(), *[0] * len(fill)])
+                grades = self._known[pair.set][pair.query]
+                fill = [PAD] * (self._most_known - len(grades))
+                known_ids.append([*grades, *fill])
+                relevance.append([*grades.values(), *[0] * len(fill)])
                 mined_rows = first_row + len(chunk) + i * self.negatives + np.arange(self.negatives)
                 mined.append([row if document_ids[row] != PAD else PAD for row in mined_rows])
         return {

@@ -87,12 +87,13 @@ def unordered_documents_hash(collection: Collection) -> str:
 
 
 def unordered_queries_hash(collection: Collection) -> str:
-    """Hexadecimal sha256 over ids, texts and judgements of the queries; their order does not matter."""
+    """Hexadecimal sha256 over ids, texts, instructions and judgements of queries; not over their order."""
     parts = [
         digest_of(
             (
                 query.query_id,
                 query.text,
+                *([query.instruction] if query.instruction else []),
                 *(f"{doc_id} {score}" for doc_id, score in sorted(query.positives.items())),
             )
         )

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from search_r3_jax.errors import UserError
-from search_r3_jax.files import check_output
+from search_r3_jax.files import check_output, read_json_lines
 
 MODES = {"direct": "-", "reason": "--"}
 LOSSES = ("infonce", "triplet", "language", "kl")
@@ -90,8 +90,7 @@ def _read(run: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[dict[str, A
     evaluations = [
         json.loads(path.read_text(encoding="utf-8")) for path in sorted((run / "eval").glob("dev_*.json"))
     ]
-    metrics = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return [(evaluation["step"], evaluation["results"]) for evaluation in evaluations], metrics
+    return [(evaluation["step"], evaluation["results"]) for evaluation in evaluations], read_json_lines(file)
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:

@@ -43,7 +43,7 @@ class EmbeddedQueries:
         warm_seconds: the same without compiling.
         valid: [Q] whether the model wrote the embed token itself; empty without reasoning.
         tokens: [Q] tokens of each reply; empty without replies.
-        thoughts: reasoning of each query as text; empty without reasoning.
+        thoughts: the reasoning alone of each query as text; empty without reasoning.
         replies: token ids of the replies, embed token included.
     """
 
@@ -159,7 +159,7 @@ class Evaluator:
     ) -> EmbeddedQueries:
         """Embed the queries without reasoning; their reply is the closing."""
         started = time.perf_counter()
-        texts = [query.text for query in collection.queries]
+        texts = [query.body for query in collection.queries]
         self._encoder.compile(state, texts, max_tokens=self._text.max_query_tokens)
         compiled = time.perf_counter()
         vectors = self._encoder.encode(
@@ -183,7 +183,7 @@ class Evaluator:
         A query whose embed token was forced at the limit counts as not valid.
         """
         started = time.perf_counter()
-        texts = [query.text for query in collection.queries]
+        texts = [query.body for query in collection.queries]
         # Sorted by length, so that a pass holds prompts of one bucket.
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         vectors: dict[int, np.ndarray] = {}
@@ -209,7 +209,7 @@ class Evaluator:
             warm_seconds=ended - compiled,
             valid=valid,
             tokens=[len(reply) for reply in replies],
-            thoughts=[str(self._prompter.tokenizer.decode(reply)) for reply in replies],
+            thoughts=[self._prompter.thought_text(reply) for reply in replies],
             replies=replies,
         )
 
@@ -227,7 +227,7 @@ class Evaluator:
 
         Raises ValueError for a single query.
         """
-        texts, max_tokens = [query.text for query in collection.queries], self._text.max_query_tokens
+        texts, max_tokens = [query.body for query in collection.queries], self._text.max_query_tokens
         of_control = control_replies(
             self._prompter, texts, reasoned.replies, corpus_words(collection), seed=seed
         )

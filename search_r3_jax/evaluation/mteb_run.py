@@ -66,7 +66,7 @@ def collection_task(collection: Collection, *, prompt: str | None = None) -> Abs
             [{"id": document.doc_id, "text": document.body} for document in collection.documents]
         ),
         queries=Dataset.from_list(
-            [{"id": query.query_id, "text": query.text} for query in collection.queries]
+            [{"id": query.query_id, "text": query.body} for query in collection.queries]
         ),
         relevant_docs={query_id: dict(judged) for query_id, judged in collection.qrels().items()},
         top_ranked=None,

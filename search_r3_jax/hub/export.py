@@ -16,16 +16,16 @@ from search_r3_jax.config import EMBED_TOKEN
 from search_r3_jax.errors import UserError
 from search_r3_jax.files import write_json
 from search_r3_jax.hub.folders import replaced_folder
-from search_r3_jax.hub.load_model import LoadedModel, torch_tensors
+from search_r3_jax.hub.load_model import EXPORT_MANIFEST, LoadedModel, torch_tensors
 from search_r3_jax.hub.model_card import model_card
 from search_r3_jax.hub.sentence_transformers import write_sentence_transformers
 from search_r3_jax.models.families import config_to_hf
 from search_r3_jax.models.lora import merge_lora
-from search_r3_jax.text.prompts import CLOSING, DIRECT_SYSTEM, REASON_SYSTEM, Prompter
+from search_r3_jax.text.pieces import control_tokens
+from search_r3_jax.text.prompts import CLOSING, DIRECT_SYSTEM, REASON_SYSTEM, Prompter, Prompts
 
 SHARD_BYTES = 4 << 30
 MAX_TOKENS = 512
-EXPORT_MANIFEST = "search_r3.json"
 _PROMPTS = {
     "embed_token": EMBED_TOKEN,
     "direct_system": DIRECT_SYSTEM,
@@ -57,7 +57,7 @@ def _write(
     model: LoadedModel, folder: Path, dtype: Literal["float32", "bfloat16"], max_tokens: int, shard_bytes: int
 ) -> None:
     decoder = merge_lora(model.decoder)
-    tokenizer, prompter = model.tokenizer, Prompter(model.tokenizer)
+    tokenizer, prompter = model.tokenizer, model.prompter()
     write_weights(torch_tensors(decoder), folder, dtype, shard_bytes)
     ends = {
         "bos_token_id": tokenizer.bos_token_id,
@@ -65,19 +65,21 @@ def _write(
         "pad_token_id": tokenizer.pad_token_id,
     }
     write_json(folder / "config.json", config_to_hf(decoder.config, dtype) | ends)
-    # Generation ends at the embed token or at the end of the turn. Greedy, as in our evaluation: sampling
+    # Generation ends at the embed token or at any end of the turn. Greedy, as in our evaluation: sampling
     # settings of the base model, such as a repetition penalty, would change the reasoning.
     write_json(
         folder / "generation_config.json",
-        ends | {"do_sample": False, "eos_token_id": [tokenizer.eos_token_id, model.embed_id]},
+        ends | {"do_sample": False, "eos_token_id": [*prompter.end_ids, model.embed_id]},
     )
     save_tokenizer(tokenizer, folder)
     read = min(max_tokens, max_text_tokens(prompter, decoder.config.max_positions))
-    write_export_manifest(folder, model.embed_id, max_tokens=read)
+    write_export_manifest(folder, model.embed_id, prompter.prompts, max_tokens=read)
     described = write_sentence_transformers(
         folder, prompter, dimension=decoder.config.hidden_size, max_tokens=read
     )
-    (folder / "README.md").write_text(model_card(sentence_transformers=described), encoding="utf-8")
+    (folder / "README.md").write_text(
+        model_card(prompter.prompts, sentence_transformers=described), encoding="utf-8"
+    )
 
 
 def max_text_tokens(prompter: Prompter, max_positions: int) -> int:
@@ -87,19 +89,28 @@ def max_text_tokens(prompter: Prompter, max_positions: int) -> int:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """`save_pretrained`, whose native part reports a full disk as a bare Exception; here it is an OSError."""
+    """`save_pretrained`, with all control tokens listed for `apply_chat_template`.
+
+    Its native part reports a full disk as a bare Exception; here it is an OSError.
+    """
+    controls = control_tokens(tokenizer)
+    if any(not tokenizer.added_tokens_decoder[i].special for i in controls.values()):
+        # sentence-transformers reads the names of these tokens as text, as our prompter does.
+        tokenizer.chat_control_tokens = sorted(controls)
     try:
         tokenizer.save_pretrained(str(folder))
     except Exception as error:
         raise OSError(str(error)) from error
 
 
-def write_export_manifest(folder: Path, embed_id: int, *, max_tokens: int) -> None:
-    """Write `search_r3.json`: the prompts and the pooling that the weights were trained with."""
+def write_export_manifest(folder: Path, embed_id: int, prompts: Prompts, *, max_tokens: int) -> None:
+    """Write `search_r3.json`: the prompts, rendered, and the pooling that the weights were trained with."""
     pooling = "state after the final norm at the embed token, L2-normalised in float32"
     write_json(
         folder / EXPORT_MANIFEST,
-        _PROMPTS | {"embed_token_id": embed_id, "pooling": pooling, "max_tokens": max_tokens},
+        _PROMPTS
+        | {"prompts": prompts.to_json(), "embed_token_id": embed_id}
+        | {"pooling": pooling, "max_tokens": max_tokens},
     )
 
 

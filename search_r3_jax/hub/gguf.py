@@ -52,6 +52,8 @@ _ROPE_FACTORS = "rope_freqs.weight"
 # Llama 3.1 and 3.2.
 _LLAMA3_FACTORS = (8.0, 32.0)
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
+# Of a text, of a turn, and of a message that awaits a tool's result.
+_ENDS = ("eos", "eot", "eom")
 _MISSING: Any = object()
 
 
@@ -112,7 +114,7 @@ class GgufFile:
         return self._rows(tensor, chosen)[(slice(None), *columns)]
 
     def tokenizer_fields(self) -> dict[str, Any]:
-        """Tokens, merges, special ids (−1: none), chat template and pre-tokenizer name."""
+        """Tokens, merges, special ids (−1: none), ends of a turn, chat template and pre-tokenizer name."""
         model = self._text("tokenizer.ggml.model")
         if model != "gpt2":
             raise UserError(
@@ -137,6 +139,7 @@ class GgufFile:
             "bos": self._token("bos", used),
             "eos": self._token("eos", used),
             "pad": self._token("padding", used),
+            "ends": [end for end in (self._token(name, used) for name in _ENDS) if end >= 0],
             "chat_template": self._text("tokenizer.chat_template", ""),
         }
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 from flax import nnx
@@ -31,6 +33,7 @@ from search_r3_jax.models.attention import Backend
 from search_r3_jax.models.decoder import Decoder
 from search_r3_jax.models.families import config_from_hf
 from search_r3_jax.models.lora import add_lora, merge_lora, trainable_filter
+from search_r3_jax.text.prompts import Prompter, Prompts, prompts_from_json
 from search_r3_jax.text.tokenizer import add_embed_token, tokenizer_from_folder, tokenizer_from_gguf
 
 __all__ = [
@@ -42,9 +45,11 @@ __all__ = [
     "resolve",
     "torch_tensors",
     "with_lora",
+    "with_recorded_prompts",
 ]
 
 PACKAGED = "smollm2"
+EXPORT_MANIFEST = "search_r3.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = [
     "*.safetensors",
@@ -54,17 +59,28 @@ _HUB_FILES = [
     "tokenizer*",
     "*.jinja",
 ]
-_HUB_FILES += ["special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "search_r3.json"]
+_HUB_FILES += ["special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", EXPORT_MANIFEST]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """A decoder with its tokenizer, the id of `<|embed_token|>`, and its mesh (None: one device)."""
+    """A decoder with its tokenizer, the id of `<|embed_token|>`, and its mesh (None: one device).
+
+    Attributes:
+        prompts: those recorded by the run or the export that the model is from. None: the chat template's.
+        end_ids: tokens that end a turn, beside the tokenizer's own.
+    """
 
     decoder: Decoder
     tokenizer: PreTrainedTokenizerBase
     embed_id: int
     mesh: Mesh | None = None
+    prompts: Prompts | None = None
+    end_ids: tuple[int, ...] = ()
+
+    def prompter(self) -> Prompter:
+        """Turns texts into the model's token ids; raises UserError where its chat template fails."""
+        return Prompter(self.tokenizer, self.prompts, end_ids=self.end_ids)
 
 
 def load_model(
@@ -88,10 +104,15 @@ def load_model(
         config = _folder_config(path / "config.json")
         tokenizer = tokenizer_from_folder(path)
         source = SafetensorsFolder(path)
+        manifest = path / EXPORT_MANIFEST
+        recorded = read_json(manifest).get("prompts") if manifest.is_file() else None
+        prompts, end_ids = prompts_from_json(recorded, str(manifest)), _end_ids(path)
     else:
         source = GgufFile(path)
         config = source.config
-        tokenizer = tokenizer_from_gguf(source.tokenizer_fields(), str(path))
+        fields = source.tokenizer_fields()
+        tokenizer = tokenizer_from_gguf(fields, str(path))
+        prompts, end_ids = None, tuple(fields["ends"])
     embed = add_embed_token(tokenizer, config.vocab_size)
     decoder = build_decoder(
         config,
@@ -105,7 +126,14 @@ def load_model(
         attention=attention,
         mesh=mesh,
     )
-    return LoadedModel(decoder=decoder, tokenizer=embed.tokenizer, embed_id=embed.embed_id, mesh=mesh)
+    return LoadedModel(
+        decoder=decoder,
+        tokenizer=embed.tokenizer,
+        embed_id=embed.embed_id,
+        mesh=mesh,
+        prompts=prompts,
+        end_ids=tuple(i for i in end_ids if i < embed.vocab_size),
+    )
 
 
 def pinned_step(model: str | Path, step: Step, *, flag: str = "--step") -> int | None:
@@ -138,7 +166,19 @@ def _load_run(
     decoder = with_lora(start, config.lora, seed=config.seed).decoder
     params = nnx.state(decoder, trainable_filter(decoder))
     nnx.update(decoder, read_checkpoint(run, chosen, params))
-    return replace(start, decoder=_on_mesh(merge_lora(decoder), mesh))
+    return with_recorded_prompts(replace(start, decoder=_on_mesh(merge_lora(decoder), mesh)), run, run_json)
+
+
+def with_recorded_prompts(model: LoadedModel, run: Path, run_json: Mapping[str, Any]) -> LoadedModel:
+    """The model with the prompts and the ends of a turn that a run recorded.
+
+    A run of an older version recorded none. Raises UserError where the record is damaged.
+    """
+    prompts = prompts_from_json(run_json.get("prompts"), str(run / "config.json"))
+    if prompts is None:
+        return model
+    end_ids = _id_list(run_json.get("end_ids"), run / "config.json", "end_ids")
+    return replace(model, prompts=prompts, end_ids=end_ids)
 
 
 def with_lora(model: LoadedModel, lora: LoraConfig, *, seed: int) -> LoadedModel:
@@ -208,6 +248,23 @@ def _from_hub(repo: str) -> Path:
             f"model: {repo}: no such folder, and neither in the local Hugging Face cache nor on the hub "
             f"({reason[:200]}); check the name"
         ) from None
+
+
+def _end_ids(folder: Path) -> tuple[int, ...]:
+    """The ids at which `generate` of transformers stops: of generation_config.json, else of config.json."""
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        file = folder / "config.json"
+    return _id_list(read_json(file).get("eos_token_id"), file, "eos_token_id")
+
+
+def _id_list(value: object, file: Path, field: str) -> tuple[int, ...]:
+    entries = [] if value is None else value if isinstance(value, list) else [value]
+    # bool is a kind of int in Python.
+    ids = [entry for entry in entries if isinstance(entry, int) and not isinstance(entry, bool)]
+    if len(ids) < len(entries):
+        raise UserError(f"{file}: {field}: {value!r}; give the id of a token, or a list of ids")
+    return tuple(i for i in ids if i >= 0)
 
 
 def _folder_config(file: Path) -> ModelConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from search_r3_jax.config import EMBED_TOKEN
-from search_r3_jax.text.prompts import CLOSING, DIRECT_SYSTEM, REASON_SYSTEM
+from search_r3_jax.text.prompts import CLOSING, DIRECT_SYSTEM, REASON_SYSTEM, Prompts
 
 _QUERIES = '["sort a list by key", "read a file line by line"]'
 _DOCUMENTS = (
@@ -23,12 +23,9 @@ Documents are embedded directly, queries either way.
 """
 
 # What both snippets below do with a tokenizer and the decoder without its head.
-_EMBED = f'''
+_EMBED = """
 def embed(text):
-    messages = [{{"role": "system", "content": "{DIRECT_SYSTEM}"}},
-                {{"role": "user", "content": text.strip()}}]
-    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) + "{CLOSING}"
-    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+    inputs = tokenizer(before + text.strip() + after, return_tensors="pt", add_special_tokens=False)
     with torch.no_grad():
         state = decoder(**inputs).last_hidden_state[0, -1]
     return torch.nn.functional.normalize(state.float(), dim=0)
@@ -36,9 +33,9 @@ def embed(text):
 
 print(embed("sort a list by key") @ embed("def by_key(rows, key): return sorted(rows, key=key)"))
 ```
-'''
+"""
 
-_TRANSFORMERS = f"""
+_TRANSFORMERS = """
 ## transformers
 
 ```python
@@ -50,7 +47,7 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder)
 decoder = model.model
 
-{_EMBED}
+EMBED
 Cut long texts before they go into the prompt, so that the embed token stays.
 Special tokens written in a text are read as special tokens.
 """
@@ -98,17 +95,23 @@ print(embedder.think({_QUERIES})[0].text)
 """
 
 
-def model_card(*, sentence_transformers: bool) -> str:
+def model_card(prompts: Prompts, *, sentence_transformers: bool) -> str:
     """The card of an exported model; `sentence_transformers` says whether the folder has the files for it."""
+    transformers = _TRANSFORMERS.replace("EMBED", _embed_function(prompts))
     front = "library_name: sentence-transformers" if sentence_transformers else "library_name: transformers"
     second = _SENTENCE_TRANSFORMERS if sentence_transformers else _NO_SENTENCE_TRANSFORMERS
     return (
-        f"---\n{front}\npipeline_tag: "
-        f"sentence-similarity\n---\n\n{_PROMPTS}{_TRANSFORMERS}{second}{_EMBEDDER}"
+        f"---\n{front}\npipeline_tag: sentence-similarity\n---\n\n{_PROMPTS}{transformers}{second}{_EMBEDDER}"
     )
 
 
-def adapter_card(*, base: str, embed_id: int) -> str:
+def _embed_function(prompts: Prompts) -> str:
+    # Written out: a chat template may render another prompt tomorrow.
+    before, after = prompts.direct
+    return f"before, after = {before!r}, {after + CLOSING!r}\n{_EMBED}"
+
+
+def adapter_card(prompts: Prompts, *, base: str, embed_id: int) -> str:
     """The card of exported adapters for the checkpoint that `base` names."""
     return f"""---
 base_model: {base}
@@ -135,4 +138,4 @@ if base.get_input_embeddings().num_embeddings <= {embed_id}:
 model = PeftModel.from_pretrained(base, folder).eval()
 decoder = model.get_base_model().model
 
-{_EMBED}"""
+{_embed_function(prompts)}"""

@@ -28,12 +28,11 @@ from search_r3_jax.hub.export import (
     write_export_manifest,
 )
 from search_r3_jax.hub.folders import replaced_folder
-from search_r3_jax.hub.load_model import LoadedModel, load_model, with_lora
+from search_r3_jax.hub.load_model import LoadedModel, load_model, with_lora, with_recorded_prompts
 from search_r3_jax.hub.model_card import adapter_card
 from search_r3_jax.models.decoder import Decoder
 from search_r3_jax.models.families import LAYER_TENSORS
 from search_r3_jax.models.lora import trainable_filter
-from search_r3_jax.text.prompts import Prompter
 
 TOKEN_ROW = "token_adapter.trainable_tokens_delta"
 
@@ -68,6 +67,7 @@ def export_peft(model: LoadedModel, out: Path, *, base: str, earlier: Sequence[L
     if decoder.head_row is not None:
         rows["lm_head"] = np.asarray(decoder.head_row[...])
         tensors[f"base_model.model.lm_head.{TOKEN_ROW}"] = rows["lm_head"][None]
+    prompter = model.prompter()
     with replaced_folder(out, marker=EXPORT_MANIFEST) as folder:
         save_tensors(tensors, folder / "adapter_model.safetensors")
         write_json(
@@ -92,11 +92,11 @@ def export_peft(model: LoadedModel, out: Path, *, base: str, earlier: Sequence[L
         write_export_manifest(
             folder,
             model.embed_id,
-            max_tokens=min(
-                MAX_TOKENS, max_text_tokens(Prompter(model.tokenizer), decoder.config.max_positions)
-            ),
+            prompter.prompts,
+            max_tokens=min(MAX_TOKENS, max_text_tokens(prompter, decoder.config.max_positions)),
         )
-        (folder / "README.md").write_text(adapter_card(base=base, embed_id=model.embed_id), encoding="utf-8")
+        card = adapter_card(prompter.prompts, base=base, embed_id=model.embed_id)
+        (folder / "README.md").write_text(card, encoding="utf-8")
     return out
 
 
@@ -115,7 +115,8 @@ def load_stages(run: Path, *, step: Step = None) -> tuple[list[LoadedModel], str
         )
     chosen = resolve_step(run, step)
     name, start_step = starting_model(run, run_json), starting_step(run_json)
-    model = with_lora(load_model(name, step=start_step), config.lora, seed=config.seed)
+    start = with_recorded_prompts(load_model(name, step=start_step), run, run_json)
+    model = with_lora(start, config.lora, seed=config.seed)
     params = nnx.state(model.decoder, trainable_filter(model.decoder))
     nnx.update(model.decoder, read_checkpoint(run, chosen, params))
     if (Path(name) / "checkpoints").is_dir():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from search_r3_jax.config import EMBED_TOKEN
 from search_r3_jax.files import write_json
-from search_r3_jax.text.prompts import CLOSING, DIRECT_SYSTEM, Prompter, prompt_text
+from search_r3_jax.text.prompts import CLOSING, DIRECT_SYSTEM, Prompter
 
 REQUIRED = ">=6.2"
 # Texts that begin and end with every kind of character that a tokenizer may join to the prompt around it.
@@ -79,7 +79,7 @@ def message_template(prompter: Prompter) -> str:
 
     Any other system prompt is an error in the template.
     """
-    before, after = prompt_text(prompter.tokenizer, DIRECT_SYSTEM)
+    before, after = prompter.prompts.direct
     refusal = f"this model was trained with one prompt, '{DIRECT_SYSTEM}': give no other"
     return (
         f"{{%- if messages[0].role == 'system' and messages[0].content != {_literal(DIRECT_SYSTEM)} -%}}"
@@ -100,7 +100,7 @@ def _tokens_agree(prompter: Prompter) -> bool:
 
     It may not if no special token separates them.
     """
-    before, after = prompt_text(prompter.tokenizer, DIRECT_SYSTEM)
+    before, after = prompter.prompts.direct
     whole = prompter.tokenizer(
         [before + probe + after + CLOSING for probe in _PROBES], add_special_tokens=False
     )["input_ids"]

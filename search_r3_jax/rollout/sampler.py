@@ -174,10 +174,14 @@ def _bytes(tree: nnx.State) -> float:
 
 
 def _check(config: SamplerConfig, slots: int) -> None:
-    if config.temperature < 0:
+    if not (math.isfinite(config.temperature) and config.temperature >= 0):
         raise UserError(
-            f"sampler.temperature: {config.temperature} is below 0; 0 is greedy, 1 the model's own "
-            "distribution"
+            f"sampler.temperature: {config.temperature} is no finite number from 0 on; 0 is greedy, 1 the "
+            "model's own distribution"
+        )
+    if config.max_think_tokens < 0:
+        raise UserError(
+            f"sampler.max_think_tokens: {config.max_think_tokens} is below 0; 0 forces the embed token"
         )
     if config.top_k < 0:
         raise UserError(f"sampler.top_k: {config.top_k} is below 0; 0 turns it off")

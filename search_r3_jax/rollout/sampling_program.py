@@ -176,7 +176,7 @@ def _write(decoder: Decoder, prompter: Prompter, config: SamplerConfig, batch: _
     token = jnp.where(forced, closing[jnp.clip(closing_step, 0, len(closing) - 1)], drawn.token)
     ends = token == prompter.embed_id
     # A reply that ends its turn without the embed token gets a forced closing, and is invalid.
-    gave_up = ~forced & (token == prompter.eos_id)
+    gave_up = ~forced & jnp.isin(token, jnp.asarray(prompter.end_ids, jnp.int32))
     position = jnp.where(active, batch.first_position_q[known // batch.group] + t, EMPTY_POSITION)
     prompts = batch.prompts if loop.prompts is None else loop.prompts
     hidden, new_block = decoder(

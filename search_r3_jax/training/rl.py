@@ -9,7 +9,7 @@ from pathlib import Path
 
 from flax import nnx
 
-from search_r3_jax.config import RunConfig
+from search_r3_jax.config import RunConfig, check_ranges
 from search_r3_jax.data.development import TrainingSet
 from search_r3_jax.hub.load_model import LoadedModel
 from search_r3_jax.training.live_index import (
@@ -19,7 +19,13 @@ from search_r3_jax.training.loading import load_rl_data, load_training_model
 from search_r3_jax.training.rl_acts import sample, score, update
 from search_r3_jax.training.rl_session import OnStep, open_session
 from search_r3_jax.training.rl_setup import check_settings, make_stage
-from search_r3_jax.training.run import RlRecord, rl_record, with_absolute_paths
+from search_r3_jax.training.run import (
+    RlRecord,
+    prompt_record,
+    recorded_prompts,
+    rl_record,
+    with_absolute_paths,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,12 +70,14 @@ def train_rl(
     when too many updates in a row are not finite; StoppedError on a stop signal. The last checkpoint is kept.
     """
     # Act 1: what stage 2 is made of.
+    check_ranges(config, "rl")
     config, run_folder, rl = with_absolute_paths(config), Path(run_folder), config.rl
     data = data or load_rl_data(config)
     check_settings(config, data.train)
     record = record or rl_record(run_folder, config)
-    stage, state = make_stage(config, data, model or load_training_model(config, step=record.start_step))
-    described = record.to_json(data.train, replay)
+    model = recorded_prompts(model or load_training_model(config, step=record.start_step), run_folder)
+    stage, state = make_stage(config, data, model)
+    described = record.to_json(data.train, replay) | prompt_record(stage.prompter)
     with open_session(stage, run_folder, described, allow_config_change, on_step) as session:
         # Act 2: where to begin, and the index in use there.
         state, progress, start = session.begin(state, replay, allow_other_version=allow_config_change)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from search_r3_jax.data.collection import Collection, Query
+from search_r3_jax.data.collection import Query
 from search_r3_jax.data.mixture import shuffled
 from search_r3_jax.objectives.policy_gradient import group_advantages
 from search_r3_jax.retrieval.environment.environment import StepResult
@@ -44,8 +44,8 @@ class Sampled:
 
     @property
     def texts(self) -> list[str]:
-        """The queries' texts."""
-        return [query.text for query in self.queries]
+        """The queries' texts, with their instructions."""
+        return [query.body for query in self.queries]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,14 +65,14 @@ def sample(stage: RlStage, step: int) -> Sampled:
     seeds_qg = rollout_seeds(seed, step, rows, rl.group_size)
     rollout = stage.sampler.sample(
         stage.current,
-        [query.text for query in queries],
+        [query.body for query in queries],
         seeds_qg,
         max_tokens=stage.config.text.max_query_tokens,
     )
     long_enough = rollout.lengths >= rl.min_tokens
     return Sampled(
         queries=queries,
-        positives=[_positives(query, collection) for query in queries],
+        positives=[stage.known[row] for row in rows],
         rollout=dataclasses.replace(rollout, valid=rollout.valid & long_enough),
         seconds=time.perf_counter() - started,
     )
@@ -181,7 +181,3 @@ def _make_batch(stage: RlStage, sampled: Sampled, result: StepResult, index: Liv
         micro_queries=rl.micro_queries,
     )
     return put_batch(batch, stage.mesh)
-
-
-def _positives(query: Query, collection: Collection) -> dict[int, int]:
-    return {collection.row_of[doc_id]: grade for doc_id, grade in query.positives.items()}

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from search_r3_jax.config import RunConfig
+from search_r3_jax.config import RunConfig, check_ranges
 from search_r3_jax.data.collection import Collection
 from search_r3_jax.data.development import TrainingSet
+from search_r3_jax.data.known_relevance import known_rows
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub.load_model import LoadedModel
 from search_r3_jax.models.decoder import Decoder
@@ -54,6 +56,11 @@ class RlStage:
     update: Update
     development: Development | None
 
+    @cached_property
+    def known(self) -> tuple[dict[int, int], ...]:
+        """Each query's relevant documents: row → grade, copies and those of queries of the same text too."""
+        return known_rows(self.collection)
+
     @property
     def mesh(self) -> Mesh | None:
         """The mesh of training."""
@@ -80,7 +87,7 @@ def make_stage(config: RunConfig, data: TrainingSet, model: LoadedModel) -> tupl
     Raises UserError where the model's embeddings are not finite.
     """
     rl = config.rl
-    prompter = Prompter(model.tokenizer)
+    prompter = model.prompter()
     graph, params, frozen = nnx.split(model.decoder, trainable_filter(model.decoder), ...)
     full_graph = nnx.split(model.decoder)[0]
     optimizer = make_optimizer(rl.optimizer, rl.steps * rl.inner_epochs)
@@ -103,7 +110,7 @@ def make_stage(config: RunConfig, data: TrainingSet, model: LoadedModel) -> tupl
         update=make_update(graph, prompter, optimizer, rl, shardings, donate=donate),
         development=_make_development(config, data, full_graph, prompter, model.mesh),
     )
-    if not np.isfinite(stage.encode_queries([data.train.queries[0].text])).all():
+    if not np.isfinite(stage.encode_queries([data.train.queries[0].body])).all():
         raise UserError(
             f"model: {config.model}: its embeddings are not finite, nor would any reward be; start from "
             "another checkpoint"
@@ -112,7 +119,8 @@ def make_stage(config: RunConfig, data: TrainingSet, model: LoadedModel) -> tupl
 
 
 def check_settings(config: RunConfig, collection: Collection) -> None:
-    """Raise UserError where the settings do not fit each other or the data."""
+    """Raise UserError where the settings are out of range, or do not fit each other or the data."""
+    check_ranges(config, "rl")
     rl, index = config.rl, config.index
     if jax.process_count() > 1:
         raise UserError(f"rl: {jax.process_count()} processes: stage 2 runs in one, over all of its devices")
@@ -122,42 +130,27 @@ def check_settings(config: RunConfig, collection: Collection) -> None:
         group_size=rl.group_size,
         scale_rewards=rl.scale_rewards,
     )
-    if rl.micro_queries < 0 or (rl.micro_queries and rl.global_queries % rl.micro_queries):
+    if rl.micro_queries and rl.global_queries % rl.micro_queries:
         raise UserError(
             f"rl.micro_queries: {rl.micro_queries}: does not divide rl.global_queries {rl.global_queries}; 0 "
             "is all at once"
         )
-    if rl.global_queries < 1 or rl.global_queries > len(collection.queries):
+    if rl.global_queries > len(collection.queries):
         raise UserError(
             f"rl.global_queries: {rl.global_queries}: there are {len(collection.queries)} queries to train "
             "on; give 1 to that many"
         )
     most = len(collection.documents) - rl.global_queries
-    if rl.infonce.negatives < 0 or rl.infonce.negatives > most:
+    if rl.infonce.negatives > most:
         raise UserError(
             f"rl.infonce.negatives: {rl.infonce.negatives}: the corpus has {len(collection.documents)} "
             f"documents, {rl.global_queries} of"
             f" them the queries' own; give 0 to {most}"
         )
-    if not -1 <= rl.infonce.near_duplicate_cosine <= 1:
-        raise UserError(
-            f"rl.infonce.near_duplicate_cosine: {rl.infonce.near_duplicate_cosine}: is a "
-            "cosine; 1 keeps every candidate"
-        )
-    if rl.inner_epochs < 1:
-        raise UserError(
-            f"rl.inner_epochs: {rl.inner_epochs}: a rollout is trained on at least once; give 1 or more"
-        )
-    if not 0 <= rl.min_tokens <= rl.sampler.max_think_tokens:
+    if rl.min_tokens > rl.sampler.max_think_tokens:
         raise UserError(
             f"rl.min_tokens: {rl.min_tokens}: at most rl.sampler.max_think_tokens "
             f"{rl.sampler.max_think_tokens} are written; give fewer"
-        )
-    if rl.sample_every < 1:
-        raise UserError(f"rl.sample_every: {rl.sample_every}: counts rollouts; give 1 or more")
-    if rl.variant == "dr_grpo" and rl.sampler.max_think_tokens < 1:
-        raise UserError(
-            "rl.sampler.max_think_tokens: 0: dr_grpo divides by the budget of a reply; give 1 or more"
         )
     for query in collection.queries:
         if not query.text.strip():

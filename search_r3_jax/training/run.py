@@ -20,12 +20,14 @@ from search_r3_jax.config import RunConfig
 from search_r3_jax.data.collection import Collection
 from search_r3_jax.data.dataset import ordered_queries_hash
 from search_r3_jax.errors import UserError
-from search_r3_jax.files import append_line, complete_lines, hold_lock, write_json, write_text
+from search_r3_jax.files import append_json_line, hold_lock, read_json_lines, write_json, write_json_lines
 from search_r3_jax.hub.checkpoint_reader import latest_checkpoint, read_run
-from search_r3_jax.hub.load_model import pinned_step
+from search_r3_jax.hub.load_model import LoadedModel, pinned_step, with_recorded_prompts
+from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training.config_changes import changes_of, describe_changes
 
 LOCK, HISTORY = "trainer.lock", "changes"
+PROMPT_RECORD = ("prompts", "end_ids")
 logger = logging.getLogger(__name__)
 
 
@@ -91,7 +93,9 @@ class Run:
             return
         before = _with_all_settings(self.path)
         history = before.pop(HISTORY, [])
-        changes = changes_of(before, record)
+        # Runs of older versions recorded no prompts; from now on they do.
+        added = {key: record[key] for key in PROMPT_RECORD if key in record and key not in before}
+        changes = changes_of(before | added, record)
         harmful = [change for change in changes if not change.harmless]
         if harmful and not allow_config_change:
             raise UserError(
@@ -108,8 +112,8 @@ class Run:
         history += [
             {"step": latest_checkpoint(self.path) or 0, **dataclasses.asdict(change)} for change in changes
         ]
-        if changes:
-            write_json(file, record | {HISTORY: history})
+        if changes or added:
+            write_json(file, record | ({HISTORY: history} if history else {}))
 
     def start_at(self, step: int) -> None:
         """Delete metrics and samples from `step` on.
@@ -120,8 +124,7 @@ class Run:
             return
         for file in (self._metrics, self._samples):
             if file.is_file():
-                kept = [line for line in complete_lines(file) if json.loads(line)["step"] < step]
-                write_text(file, "".join(line + "\n" for line in kept))
+                write_json_lines(file, [each for each in read_json_lines(file) if each["step"] < step])
         self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=max(step, 0))
 
     def log(self, step: int, scalars: dict[str, float]) -> None:
@@ -164,7 +167,7 @@ class Run:
 
     def _append(self, file: Path, record: dict[str, Any]) -> None:
         try:
-            append_line(file, json.dumps(record, ensure_ascii=False))
+            append_json_line(file, record)
         except OSError as error:
             raise UserError(
                 f"{file}: cannot be written ({error.strerror or error}); make room, then the same command "
@@ -220,6 +223,18 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     sets = tuple(str(Path(folder).resolve()) for folder in config.data.sets)
     model = str(Path(config.model).resolve()) if Path(config.model).exists() else config.model
     return dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, sets=sets))
+
+
+def prompt_record(prompter: Prompter) -> dict[str, Any]:
+    """The fields of `config.json` that fix the rendered prompts and the tokens that end a turn."""
+    return {"prompts": prompter.prompts.to_json(), "end_ids": list(prompter.end_ids)}
+
+
+def recorded_prompts(model: LoadedModel, run: Path) -> LoadedModel:
+    """The model with the prompts that a run recorded when it was started; unchanged for a new run."""
+    if not (run / "config.json").is_file():
+        return model
+    return with_recorded_prompts(model, run, read_run(run)[1])
 
 
 def data_version(collection: Collection) -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from flax import nnx
 from search_r3_jax.config import RunConfig, SamplerConfig
 from search_r3_jax.data.collection import Collection, Query
 from search_r3_jax.distributed.runtime import is_first, wait_for_all
-from search_r3_jax.files import write_text
+from search_r3_jax.files import read_json_lines, write_json_lines
 from search_r3_jax.hub.load_model import LoadedModel
 from search_r3_jax.rollout.sampler import Rollout, Sampler
 from search_r3_jax.text.prompts import Prompter
@@ -40,19 +39,19 @@ def with_self_generated_reasoning(
     thoughts = _read(file)
     # All processes must read the same file before process 0 appends to it.
     wait_for_all("own reasoning is read")
-    prompter = Prompter(model.tokenizer)
+    prompter = model.prompter()
     graph, state = nnx.split(model.decoder)
     greedy = SamplerConfig(max_think_tokens=config.text.max_thought_tokens, temperature=0.0, prefill_chunk=0)
     sampler = Sampler(graph, prompter, greedy, mesh=model.mesh)
     # Sorted by length, so that a pass holds prompts of one bucket.
-    missing.sort(key=lambda at: (len(collections[at[0]].queries[at[1]].text), at))
+    missing.sort(key=lambda at: (len(collections[at[0]].queries[at[1]].body), at))
     for start in range(0, len(missing), QUERIES_PER_PASS):
         chosen = missing[start : start + QUERIES_PER_PASS]
         # The passes are fixed: their composition must not depend on where an earlier attempt was interrupted.
         if all((number, collections[number].queries[row].query_id) in thoughts for number, row in chosen):
             continue
         filled = chosen + chosen[:1] * (QUERIES_PER_PASS - len(chosen))
-        texts = [collections[number].queries[row].text for number, row in filled]
+        texts = [collections[number].queries[row].body for number, row in filled]
         rollout = sampler.sample(
             state, texts, np.zeros((len(texts), 1), np.uint32), max_tokens=config.text.max_query_tokens
         )
@@ -65,7 +64,7 @@ def with_self_generated_reasoning(
             {"set": number, "query_id": query_id, "reasoning": text}
             for (number, query_id), text in thoughts.items()
         ]
-        write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        write_json_lines(file, lines)
     return tuple(_with(collection, number, thoughts) for number, collection in enumerate(collections))
 
 
@@ -74,15 +73,8 @@ def _thoughts(rollout: Rollout, prompter: Prompter) -> list[str]:
     thoughts_written = []
     for ids, sampled, valid in zip(rollout.ids, rollout.sampled, rollout.valid, strict=True):
         chosen = ids[sampled].tolist()
-        if valid:
-            chosen = chosen[: -len(prompter.reason.closing)]
-        complete = prompter.eos_id in chosen
-        text = str(
-            prompter.tokenizer.decode(
-                [token for token in chosen if token not in (prompter.eos_id, prompter.embed_id)]
-            )
-        )
-        words = text.split()
+        complete = not set(prompter.end_ids).isdisjoint(chosen)
+        words = prompter.thought_text(chosen).split()
         # The token budget may end inside a word: the model would learn the truncated word.
         thoughts_written.append(" ".join(words if complete or valid or len(words) < 2 else words[:-1]))
     return thoughts_written
@@ -100,7 +92,4 @@ def _with(collection: Collection, number: int, thoughts: dict[tuple[int, str], s
 
 
 def _read(file: Path) -> dict[tuple[int, str], str]:
-    if not file.is_file():
-        return {}
-    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return {(record["set"], record["query_id"]): record["reasoning"] for record in records}
+    return {(record["set"], record["query_id"]): record["reasoning"] for record in read_json_lines(file)}

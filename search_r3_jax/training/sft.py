@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from search_r3_jax.config import RunConfig
+from search_r3_jax.config import RunConfig, check_ranges
 from search_r3_jax.data.collection import Collection
 from search_r3_jax.data.development import TrainingSet
 from search_r3_jax.data.mixture import Mixture
@@ -30,7 +30,7 @@ from search_r3_jax.training import sharding
 from search_r3_jax.training.development import Development
 from search_r3_jax.training.loading import load_sft_data, load_training_model
 from search_r3_jax.training.optimizer import make_optimizer
-from search_r3_jax.training.run import Run, data_version, with_absolute_paths
+from search_r3_jax.training.run import Run, data_version, prompt_record, recorded_prompts, with_absolute_paths
 from search_r3_jax.training.self_generated_reasoning import with_self_generated_reasoning
 from search_r3_jax.training.sft_step import make_step
 from search_r3_jax.training.state import TrainState, init_state, state_shardings
@@ -84,10 +84,11 @@ def train_sft(
     StoppedError on a stop signal, saved.
     """
     # 1. Build the stage.
+    check_ranges(config, "sft")
     config, run_folder, sft = with_absolute_paths(config), Path(run_folder), config.sft
     sets = load_sft_data(config) if sets is None else sets
     _check(config, sets)
-    model = model or load_training_model(config)
+    model = recorded_prompts(model or load_training_model(config), run_folder)
     stage, state = _make_stage(config, sets, model)
     with _open_run(config, run_folder, sets, model, allow_config_change) as opened:
         run, checkpoints, request, first = opened
@@ -134,7 +135,7 @@ def _make_stage(
     config: RunConfig, sets: Sequence[TrainingSet], model: LoadedModel
 ) -> tuple[_Stage, TrainState]:
     sft = config.sft
-    prompter = Prompter(model.tokenizer)
+    prompter = model.prompter()
     graph, params, frozen = nnx.split(model.decoder, trainable_filter(model.decoder), ...)
     optimizer = make_optimizer(sft.optimizer, sft.steps)
     # Orbax copies the arrays of a save before it returns, except on CPU, where it writes from their memory in
@@ -165,7 +166,10 @@ def _open_run(
     model: LoadedModel,
     allow_config_change: bool,
 ) -> Iterator[tuple[Run, CheckpointWriter, StopRequest, int]]:
-    record = {"data_version": [data_version(each.train) for each in sets]}
+    record = {
+        "data_version": [data_version(each.train) for each in sets],
+        **prompt_record(model.prompter()),
+    }
     run = Run(run_folder, config, stage="sft", record=record, allow_config_change=allow_config_change)
     with closing(run):
         run.save_tokenizer(model.tokenizer)
@@ -232,7 +236,7 @@ def _check(config: RunConfig, sets: Sequence[TrainingSet]) -> None:
             f"sft.global_batch: {sft.global_batch}: there are {pairs} pairs to train on; give that many or "
             "fewer"
         )
-    if sft.encode_chunk < 0 or (sft.encode_chunk and sft.global_batch % sft.encode_chunk):
+    if sft.encode_chunk and sft.global_batch % sft.encode_chunk:
         raise UserError(
             f"sft.encode_chunk: {sft.encode_chunk}: does not divide sft.global_batch {sft.global_batch}; 0 "
             "is the whole batch"

@@ -48,14 +48,14 @@ def trl_steps(given: dict[str, Any]) -> None:
     from trl.trainer.grpo_trainer import GRPOTrainer
 
     from search_r3_jax.retrieval.environment.environment import Environment
-    from search_r3_jax.text.prompts import REASON_SYSTEM, Prompter, prompt_text
+    from search_r3_jax.text.prompts import Prompter
 
     Q, G, rows = given["queries"], given["group"], given["trl_rows"]
     if given["threads"]:
         torch.set_num_threads(given["threads"])
     tokenizer = AutoTokenizer.from_pretrained(given["model"])
     prompter = Prompter(tokenizer)
-    before, after = prompt_text(tokenizer, REASON_SYSTEM)
+    before, after = prompter.prompts.reason
     clock, answer, told = Clock(), {}, sides.numbers()
 
     def vectors_of(rows_ids: list[list[int]], at_a_time: int) -> np.ndarray:

@@ -9,8 +9,8 @@ import pytest
 
 from search_r3_jax.data.beir import read_beir_splits
 from search_r3_jax.data.collection import Collection
-from search_r3_jax.data.lines import Problems
 from search_r3_jax.errors import UserError
+from search_r3_jax.lines import Problems
 
 REAL_DATA = Path(os.environ.get("SEARCH_R3_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
 CORPUS = [

@@ -8,8 +8,8 @@ import pytest
 
 from search_r3_jax.data.collection import Document
 from search_r3_jax.data.jsonl import read_jsonl
-from search_r3_jax.data.lines import Problems
 from search_r3_jax.errors import UserError
+from search_r3_jax.lines import Problems
 
 GOOD = {"query": "what purrs", "positive": "A cat purrs."}
 

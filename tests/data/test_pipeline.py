@@ -176,13 +176,61 @@ def test_a_reasoning_of_the_data_set_is_learnt_and_cut_before_its_closing() -> N
     assert (batch.queries.prefixes.max(), batch.documents.prefixes.max()) == (1, 0)
 
 
-def test_two_sets_never_share_a_document_number() -> None:
-    first, second = judged_collection(), judged_collection()
+def test_known_positives_are_no_negatives_under_another_id() -> None:
+    """Queries 0 and 1 have one text, documents 4 and 5 too; a copy of a positive is a negative of query 2."""
+    plain = word_collection(documents=10, queries=8)
+    documents = list(plain.documents)
+    documents[5] = dataclasses.replace(documents[5], text=f"{documents[4].text} ")
+    documents[9] = dataclasses.replace(documents[9], text=documents[2].text)
+    queries = list(plain.queries)
+    queries[1] = dataclasses.replace(queries[1], text=queries[0].text)
+    queries[2] = dataclasses.replace(queries[2], negatives=("d9", "d8"))
+    collection = dataclasses.replace(plain, documents=tuple(documents), queries=tuple(queries))
+    made = pipeline((collection,), negatives=2)
+    batch = made.batch(0)
+    ids = dict(zip([pair.query for pair in made.pairs(0)], batch.document_ids[:8].tolist(), strict=True))
+    known = {
+        pair.query: set(row) - {PAD}
+        for pair, row in zip(made.pairs(0), batch.known_ids.tolist(), strict=True)
+    }
+    assert known[0] == known[1] == {ids[0], ids[1]}
+    assert known[4] == known[5] == {ids[4]} == {ids[5]}
+    assert all(known[i] == {ids[i]} for i in (2, 3, 6, 7))
+    mined = {pair.query: row for pair, row in zip(made.pairs(0), batch.mined.tolist(), strict=True)}
+    assert [batch.document_ids[row] if row != PAD else PAD for row in mined[2]] == [8, PAD]
+    # With other instructions they are other queries.
+    queries[1] = dataclasses.replace(queries[1], instruction="find code")
+    batch = pipeline((dataclasses.replace(collection, queries=tuple(queries)),)).batch(0)
+    assert (batch.known_ids >= 0).sum() == 8
+
+
+def test_an_instruction_stands_before_the_query() -> None:
+    plain = word_collection(documents=8, queries=8)
+    instructed, written = (
+        dataclasses.replace(
+            plain, queries=tuple(dataclasses.replace(query, **change(query)) for query in plain.queries)
+        )
+        for change in (
+            lambda query: {"instruction": "find code"},
+            lambda query: {"text": f"Instruct: find code\nQuery: {query.text}"},
+        )
+    )
+    batches = [pipeline((each,), max_query_tokens=64).batch(0) for each in (plain, instructed, written)]
+    np.testing.assert_array_equal(batches[1].queries.ids, batches[2].queries.ids)
+    assert not np.array_equal(batches[0].queries.ids, batches[1].queries.ids)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_two_sets_share_the_numbers_of_documents_with_one_text(copied: bool) -> None:
+    first = second = judged_collection()
+    if not copied:
+        documents = tuple(dataclasses.replace(each, title="other") for each in second.documents)
+        second = dataclasses.replace(second, documents=documents)
     made = pipeline((first, second))
     pairs, batch = made.pairs(0), made.batch(0)
     assert {pair.set for pair in pairs} == {0, 1}
     for pair, number in zip(pairs, batch.document_ids, strict=True):
-        assert number == 40 * pair.set + pair.document
+        assert number == (0 if copied else 40 * pair.set) + pair.document
 
 
 @pytest.mark.parametrize("name", ["cosqa", "medquad", "scifact", "squad_sent", "strategyqa"])

@@ -1,14 +1,26 @@
 """Prompts: pieces join to what the chat template writes, truncation spares the embed token, special tokens in
 texts stay text."""
 
+import json
+import random
+from typing import Any
+
 import pytest
+from helpers.clock import set_day
 from helpers.tiny_models import byte_tokenizer
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from search_r3_jax.config import EMBED_TOKEN
 from search_r3_jax.errors import UserError
-from search_r3_jax.text.prompts import CLOSING, DIRECT_SYSTEM, REASON_SYSTEM, Prompter
+from search_r3_jax.text.prompts import (
+    CLOSING,
+    DIRECT_SYSTEM,
+    REASON_SYSTEM,
+    Prompter,
+    prompts_from_json,
+    render_prompts,
+)
 from search_r3_jax.text.tokenizer import add_embed_token
 
 
@@ -133,7 +145,7 @@ def test_sentencepiece_pieces_join_to_the_ids_of_the_whole(kind: str, template: 
 def test_sentencepiece_text_with_special_tokens_stays_text() -> None:
     prompter = Prompter(add_embed_token(sentencepiece_style("prepend", LLAMA2_TEMPLATE), 2000).tokenizer)
     ids = prompter.text_ids([f"</s> is {EMBED_TOKEN}"], 99)[0]
-    assert prompter.eos_id not in ids
+    assert prompter.control_ids.isdisjoint(ids)
     assert prompter.embed_id not in ids
 
 
@@ -161,6 +173,7 @@ def test_without_an_end_token_it_is_one_line() -> None:
         "{{ messages[0]['content'] }}",
         "{{ messages[1]['content'] * 2 }}",
         "{{ 1 + 'a' }}",
+        "{{ range(10 ** 9) | length }}",
     ],
 )
 def test_a_template_that_fails_is_one_line(template: str) -> None:
@@ -170,3 +183,161 @@ def test_a_template_that_fails_is_one_line(template: str) -> None:
     with pytest.raises(UserError, match="chat_template") as caught:
         Prompter(tokenizer)
     assert "\n" not in str(caught.value)
+
+
+CONTROLS = ("<think>", "</think>", "<|fim_prefix|>", "[TOOL_CALLS]", "<｜User｜>")
+WORDS = ("COVID-19", "ü", "    ")
+
+
+def with_added(*names: str) -> PreTrainedTokenizerFast:
+    """The byte tokenizer with added tokens that are not marked special, as Qwen adds `<think>`."""
+    tokenizer = byte_tokenizer(embed_token=True)
+    added: Any = [AddedToken(name, special=False, normalized=False) for name in names]
+    tokenizer.add_tokens(added)
+    return tokenizer
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_control_tokens_in_texts_and_thoughts_are_plain_text_though_not_marked_special(name: str) -> None:
+    prompter, without = Prompter(with_added(*CONTROLS)), byte_tokenizer(embed_token=True)
+    text = f"a {name} b"
+    plain = without(text, add_special_tokens=False)["input_ids"]
+    assert prompter.text_ids([text, "x"], 99)[0] == plain
+    newline = without("\n", add_special_tokens=False)["input_ids"]
+    assert prompter.thought_ids(text) == [*plain, *newline, *prompter.reason.closing]
+    assert prompter.tokenizer(text, add_special_tokens=False)["input_ids"] != plain
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_added_words_letters_and_spaces_are_no_control_tokens(name: str) -> None:
+    prompter = Prompter(with_added(*WORDS, *CONTROLS))
+    assert prompter.text_ids([f"a{name}b"], 99)[0] == prompter.tokenizer(f"a{name}b")["input_ids"]
+
+
+def test_tokens_that_the_tokenizer_lists_as_control_are() -> None:
+    tokenizer = with_added("END")
+    tokenizer.chat_control_tokens = ["END"]
+    assert len(Prompter(tokenizer).text_ids(["END"], 9)[0]) == 3
+
+
+def test_a_vocabulary_with_a_control_tokens_name_as_a_word_does_not_produce_it() -> None:
+    names = ["<unk>", "<think>", EMBED_TOKEN, "</s>", "<", "think>", "a"]
+    words = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.add_special_tokens(["<unk>", EMBED_TOKEN, "</s>"])
+    added: Any = [AddedToken("<think>", special=False)]
+    words.add_tokens(added)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", unk_token="<unk>")
+    assert Prompter(tokenizer).text_ids(["a <think> b", "a b"], 9) == [[6, 4, 5, 0], [6, 0]]
+
+
+def with_first_token(template: str | None, *, byte_level: bool) -> PreTrainedTokenizerFast:
+    """A tokenizer that puts a token before any text, as those of Llama do."""
+    tokenizer = byte_tokenizer(embed_token=True) if byte_level else sentencepiece_style("prepend", "")
+    bos = "<|im_start|>" if byte_level else "<s>"
+    tokenizer.add_special_tokens({"bos_token": bos, "additional_special_tokens": [EMBED_TOKEN]})
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.convert_tokens_to_ids(bos))]
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize("byte_level", [True, False])
+def test_the_first_token_is_the_one_that_users_of_transformers_get(byte_level: bool) -> None:
+    """Without a chat template that of `tokenizer(text)`; with one what `apply_chat_template` gives."""
+    bare = with_first_token(None, byte_level=byte_level)
+    prompter = Prompter(bare)
+    ids = [*prompter.direct.prefix, *prompter.direct_rows(["a key"], 9)[0]]
+    assert ids == bare(f"{DIRECT_SYSTEM}\n\na key\n\n{CLOSING}")["input_ids"]
+    assert ids[0] == bare.bos_token_id
+    templates = [
+        "{% for message in messages %}{{ message['content'] + '\n' }}{% endfor %}",
+        "{{ bos_token }}{% for message in messages %}{{ message['content'] + '\n' }}{% endfor %}",
+    ]
+    for template, first in zip(templates, (False, True), strict=True):
+        templated = with_first_token(template, byte_level=byte_level)
+        prompter = Prompter(templated)
+        messages = [{"role": "system", "content": DIRECT_SYSTEM}, {"role": "user", "content": "a key"}]
+        encoded: Any = templated.apply_chat_template(messages, add_generation_prompt=True)
+        expected = encoded["input_ids"]
+        row = prompter.text_ids(["a key"], 9)[0]
+        assert [*prompter.direct.prefix, *row, *prompter.direct.suffix] == expected
+        assert (expected[0] == templated.bos_token_id) == first
+
+
+ASKED = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
+SURROUNDINGS = {
+    "Llama 3.2": (
+        "{%- if not date_string is defined %}{%- if strftime_now is defined %}"
+        "{%- set date_string = strftime_now('%d %b %Y') %}"
+        "{%- else %}{%- set date_string = '12 Dec 2023' %}{%- endif %}{%- endif %}"
+        "{{ 'Today Date: ' + date_string + ' ' }}" + ASKED,
+        "Today Date: 12 Dec 2023 ",
+    ),
+    "no date of its own": (
+        "\n{%- set today = strftime_now('%A, %-d %B %Y, %H:%M') -%}{{ today + ' ' }}" + ASKED,
+        "Friday, 26 July 2024, 00:00 ",
+    ),
+    "in a loop and a namespace": (
+        "{% set ns = namespace(day='') %}{% for m in messages %}"
+        "{% if loop.first %}{% set ns.day = strftime_now('%Y-%m-%d') %}{% endif %}{% endfor %}"
+        "{{ ns.day + ' ' }}" + ASKED,
+        "2024-07-26 ",
+    ),
+    "tools": ("{% if tools %}tools {% endif %}{% if documents %}documents {% endif %}" + ASKED, ""),
+}
+
+
+@pytest.mark.parametrize("name", SURROUNDINGS)
+def test_a_prompt_does_not_depend_on_the_day(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    template, begins = SURROUNDINGS[name]
+    found = []
+    for day in (1, 2):
+        set_day(monkeypatch, day)
+        tokenizer = byte_tokenizer(embed_token=True)
+        tokenizer.chat_template = template
+        found.append(render_prompts(tokenizer))
+    assert found[0] == found[1]
+    assert found[0].direct.before == f"{begins}{DIRECT_SYSTEM} "
+
+
+def test_a_prompt_does_not_depend_on_chance() -> None:
+    tokenizer = byte_tokenizer(embed_token=True)
+    tokenizer.chat_template = "{{ range(10 ** 5) | random }} " + ASKED
+    before = random.getstate()
+    assert render_prompts(tokenizer) == render_prompts(tokenizer)
+    assert random.getstate() == before
+
+
+def test_recorded_prompts_take_the_place_of_the_template(prompter: Prompter) -> None:
+    recorded = prompts_from_json(json.loads(json.dumps(prompter.prompts.to_json())), "config.json")
+    assert recorded == prompter.prompts
+    other = byte_tokenizer(embed_token=True)
+    other.chat_template = None
+    again = Prompter(other, recorded)
+    assert (again.direct, again.reason) == (prompter.direct, prompter.reason)
+    assert prompts_from_json(None, "config.json") is None
+    for damaged in ({}, [], {"direct": {"before": "a"}}, {"direct": {"before": "a", "after": 1}}):
+        with pytest.raises(UserError, match=r"config\.json: prompts\.direct"):
+            prompts_from_json(damaged, "config.json")
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "{}\nThe embedding is <|embed_token|>",
+        "{}The embedding is<|embed_token|>",
+        "{}<|embed_token|>",
+        "<think>{}</think><|im_end|>\nThe embedding is <|embed_token|>",
+        "{}<|im_start|>",
+        "{}",
+    ],
+)
+def test_a_thought_shown_is_the_reasoning_alone(reply: str) -> None:
+    prompter = Prompter(with_added(*CONTROLS))
+    ids = prompter.tokenizer(reply.format("keys are sorted"))["input_ids"]
+    assert prompter.thought_text(ids) == "keys are sorted"
+    # Forced at the limit, in the middle of a word.
+    cut = prompter.tokenizer("sorted dur")["input_ids"]
+    assert prompter.thought_text([*cut, *prompter.reason.closing]) == "sorted dur"

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,9 @@ from search_r3_jax.retrieval.store.versions import list_versions, open_version
 from search_r3_jax.rollout.encoder import Encoder
 from search_r3_jax.rollout.sampler import Rollout, Sampler
 from search_r3_jax.text.prompts import Prompter
+from search_r3_jax.training import rl_acts
 from search_r3_jax.training.rl import RlResult, train_rl
+from search_r3_jax.training.rl_setup import make_stage
 from search_r3_jax.training.run import RlRecord
 
 CONFIG = RunConfig(
@@ -75,6 +78,51 @@ def start_of_run(tmp_path: Path, folder: Path, **rl: Any) -> tuple[RunConfig, Tr
     )
     data = TrainingSet(train=load_collection(tmp_path / "data", "train"), dev=None)
     return config, data, with_lora(load_model(folder), config.lora, seed=0)
+
+
+class _NoSampler(Sampler):
+    """Stands in for a sampler whose replies do not matter; keeps the texts."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def sample(
+        self, state: nnx.State, texts: Sequence[str], seeds_qg: np.ndarray, *, max_tokens: int
+    ) -> Rollout:
+        self.texts += texts
+        B = seeds_qg.size
+        tokens, flags = np.zeros((B, 1), np.int32), np.zeros((B, 1), bool)
+        return Rollout(
+            prompt_ids=tokens,
+            prompt_lengths=tokens[:, 0],
+            ids=tokens,
+            lengths=tokens[:, 0],
+            sampled=flags,
+            log_probs=np.zeros((B, 1), np.float32),
+            entropies=np.zeros((B, 1), np.float32),
+            vectors=np.zeros((B, 4), np.float32),
+            valid=flags[:, 0],
+        )
+
+
+def test_copies_and_twins_are_relevant_and_instructions_are_read(tiny_folders: dict[str, Path]) -> None:
+    plain = word_collection(documents=8, queries=4)
+    documents, queries = list(plain.documents), list(plain.queries)
+    documents[7] = dataclasses.replace(documents[7], text=documents[2].text)
+    queries[1] = dataclasses.replace(queries[1], text=queries[0].text)
+    queries[3] = dataclasses.replace(queries[3], instruction="find code")
+    collection = dataclasses.replace(plain, documents=tuple(documents), queries=tuple(queries))
+    config = dataclasses.replace(CONFIG, rl=dataclasses.replace(CONFIG.rl, global_queries=4))
+    model = with_lora(load_model(tiny_folders["llama"]), config.lora, seed=0)
+    stage, _ = make_stage(config, TrainingSet(train=collection, dev=None), model)
+    stage.sampler = sampler = _NoSampler()
+    sampled = rl_acts.sample(stage, 0)
+    relevant = {
+        query.query_id: dict(grades) for query, grades in zip(sampled.queries, sampled.positives, strict=True)
+    }
+    assert relevant == {"q0": {0: 1, 1: 1}, "q1": {1: 1, 0: 1}, "q2": {2: 1, 7: 1}, "q3": {3: 1}}
+    assert sorted(sampler.texts) == sorted(query.body for query in queries)
+    assert f"Instruct: find code\nQuery: {queries[3].text}" in sampler.texts
 
 
 def run_it(
@@ -313,6 +361,7 @@ def with_first_query(**changes: Any) -> Collection:
     ("change", "collection", "named"),
     [
         ({"rl": {"group_size": 1}}, {}, "rl.group_size"),
+        ({"rl": {"sampler": SamplerConfig(temperature=0.0)}}, {}, "rl.sampler.temperature: 0.0: give"),
         ({"index": {"candidates": 1000}}, {}, "index.candidates"),
         ({"rl": {"micro_queries": 2}}, {}, "rl.micro_queries: 2: does not divide rl.global_queries 3"),
         ({"rl": {"global_queries": 21}}, {}, "rl.global_queries: 21: there are 20"),
@@ -325,7 +374,7 @@ def with_first_query(**changes: Any) -> Collection:
         (
             {"rl": {"infonce": InfoNceConfig(near_duplicate_cosine=1.1)}},
             {},
-            "near_duplicate_cosine: 1.1: is a cosine",
+            "near_duplicate_cosine: 1.1: give a number from -1 to 1",
         ),
         ({"rl": {"inner_epochs": 0}}, {}, "rl.inner_epochs: 0"),
         (

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from search_r3_jax.errors import UserError
-from search_r3_jax.files import append_line, complete_lines, write_text
+from search_r3_jax.files import append_json_line, read_json_lines, write_json_lines
 
 SCHEDULE = "index_schedule.jsonl"
 
@@ -43,7 +42,7 @@ class IndexSchedule:
         if step != len(self._versions):
             raise ValueError(f"step {step}: the schedule has {len(self._versions)} steps")
         try:
-            append_line(self._file, json.dumps({"step": step, "index": version}), durable=True)
+            append_json_line(self._file, {"step": step, "index": version}, durable=True)
         except OSError as error:
             raise UserError(
                 f"{self._file}: cannot be written ({error.strerror or error}); make room, then the same "
@@ -71,15 +70,14 @@ class IndexSchedule:
             self._write()
 
     def _write(self) -> None:
-        lines = [
-            json.dumps({"step": step, "index": version}) + "\n" for step, version in enumerate(self._versions)
-        ]
-        write_text(self._file, "".join(lines))
+        write_json_lines(
+            self._file, ({"step": step, "index": version} for step, version in enumerate(self._versions))
+        )
 
 
 def _read(file: Path) -> list[int]:
     try:
-        entries = [json.loads(line) for line in complete_lines(file)]
+        entries = read_json_lines(file)
         if [entry["step"] for entry in entries] != list(range(len(entries))):
             raise ValueError("its steps are not 0, 1, 2 …")
         return [int(entry["index"]) for entry in entries]

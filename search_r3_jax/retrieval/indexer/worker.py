@@ -31,7 +31,7 @@ from search_r3_jax.hub.checkpoint_reader import (
     starting_model,
     starting_step,
 )
-from search_r3_jax.hub.load_model import load_model, with_lora
+from search_r3_jax.hub.load_model import load_model, with_lora, with_recorded_prompts
 from search_r3_jax.hub.weights import parameter_hash
 from search_r3_jax.mesh import mesh_from_config
 from search_r3_jax.models.lora import merge_lora, trainable_filter
@@ -50,7 +50,6 @@ from search_r3_jax.retrieval.store.versions import (
     rejected_version,
 )
 from search_r3_jax.rollout.encoder import Encoder
-from search_r3_jax.text.prompts import Prompter
 
 logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.5
@@ -130,9 +129,10 @@ class IndexWorker:
             attention=config.attention,
             mesh=mesh,
         )
+        start = with_recorded_prompts(start, run, record)
         # Merged parameters have the structure of the model without adapters, so one encoder serves every
         # checkpoint.
-        self.encoder = Encoder(nnx.split(start.decoder)[0], Prompter(start.tokenizer), mesh=mesh)
+        self.encoder = Encoder(nnx.split(start.decoder)[0], start.prompter(), mesh=mesh)
         self._model = with_lora(start, config.lora, seed=config.seed)
         self._root = index_folder(run, config.index.folder)
         self._shards = run / "encoding"
@@ -179,7 +179,7 @@ class IndexWorker:
         started = time.time()
         config, documents = self._config, self._collection.documents
         vectors, state, of_parameters = self._encode(step)
-        probes = [query.text for query in self._collection.queries[:PROBE_QUERIES]]
+        probes = [query.body for query in self._collection.queries[:PROBE_QUERIES]]
         probe_vectors = self.encoder.encode(state, probes, max_tokens=config.text.max_query_tokens)
         encoded = time.time()
         self._heartbeat.beat("publishing", step=step, encoded=len(documents), documents=len(documents))

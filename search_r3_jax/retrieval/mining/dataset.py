@@ -94,8 +94,8 @@ def mine_dataset(
     encoder = _Vectors(model, step, work, shard_documents)
     texts = distinct_texts(collection)
     documents_ue = encoder.encode("documents", texts.documents, max_document_tokens)
-    # Queries are embedded as in training: the text alone, directly.
-    queries = [Document(doc_id=query.query_id, title="", text=query.text) for query in collection.queries]
+    # Queries are embedded as in training: directly, an instruction before the text.
+    queries = [Document(doc_id=query.query_id, title="", text=query.body) for query in collection.queries]
     queries_qe = encoder.encode("queries", queries, max_query_tokens)
     searched = build_index(
         index, documents_ue, [document.doc_id for document in texts.documents], encoder.step or 0
@@ -145,7 +145,7 @@ class _Vectors:
         self.step = pinned_step(model, step)
         loaded = load_model(model, step=self.step)
         self.name = resolve(model).resolve().name if Path(model).exists() else model
-        self._prompter = Prompter(loaded.tokenizer)
+        self._prompter = loaded.prompter()
         graph, self._state = nnx.split(loaded.decoder)
         self._encoder = Encoder(graph, self._prompter)
         self._config = loaded.decoder.config

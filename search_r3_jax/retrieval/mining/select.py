@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from search_r3_jax.data.collection import Collection, Document
+from search_r3_jax.data.known_relevance import first_copies, known_documents
 from search_r3_jax.errors import UserError
 from search_r3_jax.retrieval.index.protocol import LocalIndex
 
@@ -190,24 +191,22 @@ def distinct_texts(collection: Collection) -> Texts:
     """The documents without copies, and the judgements as rows of those.
 
     Documents with the same body are copies: a copy of a positive is as relevant as the positive, and a
-    negative is needed once.
+    negative is needed once. Queries are the same where text and instruction are.
     """
-    row_of_body: dict[str, int] = {}
-    documents: list[Document] = []
-    row_of: dict[str, int] = {}
-    for document in collection.documents:
-        row = row_of_body.setdefault(document.body, len(documents))
-        if row == len(documents):
-            documents.append(document)
-        row_of[document.doc_id] = row
-    relevant: dict[str, set[int]] = {}
-    for query in collection.queries:
-        relevant.setdefault(query.text, set()).update(row_of[doc_id] for doc_id in query.positives)
+    first_copy = first_copies(collection.documents)
+    is_first = first_copy == np.arange(len(first_copy))
+    # Of each document the row of its first copy among the documents kept.
+    row = (np.cumsum(is_first) - 1)[first_copy]
     return Texts(
-        documents=tuple(documents),
-        positives=[np.array(sorted(relevant[query.text]), np.int64) for query in collection.queries],
+        documents=tuple(
+            document for document, kept in zip(collection.documents, is_first, strict=True) if kept
+        ),
+        positives=[
+            np.array(sorted(row[number] for number in grades), np.int64)
+            for grades in known_documents([collection], first_copy)[0]
+        ],
         judged=[
-            np.array(sorted({row_of[doc_id] for doc_id in query.negatives}), np.int64)
+            np.array(sorted({row[collection.row_of[doc_id]] for doc_id in query.negatives}), np.int64)
             for query in collection.queries
         ],
     )

@@ -1,15 +1,16 @@
 """Reading lines that may be anything: bounded, and every fault named with its line."""
 
 import gzip
+import json
 import os
 import tracemalloc
 from pathlib import Path
 
 import pytest
 
-from search_r3_jax.data import lines
-from search_r3_jax.data.lines import LineError, Problems, parse_object, read_lines, string_field
+from search_r3_jax import lines
 from search_r3_jax.errors import UserError
+from search_r3_jax.lines import LineError, Problems, parse_object, read_lines, read_texts, string_field
 
 
 def read(path: Path, *, skip_bad: bool = False) -> tuple[list[str], Problems]:
@@ -27,6 +28,24 @@ def test_lines_end_at_newlines_only_and_blank_ones_count(tmp_path: Path) -> None
     ]
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(file.read_bytes()))
     assert read(tmp_path / "a.txt.gz")[0] == read(file)[0]
+
+
+def test_texts_are_the_same_with_and_without_a_byte_order_mark_and_gzip(tmp_path: Path) -> None:
+    texts = ["one", "", " two\u2028\x85", "last"]
+    lines_of = {
+        "a.txt": "\r\n".join(texts) + "\r\n",
+        "b.jsonl": "\n\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts),
+    }
+    for name, content in lines_of.items():
+        for mark in ("", "\ufeff"):
+            raw = (mark + content).encode()
+            for file, written in (
+                (tmp_path / name, raw),
+                (tmp_path / name.upper(), raw),
+                (tmp_path / f"{name.upper()}.GZ", gzip.compress(raw)),
+            ):
+                file.write_bytes(written)
+                assert read_texts(file) == texts, file
 
 
 @pytest.mark.parametrize("ending", [b"\n", b""])

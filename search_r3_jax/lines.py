@@ -53,8 +53,21 @@ class Problems:
                 self.listed.append(f"{where}: {problem}")
 
 
-def read_lines(path: Path, problems: Problems) -> Iterator[tuple[str, str]]:
-    """`(where, line)` of each line that is not blank, without its line end.
+def read_texts(path: Path) -> list[str]:
+    """The lines of a text file, empty ones included, or the `text` fields of a .jsonl file; gzipped or not.
+
+    Raises UserError naming file and line.
+    """
+    problems, texts = Problems(), []
+    is_json = path.name.lower().removesuffix(".gz").endswith(".jsonl")
+    for where, line in read_lines(path, problems, blank=not is_json):
+        with problems.at(where):
+            texts.append(string_field(parse_object(line), "text") if is_json else line)
+    return texts
+
+
+def read_lines(path: Path, problems: Problems, *, blank: bool = False) -> Iterator[tuple[str, str]]:
+    """`(where, line)` of each line that is not blank, or with `blank` of each, without its line end.
 
     `where` names file and line. Raises UserError when the file cannot be read.
     """
@@ -64,12 +77,12 @@ def read_lines(path: Path, problems: Problems) -> Iterator[tuple[str, str]]:
         with _open(path) as file:
             while raw := file.readline(MAX_LINE_BYTES + 1):
                 number += 1
-                where, line = f"{path}, line {number}", ""
+                where, line = f"{path}, line {number}", None
                 with problems.at(where):
                     line = _decoded(raw, first=number == 1)
                 while len(raw) > MAX_LINE_BYTES and not raw.endswith(b"\n"):
                     raw = file.readline(MAX_LINE_BYTES + 1)
-                if line.strip():
+                if line is not None and (blank or line.strip()):
                     yield where, line
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         with problems.at(f"{path}, after line {number}"):
@@ -150,4 +163,4 @@ def _decoded(raw: bytes, *, first: bool) -> str:
 
 
 def _open(path: Path) -> gzip.GzipFile | BinaryIO:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
