@@ -81,9 +81,18 @@ def _write(
 
 
 def max_text_tokens(prompter: Prompter, max_positions: int) -> int:
-    """Number of tokens of a text that fit into `max_positions` beside the prompt."""
+    """Number of tokens of a text that fit into `max_positions` beside the prompt.
+
+    Raises UserError when not one does.
+    """
     direct = prompter.direct
-    return max_positions - len(direct.prefix) - len(direct.suffix) - len(direct.closing)
+    prompt = len(direct.prefix) + len(direct.suffix) + len(direct.closing)
+    if prompt >= max_positions:
+        raise UserError(
+            f"model: max_position_embeddings: {max_positions} leaves no room for a text beside the {prompt} "
+            "tokens of the prompt; use a model with more positions"
+        )
+    return max_positions - prompt
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,11 +26,11 @@ from search_r3_jax.hub.checkpoint_reader import (
 )
 from search_r3_jax.hub.gguf import GgufFile
 from search_r3_jax.hub.safetensors_folder import SafetensorsFolder, read_json
-from search_r3_jax.hub.weights import build_decoder, torch_tensors
+from search_r3_jax.hub.weights import HEAD, build_decoder, torch_tensors
 from search_r3_jax.mesh import param_shardings
 from search_r3_jax.models.attention import Backend
 from search_r3_jax.models.decoder import Decoder
-from search_r3_jax.models.families import config_from_hf
+from search_r3_jax.models.hf_config import config_from_hf
 from search_r3_jax.models.lora import add_lora, merge_lora, trainable_filter
 from search_r3_jax.text.tokenizer import add_embed_token, tokenizer_from_folder, tokenizer_from_gguf
 
@@ -45,11 +46,13 @@ __all__ = [
 ]
 
 PACKAGED = "smollm2"
+logger = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = [
     "*.safetensors",
     "*.safetensors.index.json",
     "config.json",
+    "adapter_config.json",
     "generation_config.json",
     "tokenizer*",
     "*.jinja",
@@ -88,11 +91,12 @@ def load_model(
         config = _folder_config(path / "config.json")
         tokenizer = tokenizer_from_folder(path)
         source = SafetensorsFolder(path)
+        config = _with_head(config, source, path)
     else:
         source = GgufFile(path)
         config = source.config
         tokenizer = tokenizer_from_gguf(source.tokenizer_fields(), str(path))
-    embed = add_embed_token(tokenizer, config.vocab_size)
+    embed = add_embed_token(tokenizer, config.vocab_size, where=str(path))
     decoder = build_decoder(
         config,
         source,
@@ -208,6 +212,17 @@ def _from_hub(repo: str) -> Path:
             f"model: {repo}: no such folder, and neither in the local Hugging Face cache nor on the hub "
             f"({reason[:200]}); check the name"
         ) from None
+
+
+def _with_head(config: ModelConfig, source: SafetensorsFolder, folder: Path) -> ModelConfig:
+    """A base model saved without its head takes the embedding table for one; its embeddings need none."""
+    if config.tied_embeddings or not source.base_model or HEAD in source.shapes:
+        return config
+    logger.warning(
+        f"{folder}: {HEAD}: missing; the embedding table takes its place, so what the model writes means "
+        "little before training"
+    )
+    return replace(config, tied_embeddings=True)
 
 
 def _folder_config(file: Path) -> ModelConfig:
