@@ -46,7 +46,8 @@ def export_model(
 
     Adapters are merged. `max_tokens` of a text's tokens are read by default, fewer if the model has fewer
     positions; `shard_bytes` bounds a weight file. An earlier export at `out` is replaced once the new one is
-    complete. Raises UserError when `out` is anything else or cannot be written.
+    complete. Raises UserError when `out` is anything else or cannot be written, and when a weight is not
+    finite.
     """
     with replaced_folder(out, marker=EXPORT_MANIFEST) as folder:
         _write(model, folder, dtype, max_tokens, shard_bytes)
@@ -133,7 +134,16 @@ def read_export_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
-    """Write a safetensors file for torch with the usual permissions; `save_file` allows only its owner."""
+    """Write a safetensors file for torch with the usual permissions; `save_file` allows only its owner.
+
+    Raises UserError naming the first tensor with a number that is not finite.
+    """
+    for name, tensor in tensors.items():
+        if not np.isfinite(tensor).all():
+            raise UserError(
+                f"{name}: holds numbers that are not finite as {tensor.dtype}, so no reader could embed; "
+                "export an earlier checkpoint, or another dtype"
+            )
     path.touch()
     mode = path.stat().st_mode
     save_file(tensors, str(path), metadata={"format": "pt"})

@@ -171,8 +171,8 @@ def _check_pad(fields: dict[str, Any], rows: int, where: str) -> None:
     pad = fields.get("pad_token_id")
     if pad is not None and (isinstance(pad, bool) or not isinstance(pad, int) or not -rows <= pad < rows):
         raise UserError(
-            f"{where}: pad_token_id: {pad!r} is beyond the {rows} rows of the embedding table, so transformers "
-            "does not open the model; is this the right file?"
+            f"{where}: pad_token_id: {pad!r} is no id of the {rows} rows of the embedding table, so "
+            "transformers does not open the model; is this the right file?"
         )
 
 
