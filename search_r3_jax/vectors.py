@@ -20,8 +20,8 @@ def l2_normalize(x: jax.Array) -> jax.Array:
 
 def unit_vectors(x_ne: np.ndarray, name: Callable[[int], str]) -> np.ndarray:
     """Rows normalised on the host; raises EmbeddingError as `require_directions` does."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return require_directions(x_ne / np.linalg.norm(x_ne, axis=-1, keepdims=True), name)
+    require_directions(x_ne, name)
+    return x_ne / np.linalg.norm(x_ne, axis=-1, keepdims=True)
 
 
 def require_directions(vectors_ne: np.ndarray, name: Callable[[int], str]) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Vectors without a direction: whatever scores, writes or indexes them names the first text and stops."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from search_r3_jax.hub.load_model import load_model
 from search_r3_jax.retrieval.index.build import build_index
 from search_r3_jax.vectors import require_directions, unit_vectors
 
+Check = Callable[[np.ndarray, Callable[[int], str]], np.ndarray]
 TEXTS = ["plain", "another text", "café", "a cup of café crème"]
 
 
@@ -39,7 +41,7 @@ def broken(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
     ("value", "what"), [(np.nan, "not finite"), (np.inf, "not finite"), (0.0, "is zero")]
 )
 @pytest.mark.parametrize("check", [require_directions, unit_vectors])
-def test_the_first_row_without_a_direction_is_named(check, value: float, what: str) -> None:
+def test_the_first_row_without_a_direction_is_named(check: Check, value: float, what: str) -> None:
     vectors = np.eye(5, dtype=np.float32)
     np.testing.assert_array_equal(check(vectors, str), vectors)
     vectors[3, 3] = vectors[2, 2] = value
@@ -60,7 +62,7 @@ def test_the_embedder_names_the_first_text(broken: Path) -> None:
 
 def test_no_file_of_such_vectors_is_written(broken: Path, tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
-    with pytest.raises(UserError, match="^text 3 "):
+    with pytest.raises(UserError, match=r"^text 3 "):
         Embed(model=str(broken), input=tmp_path / "texts.txt", out=tmp_path / "out.npy").run()
     with pytest.raises(UserError, match=r"^model.embed_tokens.weight: .* not finite"):
         export_model(load_model(broken), tmp_path / "export")
@@ -75,7 +77,7 @@ def test_weights_that_overflow_bfloat16_are_not_exported(broken: Path, tmp_path:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     model = load_model(folder)
     export_model(model, tmp_path / "float32")
-    with pytest.raises(UserError, match="^model.norm.weight: .* as bfloat16"):
+    with pytest.raises(UserError, match=r"^model.norm.weight: .* as bfloat16"):
         export_model(model, tmp_path / "bfloat16", dtype="bfloat16")
 
 
@@ -89,7 +91,7 @@ def test_perplexity_names_the_first_text(broken: Path) -> None:
 def test_an_index_of_such_vectors_is_not_built() -> None:
     vectors = np.eye(4, dtype=np.float32)
     vectors[2] = np.nan
-    with pytest.raises(EmbeddingError, match="^document c: its embedding"):
+    with pytest.raises(EmbeddingError, match=r"^document c: its embedding"):
         build_index("exact", vectors, list("abcd"), 0)
 
 
@@ -105,5 +107,5 @@ def test_queries_that_cancel_out_are_not_searched() -> None:
     )
     index = exact_index(collection, np.eye(3, dtype=np.float32))
     search_result(collection, index, direct)
-    with pytest.raises(EmbeddingError, match="^query q1: its embedding is zero"):
+    with pytest.raises(EmbeddingError, match=r"^query q1: its embedding is zero"):
         search_result(collection, index, average_queries(direct, opposite))

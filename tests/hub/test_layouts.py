@@ -31,7 +31,7 @@ Fields = dict[str, Any]
 LEFT_OUT = object()
 few = settings(
     deadline=None,
-    max_examples=40,
+    max_examples=30,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )

@@ -166,7 +166,8 @@ def our_rope(folder: Path) -> np.ndarray | None:
 
 
 def torch_rope(folder: Path) -> np.ndarray:
-    rotary = LlamaRotaryEmbedding(AutoConfig.from_pretrained(folder))
+    config: Any = AutoConfig.from_pretrained(folder)
+    rotary = LlamaRotaryEmbedding(config)
     # One rotation, for they fail late on some values.
     rotary(torch.zeros(1), torch.zeros(1, 1))
     return np.append(rotary.inv_freq.numpy(), rotary.attention_scaling)

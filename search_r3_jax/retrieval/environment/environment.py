@@ -246,7 +246,7 @@ class Environment:
         fresh = np.asarray(self.encode_documents(np.array(chosen, dtype=np.int32)), dtype=np.float32)
         if fresh.shape != (len(chosen), vectors.shape[2]):
             raise ValueError(f"encode_documents returned {fresh.shape} for {len(chosen)} rows")
-        require_directions(fresh, lambda at: f"document {self.index.ids[chosen[at]]}")
+        require_directions(fresh, lambda at: f"document in row {chosen[at]}")
         self._overlay.put(step, chosen, fresh)
         self._reencoded_total += len(chosen)
         return len(chosen)
