@@ -163,8 +163,8 @@ class GgufFile:
                 if (key.removeprefix(prefix), value) in _FIXED:
                     continue
                 raise UserError(
-                    f"{self._path}: {key}: {str(value)[:40]} is not supported; use the Hugging Face folder of "
-                    "this model"
+                    f"{self._path}: {key}: {str(value)[:40]} is not supported; use the Hugging Face folder "
+                    "of this model"
                 )
 
     def _read_config(self) -> ModelConfig:
