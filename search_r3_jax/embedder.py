@@ -20,10 +20,10 @@ from search_r3_jax.errors import UserError
 from search_r3_jax.hub.export import MAX_TOKENS, max_text_tokens, read_export_manifest
 from search_r3_jax.hub.load_model import LoadedModel, load_model, resolve
 from search_r3_jax.hub.weights import parameter_hash
-from search_r3_jax.rollout.encoder import Encoder
+from search_r3_jax.rollout.encoder import Encoder, text_name
 from search_r3_jax.rollout.sampler import Sampler
 from search_r3_jax.text.prompts import Mode
-from search_r3_jax.vectors import l2_normalize_numpy
+from search_r3_jax.vectors import unit_vectors
 
 Kind = Literal["query", "document"]
 MAX_THINK_TOKENS = SamplerConfig().max_think_tokens
@@ -121,8 +121,8 @@ class Embedder:
         """Unit vectors [N,E] float32 in the order of `texts`, or [E] for a single text.
 
         `truncate_dim` keeps the first dimensions, normalised again. `progress` None shows a bar in a terminal
-        only; True also prints plain lines elsewhere. Raises UserError for a document in mode "reason":
-        documents are embedded directly.
+        only; True also prints plain lines elsewhere. Raises UserError for a document in mode "reason", for
+        documents are embedded directly, and naming the first text whose embedding is not finite or zero.
         """
         if kind not in ("query", "document"):
             raise UserError(f"kind: {kind!r} is neither 'query' nor 'document'")
@@ -149,7 +149,9 @@ class Embedder:
                 vectors = self._encoder.encode(
                     self._state, texts, max_tokens=self.max_tokens, on_progress=on_progress
                 )
-        return vectors if truncate_dim is None else l2_normalize_numpy(vectors[:, :truncate_dim])
+        if truncate_dim is None:
+            return vectors
+        return unit_vectors(vectors[:, :truncate_dim], lambda row: text_name(row, texts))
 
     @overload
     def think(self, texts: str, *, seed: int = 0, progress: bool | None = None) -> Thought: ...

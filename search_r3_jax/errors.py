@@ -8,3 +8,7 @@ class UserError(Exception):
 class StoppedError(Exception):
     """Training ended early because it was asked to, and has saved where it was; the command line says so and
     exits with 0."""
+
+
+class EmbeddingError(UserError):
+    """An embedding without a direction: a number in it is not finite, or all are zero."""

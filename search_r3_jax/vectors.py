@@ -1,10 +1,14 @@
-"""L2 normalisation of float32 vectors, on devices and on the host."""
+"""L2 normalisation of float32 vectors, on devices and on the host, and the check for a direction."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from search_r3_jax.errors import EmbeddingError
 
 
 def l2_normalize(x: jax.Array) -> jax.Array:
@@ -14,7 +18,27 @@ def l2_normalize(x: jax.Array) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.where(squared > 0, squared, 1.0))
 
 
-def l2_normalize_numpy(x: np.ndarray) -> np.ndarray:
-    """Normalise the last axis of an array on the host; a zero vector stays zero."""
-    norms = np.linalg.norm(x, axis=-1, keepdims=True)
-    return x / np.where(norms > 0, norms, 1.0)
+def unit_vectors(x_ne: np.ndarray, name: Callable[[int], str]) -> np.ndarray:
+    """Rows normalised on the host; raises EmbeddingError as `require_directions` does."""
+    require_directions(x_ne, name)
+    return x_ne / np.linalg.norm(x_ne, axis=-1, keepdims=True)
+
+
+def require_directions(vectors_ne: np.ndarray, name: Callable[[int], str]) -> np.ndarray:
+    """The vectors [N,E]; raises EmbeddingError for the first one without a direction, named by `name(row)`.
+
+    A number in it is not finite, or all are zero. Everything that scores, writes or indexes vectors comes
+    through here: their order would be that of the ids.
+    """
+    # Squares, not norms: one pass, and one number a row.
+    x_ne = np.asarray(vectors_ne, np.float32)
+    squares_n = np.einsum("ne,ne->n", x_ne, x_ne)
+    bad = np.flatnonzero(~((squares_n > 0) & np.isfinite(squares_n)))
+    if len(bad):
+        row = int(bad[0])
+        what = "is zero" if np.isfinite(squares_n[row]) else "holds numbers that are not finite"
+        raise EmbeddingError(
+            f"{name(row)}: its embedding {what}, so it cannot be compared; look for weights that diverged or "
+            "that overflow"
+        )
+    return vectors_ne

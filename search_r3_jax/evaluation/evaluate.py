@@ -22,7 +22,7 @@ from search_r3_jax.retrieval.index.protocol import LocalIndex
 from search_r3_jax.rollout.encoder import Encoder, ReasonedEncoder
 from search_r3_jax.rollout.sampler import Sampler
 from search_r3_jax.text.prompts import Prompter
-from search_r3_jax.vectors import l2_normalize_numpy
+from search_r3_jax.vectors import require_directions
 
 QUERIES_PER_PASS = 128
 # Rows per pass are a multiple of this, so that similar numbers of queries share a program.
@@ -252,7 +252,8 @@ def average_queries(direct: EmbeddedQueries, reasoned: EmbeddedQueries) -> Embed
     """The unit mean of a query's direct and reasoned vectors; costs are summed."""
     sums = direct.vectors + reasoned.vectors
     return EmbeddedQueries(
-        vectors=l2_normalize_numpy(sums),
+        # Opposite vectors leave zero, which the search refuses.
+        vectors=sums / np.maximum(np.linalg.norm(sums, axis=-1, keepdims=True), 1e-12),
         seconds=direct.seconds + reasoned.seconds,
         warm_seconds=direct.warm_seconds + reasoned.warm_seconds,
         valid=reasoned.valid,
@@ -274,7 +275,11 @@ def exact_index(collection: Collection, documents_ne: np.ndarray) -> LocalIndex:
 
 
 def search_result(collection: Collection, index: LocalIndex, queries: EmbeddedQueries) -> ModeResult:
-    """Search the `DEPTH` best documents of each query and evaluate them."""
+    """Search the `DEPTH` best documents of each query and evaluate them.
+
+    Raises UserError naming the first query whose vector is not finite or zero.
+    """
+    require_directions(queries.vectors, lambda row: f"query {collection.queries[row].query_id}")
     scores, rows = index.search(queries.vectors, min(DEPTH, len(index.ids)))
     run = run_from_scores([query.query_id for query in collection.queries], index.ids, scores, rows)
     metrics, of_query = evaluate_run(collection.qrels(), run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
@@ -25,7 +27,7 @@ from search_r3_jax.hub.checkpoint_reader import read_run
 from search_r3_jax.hub.load_model import load_model, pinned_step, resolve
 from search_r3_jax.models.decoder import Decoder, positions_from_lengths
 from search_r3_jax.objectives.language import cross_entropy, token_log_probs
-from search_r3_jax.text.packing import length_batches
+from search_r3_jax.text.packing import PaddedBatch, length_batches
 
 BATCH_TOKENS = 1024
 
@@ -60,20 +62,44 @@ def perplexity(
 ) -> Perplexity:
     """Perplexity of token rows; log-probabilities are float32.
 
-    Logits are computed in chunks of positions to save memory. Raises ValueError when no row has two tokens.
+    Logits are computed in chunks of positions to save memory. Raises ValueError when no row has two tokens,
+    UserError naming the first row of a batch whose log-probabilities are not finite.
     """
-    usable = [list(row) for row in rows if len(row) > 1]
+    numbers = [number for number, row in enumerate(rows) if len(row) > 1]
+    usable = [list(rows[number]) for number in numbers]
     if not usable:
         raise ValueError("no row has two tokens, so none is predicted")
     graph, state = nnx.split(decoder)
     nats, tokens = 0.0, 0
     for batch in length_batches(usable, tokens=BATCH_TOKENS, pad_id=0):
         batch_nats, batch_tokens = _batch_nats(graph, state, batch.ids, batch.lengths)
+        if not math.isfinite(float(batch_nats)):
+            raise UserError(_not_finite(graph, state, batch, numbers))
         # Summed on the host in float64.
         nats, tokens = nats + float(batch_nats), tokens + int(batch_tokens)
         if on_progress is not None:
             on_progress(len(batch.rows))
-    return Perplexity(perplexity=math.exp(nats / tokens), nats=nats, tokens=tokens, texts=len(usable))
+    # Above this mean, exp is no finite number.
+    mean = min(nats / tokens, math.log(sys.float_info.max))
+    return Perplexity(perplexity=math.exp(mean), nats=nats, tokens=tokens, texts=len(usable))
+
+
+def _not_finite(
+    graph: nnx.GraphDef[Decoder], state: nnx.State, batch: PaddedBatch, numbers: Sequence[int]
+) -> str:
+    """The message for a batch whose log-probabilities are not finite: its first text of which that is so."""
+    rows = [
+        at
+        for at in np.argsort(batch.rows)
+        if not math.isfinite(
+            float(_batch_nats(graph, state, batch.ids[at : at + 1], batch.lengths[at : at + 1])[0])
+        )
+    ]
+    first = numbers[int(batch.rows[rows[0] if rows else 0])]
+    return (
+        f"text {first + 1}: the log-probabilities of its tokens are not finite, so it has no perplexity; "
+        "look for weights that diverged or that overflow"
+    )
 
 
 @jax.jit(static_argnums=0)

@@ -46,7 +46,8 @@ def export_model(
 
     Adapters are merged. `max_tokens` of a text's tokens are read by default, fewer if the model has fewer
     positions; `shard_bytes` bounds a weight file. An earlier export at `out` is replaced once the new one is
-    complete. Raises UserError when `out` is anything else or cannot be written.
+    complete. Raises UserError when `out` is anything else or cannot be written, and when a weight is not
+    finite.
     """
     with replaced_folder(out, marker=EXPORT_MANIFEST) as folder:
         _write(model, folder, dtype, max_tokens, shard_bytes)
@@ -83,9 +84,18 @@ def _write(
 
 
 def max_text_tokens(prompter: Prompter, max_positions: int) -> int:
-    """Number of tokens of a text that fit into `max_positions` beside the prompt."""
+    """Number of tokens of a text that fit into `max_positions` beside the prompt.
+
+    Raises UserError when not one does.
+    """
     direct = prompter.direct
-    return max_positions - len(direct.prefix) - len(direct.suffix) - len(direct.closing)
+    prompt = len(direct.prefix) + len(direct.suffix) + len(direct.closing)
+    if prompt >= max_positions:
+        raise UserError(
+            f"model: max_position_embeddings: {max_positions} leaves no room for a text beside the {prompt} "
+            "tokens of the prompt; use a model with more positions"
+        )
+    return max_positions - prompt
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -135,7 +145,16 @@ def read_export_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
-    """Write a safetensors file for torch with the usual permissions; `save_file` allows only its owner."""
+    """Write a safetensors file for torch with the usual permissions; `save_file` allows only its owner.
+
+    Raises UserError naming the first tensor with a number that is not finite.
+    """
+    for name, tensor in tensors.items():
+        if not np.isfinite(tensor).all():
+            raise UserError(
+                f"{name}: holds numbers that are not finite as {tensor.dtype}, so no reader could embed; "
+                "export an earlier checkpoint, or another dtype"
+            )
     path.touch()
     mode = path.stat().st_mode
     save_file(tensors, str(path), metadata={"format": "pt"})

@@ -55,6 +55,20 @@ _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
 # Of a text, of a turn, and of a message that awaits a tool's result.
 _ENDS = ("eos", "eot", "eom")
 _MISSING: Any = object()
+# Fields below the architecture's name: those that `GgufFile` reads,
+_READ = {
+    *("block_count", "context_length", "embedding_length", "feed_forward_length"),
+    *("attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length"),
+    *("attention.layer_norm_rms_epsilon", "attention.sliding_window", "rope.freq_base"),
+    *("rope.dimension_count", "rope.scaling.type", "rope.scaling.factor", "rope.scaling.attn_factor"),
+    *("rope.scaling.original_context_length", "rope.scaling.yarn_log_multiplier"),
+    *("rope.scaling.yarn_ext_factor", "rope.scaling.yarn_attn_factor"),
+    *("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"),
+}
+# those without influence (the table says how many rows it has),
+_INERT = {"vocab_size", "rope.scaling.finetuned", "tensor_data_layout"}
+# and those that may only say what a decoder is anyway. Others, such as `attention.scale`, are refused.
+_FIXED = {("attention.causal", True), ("expert_count", 0), ("expert_used_count", 0)}
 
 
 class GgufFile:
@@ -95,6 +109,7 @@ class GgufFile:
         self._architecture = architecture
         for tensor in self._header.tensors.values():
             self._check_storage(tensor)
+        self._check_fields()
         self.config = self._read_config()
         self._stored = {
             _hf_name(name): tensor for name, tensor in self._header.tensors.items() if name != _ROPE_FACTORS
@@ -142,6 +157,18 @@ class GgufFile:
             "ends": [end for end in (self._token(name, used) for name in _ENDS) if end >= 0],
             "chat_template": self._text("tokenizer.chat_template", ""),
         }
+
+    def _check_fields(self) -> None:
+        """Refuse a field of the architecture that may change what it computes."""
+        prefix = f"{self._architecture}."
+        for key, value in self._header.fields.items():
+            if key.startswith(prefix) and key.removeprefix(prefix) not in _READ | _INERT:
+                if (key.removeprefix(prefix), value) in _FIXED:
+                    continue
+                raise UserError(
+                    f"{self._path}: {key}: {str(value)[:40]} is not supported; use the Hugging Face folder "
+                    "of this model"
+                )
 
     def _read_config(self) -> ModelConfig:
         arch = self._architecture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -27,11 +28,11 @@ from search_r3_jax.hub.checkpoint_reader import (
 )
 from search_r3_jax.hub.gguf import GgufFile
 from search_r3_jax.hub.safetensors_folder import SafetensorsFolder, read_json
-from search_r3_jax.hub.weights import build_decoder, torch_tensors
+from search_r3_jax.hub.weights import HEAD, build_decoder, torch_tensors
 from search_r3_jax.mesh import param_shardings
 from search_r3_jax.models.attention import Backend
 from search_r3_jax.models.decoder import Decoder
-from search_r3_jax.models.families import config_from_hf
+from search_r3_jax.models.hf_config import config_from_hf
 from search_r3_jax.models.lora import add_lora, merge_lora, trainable_filter
 from search_r3_jax.text.prompts import Prompter, Prompts, prompts_from_json
 from search_r3_jax.text.tokenizer import add_embed_token, tokenizer_from_folder, tokenizer_from_gguf
@@ -50,11 +51,13 @@ __all__ = [
 
 PACKAGED = "smollm2"
 EXPORT_MANIFEST = "search_r3.json"
+logger = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = [
     "*.safetensors",
     "*.safetensors.index.json",
     "config.json",
+    "adapter_config.json",
     "generation_config.json",
     "tokenizer*",
     "*.jinja",
@@ -104,6 +107,7 @@ def load_model(
         config = _folder_config(path / "config.json")
         tokenizer = tokenizer_from_folder(path)
         source = SafetensorsFolder(path)
+        config = _with_head(config, source, path)
         manifest = path / EXPORT_MANIFEST
         recorded = read_json(manifest).get("prompts") if manifest.is_file() else None
         prompts, end_ids = prompts_from_json(recorded, str(manifest)), _end_ids(path)
@@ -113,7 +117,7 @@ def load_model(
         fields = source.tokenizer_fields()
         tokenizer = tokenizer_from_gguf(fields, str(path))
         prompts, end_ids = None, tuple(fields["ends"])
-    embed = add_embed_token(tokenizer, config.vocab_size)
+    embed = add_embed_token(tokenizer, config.vocab_size, where=str(path))
     decoder = build_decoder(
         config,
         source,
@@ -265,6 +269,17 @@ def _id_list(value: object, file: Path, field: str) -> tuple[int, ...]:
     if len(ids) < len(entries):
         raise UserError(f"{file}: {field}: {value!r}; give the id of a token, or a list of ids")
     return tuple(i for i in ids if i >= 0)
+
+
+def _with_head(config: ModelConfig, source: SafetensorsFolder, folder: Path) -> ModelConfig:
+    """A base model saved without its head takes the embedding table for one; its embeddings need none."""
+    if config.tied_embeddings or not source.base_model or HEAD in source.shapes:
+        return config
+    logger.warning(
+        f"{folder}: {HEAD}: missing; the embedding table takes its place, so what the model writes means "
+        "little before training"
+    )
+    return replace(config, tied_embeddings=True)
 
 
 def _folder_config(file: Path) -> ModelConfig:

@@ -22,8 +22,9 @@ from search_r3_jax.models.attention import Backend
 from search_r3_jax.models.decoder import Decoder
 from search_r3_jax.models.families import layer_tensors
 
-_EMBEDDING, _FINAL_NORM, _HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
-_HARMLESS = "rotary_emb.inv_freq"
+_EMBEDDING, _FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+# Tables that older versions of `transformers` stored; they follow from the config.
+_HARMLESS = tuple(f".rotary_emb.{table}" for table in ("inv_freq", "cos_cached", "sin_cached"))
 _CHUNK_BYTES = 4 << 20
 # XLA on the host adopts a buffer that begins on such a boundary, and copies any other.
 _HOST_ALIGNMENT = 64
@@ -66,7 +67,7 @@ def build_decoder(
     """
     _check_sizes(config, source, where)
     _check_fit(config, source, where)
-    if config.tied_embeddings and _HEAD in source.shapes and not _equal(source, _EMBEDDING, _HEAD):
+    if config.tied_embeddings and HEAD in source.shapes and not _equal(source, _EMBEDDING, HEAD):
         # As `transformers` does: two different tables in the file outweigh the config.
         config = replace(config, tied_embeddings=False)
 
@@ -86,7 +87,7 @@ def build_decoder(
     place(decoder.embedding, ("embedding",), _table(source, _EMBEDDING, embed_id, fresh))
     place(decoder.final_norm.scale, ("final_norm", "scale"), functools.partial(_copy, source, _FINAL_NORM))
     if decoder.head is not None:
-        table = _table(source, _HEAD, embed_id, fresh)
+        table = _table(source, HEAD, embed_id, fresh)
         place(decoder.head, ("head",), lambda out, index: table(out.T, index[::-1]))
     for (module, parameter), (name, transposed) in layer_tensors(config).items():
         variable = getattr(getattr(decoder.layers, module), parameter)
@@ -105,7 +106,7 @@ def torch_tensors(decoder: Decoder) -> Iterator[tuple[str, np.ndarray]]:
             yield f"model.layers.{i}.{name}", _gather(stacked, layer=i, transposed=transposed)
     yield _FINAL_NORM, _gather(decoder.final_norm.scale[...])
     if decoder.head is not None:
-        yield _HEAD, _gather(decoder.head[...], transposed=True)
+        yield HEAD, _gather(decoder.head[...], transposed=True)
 
 
 def _gather(array: jax.Array, *, layer: int | None = None, transposed: bool = False) -> np.ndarray:
@@ -170,7 +171,7 @@ def _check_fit(config: ModelConfig, source: TensorSource, where: str) -> None:
     """Raise UserError listing every tensor that is missing, misshapen or unknown."""
     expected = _file_shapes(config)
     shapes = {name: shape for name, shape in source.shapes.items() if not name.endswith(_HARMLESS)}
-    optional = {_HEAD: (config.vocab_size, config.hidden_size)} if config.tied_embeddings else {}
+    optional = {HEAD: (config.vocab_size, config.hidden_size)} if config.tied_embeddings else {}
     problems = [f"{name} is missing" for name in expected if name not in shapes]
     for name, shape in (expected | optional).items():
         if name in shapes and shapes[name] != shape:
@@ -202,7 +203,7 @@ def _file_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     scales = {"attention_norm": D, "feed_forward_norm": D, "q_norm": H, "k_norm": H}
     shapes: dict[str, tuple[int, ...]] = {_EMBEDDING: (V, D), _FINAL_NORM: (D,)}
     if not config.tied_embeddings:
-        shapes[_HEAD] = (V, D)
+        shapes[HEAD] = (V, D)
     for i in range(config.layers):
         for (module, parameter), (name, transposed) in layer_tensors(config).items():
             if parameter == "kernel":

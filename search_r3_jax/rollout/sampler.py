@@ -17,9 +17,11 @@ from search_r3_jax.config import ModelConfig, SamplerConfig
 from search_r3_jax.errors import UserError
 from search_r3_jax.mesh import constrain, map_params, reshape_mesh, use_mesh
 from search_r3_jax.models.decoder import Decoder
+from search_r3_jax.rollout.encoder import text_name
 from search_r3_jax.rollout.sampling_program import Replies, make_program
 from search_r3_jax.text.packing import bucket_length, pad_rows
 from search_r3_jax.text.prompts import Prompter
+from search_r3_jax.vectors import require_directions
 
 # The share of a chip's memory for the weights while replies are written; the rest is for the trainer's state
 # and the caches.
@@ -136,12 +138,15 @@ class Sampler:
         """Sample replies to each text [Q] under the seeds [Q,G] (uint32).
 
         The same seed and text give the same reply, whatever else is sampled. The loop runs as long as the
-        longest reply; prompts are padded to what `max_tokens` allows, so one shape is compiled.
+        longest reply; prompts are padded to what `max_tokens` allows, so one shape is compiled. Raises
+        UserError naming the first text whose embedding is not finite or zero.
         """
         rows = self._prompter.reason_rows(texts, max_tokens)
         prompt_ids, prompt_lengths = pad_rows(rows, length=self._prompt_tokens(max_tokens), pad_id=0)
         replies = self._sample(state, prompt_ids, prompt_lengths, seeds_qg.astype(np.uint32))
         arrays = {name: np.asarray(array) for name, array in replies._asdict().items()}
+        group = seeds_qg.shape[1]
+        require_directions(arrays["vectors"], lambda row: text_name(row // group, texts))
         return Rollout(prompt_ids=prompt_ids, prompt_lengths=prompt_lengths, **arrays)
 
 

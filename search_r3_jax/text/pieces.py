@@ -31,7 +31,8 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 class PieceTokenizer:
     """Tokenises parts of a string.
 
-    Only a part that `begins` a string may get the space that SentencePiece puts before strings (`▁`).
+    Only a part that `begins` a string, and text behind an added token within a part, may get the space that
+    SentencePiece puts before strings (`▁`).
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -44,6 +45,7 @@ class PieceTokenizer:
         self._inner: Tokenizer | None = None
         # By whether the part begins a string; None is the tokenizer itself.
         self._plain: dict[bool, Tokenizer | None] = {True: None, False: None}
+        self._added: set[int] = set()
         if isinstance(tokenizer, PreTrainedTokenizerFast):
             written = json.loads(tokenizer.backend_tokenizer.to_str())
             changed = written | {
@@ -58,12 +60,18 @@ class PieceTokenizer:
             if changed != written:
                 self._inner = _tokenizer(changed)
                 self._plain[False] = _plain_tokenizer(changed, controls)
+                self._added = set(self._inner.get_added_tokens_decoder())
 
     def ids(self, text: str, *, begins: bool) -> list[int]:
         """Ids of a part, control tokens recognised."""
         if begins or self._inner is None:
             return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
-        return self._inner.encode(text, add_special_tokens=False).ids
+        encoding = self._inner.encode(text, add_special_tokens=False)
+        at = next((i for i, token in enumerate(encoding.ids) if token in self._added), None)
+        if at is None:
+            return encoding.ids
+        # An added token splits a string: what is behind it may begin another.
+        return encoding.ids[:at] + self.ids(text[encoding.offsets[at][0] :], begins=True)
 
     def plain_ids(self, texts: Sequence[str], *, begins: bool) -> list[list[int]]:
         """Ids of parts in which a control token's name is plain text."""

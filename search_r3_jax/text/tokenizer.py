@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from search_r3_jax.config import EMBED_TOKEN
 from search_r3_jax.errors import UserError
@@ -46,13 +52,29 @@ def tokenizer_from_folder(folder: Path) -> PreTrainedTokenizerBase:
             f"{folder}: tokenizer.json: missing; a checkpoint needs its tokenizer beside the weights"
         )
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(
+            str(folder), config=_model_of(folder), local_files_only=True, trust_remote_code=False
+        )
     # The tokenizers library raises bare `Exception` for a file that it cannot read.
     except Exception as error:
         reason = " ".join(str(error).split())
         raise UserError(
             f"{folder}: tokenizer.json: cannot be read ({reason[:300]}); download it again"
         ) from None
+
+
+def _model_of(folder: Path) -> PreTrainedConfig | None:
+    """What chooses the class of a tokenizer in `config.json`; None without that file.
+
+    The rest of the file is not checked here: a mistake in it is none of the tokenizer's.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        return None
+    fields = json.loads(file.read_text(encoding="utf-8"))
+    config = AutoConfig.for_model(fields["model_type"], tokenizer_class=fields.get("tokenizer_class"))
+    config.name_or_path = str(folder)
+    return config
 
 
 def tokenizer_from_gguf(fields: dict[str, Any], where: str) -> PreTrainedTokenizerFast:
@@ -107,13 +129,23 @@ def _pre_tokenizer(name: str, where: str) -> pre_tokenizers.PreTokenizer:
     )
 
 
-def add_embed_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> EmbedToken:
+def add_embed_token(
+    tokenizer: PreTrainedTokenizerBase, vocab_size: int, *, where: str = "tokenizer"
+) -> EmbedToken:
     """Give `<|embed_token|>` an id without growing the matrix where possible.
 
     Taken in this order: a padded row of the matrix, a reserved token's id, or new rows up to a multiple of
-    128. Raises UserError when the tokenizer's ids leave no room for it.
+    128. Raises UserError, with `where` before it, when another token has no row of the matrix, and when the
+    tokenizer's ids leave no room.
     """
     vocabulary = tokenizer.get_vocab()
+    beyond = [token for token, i in vocabulary.items() if i >= vocab_size and token != EMBED_TOKEN]
+    if beyond:
+        first = min(beyond, key=vocabulary.__getitem__)
+        raise UserError(
+            f"{where}: tokenizer: {first!r} has id {vocabulary[first]}, but the embedding table has "
+            f"{vocab_size} rows; use the tokenizer of these weights, or resize the table for it"
+        )
     if EMBED_TOKEN in vocabulary:
         embed_id = int(vocabulary[EMBED_TOKEN])
         return EmbedToken(tokenizer, embed_id, _rows(embed_id, vocab_size), False)
@@ -128,7 +160,7 @@ def add_embed_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Embe
     embed_id = int(tokenizer.get_vocab()[EMBED_TOKEN])
     if embed_id in vocabulary.values():
         raise UserError(
-            f"tokenizer: {EMBED_TOKEN}: id {embed_id} is taken, for the ids have gaps; add the token to "
+            f"{where}: {EMBED_TOKEN}: id {embed_id} is taken, for the ids have gaps; add the token to "
             "tokenizer.json by hand"
         )
     return EmbedToken(tokenizer, embed_id, _rows(embed_id, vocab_size), True)

@@ -219,6 +219,14 @@ def longrope(writer: GGUFWriter) -> None:
     writer.add_rope_scaling_factor(2.0)
 
 
+def not_causal(writer: GGUFWriter) -> None:
+    writer.add_causal_attention(False)
+
+
+def scaled_scores(writer: GGUFWriter) -> None:
+    writer.add_attention_scale(0.5)
+
+
 def ternary(writer: GGUFWriter) -> None:
     writer.add_tensor("odd", np.zeros((4, 66), np.uint8), raw_dtype=GGMLQuantizationType.TQ2_0)
 
@@ -232,6 +240,8 @@ def unknown_tensor(writer: GGUFWriter) -> None:
     [
         (sliding, "qwen2.attention.sliding_window: not supported"),
         (longrope, "qwen2.rope.scaling.type: 'longrope' is not supported"),
+        (not_causal, "qwen2.attention.causal: False is not supported"),
+        (scaled_scores, "qwen2.attention.scale: 0.5 is not supported"),
         (ternary, "odd: storage type 35 is not supported"),
         (unknown_tensor, "blk.0.ffn_gate_inp.weight is unknown"),
     ],

@@ -15,7 +15,7 @@ from helpers.tiny_models import byte_tokenizer, torch_model
 from huggingface_hub import constants
 from ml_dtypes import bfloat16
 from safetensors.numpy import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub.load_model import load_model, resolve, torch_tensors
@@ -203,7 +203,7 @@ def test_a_missing_shard_is_named(folder: Path) -> None:
 def test_a_tensor_in_two_shards_is_refused(folder: Path) -> None:
     shard(folder)
     shutil.copy(folder / "model-00001-of-00003.safetensors", folder / "model-00002-of-00003.safetensors")
-    assert "another file of the folder holds this tensor too" in error_of(folder)
+    assert "the folder holds this tensor twice" in error_of(folder)
 
 
 @pytest.mark.parametrize(
@@ -226,6 +226,7 @@ def test_a_tensor_in_two_shards_is_refused(folder: Path) -> None:
     ],
 )
 def test_a_bad_index_is_refused(folder: Path, index: Any, message: str) -> None:
+    (folder / WEIGHTS).unlink()
     (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
     shown = error_of(folder)
     assert message in shown
@@ -297,3 +298,64 @@ def test_the_untied_head_is_read(tmp_path: Path, tiny_folders: dict[str, Path]) 
     np.testing.assert_array_equal(
         dict(torch_tensors(load_model(tiny_folders["qwen2"]).decoder))["lm_head.weight"], expected
     )
+
+
+@pytest.mark.parametrize("shards_left", [True, False])
+def test_one_file_goes_before_an_index_that_is_left_over(folder: Path, shards_left: bool) -> None:
+    newer = load_file(folder / WEIGHTS)
+    change_tensors(folder, lambda tensors: {name: 2 * tensor for name, tensor in tensors.items()})
+    files = set(shard(folder).values())
+    save_file(newer, folder / WEIGHTS, metadata={"format": "pt"})
+    if not shards_left:
+        for file in files:
+            (folder / file).unlink()
+    theirs = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    for name, tensor in torch_tensors(load_model(folder).decoder):
+        np.testing.assert_array_equal(tensor, theirs[name].numpy())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_base_model_is_read(
+    tiny_folders: dict[str, Path], tmp_path: Path, family: str, log_lines: list[str]
+) -> None:
+    folder = Path(shutil.copytree(tiny_folders[family], tmp_path / "model"))
+    expected = load_file(folder / WEIGHTS)
+    AutoModel.from_pretrained(folder).save_pretrained(folder)
+    assert "norm.weight" in load_file(folder / WEIGHTS)
+    found = dict(torch_tensors(load_model(folder).decoder))
+    for name in expected.keys() - {"lm_head.weight"}:
+        np.testing.assert_array_equal(found[name], expected[name])
+    # The tiny Qwen2 has a head of its own, which is not in the file.
+    assert any("lm_head.weight: missing" in line for line in log_lines) == (family == "qwen2")
+
+
+def test_a_tensor_with_and_without_its_prefix_is_refused(folder: Path) -> None:
+    change_tensors(folder, lambda tensors: tensors | {"norm.weight": np.ones(64, np.float32)})
+    assert "the folder holds this tensor twice" in error_of(folder)
+
+
+def test_tensors_beside_the_decoder_are_left_out_with_a_warning(folder: Path, log_lines: list[str]) -> None:
+    expected = dict(torch_tensors(load_model(folder).decoder))
+    change_tensors(folder, lambda tensors: tensors | {"score.weight": np.ones((2, 64), np.int32)})
+    found = dict(torch_tensors(load_model(folder).decoder))
+    assert found.keys() == expected.keys()
+    assert any("score.weight: no part of decoder or head" in line for line in log_lines)
+
+
+def test_an_adapter_in_the_folder_is_refused(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+    assert "adapter_config.json: the folder holds an adapter" in error_of(folder)
+
+
+def test_a_token_without_a_row_is_refused(folder: Path) -> None:
+    change_config(folder, vocab_size=258)
+    change_tensors(
+        folder,
+        lambda tensors: tensors | {"model.embed_tokens.weight": tensors["model.embed_tokens.weight"][:258]},
+    )
+    assert "has id 258, but the embedding table has 258 rows" in error_of(folder)
+
+
+def test_fields_of_the_output_do_not_stop_the_tokenizer(folder: Path) -> None:
+    change_config(folder, use_return_dict=True)
+    assert load_model(folder).embed_id == 259

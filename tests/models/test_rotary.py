@@ -10,7 +10,7 @@ from transformers import LlamaConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-from search_r3_jax.models.families import config_from_hf
+from search_r3_jax.models.hf_config import config_from_hf
 from search_r3_jax.models.rotary import inverse_frequencies, rotary_tables, rotate
 
 SCALINGS: dict[str, dict[str, Any]] = {

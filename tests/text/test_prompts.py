@@ -73,6 +73,11 @@ SPACE_TEMPLATE = "{{ '<s>' + messages[0]['content'] + ' Q: ' + messages[1]['cont
 TOKEN_TEMPLATE = (
     "{{ '<s>' + messages[0]['content'] + '<|user|>' + messages[1]['content'] + '<|assistant|>' }}"
 )
+# Text stands between two special tokens.
+TURNS_TEMPLATE = (
+    "{{ '<s>' + messages[0]['content'] + '</s>\n<|user|>' + messages[1]['content'] + "
+    "'</s>\n<|assistant|>\n' }}"
+)
 
 
 def sentencepiece_style(kind: str, template: str) -> PreTrainedTokenizerFast:
@@ -128,7 +133,7 @@ def sentencepiece_style(kind: str, template: str) -> PreTrainedTokenizerFast:
     return fast
 
 
-@pytest.mark.parametrize("template", [LLAMA2_TEMPLATE, SPACE_TEMPLATE, TOKEN_TEMPLATE])
+@pytest.mark.parametrize("template", [LLAMA2_TEMPLATE, SPACE_TEMPLATE, TOKEN_TEMPLATE, TURNS_TEMPLATE])
 @pytest.mark.parametrize("kind", ["prepend", "always", "first"])
 @pytest.mark.parametrize("text", ["where is the key?", "key", "[a] b", "é"])
 def test_sentencepiece_pieces_join_to_the_ids_of_the_whole(kind: str, template: str, text: str) -> None:

@@ -10,6 +10,7 @@ from search_r3_jax.config import RewardConfig
 from search_r3_jax.retrieval.environment.overlay import Overlay
 from search_r3_jax.retrieval.environment.rewards import check_reward, reward_terms, total_reward
 from search_r3_jax.retrieval.index.protocol import Index, recall_at_k
+from search_r3_jax.vectors import require_directions
 
 EncodeDocuments = Callable[[np.ndarray], np.ndarray]
 TOP = 3
@@ -89,9 +90,10 @@ class Environment:
 
         `positives` maps row → grade > 0 for each query; the vectors are unit vectors [Q,G,E]; `valid` is
         [Q,G] bool. `tokens` [Q,G] of each reply, where length has a weight; `direct` [Q,E], the queries
-        embedded without reasoning, for the reward `gain_over_direct`.
+        embedded without reasoning, for the reward `gain_over_direct`. Raises EmbeddingError naming the first
+        of these, or document, whose vector is not finite or zero.
         """
-        self._check(positives, vectors, valid)
+        self._check(positives, vectors, valid, direct)
         # Vectors of invalid completions may hold anything: they must not enter a sum.
         vectors = np.where(valid[:, :, None], vectors, 0).astype(np.float32)
         self._overlay.expire(step)
@@ -242,11 +244,9 @@ class Environment:
         if not chosen:
             return 0
         fresh = np.asarray(self.encode_documents(np.array(chosen, dtype=np.int32)), dtype=np.float32)
-        if fresh.shape != (len(chosen), vectors.shape[2]) or not np.isfinite(fresh).all():
-            raise ValueError(
-                f"encode_documents returned {fresh.shape} for {len(chosen)} rows, or numbers that are not "
-                "finite"
-            )
+        if fresh.shape != (len(chosen), vectors.shape[2]):
+            raise ValueError(f"encode_documents returned {fresh.shape} for {len(chosen)} rows")
+        require_directions(fresh, lambda at: f"document in row {chosen[at]}")
         self._overlay.put(step, chosen, fresh)
         self._reencoded_total += len(chosen)
         return len(chosen)
@@ -290,7 +290,11 @@ class Environment:
         return self._overlay.over(self.index, rows)
 
     def _check(
-        self, positives: Sequence[Mapping[int, float]], vectors: np.ndarray, valid: np.ndarray
+        self,
+        positives: Sequence[Mapping[int, float]],
+        vectors: np.ndarray,
+        valid: np.ndarray,
+        direct: np.ndarray | None,
     ) -> None:
         rows, dim = self.index.shape
         if (
@@ -303,6 +307,11 @@ class Environment:
                 f"{len(positives)} queries, vectors {vectors.shape}, valid {valid.shape}: want Q, "
                 f"[Q,G,{dim}], [Q,G]"
             )
+        # Invalid completions may hold anything.
+        live = np.argwhere(valid)
+        require_directions(vectors[valid], lambda at: "query {}, completion {}".format(*live[at].tolist()))
+        if direct is not None:
+            require_directions(direct, lambda at: f"query {at}, embedded directly")
         for query, grades in enumerate(positives):
             if not grades or any(not 0 <= row < rows or grade <= 0 for row, grade in grades.items()):
                 raise ValueError(

@@ -10,6 +10,10 @@ import numpy as np
 from search_r3_jax.retrieval.index.exact import ExactIndex
 from search_r3_jax.retrieval.index.protocol import IndexKind, LocalIndex
 from search_r3_jax.retrieval.index.scann import ScannIndex, scann_available
+from search_r3_jax.vectors import require_directions
+
+# A few megabytes at the usual dimensions: the vectors may be memory-mapped.
+_CHECKED_ROWS = 4096
 
 
 def build_index(
@@ -17,8 +21,12 @@ def build_index(
 ) -> LocalIndex:
     """Build an index over unit vectors [N,E]; the result's `kind` says which it is.
 
-    `auto` is ScaNN where installed, else exact.
+    `auto` is ScaNN where installed, else exact. Raises UserError naming the first document whose vector is
+    not finite or zero.
     """
+    for start in range(0, len(vectors), _CHECKED_ROWS):
+        chunk = vectors[start : start + _CHECKED_ROWS]
+        require_directions(chunk, lambda row, start=start: f"document {ids[start + row]}")
     if resolve_kind(kind) == "scann":
         return ScannIndex.build(vectors, ids, version, threads=threads)
     return ExactIndex(vectors, ids, version)

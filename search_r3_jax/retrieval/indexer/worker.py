@@ -20,7 +20,7 @@ from flax import nnx
 
 from search_r3_jax.config import IndexConfig, RunConfig
 from search_r3_jax.data.development import for_stage_2, load_training_sets
-from search_r3_jax.errors import UserError
+from search_r3_jax.errors import EmbeddingError, UserError
 from search_r3_jax.files import write_text
 from search_r3_jax.hub.checkpoint_reader import (
     checkpoint_folder,
@@ -161,7 +161,7 @@ class IndexWorker:
             self.build(newest)
         except CheckpointGoneError as error:
             logger.info(f"{error}; taking the newest")
-        except IndexGateError as error:
+        except (IndexGateError, EmbeddingError) as error:
             self._abandon(newest, str(error))
         except OSError as error:
             message = f"index v{newest}: cannot be written ({error.strerror or error}); trying again"
@@ -173,8 +173,8 @@ class IndexWorker:
     def build(self, step: int) -> None:
         """Encode the corpus with the checkpoint of `step` and publish it; the heartbeat reports progress.
 
-        Raises CheckpointGoneError, IndexGateError when it is not good enough, and OSError when the disk
-        refuses.
+        Raises CheckpointGoneError, IndexGateError when it is not good enough, EmbeddingError when a document
+        has no finite embedding, and OSError when the disk refuses.
         """
         started = time.time()
         config, documents = self._config, self._collection.documents

@@ -23,6 +23,7 @@ from search_r3_jax.retrieval.store.vector_files import (
     to_stored,
     write_vectors,
 )
+from search_r3_jax.vectors import require_directions
 
 RECORD, VECTORS = "corpus.json", "vectors.npy"
 SHARD_DOCUMENTS = 2048
@@ -68,7 +69,7 @@ def encode_corpus(
     Several processes that share `folder` each encode every `processes`-th shard, from `process` on; process 0
     joins them, and all return when that is done. Raises UserError when the folder holds the vectors of
     another corpus or model, when the disk refuses, and when a file of another process is missing after
-    `wait_seconds`.
+    `wait_seconds`; EmbeddingError naming the first document whose vector is not finite or zero.
     """
     if not 0 <= process < processes:
         raise ValueError(f"process {process} of {processes}: want one of 0 to {processes - 1}")
@@ -88,8 +89,10 @@ def encode_corpus(
     _claim(folder, description, write=process == 0)
     for shard in shards[process::processes]:
         if shard.read(dtype) is None:
-            bodies = [document.body for document in documents[shard.start : shard.stop]]
-            write_array(shard.file, to_stored(encode(bodies, on_progress=on_progress), dtype))
+            encoded = documents[shard.start : shard.stop]
+            vectors = encode([document.body for document in encoded], on_progress=on_progress)
+            require_directions(vectors, lambda row, encoded=encoded: f"document {encoded[row].doc_id}")
+            write_array(shard.file, to_stored(vectors, dtype))
         elif on_progress is not None:
             on_progress(shard.stop - shard.start)
     joined, shape = folder / VECTORS, (len(documents), dimension)

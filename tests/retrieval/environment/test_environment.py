@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import pytest
 
+from search_r3_jax.errors import EmbeddingError
 from search_r3_jax.retrieval.environment.environment import Environment
 from search_r3_jax.retrieval.environment.negatives import drop_near_duplicates, infonce_document_rows
 from search_r3_jax.retrieval.index.exact import ExactIndex
@@ -266,8 +267,21 @@ def test_bad_positives(wrong: dict[int, float]) -> None:
 
 
 def test_encoder_that_breaks_is_not_believed() -> None:
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(EmbeddingError, match=r"document in row \d+: its embedding holds numbers"):
         environment(lambda rows: np.full((len(rows), DIM), np.nan)).score(0, *batch())
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
+def test_completions_without_an_embedding_are_not_rewarded(value: float) -> None:
+    positives, vectors, valid = batch()
+    query, completion = np.argwhere(valid)[-1]
+    vectors[query, completion] = value
+    with pytest.raises(EmbeddingError, match=f"query {query}, completion {completion}: its embedding"):
+        environment(Encoder(10)).score(0, positives, vectors, valid)
+    direct = np.ones((len(vectors), DIM), np.float32)
+    direct[1] = value
+    with pytest.raises(EmbeddingError, match="query 1, embedded directly: its embedding"):
+        environment(Encoder(10)).score(0, *batch(), direct=direct)
 
 
 def test_neighbours_of_candidates_are_candidates_too() -> None:

@@ -18,7 +18,7 @@ from helpers.failing_disk import DISK_FULL, failing
 from helpers.tiny_models import word_collection
 
 from search_r3_jax.data.collection import Document
-from search_r3_jax.errors import UserError
+from search_r3_jax.errors import EmbeddingError, UserError
 from search_r3_jax.hub.load_model import LoadedModel
 from search_r3_jax.retrieval.store.corpus_vectors import encode_corpus
 from search_r3_jax.rollout.encoder import Encoder
@@ -179,7 +179,8 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
     rows, dim, shard = 40_000, 256, 1000
 
     def encode(texts: Sequence[str], *, on_progress: Callable[[int], object] | None = None) -> np.ndarray:
-        return np.repeat(np.array(texts, np.float32)[:, None], dim, axis=1)
+        # From 1 on: a vector of zeros has no direction.
+        return np.repeat(1 + np.array(texts, np.float32)[:, None], dim, axis=1)
 
     tracemalloc.start()
     found = encode_corpus(
@@ -196,8 +197,21 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert peak < rows * dim * 4 / 4
     assert json.loads((tmp_path / "corpus.json").read_text())["corpus_hash"] == "h"
-    np.testing.assert_array_equal(found[:, 0], np.arange(rows))
-    np.testing.assert_array_equal(found[::999, -1], np.arange(rows)[::999])
+    np.testing.assert_array_equal(found[:, 0], 1 + np.arange(rows))
+    np.testing.assert_array_equal(found[::999, -1], 1 + np.arange(rows)[::999])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
+def test_the_first_document_without_an_embedding_is_named(tmp_path: Path, value: float) -> None:
+    def encode(texts: Sequence[str], *, on_progress: Callable[[int], object] | None = None) -> np.ndarray:
+        vectors = Counted()(texts)
+        for row in (1, 2):
+            vectors[row] = value
+        return vectors
+
+    with pytest.raises(EmbeddingError, match=f"document {DOCUMENTS[1].doc_id}: its embedding"):
+        encode_corpus(encode, DOCUMENTS, tmp_path, **SETTINGS)
+    assert not list(tmp_path.glob("*.npy"))
 
 
 @pytest.mark.parametrize("processes", [2, 3, 7])
