@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +17,12 @@ import search_r3_jax
 from search_r3_jax.cli import parse
 from search_r3_jax.commands.data import DataBuild
 from search_r3_jax.commands.models import Embed, Export
+from search_r3_jax.commands.training import Indexer
 from search_r3_jax.configs import config_names, load_config
 from search_r3_jax.data.dataset import build_dataset
 from search_r3_jax.embedder import Embedder
 from search_r3_jax.errors import UserError
+from search_r3_jax.retrieval.indexer import worker
 
 
 def search_r3(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -351,3 +354,22 @@ def test_a_command_takes_the_settings_that_its_help_hides() -> None:
         ["sft", "--config", "smollm2", "--run", "run", "--rl.steps", "3", "--index.kind", "exact"]
     )
     assert (command.settings.rl.steps, command.settings.index.kind) == (3, "exact")
+
+
+def test_an_indexer_that_its_trainer_ends_does_not_say_that_it_was_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    def exit_now(status: int) -> None:
+        raise SystemExit(status)
+
+    monkeypatch.setattr(worker, "run_indexer", interrupt)
+    monkeypatch.setattr(os, "_exit", exit_now)
+    with pytest.raises(SystemExit) as ended:
+        Indexer(run_folder=tmp_path, parent=1).run()
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == "stopped by the trainer\n"
+    with pytest.raises(KeyboardInterrupt):
+        Indexer(run_folder=tmp_path).run()

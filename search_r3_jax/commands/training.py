@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -175,4 +176,12 @@ class Indexer:
         # The trainer redirects standard output to the run's indexer.log.
         show_log(sys.stdout, timestamps=True)
 
-        run_indexer(self.run_folder, parent=self.parent, process=self.process, processes=self.processes)
+        try:
+            run_indexer(self.run_folder, parent=self.parent, process=self.process, processes=self.processes)
+        except KeyboardInterrupt:
+            if self.parent is None:
+                raise
+            # No interruption: a trainer that has finished ends its indexer with a signal.
+            print("stopped by the trainer", flush=True)
+            # Library threads may still run and would block a normal exit; all files are written.
+            os._exit(0)

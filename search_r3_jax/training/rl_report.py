@@ -104,7 +104,7 @@ def sample_records(
                 "query_id": queries[q].query_id,
                 "query": queries[q].text,
                 "sample": g,
-                "reply": str(prompter.tokenizer.decode(rollout.ids[b, : rollout.lengths[b]].tolist())),
+                "reply": prompter.thought_text(rollout.ids[b, : rollout.lengths[b]].tolist()),
                 "valid": bool(rollout.valid[b]),
                 "tokens": int(rollout.lengths[b]),
                 "reward": float(result.rewards[q, g]),
