@@ -97,9 +97,10 @@ def _scaling(
 
 def _original_positions(given: dict[str, Any], fields: dict[str, Any], where: str, place: str) -> int:
     name = "original_max_position_embeddings"
-    if name in fields:
-        return count(fields, name, where)
-    return count(given, name, place) if name in given else count(fields, "max_position_embeddings", where)
+    default = count(fields, "max_position_embeddings", where)
+    # Read even where the one beside the block replaces it: null is refused in both places.
+    inside = count(given, name, place, default)
+    return count(fields, name, where, inside)
 
 
 def _number_or(given: dict[str, Any], name: str, place: str, default: float) -> float:

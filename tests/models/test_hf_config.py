@@ -50,6 +50,14 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
         {"rope_parameters": {"rope_type": "linear"}},
         "factor: the field is missing",
     ),
+    "no original length in the block": (
+        "llama",
+        {
+            "rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": None},
+            "original_max_position_embeddings": 32,
+        },
+        "original_max_position_embeddings: None",
+    ),
     "low above high": (
         "llama",
         {
