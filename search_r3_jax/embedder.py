@@ -19,6 +19,7 @@ from search_r3_jax.console import Bar, progress_bar
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub.export import MAX_TOKENS, max_text_tokens, read_export_manifest
 from search_r3_jax.hub.load_model import LoadedModel, load_model, resolve
+from search_r3_jax.hub.model_hash import model_hash
 from search_r3_jax.hub.weights import parameter_hash
 from search_r3_jax.rollout.encoder import Encoder
 from search_r3_jax.rollout.sampler import Sampler
@@ -74,7 +75,7 @@ class Embedder:
         self._encoder = Encoder(graph, prompter)
         sampling = SamplerConfig(max_think_tokens=max_think_tokens, temperature=temperature, prefill_chunk=0)
         self._sampler = Sampler(graph, prompter, sampling)
-        self._prompter = prompter
+        self._prompter, self._config = prompter, model.decoder.config
         self.tokenizer: PreTrainedTokenizerBase = model.tokenizer
         self.dimension = model.decoder.config.hidden_size
         self.parameters = sum(x.size for x in jax.tree.leaves(self._state))
@@ -188,6 +189,10 @@ class Embedder:
     def parameter_hash(self) -> str:
         """sha256 over all parameters: equal hashes, equal vectors."""
         return parameter_hash(self._state)
+
+    def model_hash(self) -> str:
+        """sha256 over parameters, config, tokenizer and prompts."""
+        return model_hash(self._state, self._config, self._prompter)
 
     def _thought_text(self, reply: list[int]) -> str:
         written = str(self.tokenizer.decode(reply)).strip()

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from tensorflow_datasets.core.file_adapters import FileFormat
 from tensorflow_datasets.core.naming import ShardedFileTemplate
 from tensorflow_datasets.core.splits import SplitDict, SplitInfo
 
-from search_r3_jax.data.beir import find_splits, read_beir_splits
+from search_r3_jax.data.beir import EMPTY, NO_DOCUMENT, NO_QUERY, find_splits, read_beir_splits
 from search_r3_jax.data.collection import SHARED_CORPUS, Collection, Document, Query, usable_split_name
 from search_r3_jax.data.lines import Problems
 from search_r3_jax.data.stored import StoredDocuments, document_of
@@ -31,7 +32,14 @@ MANIFEST = "dataset.json"
 MAX_EXAMPLES_PER_SHARD = 100_000
 SHARD_NAME = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}"
 EXAMPLES_PER_CALL = 1_000
+# What becomes of a line that a published folder may hold, by the reason it is counted under.
+_PUBLISHED = {
+    EMPTY: "texts are empty: kept",
+    NO_QUERY: "judgements name queries that are not there: dropped",
+    NO_DOCUMENT: "judgements name documents that are not there: kept, never found",
+}
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 def build_dataset(
@@ -100,7 +108,11 @@ def _load(path: Path, splits: Sequence[str] | None, *, stored: bool = False) -> 
             path, manifest, sorted(manifest["splits"]) if splits is None else splits, stored=stored
         )
     if any((path / name).is_file() for name in ("corpus.jsonl", "corpus.jsonl.gz")):
-        return read_beir_splits(path, find_splits(path) if splits is None else splits, Problems())
+        problems = Problems(as_published=True)
+        collections = read_beir_splits(path, find_splits(path) if splits is None else splits, problems)
+        for reason, count in sorted(problems.counts.items()):
+            logger.warning(f"{path}: {count} {_PUBLISHED[reason]}, as in BEIR")
+        return collections
     raise UserError(
         f"{path}: expected a built data set (with {MANIFEST}) or a BEIR folder (with corpus.jsonl or "
         "corpus.jsonl.gz)"

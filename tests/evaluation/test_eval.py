@@ -3,6 +3,7 @@ computation ranks."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import pytrec_eval
 from helpers.tiny_models import word_collection
 
+from search_r3_jax.data.build import build_beir
 from search_r3_jax.data.dataset import load_collection
 from search_r3_jax.embedder import Embedder
 from search_r3_jax.errors import UserError
@@ -242,6 +244,52 @@ def test_fewer_queries_give_what_each_of_them_gave(beir: Path, capsys: pytest.Ca
     small = run_evaluation(EvalSettings(model="bm25", data=beir, max_queries=5, seed=2, max_documents=20))
     assert (small["data"]["cut"]["judged"], small["data"]["documents"]) == (15, 20)
     assert set(small["modes"]["direct"]["per_query"]) == set(of_query)
+
+
+def write_published(folder: Path, beir: Path) -> dict[str, dict[str, int]]:
+    """`beir` as collections are published: an empty document, a query without a relevant document, and
+    judgements of documents that are not there; the judgements as trec_eval reads them."""
+    shutil.copytree(beir, folder)
+    with (folder / "corpus.jsonl").open("a") as corpus:
+        corpus.write('{"_id": "empty", "title": "", "text": ""}\n')
+    qrels = folder / "qrels" / "test.tsv"
+    rows = [line for line in qrels.read_text().splitlines()[1:] if not line.startswith("q3\t")]
+    rows += ["q3\td3\t0", "q0\tgone\t2", "q1\tgone too\t1", "q2\tempty\t1", "q5\td9\t-1"]
+    qrels.write_text("query-id\tcorpus-id\tscore\n" + "\n".join(rows) + "\n")
+    judged: dict[str, dict[str, int]] = {}
+    for row in rows:
+        query_id, doc_id, score = row.split("\t")
+        judged.setdefault(query_id, {})[doc_id] = int(score)
+    return judged
+
+
+def trec_means(
+    judged: dict[str, dict[str, int]], per_query: dict[str, dict[str, Any]]
+) -> tuple[float, set[str]]:
+    """pytrec_eval's mean nDCG@10 of the ten best documents over all judged queries."""
+    run = {query_id: dict(entry["top"]) for query_id, entry in per_query.items()}
+    measured = pytrec_eval.RelevanceEvaluator(judged, {"ndcg_cut.10"}).evaluate(run)
+    return float(np.mean([each["ndcg_cut_10"] for each in measured.values()])), set(measured)
+
+
+def test_published_judgements_count_as_trec_eval_counts_them(beir: Path, tmp_path: Path) -> None:
+    judged = write_published(tmp_path / "published", beir)
+    build_beir(tmp_path / "published", tmp_path / "built", skip_bad=True)
+    for folder in ("published", "built"):
+        record = run_evaluation(EvalSettings(model="bm25-split", data=tmp_path / folder))
+        values = record["modes"]["direct"]
+        expected, queries = trec_means(judged, values["per_query"])
+        assert set(values["per_query"]) == queries == set(judged)
+        assert values["ndcg@10"] == pytest.approx(expected, abs=1e-12)
+        assert values["per_query"]["q3"]["ndcg@10"] == 0.0
+    # Fewer queries and documents of the same judgements.
+    few = run_evaluation(
+        EvalSettings(model="bm25-split", data=tmp_path / "published", max_queries=6, max_documents=60, seed=1)
+    )
+    values = few["modes"]["direct"]
+    assert few["data"]["documents"] == 60
+    chosen = {query_id: judged[query_id] for query_id in values["per_query"]}
+    assert values["ndcg@10"] == pytest.approx(trec_means(chosen, values["per_query"])[0], abs=1e-12)
 
 
 def test_the_index_chooses_nothing_else(tiny_folders: dict[str, Path], beir: Path) -> None:

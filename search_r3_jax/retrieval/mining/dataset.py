@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,8 +20,7 @@ from search_r3_jax.data.dataset import build_dataset, load_collections, ordered_
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub.export import max_text_tokens
 from search_r3_jax.hub.load_model import load_model, pinned_step, resolve
-from search_r3_jax.hub.weights import parameter_hash
-from search_r3_jax.models.decoder import Decoder
+from search_r3_jax.hub.model_hash import model_hash
 from search_r3_jax.retrieval.index.build import build_index
 from search_r3_jax.retrieval.index.protocol import IndexKind
 from search_r3_jax.retrieval.mining.select import MiningOptions, Selection, distinct_texts, mine_negatives
@@ -149,7 +146,7 @@ class _Vectors:
         graph, self._state = nnx.split(loaded.decoder)
         self._encoder = Encoder(graph, self._prompter)
         self._config = loaded.decoder.config
-        self.model_hash = _model_hash(loaded.decoder, self._prompter)
+        self.model_hash = model_hash(self._state, self._config, self._prompter)
         self._work, self._shard_documents = work, shard_documents
 
     def encode(self, what: str, documents: Sequence[Document], max_tokens: int) -> np.ndarray:
@@ -167,19 +164,6 @@ class _Vectors:
                 shard_documents=self._shard_documents,
                 on_progress=bar.advance,
             )
-
-
-def _model_hash(decoder: Decoder, prompter: Prompter) -> str:
-    """sha256 over parameters, config, vocabulary and prompt."""
-    digest = hashlib.sha256(parameter_hash(nnx.state(decoder, nnx.Param)).encode())
-    for part in (
-        asdict(decoder.config),
-        sorted(prompter.tokenizer.get_vocab().items()),
-        asdict(prompter.direct),
-        prompter.embed_id,
-    ):
-        digest.update(json.dumps(part, sort_keys=True, default=str).encode() + b"\n")
-    return digest.hexdigest()
 
 
 def _identity(collections: Mapping[str, Collection]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -200,17 +200,19 @@ def distinct_texts(collection: Collection) -> Texts:
         if row == len(documents):
             documents.append(document)
         row_of[document.doc_id] = row
+    # Judgements may name documents that are not there.
     relevant: dict[str, set[int]] = {}
     for query in collection.queries:
-        relevant.setdefault(query.text, set()).update(row_of[doc_id] for doc_id in query.positives)
+        relevant.setdefault(query.text, set()).update(_rows(row_of, query.positives))
     return Texts(
         documents=tuple(documents),
         positives=[np.array(sorted(relevant[query.text]), np.int64) for query in collection.queries],
-        judged=[
-            np.array(sorted({row_of[doc_id] for doc_id in query.negatives}), np.int64)
-            for query in collection.queries
-        ],
+        judged=[np.array(sorted(_rows(row_of, query.negatives)), np.int64) for query in collection.queries],
     )
+
+
+def _rows(row_of: Mapping[str, int], doc_ids: Iterable[str]) -> set[int]:
+    return {row_of[doc_id] for doc_id in doc_ids if doc_id in row_of}
 
 
 def mine_negatives(
