@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -11,11 +12,10 @@ from typing import Literal, overload
 import jax
 import numpy as np
 from flax import nnx
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from search_r3_jax.config import SamplerConfig, Step
-from search_r3_jax.console import Bar, progress_bar
+from search_r3_jax.console import Bar, TextConsole, progress_bar
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub.export import MAX_TOKENS, max_text_tokens, read_export_manifest
 from search_r3_jax.hub.load_model import LoadedModel, load_model, resolve
@@ -201,6 +201,6 @@ class Embedder:
 
 def _bar(what: str, total: int, progress: bool | None) -> AbstractContextManager[Bar | None]:
     # On standard error, because standard output belongs to the caller.
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = TextConsole(sys.stderr)
     shown = console.is_terminal if progress is None else progress
     return progress_bar(console, what, total) if shown and total else nullcontext()

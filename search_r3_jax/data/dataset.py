@@ -25,7 +25,8 @@ from search_r3_jax.data.collection import SHARED_CORPUS, Collection, Document, Q
 from search_r3_jax.data.lines import Problems
 from search_r3_jax.data.stored import StoredDocuments, document_of
 from search_r3_jax.errors import UserError
-from search_r3_jax.files import file_sha256
+from search_r3_jax.files import file_sha256, target_of
+from search_r3_jax.outputs import check_not_mounted, check_output_folder
 
 FORMAT_VERSION = 2
 MANIFEST = "dataset.json"
@@ -55,7 +56,8 @@ def build_dataset(
     `skipped` counts the lines of the source that were left out, by reason; it is stored in the manifest.
     Raises UserError if `out` holds anything else.
     """
-    out = Path(out)
+    # Through a symbolic link, which stays.
+    out = target_of(Path(out))
     _check_split_names(collections, out)
     description = {**_describe(collections, name, source), "skipped": dict(skipped or {})}
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -74,6 +76,18 @@ def build_dataset(
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return out
+
+
+def check_new_dataset(out: Path) -> None:
+    """Raise UserError, before any work, where a data set cannot be built, or something else lies."""
+    if out.is_file():
+        raise UserError(f"{out}: already exists and is no data set; remove it or choose another --out")
+    check_output_folder("--out", out)
+    if out.is_dir() and any(out.iterdir()):
+        if not (out / MANIFEST).is_file():
+            raise UserError(f"{out}: already exists and is no data set; remove it or choose another --out")
+    elif out.is_dir():
+        check_not_mounted("--out", out)
 
 
 def load_collection(path: Path | str, split: str, *, stored: bool = False) -> Collection:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +16,10 @@ from mteb.abstasks import AbsTaskRetrieval
 from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
 from mteb.abstasks.task_metadata import TaskMetadata
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from search_r3_jax.console import TextConsole
 from search_r3_jax.data.collection import Collection
 from search_r3_jax.data.dataset import ordered_queries_hash
 from search_r3_jax.errors import UserError
@@ -24,6 +27,7 @@ from search_r3_jax.evaluation.mteb_encoder import MtebEncoder
 from search_r3_jax.evaluation.report import check_evaluation, open_collection
 from search_r3_jax.evaluation.settings import MtebSettings
 from search_r3_jax.files import digest_of
+from search_r3_jax.outputs import check_output_folder
 
 # Of the hash in a task's name.
 HASH_CHARACTERS = 12
@@ -100,14 +104,13 @@ def run_mteb(settings: MtebSettings) -> list[TaskScores]:
         raise UserError(
             "mteb: nothing to evaluate; name tasks with --tasks, or data sets of this machine with --data"
         )
-    if settings.out.exists() and not settings.out.is_dir():
-        raise UserError(f"--out: {settings.out}: is a file; name a folder")
+    check_output_folder("--out", settings.out)
     if settings.max_tokens is not None and settings.max_tokens < 1:
         raise UserError(f"--max-tokens: {settings.max_tokens} is less than 1; give a positive number")
     evaluations = [settings.evaluation(folder) for folder in settings.data]
     # The limits are the same on all of them, and on tasks of MTEB.
     check_evaluation(settings.evaluation(settings.out))
-    notes = Console(stderr=True, highlight=False, soft_wrap=True)
+    notes = TextConsole(sys.stderr)
     collections = [open_collection(each, notes)[0] for each in evaluations]
     named, local = _named_tasks(settings.tasks), [collection_task(each) for each in collections]
     # MTEB's protocol wants a constructor that takes anything; ours names what it takes.
@@ -120,8 +123,9 @@ def run_mteb(settings: MtebSettings) -> list[TaskScores]:
         instruction_template=settings.instruction_template,
     )
     scores_of_tasks: list[TaskScores] = []
+    cache = _Results(settings.out)
     for task in (*named, *local):
-        result = _evaluate(encoder, task, mteb.ResultCache(settings.out))
+        result = _evaluate(encoder, task, cache)
         for each in result.task_results:
             for split, subsets in each.scores.items():
                 scores_of_tasks += [
@@ -131,7 +135,27 @@ def run_mteb(settings: MtebSettings) -> list[TaskScores]:
                     for scores in subsets
                 ]
     _show(settings, scores_of_tasks, _titles(settings, collections, local))
+    if cache.refused:
+        raise UserError(cache.refused)
     return scores_of_tasks
+
+
+class _Results(mteb.ResultCache):
+    """MTEB's files of results; one that the disk refuses goes to another folder, and `refused` says so."""
+
+    refused = ""
+
+    def save_to_cache(self, *arguments: Any, **options: Any) -> None:
+        """Save a result."""
+        try:
+            super().save_to_cache(*arguments, **options)
+        except OSError as error:
+            reason = f"--out: {self.cache_path}: cannot be written ({error.strerror or error})"
+            self.refused = f"{reason}; make room, the results are on standard output only"
+            with contextlib.suppress(OSError):
+                kept = tempfile.mkdtemp(prefix="search-r3-")
+                mteb.ResultCache(kept).save_to_cache(*arguments, **options)
+                self.refused = f"{reason}; results are in {kept}"
 
 
 def _evaluate(encoder: Any, task: Any, cache: mteb.ResultCache) -> Any:
@@ -174,4 +198,4 @@ def _show(settings: MtebSettings, scores_of_tasks: Sequence[TaskScores], titles:
         values = [f"{each.scores[key]:.4f}" if key in each.scores else "" for key in SCORES.values()]
         where = each.split if each.subset == "default" else f"{each.subset}, {each.split}"
         table.add_row(Text(f"{titles.get(each.task, each.task)} ({where})"), *values)
-    Console(highlight=False, soft_wrap=True).print(table)
+    TextConsole().print(table)

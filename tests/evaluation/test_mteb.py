@@ -236,10 +236,8 @@ def test_published_judgements_count_as_eval_counts_them(
         (tmp_path / "words" / name).write_text("".join(f"{line}\n" for line in lines))
     (found,) = run_mteb(MtebSettings(model=str(export), data=(tmp_path / "words",), out=tmp_path / "mteb"))
     collection = load_collection(tmp_path / "words", "test")
-    documents, texts = (
-        [*map(attrgetter("body"), collection.documents)],
-        [q.text for q in collection.queries],
-    )
+    documents = [document.body for document in collection.documents]
+    texts = [query.text for query in collection.queries]
     assert sorted(map(len, evaluations)) == [len(texts), len(documents)]
     vectors = EmbeddedQueries(vectors=byte_vectors(texts), seconds=1.0, warm_seconds=1.0)
     expected = search_result(collection, exact_index(collection, byte_vectors(documents)), vectors)

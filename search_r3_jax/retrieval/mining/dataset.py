@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -11,16 +12,17 @@ from typing import Any
 
 import numpy as np
 from flax import nnx
-from rich.console import Console
 
 from search_r3_jax.config import Step
-from search_r3_jax.console import progress_bar
+from search_r3_jax.console import TextConsole, progress_bar
 from search_r3_jax.data.collection import Collection, Document
 from search_r3_jax.data.dataset import build_dataset, load_collections, ordered_queries_hash
 from search_r3_jax.errors import UserError
+from search_r3_jax.files import target_of
 from search_r3_jax.hub.export import max_text_tokens
 from search_r3_jax.hub.load_model import load_model, pinned_step, resolve
 from search_r3_jax.hub.model_hash import model_hash
+from search_r3_jax.outputs import check_output_folder
 from search_r3_jax.retrieval.index.build import build_index
 from search_r3_jax.retrieval.index.protocol import IndexKind
 from search_r3_jax.retrieval.mining.select import MiningOptions, Selection, distinct_texts, mine_negatives
@@ -77,6 +79,8 @@ def mine_dataset(
     ):
         if tokens < 1:
             raise UserError(f"{option}: {tokens}: give 1 or more")
+    out = target_of(out)
+    check_output_folder("--out", out.parent)
     work = out.parent / f".{out.name}.mining"
     finished = out.is_file() or (out.is_dir() and any(out.iterdir()))
     # If the vectors are still there, the command was interrupted before it removed them: it may run again.
@@ -153,7 +157,7 @@ class _Vectors:
         """Vectors [N,E]; those that an interrupted command left in the work folder are reused."""
         room = min(max_tokens, max_text_tokens(self._prompter, self._config.max_positions))
         # On standard error, because standard output is for the result.
-        with progress_bar(Console(stderr=True, highlight=False, soft_wrap=True), what, len(documents)) as bar:
+        with progress_bar(TextConsole(sys.stderr), what, len(documents)) as bar:
             return encode_corpus(
                 partial(self._encoder.encode, self._state, max_tokens=room),
                 documents,
