@@ -163,7 +163,7 @@ def _end_after(error: OSError) -> NoReturn:
     except OSError:
         where = "standard output"
         # The interpreter would try once more, and complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if error.errno == errno.EPIPE:
             # The reader has had enough, as `head` has.
             sys.exit(128 + signal.SIGPIPE)

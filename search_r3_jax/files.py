@@ -43,7 +43,7 @@ def is_written_in_place(path: Path) -> bool:
     """
     try:
         kind = path.stat().st_mode
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     if not stat.S_ISREG(kind):
         return not stat.S_ISDIR(kind)

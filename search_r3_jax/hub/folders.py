@@ -15,13 +15,13 @@ from search_r3_jax.outputs import check_not_mounted, check_output_folder
 
 
 @contextmanager
-def replaced_folder(out: Path, *, marker: str) -> Iterator[Path]:
+def replaced_folder(out: Path, *, marker: str, size: int = 0) -> Iterator[Path]:
     """Yield an empty folder that replaces `out` when the block ends; an error leaves `out` unchanged.
 
-    `out` may be missing, empty, or hold a file named `marker`. Raises UserError for any other `out`, and when
-    the disk refuses.
+    `out` may be missing, empty, or hold a file named `marker`. Of a symbolic link the target is replaced.
+    Raises UserError for any other `out`, when `size` bytes are not free, and when the disk refuses.
     """
-    check_replaceable(out, marker=marker)
+    check_replaceable(out, marker=marker, size=size)
     target = out.resolve()
     temporary = _sibling(target, "tmp")
     try:
@@ -36,7 +36,7 @@ def replaced_folder(out: Path, *, marker: str) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def check_replaceable(out: Path, *, marker: str) -> None:
+def check_replaceable(out: Path, *, marker: str, size: int = 0) -> None:
     """Raise UserError for an `out` that `replaced_folder` does not replace, or that cannot be written."""
     target = out.resolve()
     if target.is_dir():
@@ -45,7 +45,7 @@ def check_replaceable(out: Path, *, marker: str) -> None:
         check_not_mounted("--out", out)
     elif target.exists():
         raise UserError(f"{out}: is a file; choose another --out")
-    check_output_folder("--out", target.parent)
+    check_output_folder("--out", target.parent, size=size)
 
 
 def _put_in_place(temporary: Path, target: Path) -> None:

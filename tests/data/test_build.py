@@ -388,6 +388,30 @@ def test_when_nothing_is_left_the_list_still_comes(
     assert list(tmp_path.iterdir()) == [folder]
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_a_link_to_a_folder_stays(tmp_path: Path, there: bool) -> None:
+    folder = write_beir(tmp_path / "made")
+    (tmp_path / "share").mkdir()
+    (tmp_path / "link").symlink_to("share/set")
+    if there:
+        (tmp_path / "share" / "set").mkdir()
+    built = build_beir(folder, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert load_collection(tmp_path / "share" / "set", "train") == built["train"]
+    assert [each.name for each in (tmp_path / "share").iterdir()] == ["set"]
+
+
+def test_a_place_that_cannot_be_written_is_found_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("search_r3_jax.data.build.read_beir_splits", lambda *_: pytest.fail("read the input"))
+    folder = write_beir(tmp_path / "made")
+    with pytest.raises(UserError, match="already exists and is no data set"):
+        build_beir(folder, folder)
+    with pytest.raises(UserError, match=r"--out: .*corpus\.jsonl: is a file; name a folder"):
+        build_beir(folder, folder / "corpus.jsonl" / "set")
+
+
 def test_a_place_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> None:
     folder = write_beir(tmp_path / "made")
     (tmp_path / "file").write_text("keep")

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from search_r3_jax.data.build import build_beir
 from search_r3_jax.data.dataset import load_collection
 from search_r3_jax.embedder import Embedder
 from search_r3_jax.errors import UserError
+from search_r3_jax.evaluation import report
 from search_r3_jax.evaluation.controls import CONTROLS
 from search_r3_jax.evaluation.evaluate import Evaluator
 from search_r3_jax.evaluation.metrics import METRICS
@@ -290,6 +292,45 @@ def test_published_judgements_count_as_trec_eval_counts_them(beir: Path, tmp_pat
     assert few["data"]["documents"] == 60
     chosen = {query_id: judged[query_id] for query_id in values["per_query"]}
     assert values["ndcg@10"] == pytest.approx(trec_means(chosen, values["per_query"])[0], abs=1e-12)
+
+
+def test_ids_are_looked_at_before_the_work(
+    beir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(beir, tmp_path / "spaced")
+    with (tmp_path / "spaced" / "corpus.jsonl").open("a") as corpus:
+        corpus.write('{"_id": "two words", "text": "text"}\n')
+    monkeypatch.setattr(report, "open_system", lambda _: pytest.fail("began to work"))
+    with pytest.raises(UserError, match=r"--run-file: spaced: document id 'two words' .* has white"):
+        run_evaluation(EvalSettings(model="bm25", data=tmp_path / "spaced", run_file=tmp_path / "a.run"))
+    with pytest.raises(UserError, match=r"--run-file: /dev/null: takes one mode, --mode both has 2"):
+        run_evaluation(EvalSettings(model="m", data=beir, mode="both", run_file=Path("/dev/null")))
+    (tmp_path / "a.run.qrels").mkdir()
+    with pytest.raises(UserError, match=r"--run-file: .*a\.run\.qrels: is a folder"):
+        run_evaluation(EvalSettings(model="bm25", data=beir, run_file=tmp_path / "a.run"))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.run.qrels", "spaced"]
+
+
+def test_a_full_disk_loses_no_result(
+    beir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "elsewhere"))
+    with pytest.raises(UserError, match="--out: /dev/full: cannot be written") as caught:
+        run_evaluation(
+            EvalSettings(model="bm25-split", data=beir, out=Path("/dev/full"), run_file=tmp_path / "a.run")
+        )
+    kept = json.loads(Path(str(caught.value).rpartition(" is in ")[2]).read_text())
+    # The table and the other file came all the same.
+    assert f"{kept['modes']['direct']['ndcg@10']:.4f}" in capsys.readouterr().out
+    assert_same_as_files(kept["modes"]["direct"], tmp_path / "a.run", tmp_path / "a.run.qrels")
+
+
+def test_standard_output_can_be_the_result(beir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    record = run_evaluation(EvalSettings(model="bm25-split", data=beir, out=Path("/dev/stdout")))
+    shown = capfd.readouterr()
+    assert json.loads(shown.out) == record
+    assert "nDCG@10" in shown.err
 
 
 def test_the_index_chooses_nothing_else(tiny_folders: dict[str, Path], beir: Path) -> None:

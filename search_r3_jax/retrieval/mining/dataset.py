@@ -94,6 +94,10 @@ def mine_dataset(
     collection = collections[split]
     encoder = _Vectors(model, step, work, shard_documents)
     texts = distinct_texts(collection)
+    if not work.is_dir():
+        # Float32 vectors, in shards and joined.
+        count = len(texts.documents) + len(collection.queries)
+        check_output_folder("--out", out.parent, size=2 * 4 * count * encoder.dimension)
     documents_ue = encoder.encode("documents", texts.documents, max_document_tokens)
     # Queries are embedded as in training: the text alone, directly.
     queries = [Document(doc_id=query.query_id, title="", text=query.text) for query in collection.queries]
@@ -139,6 +143,7 @@ class _Vectors:
     Attributes:
         name: of the model, without its folder.
         step: the checkpoint, where the model is a run.
+        dimension: of a vector.
         model_hash: of everything that a vector depends on beside its text and the limit of tokens.
     """
 
@@ -150,6 +155,7 @@ class _Vectors:
         graph, self._state = nnx.split(loaded.decoder)
         self._encoder = Encoder(graph, self._prompter)
         self._config = loaded.decoder.config
+        self.dimension = self._config.hidden_size
         self.model_hash = model_hash(self._state, self._config, self._prompter)
         self._work, self._shard_documents = work, shard_documents
 
@@ -164,7 +170,7 @@ class _Vectors:
                 self._work / what,
                 model_hash=self.model_hash,
                 max_tokens=room,
-                dimension=self._config.hidden_size,
+                dimension=self.dimension,
                 shard_documents=self._shard_documents,
                 on_progress=bar.advance,
             )
