@@ -17,7 +17,7 @@ from search_r3_jax.errors import UserError
 from search_r3_jax.files import is_written_in_place, replacing, target_of
 
 # Enough to see that a disk is full: a file without content needs no block.
-PROBE_BYTES = 1 << 16
+PROBE_BYTES = 4096
 
 
 def check_outputs(*outputs: tuple[str, Path | None]) -> None:

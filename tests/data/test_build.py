@@ -415,7 +415,7 @@ def test_a_place_that_cannot_be_written_is_found_before_the_work(
 def test_a_place_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> None:
     folder = write_beir(tmp_path / "made")
     (tmp_path / "file").write_text("keep")
-    with pytest.raises(UserError, match=r"--out: .* cannot be written"):
+    with pytest.raises(UserError, match=r"--out: .*file: is a file; name a folder"):
         build_beir(folder, tmp_path / "file" / "set")
     with pytest.raises(UserError, match="already exists and is no data set"):
         build_beir(folder, tmp_path / "file")
