@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import tyro
 
@@ -21,10 +22,12 @@ from search_r3_jax.commands.settings import plan_settings, rl_settings, sft_sett
 from search_r3_jax.commands.training import Indexer, Quickstart, Rl, Sft
 from search_r3_jax.config import RunConfig, renamed_flags
 from search_r3_jax.configs import load_config
+from search_r3_jax.console import prepare_streams, print_line
 from search_r3_jax.errors import StoppedError, UserError
 from search_r3_jax.runtime_env import configure_libraries
 
 INTERRUPTED = 130
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.EPIPE)
 
 DESCRIPTION = (
     f"search-r3 {__version__}: train an LLM to think before it embeds. "
@@ -42,17 +45,23 @@ def main() -> None:
     Exit status 2 for a user's mistake, 130 when interrupted before training began.
     """
     configure_libraries()
+    prepare_streams()
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         command = parse(sys.argv[1:])
         command.run()
+        sys.stdout.flush()
     except UserError as error:
         if "--debug" in sys.argv:
             raise
-        print(f"search-r3: {error}", file=sys.stderr)
+        print_line(f"search-r3: {error}", sys.stderr)
         sys.exit(2)
     except StoppedError as stopped:
-        print(f"search-r3: {stopped}")
+        print_line(f"search-r3: {stopped}")
+    except OSError as error:
+        if "--debug" in sys.argv or error.errno not in DISK_ERRORS:
+            raise
+        _end_after(error)
     except KeyboardInterrupt:
         print("search-r3: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.stderr.flush()
@@ -67,7 +76,8 @@ def parse(arguments: Sequence[str]) -> Any:
         sys.exit(0)
     arguments, notes = renamed_flags(arguments)
     for note in notes:
-        print(f"search-r3: note: {note}", file=sys.stderr)
+        print_line(f"search-r3: note: {note}", sys.stderr)
+    refuse_contradictions(arguments)
     return tyro.cli(
         subcommands(arguments),
         prog="search-r3",
@@ -75,6 +85,31 @@ def parse(arguments: Sequence[str]) -> Any:
         args=arguments,
         config=(tyro.conf.OmitSubcommandPrefixes,),
     )
+
+
+def refuse_contradictions(arguments: Sequence[str]) -> None:
+    """Raise UserError for an option that is given twice with different values.
+
+    The parser would take the last and drop the others. A script may add an option that says the same again.
+    """
+    given: dict[str, tuple[str, ...]] = {}
+    name, values = "", list[str]()
+    for argument in (*itertools.takewhile(lambda each: each != "--", arguments), "--"):
+        if not argument.startswith("--"):
+            values.append(argument)
+            continue
+        if name:
+            flag = name.replace("_", "-")
+            # `--no-x` and `--x` are one option, and so are `--section.no-x` and `--section.x`.
+            option = flag.replace("--no-", "--", 1).replace(".no-", ".", 1)
+            said = (flag, *values)
+            if (before := given.setdefault(option, said)) != said:
+                shown = " and ".join(" ".join(each[1:]) or each[0] for each in (before, said))
+                raise UserError(
+                    f"{option}: given twice ({shown}); give it once, with all its values behind it"
+                )
+        name, equals, value = argument.partition("=")
+        values = [value] if equals else []
 
 
 def subcommands(arguments: Sequence[str]) -> Any:
@@ -118,6 +153,24 @@ def _value_of(option: str, arguments: Sequence[str]) -> str | None:
         if argument == option and following:
             return following
     return None
+
+
+def _end_after(error: OSError) -> NoReturn:
+    """Exit after an error of a disk or of standard output, with a line that names it."""
+    try:
+        sys.stdout.flush()
+        where = str(error.filename or "a file")
+    except OSError:
+        where = "standard output"
+        # The interpreter would try once more, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno == errno.EPIPE:
+            # The reader has had enough, as `head` has.
+            sys.exit(128 + signal.SIGPIPE)
+    if error.errno == errno.EPIPE:
+        raise error
+    print_line(f"search-r3: {where}: cannot be written ({error.strerror or error}); make room", sys.stderr)
+    sys.exit(2)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import re
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -19,10 +22,44 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
 from rich.text import Text
 
 PLAIN_LINE_SECONDS = 10.0
 LOGGER = logging.getLogger("search_r3_jax")
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+
+
+def printable(text: str) -> str:
+    """Replace controls, but line ends and tabs, and what UTF-8 cannot hold by U+FFFD."""
+    return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def print_line(text: str, stream: TextIO | None = None) -> None:
+    """Print a line that may hold foreign text to a stream, by default standard output."""
+    print(printable(" ".join(text.splitlines())), file=stream)
+
+
+class TextConsole(Console):
+    """A console for lines and tables that may hold foreign text, which cannot steer the terminal."""
+
+    def __init__(self, stream: TextIO | None = None, *, quiet: bool = False, soft_wrap: bool = True):
+        """Print to `stream`, by default standard output; `soft_wrap` leaves long lines to the terminal."""
+        super().__init__(file=stream, highlight=False, soft_wrap=soft_wrap, quiet=quiet)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """The segments of `renderable`; what rich itself has to say to the terminal is a control segment."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
+
+
+def prepare_streams() -> None:
+    """Let standard streams of any encoding take any text, and warnings no control characters."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_LineFormatter(timestamps=False))
 
 
 class _Rate(ProgressColumn):
@@ -74,7 +111,7 @@ class Stages:
 
     def __init__(self, count: int, *, silent: bool = False):
         """With `silent`, print nothing: only one of several processes prints."""
-        self.console = Console(highlight=False, soft_wrap=True, quiet=silent)
+        self.console = TextConsole(quiet=silent)
         self.seconds: dict[str, float] = {}
         self._count, self._number = count, 0
 
@@ -158,7 +195,7 @@ class _LineFormatter(logging.Formatter):
 
 
 def _with_level(record: logging.LogRecord) -> str:
-    text = record.getMessage()
+    text = printable(record.getMessage())
     return f"{record.levelname.lower()}: {text}" if record.levelno >= logging.WARNING else text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -11,14 +12,14 @@ from typing import Literal, overload
 import jax
 import numpy as np
 from flax import nnx
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from search_r3_jax.config import SamplerConfig, Step
-from search_r3_jax.console import Bar, progress_bar
+from search_r3_jax.console import Bar, TextConsole, progress_bar
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub.export import MAX_TOKENS, max_text_tokens, read_export_manifest
 from search_r3_jax.hub.load_model import LoadedModel, load_model, resolve
+from search_r3_jax.hub.model_hash import model_hash
 from search_r3_jax.hub.weights import parameter_hash
 from search_r3_jax.rollout.encoder import Encoder, text_name
 from search_r3_jax.rollout.sampler import Sampler
@@ -81,7 +82,7 @@ class Embedder:
         self._encoder = Encoder(graph, prompter)
         sampling = SamplerConfig(max_think_tokens=max_think_tokens, temperature=temperature, prefill_chunk=0)
         self._sampler = Sampler(graph, prompter, sampling)
-        self._prompter = prompter
+        self._prompter, self._config = prompter, model.decoder.config
         self.tokenizer: PreTrainedTokenizerBase = model.tokenizer
         self.dimension = model.decoder.config.hidden_size
         self.parameters = sum(x.size for x in jax.tree.leaves(self._state))
@@ -198,9 +199,13 @@ class Embedder:
         """sha256 over all parameters: equal hashes, equal vectors."""
         return parameter_hash(self._state)
 
+    def model_hash(self) -> str:
+        """sha256 over parameters, config, tokenizer and prompts."""
+        return model_hash(self._state, self._config, self._prompter)
+
 
 def _bar(what: str, total: int, progress: bool | None) -> AbstractContextManager[Bar | None]:
     # On standard error, because standard output belongs to the caller.
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = TextConsole(sys.stderr)
     shown = console.is_terminal if progress is None else progress
     return progress_bar(console, what, total) if shown and total else nullcontext()

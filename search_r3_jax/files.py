@@ -7,10 +7,14 @@ import hashlib
 import json
 import os
 import re
+import shutil
+import stat
+import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Protocol, TextIO
+from typing import Any, BinaryIO, Literal, Protocol, TextIO
 
 import numpy as np
 
@@ -29,18 +33,72 @@ class PathLike(Protocol):
         ...
 
 
+def target_of(path: Path) -> Path:
+    """The path behind symbolic links, whether or not it exists."""
+    return Path(os.path.realpath(path))
+
+
+def is_written_in_place(path: Path) -> bool:
+    """Whether `path` takes bytes but no other file in its place.
+
+    So do devices, pipes, the open files of this process, and files in folders that cannot be written.
+    """
+    try:
+        kind = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    if not stat.S_ISREG(kind):
+        return not stat.S_ISDIR(kind)
+    return _descriptor_of(path) is not None or not os.access(target_of(path).parent, os.W_OK)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` that replaces `path` when the block ends without an error.
+    """Yield a temporary path whose file becomes that of `path` when the block ends without an error.
 
-    A reader of `path` sees the old file or the new one, never a part. The temporary file is always removed.
+    A reader of `path` sees the old file or the new one, never a part; of a symbolic link the target is
+    replaced. What takes no other file in its place gets the bytes (`is_written_in_place`). The temporary file
+    is always removed.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    if is_written_in_place(path):
+        with tempfile.TemporaryDirectory(prefix="search-r3-") as folder:
+            temporary = Path(folder) / "output"
+            yield temporary
+            with temporary.open("rb") as written, _opened_in_place(path) as file:
+                shutil.copyfileobj(written, file)
+        return
+    target = target_of(path)
+    # Shortened, because a name may already be as long as a file system takes.
+    temporary = target.with_name(f".{target.name[:40]}.{os.getpid()}.tmp")
     try:
         yield temporary
-        temporary.replace(path)
+        if target.is_file():
+            shutil.copymode(target, temporary)
+        temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _descriptor_of(path: Path) -> int | None:
+    """The descriptor of this process that `path` names, or that standard output or error has open."""
+    named = re.fullmatch(r"/(?:dev|proc/self)/fd/([0-9]{1,9})", str(path))
+    for number in (*((int(named[1]),) if named else ()), 1, 2):
+        try:
+            if os.path.samestat(path.stat(), os.fstat(number)):
+                return number
+        except OSError:
+            continue
+    return None
+
+
+def _opened_in_place(path: Path) -> BinaryIO:
+    number = _descriptor_of(path)
+    if number is None:
+        return path.open("wb")
+    # Opened by its name again, a file would be written from its beginning, over what is printed.
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    return os.fdopen(os.dup(number), "wb")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -62,12 +120,18 @@ def write_json(path: Path, value: Any) -> None:
 def write_array(path: Path, array: np.ndarray) -> None:
     """Write a .npy file atomically; raises UserError when the file cannot be written."""
     try:
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            np.save(file, array, allow_pickle=False)
+        with replacing(path) as temporary:
+            save_array(temporary, array)
     except OSError as error:
         raise UserError(
             f"{path}: cannot be written ({error.strerror or error}); make room or choose another --out"
         ) from error
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write a .npy file under exactly this name, which NumPy would end in .npy."""
+    with path.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
 
 
 def hold_lock(file: Path) -> TextIO | None:
@@ -122,14 +186,6 @@ def complete_lines(file: Path) -> list[str]:
         return []
     # Bytes, because reading as text would end lines at "\r" too.
     return file.read_bytes().decode("utf-8", errors="replace").split("\n")[:-1]
-
-
-def check_output(flag: str, path: Path | None) -> None:
-    """Raise UserError, before any work, if the output file that `flag` names cannot be created."""
-    if path is not None and not path.parent.is_dir():
-        raise UserError(f"{flag}: {path.parent}: no such folder; make it first")
-    if path is not None and path.is_dir():
-        raise UserError(f"{flag}: {path}: is a folder; name a file")
 
 
 def file_sha256(path: PathLike) -> str:

@@ -30,12 +30,23 @@ class LineError(Exception):
 class Problems:
     """Problems of the input: raise UserError at the first one, or with `skip_bad` count them by reason.
 
-    `listed` describes the first few.
+    Attributes:
+        skip_bad: leave out lines that cannot be used.
+        as_published: take what published collections hold: empty texts, and judgements of texts that are not
+            there. `counts` says how many.
+        counts: reason → number of lines.
+        listed: descriptions of the first few.
     """
 
     skip_bad: bool = False
+    as_published: bool = False
     counts: Counter[str] = field(default_factory=Counter)
     listed: list[str] = field(default_factory=list)
+
+    @property
+    def strict(self) -> bool:
+        """Whether the first problem ends the reading."""
+        return not (self.skip_bad or self.as_published)
 
     @contextmanager
     def at(self, where: str) -> Iterator[None]:
@@ -48,9 +59,13 @@ class Problems:
         except LineError as problem:
             if not self.skip_bad:
                 raise UserError(f"{where}: {problem}") from None
-            self.counts[problem.reason] += 1
-            if len(self.listed) < MAX_LISTED:
-                self.listed.append(f"{where}: {problem}")
+            self.count(where, problem)
+
+    def count(self, where: str, problem: LineError) -> None:
+        """Count a problem without leaving its line out."""
+        self.counts[problem.reason] += 1
+        if len(self.listed) < MAX_LISTED:
+            self.listed.append(f"{where}: {problem}")
 
 
 def read_texts(path: Path) -> list[str]:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from helpers.command_line import search_r3_here
 from helpers.tiny_models import word_collection
 
 import search_r3_jax
+from search_r3_jax import cli
 from search_r3_jax.cli import parse
 from search_r3_jax.commands.data import DataBuild
 from search_r3_jax.commands.models import Embed, Export
@@ -373,3 +375,76 @@ def test_an_indexer_that_its_trainer_ends_does_not_say_that_it_was_interrupted(
     assert capsys.readouterr().out == "stopped by the trainer\n"
     with pytest.raises(KeyboardInterrupt):
         Indexer(run_folder=tmp_path).run()
+
+
+EVAL = ["eval", "--model", "bm25", "--data", "a"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*EVAL, "--seed", "1", "--seed=2"], r"--seed: given twice \(1 and 2\); give it once"),
+        ([*EVAL, "--max-queries", "1", "--max_queries", "2"], "--max-queries: given twice"),
+        (
+            ["mteb", "--model", "m", "--out", "o", "--data", "a", "--data", "b"],
+            r"\(a and b\); .* all its values",
+        ),
+        (["data", "build", "--skip-bad", "--no-skip-bad"], r"\(--skip-bad and --no-skip-bad\)"),
+        (["rl", "--index.local", "--index.no-local"], r"--index.local: given twice"),
+        (
+            ["rl", "--rl.floor-gap", "0.1", "--rl.reward.floor-gap", "0.2"],
+            "--rl.reward.floor-gap: given twice",
+        ),
+    ],
+)
+def test_an_option_given_twice_is_refused(arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse(arguments)
+
+
+def test_an_option_may_say_the_same_again() -> None:
+    """A script may add what its caller has given already."""
+    command = parse([*EVAL, "--debug", "--data", "a", "--debug"])
+    assert (command.data, command.debug) == (Path("a"), True)
+    assert parse(["mteb", "--model", "m", "--out", "o", "--data", "a", "b"]).data == (Path("a"), Path("b"))
+
+
+class Printing:
+    """A command that prints."""
+
+    def run(self) -> None:
+        print("a result")
+
+
+@pytest.mark.parametrize("device", ["/dev/full", "pipe"])
+def test_a_standard_output_that_takes_nothing_is_one_line(
+    device: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "parse", lambda _: Printing())
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    if device == "pipe":
+        reader, descriptor = os.pipe()
+        os.close(reader)
+    else:
+        descriptor = os.open(device, os.O_WRONLY)
+    with os.fdopen(descriptor, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    shown = capsys.readouterr().err
+    if device == "pipe":
+        # As of a program that a signal ends.
+        assert (ended.value.code, shown) == (128 + signal.SIGPIPE, "")
+    else:
+        message = "search-r3: standard output: cannot be written (No space left on device); make room\n"
+        assert (ended.value.code, shown) == (2, message)
+
+
+def test_a_message_is_one_line_that_cannot_steer_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["search-r3", "eval", "--model", "bm25", "--data", "a\x1b[2J\nb"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capsys.readouterr().err.startswith("search-r3: a\ufffd[2J b: expected a built data set")

@@ -1,5 +1,7 @@
+import contextlib
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -97,3 +99,45 @@ def test_json_lines_end_at_newlines_alone_for_every_reader(tmp_path: Path) -> No
     # As older versions wrote them.
     file.write_text(json.dumps(records[-4], ensure_ascii=False) + "\n", encoding="utf-8")
     assert read_json_lines(file) == [records[-4]]
+
+
+def test_a_link_stays_and_its_target_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "share").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to("share/file")
+    write_bytes(link, b"new")
+    assert link.is_symlink()
+    target = tmp_path / "share" / "file"
+    assert target.read_bytes() == b"new"
+    target.chmod(0o640)
+    write_bytes(link, b"newer")
+    assert (target.read_bytes(), target.stat().st_mode & 0o777) == (b"newer", 0o640)
+    assert [file.name for file in target.parent.iterdir()] == ["file"]
+
+
+def test_a_pipe_and_an_open_file_take_the_bytes(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    with os.fdopen(reader, "rb") as opened:
+        write_bytes(tmp_path / "pipe", b"bytes")
+        assert opened.read() == b"bytes"
+    assert (tmp_path / "pipe").is_fifo()
+    for device in ("/dev/null", "/dev/full"):
+        before = os.stat(device).st_rdev
+        with contextlib.suppress(OSError):
+            write_bytes(Path(device), b"bytes")
+        assert (Path(device).is_char_device(), os.stat(device).st_rdev) == (True, before)
+    # What is printed before and after stays.
+    with (tmp_path / "out").open("wb") as file:
+        file.write(b"before\n")
+        file.flush()
+        write_bytes(Path(f"/dev/fd/{file.fileno()}"), b"bytes\n")
+        file.seek(0, os.SEEK_END)
+        file.write(b"after\n")
+    assert (tmp_path / "out").read_bytes() == b"before\nbytes\nafter\n"
+
+
+def test_a_name_may_be_as_long_as_the_disk_takes(tmp_path: Path) -> None:
+    file = tmp_path / ("x" * 255)
+    write_bytes(file, b"bytes")
+    assert [each.name for each in tmp_path.iterdir()] == [file.name]

@@ -29,6 +29,7 @@ ORDER = [
     {"configs"},
     {"mesh", "distributed.runtime", "compiler"},
     {"config", "chips", "vectors"},
+    {"outputs"},
     {"distributed.spec", "console", "files", "lines", "runtime_env"},
     {"errors"},
     # The package itself: its version.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from search_r3_jax.config import Step, TextConfig
+from search_r3_jax.console import print_line
 from search_r3_jax.errors import UserError
 
 
@@ -59,7 +60,7 @@ class DataBuild:
         else:
             collections = build_jsonl(self.input, self.out, splits=self.split, skip_bad=self.skip_bad)
         for split, collection in collections.items():
-            print(
+            print_line(
                 f"{self.out}: {split}: {len(collection.queries)} queries over {len(collection.documents)} "
                 "documents"
             )
@@ -141,4 +142,4 @@ class DataMine:
             f"left out: {counts.positives} known to be relevant, {counts.judged} negatives already, "
             f"{counts.too_close} within a limit"
         )
-        print(f"written to {self.out}")
+        print_line(f"written to {self.out}")

@@ -8,6 +8,7 @@ from pathlib import Path
 import tyro
 
 from search_r3_jax.config import Step
+from search_r3_jax.console import print_line
 from search_r3_jax.errors import UserError
 from search_r3_jax.evaluation.settings import BudgetSettings, EvalSettings, MtebSettings
 
@@ -90,13 +91,12 @@ class Compare:
 
     def run(self) -> None:
         """Run the subcommand."""
-        from rich.console import Console
-
+        from search_r3_jax.console import TextConsole
         from search_r3_jax.evaluation.compare import compare_results, read_result, show_comparison
 
         first, second = read_result(self.first), read_result(self.second)
         comparison = compare_results(first, second, self.metric, samples=self.samples, seed=self.seed)
-        show_comparison(first, second, comparison, Console(highlight=False))
+        show_comparison(first, second, comparison, TextConsole(soft_wrap=False))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +128,7 @@ class Perplexity:
     def run(self) -> None:
         """Run the subcommand."""
         from search_r3_jax.evaluation.perplexity import measure_perplexity
+        from search_r3_jax.outputs import message_stream
 
         result = measure_perplexity(
             self.model,
@@ -139,9 +140,10 @@ class Perplexity:
             seed=self.seed,
             out=self.out,
         )
-        print(
+        print_line(
             f"{self.model}: perplexity {result['perplexity']:.4f} of {result['tokens']} tokens in "
-            f"{result['texts']} documents"
+            f"{result['texts']} documents",
+            message_stream(self.out),
         )
 
 
@@ -162,9 +164,10 @@ class Curves:
     def run(self) -> None:
         """Run the subcommand."""
         from search_r3_jax.evaluation.curves import draw_curves
+        from search_r3_jax.outputs import message_stream
 
         draw_curves(self.runs, self.out)
-        print(self.out)
+        print_line(str(self.out), message_stream(self.out))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +191,7 @@ class Report:
     def run(self) -> None:
         """Run the subcommand."""
         from search_r3_jax.evaluation.page import write_report
+        from search_r3_jax.outputs import message_stream
 
         write_report(self.runs, self.eval, self.out, self.pictures)
-        print(self.out)
+        print_line(str(self.out), message_stream(self.out))

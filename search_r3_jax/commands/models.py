@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from search_r3_jax.config import Step
+from search_r3_jax.console import print_line
 from search_r3_jax.errors import UserError
 
 
@@ -45,14 +46,16 @@ class Export:
         """Run the subcommand."""
         source = self._source()
         if self.peft:
-            print(self._export_adapters(Path(source)))
+            print_line(str(self._export_adapters(Path(source))))
             return
         if self.base is not None:
             raise UserError("--base: names the checkpoint of adapters; give --peft with it, or leave it out")
-        from search_r3_jax.hub.export import export_model
+        from search_r3_jax.hub.export import EXPORT_MANIFEST, export_model
+        from search_r3_jax.hub.folders import check_replaceable
         from search_r3_jax.hub.load_model import load_model
 
-        print(export_model(load_model(source, step=self.step), self.out, dtype=self.dtype))
+        check_replaceable(self.out, marker=EXPORT_MANIFEST)
+        print_line(str(export_model(load_model(source, step=self.step), self.out, dtype=self.dtype)))
 
     def _source(self) -> str:
         if (self.model is None) == (self.run_folder is None):
@@ -64,8 +67,11 @@ class Export:
         return self.model or str(self.run_folder)
 
     def _export_adapters(self, run: Path) -> Path:
+        from search_r3_jax.hub.export import EXPORT_MANIFEST
+        from search_r3_jax.hub.folders import check_replaceable
         from search_r3_jax.hub.peft import export_peft, load_stages
 
+        check_replaceable(self.out, marker=EXPORT_MANIFEST)
         if not (run / "checkpoints").is_dir():
             raise UserError(f"--peft: {run}: is no run, so it has no adapters; give a run directory")
         stages, start = load_stages(run, step=self.step)
@@ -107,8 +113,9 @@ class Embed:
 
     def run(self) -> None:
         """Run the subcommand."""
-        from search_r3_jax.files import check_output
+        from search_r3_jax.files import save_array
         from search_r3_jax.lines import read_texts
+        from search_r3_jax.outputs import check_output, message_stream, write_result
 
         for flag, value in (("--max-tokens", self.max_tokens), ("--truncate-dim", self.truncate_dim)):
             if value is not None and value < 1:
@@ -118,17 +125,18 @@ class Embed:
         check_output("--out", self.out)
         texts = read_texts(self.input)
         from search_r3_jax.embedder import Embedder
-        from search_r3_jax.files import write_array
 
         embedder = Embedder.load(self.model, step=self.step, max_tokens=self.max_tokens)
+        check_output("--out", self.out, size=4 * len(texts) * (self.truncate_dim or embedder.dimension))
         started = time.perf_counter()
         vectors = embedder.encode(
             texts, kind=self.kind, mode=self.mode, truncate_dim=self.truncate_dim, progress=True
         )
         seconds = time.perf_counter() - started
-        write_array(self.out, vectors)
+        write_result("--out", self.out, lambda file: save_array(file, vectors))
         count, dimension = vectors.shape
-        print(
+        print_line(
             f"{self.out}: {count} {self.kind} vectors of {dimension} dimensions, {self.mode}, in "
-            f"{seconds:.1f} s"
+            f"{seconds:.1f} s",
+            message_stream(self.out),
         )

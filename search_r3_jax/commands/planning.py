@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ class Plan:
         auto: Try the meshes that make sense and print them all.
         largest: Find the largest `sft.encode_chunk` or `rl.micro_queries` that fits.
         json: Print the plan as JSON.
-        out: Also write the plan to this file. None: print only.
+        out: Also write the plan, or those of all meshes, to this file as JSON. None: print only.
         debug: On an error, show the traceback.
     """
 
@@ -47,19 +48,27 @@ class Plan:
     def run(self) -> None:
         """Run the subcommand."""
         from search_r3_jax.console import show_log
+        from search_r3_jax.outputs import check_outputs, message_stream
         from search_r3_jax.planning.plan import make_plan, open_slice
-        from search_r3_jax.planning.report import print_meshes, print_plan, write_plan
+        from search_r3_jax.planning.report import meshes_content, print_meshes, print_plan, write_plans
         from search_r3_jax.planning.search import largest_chunk, try_meshes
 
         check_ranges(self.settings, "sft" if self.stage == "sft" else "rl")
         # The result goes to standard output; progress goes to standard error.
         show_log(sys.stderr)
+        check_outputs(("--out", self.out))
         chips = open_slice(self.topology, self.slices)
+        stream = message_stream(self.out)
         if self.auto:
-            print_meshes(try_meshes(self.settings, self.stage, chips), as_json=self.json)
+            tried = try_meshes(self.settings, self.stage, chips)
+            try:
+                write_plans(meshes_content(tried), self.out)
+            finally:
+                print_meshes(tried, as_json=self.json, stream=stream)
             return
         find = largest_chunk if self.largest else make_plan
         plan = find(self.settings, self.stage, chips)
-        print_plan(plan, as_json=self.json)
-        if self.out is not None:
-            write_plan(plan, self.out)
+        try:
+            write_plans(dataclasses.asdict(plan), self.out)
+        finally:
+            print_plan(plan, as_json=self.json, stream=stream)

@@ -10,7 +10,6 @@ from search_r3_jax.errors import UserError
 from search_r3_jax.lines import (
     LineError,
     Problems,
-    filled_field,
     parse_object,
     read_lines,
     shown,
@@ -20,32 +19,40 @@ from search_r3_jax.lines import (
 # The last column name of a header row; some copies of the layout have no header.
 SCORE_HEADERS = ("score", "relevance", "rel", "label")
 MAX_SCORE = 2**31 - 1
+_OR_SKIP = " or pass --skip-bad to data build"
+EMPTY, NO_QUERY, NO_DOCUMENT = "empty text", "unknown or skipped query", "unknown or skipped document"
 
 
 def read_beir_splits(folder: Path, splits: Sequence[str], problems: Problems) -> dict[str, Collection]:
     """Split name → collection, all with the same documents.
 
-    Lines that `problems` skips are left out. Raises UserError naming file and line.
+    Lines that `problems` skips are left out. A judgement of a document that is not there
+    stays, as in BEIR: it counts in the ideal ranking. Raises UserError naming file and line.
     """
     corpus_file = _find(folder, "corpus.jsonl")
     queries_file = _find(folder, "queries.jsonl")
     qrels_files = {split: _find_split(folder, split) for split in splits}
     documents = _read_documents(corpus_file, problems)
     texts = _read_query_texts(queries_file, problems)
-    known = _Known(texts=texts, doc_ids=documents, queries_file=queries_file, corpus_file=corpus_file)
+    known = _Known(texts=texts, documents=documents, queries_file=queries_file, corpus_file=corpus_file)
     collections: dict[str, Collection] = {}
     for split, qrels_file in qrels_files.items():
         judged: dict[str, dict[str, int]] = {}
         _read_judgements(qrels_file, known, judged, problems)
-        if not any(score > 0 for scores in judged.values() for score in scores.values()):
-            raise UserError(f"{qrels_file}: no row with score > 0; a split needs at least one judged query")
+        relevant = {doc_id for scores in judged.values() for doc_id, score in scores.items() if score > 0}
+        if documents.keys().isdisjoint(relevant):
+            raise UserError(
+                f"{qrels_file}: no row with score > 0{' and a known document' if relevant else ''}; a split "
+                "needs at least one judged query"
+            )
+        queries = tuple(judged)
         if (negatives_file := _existing(folder / "neg" / f"{split}.tsv")) is not None:
             _read_judgements(negatives_file, known, judged, problems, highest=0)
         collections[split] = Collection(
             name=folder.resolve().name,
             split=split,
             documents=tuple(documents.values()),
-            queries=_queries(texts, judged),
+            queries=_queries(texts, {query_id: judged[query_id] for query_id in queries}),
         )
     return collections
 
@@ -74,9 +81,22 @@ class _Known:
     """The ids that a judgement may name, and the files that define them."""
 
     texts: Container[str]
-    doc_ids: Container[str]
+    documents: Container[str]
     queries_file: Path
     corpus_file: Path
+
+    def missing(self, query_id: str, doc_id: str) -> LineError | None:
+        """What a judgement names without it being there."""
+        for reason, field, value, there, file in (
+            (NO_QUERY, "query-id", query_id, self.texts, self.queries_file),
+            (NO_DOCUMENT, "corpus-id", doc_id, self.documents, self.corpus_file),
+        ):
+            if value not in there:
+                text = (
+                    f"field '{field}': {shown(value)} is not in {file.name}; add it, remove the row{_OR_SKIP}"
+                )
+                return LineError(reason, text)
+        return None
 
 
 def _read_documents(path: Path, problems: Problems) -> dict[str, Document]:
@@ -91,9 +111,12 @@ def _read_documents(path: Path, problems: Problems) -> dict[str, Document]:
                 text=string_field(fields, "text"),
             )
             if not document.body.strip():
-                raise LineError(
-                    "empty text", "fields 'title' and 'text' are both empty; fill one or remove the line"
+                empty = LineError(
+                    EMPTY, f"fields 'title' and 'text' are both empty; fill one, remove the line{_OR_SKIP}"
                 )
+                if not problems.as_published:
+                    raise empty
+                problems.count(where, empty)
             documents[doc_id] = document
     if not documents:
         raise UserError(f"{path}: no documents; expected one JSON object a line")
@@ -106,7 +129,13 @@ def _read_query_texts(path: Path, problems: Problems) -> dict[str, str]:
         with problems.at(where):
             fields = parse_object(line)
             query_id = _identifier(fields, texts)
-            texts[query_id] = filled_field(fields, "text")
+            text = string_field(fields, "text")
+            if not text.strip():
+                empty = LineError(EMPTY, f"field 'text' is empty; fill it, remove the line{_OR_SKIP}")
+                if not problems.as_published:
+                    raise empty
+                problems.count(where, empty)
+            texts[query_id] = text
     if not texts:
         raise UserError(f"{path}: no queries; expected one JSON object a line")
     return texts
@@ -125,7 +154,13 @@ def _read_judgements(
         if row == 0 and fields[-1].strip().lower() in SCORE_HEADERS:
             continue
         with problems.at(where):
-            query_id, doc_id, score = _judgement(fields, known, highest)
+            query_id, doc_id, score = _judgement(fields, highest)
+            if (unknown := known.missing(query_id, doc_id)) is not None:
+                if problems.strict:
+                    raise unknown
+                problems.count(where, unknown)
+                if unknown.reason == NO_QUERY:
+                    continue
             earlier = judged.setdefault(query_id, {}).setdefault(doc_id, score)
             # An exact repetition is no contradiction; nor are two scores that both mean "irrelevant".
             if earlier != score and max(earlier, score) > 0:
@@ -136,22 +171,11 @@ def _read_judgements(
                 raise LineError("contradictory judgement", text)
 
 
-def _judgement(fields: Sequence[str], known: _Known, highest: int) -> tuple[str, str, int]:
+def _judgement(fields: Sequence[str], highest: int) -> tuple[str, str, int]:
     if len(fields) != 3:
         text = f"expected 3 tab-separated fields (query-id, corpus-id, score), got {len(fields)}"
         raise LineError("wrong number of fields", text)
     query_id, doc_id, score = fields
-    if query_id not in known.texts:
-        text = (
-            f"field 'query-id': {shown(query_id)} is not in {known.queries_file.name}; add it or remove "
-            "the row"
-        )
-        raise LineError("unknown or skipped query", text)
-    if doc_id not in known.doc_ids:
-        text = (
-            f"field 'corpus-id': {shown(doc_id)} is not in {known.corpus_file.name}; add it or remove the row"
-        )
-        raise LineError("unknown or skipped document", text)
     # int() alone also accepts "1_0" and digits of other scripts, and fails on thousands of digits.
     if not re.fullmatch(r"[+-]?[0-9]{1,10}", score.strip()) or abs(int(score)) > MAX_SCORE:
         raise LineError("bad score", f"field 'score': expected an integer of 32 bits, got {shown(score)}")
@@ -168,7 +192,8 @@ def _queries(texts: dict[str, str], judged: dict[str, dict[str, int]]) -> tuple[
         scores = judged.get(query_id, {})
         positives = {doc_id: score for doc_id, score in scores.items() if score > 0}
         negatives = tuple(doc_id for doc_id, score in scores.items() if score <= 0)
-        if positives:
+        # Judged, but without a relevant document: trec_eval counts it as 0.
+        if scores:
             queries.append(Query(query_id=query_id, text=text, positives=positives, negatives=negatives))
     return tuple(queries)
 

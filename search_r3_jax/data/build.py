@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from search_r3_jax.console import print_line
 from search_r3_jax.data.beir import find_splits, read_beir_splits
 from search_r3_jax.data.collection import Collection
-from search_r3_jax.data.dataset import build_dataset
+from search_r3_jax.data.dataset import build_dataset, check_new_dataset
 from search_r3_jax.data.jsonl import read_jsonl
 from search_r3_jax.data.python_functions import python_functions
 from search_r3_jax.errors import UserError
@@ -34,6 +35,7 @@ def build_beir(
     """
     if not folder.is_dir():
         raise UserError(f"--input: {folder}: no such folder; give one in BEIR's layout")
+    check_new_dataset(out)
     problems = Problems(skip_bad=skip_bad)
     try:
         collections = read_beir_splits(folder, splits or find_splits(folder), problems)
@@ -48,6 +50,7 @@ def build_jsonl(
     """Build `out` from a .jsonl file; options and errors are those of `build_beir`."""
     if not file.is_file():
         raise UserError(f"--input: {file}: no such file; give a .jsonl or .jsonl.gz file")
+    check_new_dataset(out)
     problems = Problems(skip_bad=skip_bad)
     try:
         collections = read_jsonl(file, problems)
@@ -68,6 +71,7 @@ def build_python_functions(
             f"--input: {folder}: no such folder; give one that holds Python packages, or none for the "
             "installed ones"
         )
+    check_new_dataset(out)
     collections = python_functions(
         seed=counts.seed,
         train_functions=counts.train_functions,
@@ -111,7 +115,7 @@ def _written(
 
 def _report(problems: Problems) -> None:
     for text in problems.listed:
-        print(f"skipped: {text}", file=sys.stderr)
+        print_line(f"skipped: {text}", sys.stderr)
     if problems.counts:
         reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(problems.counts.items()))
         print(f"skipped {problems.counts.total()} in all: {reasons}", file=sys.stderr)

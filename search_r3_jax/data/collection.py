@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from search_r3_jax.files import digest_of
@@ -70,8 +70,10 @@ class Collection:
     queries: tuple[Query, ...]
 
     def qrels(self) -> dict[str, dict[str, int]]:
-        """Query id → document id → relevance, as pytrec_eval takes it."""
-        return {query.query_id: dict(query.positives) for query in self.queries}
+        """Query id → document id → relevance, 0 for a judged negative, as pytrec_eval takes it."""
+        return {
+            query.query_id: {**query.positives, **dict.fromkeys(query.negatives, 0)} for query in self.queries
+        }
 
     @cached_property
     def row_of(self) -> dict[str, int]:
@@ -81,6 +83,30 @@ class Collection:
     def corpus_hash(self) -> str:
         """Hash of the documents (see the function `corpus_hash`)."""
         return corpus_hash(self.documents)
+
+
+def trainable(collection: Collection) -> Collection:
+    """The queries that a document of the corpus is relevant to, and judgements of its documents only.
+
+    Published judgements may name documents that are not there, or whose text is empty: they count in an
+    evaluation, but nothing can be learnt from them.
+    """
+    judged = {doc_id for query in collection.queries for doc_id in (*query.positives, *query.negatives)}
+    usable = {
+        document.doc_id
+        for document in collection.documents
+        if document.doc_id in judged and document.body.strip()
+    }
+    queries = (
+        replace(
+            query,
+            positives={doc_id: score for doc_id, score in query.positives.items() if doc_id in usable},
+            negatives=tuple(doc_id for doc_id in query.negatives if doc_id in usable),
+        )
+        for query in collection.queries
+        if query.text.strip()
+    )
+    return replace(collection, queries=tuple(query for query in queries if query.positives))
 
 
 def corpus_hash(documents: Iterable[Document]) -> str:

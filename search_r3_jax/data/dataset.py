@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,19 +20,27 @@ from tensorflow_datasets.core.file_adapters import FileFormat
 from tensorflow_datasets.core.naming import ShardedFileTemplate
 from tensorflow_datasets.core.splits import SplitDict, SplitInfo
 
-from search_r3_jax.data.beir import find_splits, read_beir_splits
+from search_r3_jax.data.beir import EMPTY, NO_DOCUMENT, NO_QUERY, find_splits, read_beir_splits
 from search_r3_jax.data.collection import SHARED_CORPUS, Collection, Document, Query, usable_split_name
 from search_r3_jax.data.stored import StoredDocuments, document_of
 from search_r3_jax.errors import UserError
-from search_r3_jax.files import file_sha256
+from search_r3_jax.files import file_sha256, target_of
 from search_r3_jax.lines import Problems
+from search_r3_jax.outputs import check_not_mounted, check_output_folder
 
 FORMAT_VERSION = 2
 MANIFEST = "dataset.json"
 MAX_EXAMPLES_PER_SHARD = 100_000
 SHARD_NAME = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}"
 EXAMPLES_PER_CALL = 1_000
+# What becomes of a line that a published folder may hold, by the reason it is counted under.
+_PUBLISHED = {
+    EMPTY: "texts are empty: kept",
+    NO_QUERY: "judgements name queries that are not there: dropped",
+    NO_DOCUMENT: "judgements name documents that are not there: kept, never found",
+}
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 def build_dataset(
@@ -47,7 +56,8 @@ def build_dataset(
     `skipped` counts the lines of the source that were left out, by reason; it is stored in the manifest.
     Raises UserError if `out` holds anything else.
     """
-    out = Path(out)
+    # Through a symbolic link, which stays.
+    out = target_of(Path(out))
     _check_split_names(collections, out)
     description = {**_describe(collections, name, source), "skipped": dict(skipped or {})}
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -66,6 +76,18 @@ def build_dataset(
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return out
+
+
+def check_new_dataset(out: Path) -> None:
+    """Raise UserError, before any work, where a data set cannot be built, or something else lies."""
+    if out.is_file():
+        raise UserError(f"{out}: already exists and is no data set; remove it or choose another --out")
+    check_output_folder("--out", out)
+    if out.is_dir() and any(out.iterdir()):
+        if not (out / MANIFEST).is_file():
+            raise UserError(f"{out}: already exists and is no data set; remove it or choose another --out")
+    elif out.is_dir():
+        check_not_mounted("--out", out)
 
 
 def load_collection(path: Path | str, split: str, *, stored: bool = False) -> Collection:
@@ -100,7 +122,11 @@ def _load(path: Path, splits: Sequence[str] | None, *, stored: bool = False) -> 
             path, manifest, sorted(manifest["splits"]) if splits is None else splits, stored=stored
         )
     if any((path / name).is_file() for name in ("corpus.jsonl", "corpus.jsonl.gz")):
-        return read_beir_splits(path, find_splits(path) if splits is None else splits, Problems())
+        problems = Problems(as_published=True)
+        collections = read_beir_splits(path, find_splits(path) if splits is None else splits, problems)
+        for reason, count in sorted(problems.counts.items()):
+            logger.warning(f"{path}: {count} {_PUBLISHED[reason]}, as in BEIR")
+        return collections
     raise UserError(
         f"{path}: expected a built data set (with {MANIFEST}) or a BEIR folder (with corpus.jsonl or "
         "corpus.jsonl.gz)"

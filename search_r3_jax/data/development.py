@@ -7,7 +7,7 @@ import hashlib
 from pathlib import Path
 
 from search_r3_jax.config import DataConfig
-from search_r3_jax.data.collection import Collection, Query
+from search_r3_jax.data.collection import Collection, Query, trainable
 from search_r3_jax.data.dataset import load_collection, splits_of
 from search_r3_jax.data.subsample import sample_corpus
 from search_r3_jax.errors import UserError
@@ -32,7 +32,8 @@ def load_training_sets(config: DataConfig, *, stored: bool = False) -> tuple[Tra
 
 
 def _load(folder: Path, config: DataConfig, stored: bool) -> TrainingSet:
-    train = load_collection(folder, config.split, stored=stored)
+    whole = load_collection(folder, config.split, stored=stored)
+    train = trainable(whole)
     if config.dev_queries == 0:
         return TrainingSet(train=train, dev=None)
     if config.dev_split in splits_of(folder):
@@ -46,7 +47,10 @@ def _load(folder: Path, config: DataConfig, stored: bool) -> TrainingSet:
         drawn = _drawn(train, min(config.dev_queries, len(train.queries) // 10))
         if not drawn:
             return TrainingSet(train=train, dev=None)
-        dev = dataclasses.replace(train, split=f"{config.split}, held out", queries=tuple(drawn))
+        # With all their judgements, as in any evaluation.
+        judged = {query.query_id: query for query in whole.queries}
+        queries = tuple(judged[query.query_id] for query in drawn)
+        dev = dataclasses.replace(whole, split=f"{config.split}, held out", queries=queries)
     texts = {query.text for query in dev.queries}
     train = dataclasses.replace(
         train, queries=tuple(query for query in train.queries if query.text not in texts)

@@ -40,6 +40,8 @@ def known_documents(
             _best_grades(
                 (int(first_copy[start + collection.row_of[doc_id]]), grade)
                 for doc_id, grade in query.positives.items()
+                # Judgements may name documents that are not there.
+                if doc_id in collection.row_of
             )
             for query in collection.queries
         ]

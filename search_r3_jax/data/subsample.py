@@ -61,10 +61,12 @@ def sample_corpus(
 ) -> tuple[Collection, CorpusSample]:
     """All documents that the queries judge, plus others up to `max_documents`, drawn by a hash of their ids.
 
-    The order of the documents does not change the draw.
+    The order of the documents does not change the draw, nor do judgements of documents that are not there.
     """
-    judged = {doc_id for query in collection.queries for doc_id in (*query.positives, *query.negatives)}
-    others = [document.doc_id for document in collection.documents if document.doc_id not in judged]
+    named = {doc_id for query in collection.queries for doc_id in (*query.positives, *query.negatives)}
+    ids = [document.doc_id for document in collection.documents]
+    judged = named.intersection(ids)
+    others = [doc_id for doc_id in ids if doc_id not in judged]
     drawn = sorted(others, key=lambda doc_id: digest_of((str(seed), doc_id)))[
         : max(0, max_documents - len(judged))
     ]

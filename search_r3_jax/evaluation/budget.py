@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from search_r3_jax.console import TextConsole, printable
 from search_r3_jax.data.collection import Collection
 from search_r3_jax.errors import UserError
 from search_r3_jax.evaluation.curves import open_pyplot
@@ -30,7 +32,13 @@ from search_r3_jax.evaluation.report import (
 from search_r3_jax.evaluation.settings import BudgetSettings
 from search_r3_jax.evaluation.significance import bootstrap_interval
 from search_r3_jax.evaluation.systems import BudgetResult, DecoderSystem, is_baseline
-from search_r3_jax.files import check_output, replacing, write_json
+from search_r3_jax.outputs import (
+    check_outputs,
+    message_stream,
+    write_all,
+    write_json_result,
+    write_result,
+)
 
 # Heading and how a value is written; 80 columns hold them all.
 COLUMNS = (
@@ -50,7 +58,7 @@ def run_budget(settings: BudgetSettings) -> dict[str, Any]:
     Raises UserError before any model is loaded.
     """
     _check(settings)
-    notes = Console(stderr=True, highlight=False, soft_wrap=True)
+    notes = TextConsole(sys.stderr)
     collection, subset = open_collection(settings, notes)
     system = DecoderSystem(settings.evaluation())
     result = system.evaluate_budgets(collection, settings.budgets, notes)
@@ -58,10 +66,14 @@ def run_budget(settings: BudgetSettings) -> dict[str, Any]:
     content = common_content(settings, identity, collection, subset, result.document_seconds) | _curve(
         settings, collection, result
     )
-    _show(content)
-    write_json(settings.out, content)
+    writes = [partial(write_json_result, "--out", settings.out, content)]
     if settings.picture is not None:
-        draw_budget(content, settings.picture)
+        writes.append(partial(draw_budget, content, settings.picture))
+    try:
+        # Before the table: a result must not be lost with the reader of standard output.
+        write_all(*writes)
+    finally:
+        _show(content, message_stream(settings.out, settings.picture))
     return content
 
 
@@ -72,9 +84,9 @@ def draw_budget(content: Mapping[str, Any], out: Path) -> None:
     """
     pyplot = open_pyplot("budget")
     figure = budget_figure(pyplot, content, size=(6, 4))
-    figure.axes[0].set_title(title_of(content), fontsize=9)
-    with replacing(out) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
+    # A dollar sign in a name must not start a formula.
+    figure.axes[0].set_title(printable(title_of(content)), fontsize=9, parse_math=False)
+    write_result("--picture", out, lambda file: figure.savefig(file, dpi=110, format="png"))
     pyplot.close(figure)
 
 
@@ -113,10 +125,7 @@ def budget_figure(pyplot: ModuleType, content: Mapping[str, Any], *, size: tuple
 
 
 def _check(settings: BudgetSettings) -> None:
-    check_output("--out", settings.out)
-    check_output("--picture", settings.picture)
-    if settings.picture == settings.out:
-        raise UserError(f"--picture: {settings.picture}: is --out too; name another file")
+    check_outputs(("--out", settings.out), ("--picture", settings.picture))
     if not settings.budgets:
         raise UserError("--budgets: none given; name at least one number of tokens")
     for at, budget in enumerate(settings.budgets):
@@ -156,7 +165,7 @@ def _curve(settings: BudgetSettings, collection: Collection, result: BudgetResul
     }
 
 
-def _show(content: Mapping[str, Any]) -> None:
+def _show(content: Mapping[str, Any], stream: TextIO) -> None:
     table = Table(title=Text(title_of(content)), title_justify="left", box=SIMPLE_HEAD, padding=0)
     table.add_column("thinking", no_wrap=True)
     for name in ("nDCG@10", "95 % interval", *(name for name, _, _ in COLUMNS)):
@@ -173,6 +182,6 @@ def _show(content: Mapping[str, Any]) -> None:
             interval,
             *(shape.format(values[key]) for _, key, shape in COLUMNS),
         )
-    console = Console(highlight=False, soft_wrap=True)
+    console = TextConsole(stream)
     console.print(table)
     console.print("thinking: tokens allowed; tokens and ms: of a query, compiling left out")

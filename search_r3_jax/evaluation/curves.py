@@ -10,8 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from search_r3_jax.console import printable
 from search_r3_jax.errors import UserError
-from search_r3_jax.files import check_output, read_json_lines
+from search_r3_jax.evaluation.run_files import distinct_names
+from search_r3_jax.files import read_json_lines
+from search_r3_jax.outputs import check_outputs, write_result
 
 MODES = {"direct": "-", "reason": "--"}
 LOSSES = ("infonce", "triplet", "language", "kl")
@@ -25,11 +28,12 @@ def draw_curves(runs: Sequence[Path], out: Path) -> None:
 
     One column per run. Raises UserError for a folder that is no run.
     """
-    check_output("--out", out)
+    check_outputs(("--out", out))
     if not runs:
         raise UserError("curves: no runs; name one or more folders that sft or rl wrote")
     pyplot = open_pyplot("curves")
-    files_of = {run.name: _read(run) for run in runs}
+    names = distinct_names([run.resolve() for run in runs])
+    files_of = {name: _read(run) for name, run in zip(names, runs, strict=True)}
     figure, axes = pyplot.subplots(
         2, len(files_of), figsize=(4 * len(files_of), 6), squeeze=False, sharex="col", layout="constrained"
     )
@@ -45,7 +49,9 @@ def draw_curves(runs: Sequence[Path], out: Path) -> None:
                 above.plot(
                     *zip(*points, strict=True), style, color="C0", marker="o", markersize=4, label=mode
                 )
-        above.set(title=run, ylim=(0, 1))
+        # A dollar sign in a name must not start a formula.
+        above.set_title(printable(run), parse_math=False)
+        above.set(ylim=(0, 1))
         of_stage_2 = any("reward" in line for line in metrics)
         for i, name in enumerate(REWARDS if of_stage_2 else LOSSES):
             values = [(line["step"] + 1, line[name]) for line in metrics if name in line]
@@ -66,7 +72,7 @@ def draw_curves(runs: Sequence[Path], out: Path) -> None:
                 axis.legend(frameon=False)
     axes[0, 0].set_ylabel("nDCG@10, development queries")
     axes[1, 0].set_ylabel(f"loss or reward, mean of {SMOOTHED_STEPS} steps")
-    figure.savefig(out, dpi=110)
+    write_result("--out", out, lambda file: figure.savefig(file, dpi=110, format="png"))
     pyplot.close(figure)
 
 

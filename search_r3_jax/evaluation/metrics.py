@@ -2,13 +2,12 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytrec_eval
 
+from search_r3_jax.data.collection import Collection
 from search_r3_jax.errors import UserError
-from search_r3_jax.files import write_text
 
 Run = dict[str, dict[str, float]]
 
@@ -75,42 +74,39 @@ def run_from_scores(
     }
 
 
-def write_trec_run(path: Path | str, run: Mapping[str, Mapping[str, float]], tag: str) -> None:
-    """Write `query Q0 document rank score tag` lines in trec_eval's order.
+def check_trec_ids(flag: str, collection: Collection) -> None:
+    """Raise UserError if an id cannot stand in a TREC file, whose fields end at white space."""
+    ids = {"document": [document.doc_id for document in collection.documents]}
+    ids["query"] = [query.query_id for query in collection.queries]
+    ids["judged document"] = [doc_id for judged in collection.qrels().values() for doc_id in judged]
+    for kind, values in ids.items():
+        for value in values:
+            if value.split() != [value]:
+                raise UserError(
+                    f"{flag}: {collection.name}: {kind} id {value!r} is empty or has white space, which a "
+                    "TREC file cannot hold; rename it, or leave the option out"
+                )
 
-    Raises UserError for ids with white space.
-    """
-    path = Path(path)
+
+def run_text(run: Mapping[str, Mapping[str, float]], tag: str) -> str:
+    """Lines `query Q0 document rank score tag` in trec_eval's order."""
     lines: list[str] = []
     for query_id, scores in run.items():
         ranked = sorted(scores.items(), key=lambda item: (np.float32(item[1]), item[0]), reverse=True)
-        for rank, (doc_id, score) in enumerate(ranked, start=1):
-            lines.append(
-                _line(path, len(lines), (query_id, "Q0", doc_id, str(rank), repr(float(score)), tag))
-            )
-    _write_lines(path, lines)
+        lines += [
+            f"{query_id} Q0 {doc_id} {rank} {float(score)!r} {tag}\n"
+            for rank, (doc_id, score) in enumerate(ranked, start=1)
+        ]
+    return "".join(lines)
 
 
-def write_trec_qrels(path: Path | str, qrels: Mapping[str, Mapping[str, int]]) -> None:
-    """Write `query 0 document relevance` lines; raises UserError for ids with white space."""
-    path = Path(path)
-    lines: list[str] = []
-    for query_id, judged in qrels.items():
-        for doc_id, relevance in judged.items():
-            lines.append(_line(path, len(lines), (query_id, "0", doc_id, str(relevance))))
-    _write_lines(path, lines)
-
-
-def _line(path: Path, before: int, fields: Sequence[str]) -> str:
-    for value in fields:
-        if value.split() != [value]:
-            raise UserError(f"{path}, line {before + 1}: {value!r} is empty or has white space; rename it")
-    return " ".join(fields) + "\n"
-
-
-def _write_lines(path: Path, lines: Sequence[str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, "".join(lines))
+def qrels_text(qrels: Mapping[str, Mapping[str, int]]) -> str:
+    """Lines `query 0 document relevance`."""
+    return "".join(
+        f"{query_id} 0 {doc_id} {relevance}\n"
+        for query_id, judged in qrels.items()
+        for doc_id, relevance in judged.items()
+    )
 
 
 def _plain_floats(scores: Mapping[str, float]) -> dict[str, float]:

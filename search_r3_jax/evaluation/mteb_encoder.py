@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from mteb.types import PromptType
 from search_r3_jax.config import Step
 from search_r3_jax.data.collection import Document
 from search_r3_jax.embedder import MAX_THINK_TOKENS, Embedder
+from search_r3_jax.files import digest_of
 from search_r3_jax.text.prompts import Mode
 
 
@@ -23,8 +25,8 @@ class MtebEncoder(AbsEncoder):
 
     Attributes:
         model: the `Embedder`.
-        mteb_model_meta: name, revision (a hash of the parameters) and the encoder's settings that are not
-            defaults.
+        mteb_model_meta: name, revision (a hash of parameters, config, tokenizer and prompts) and the
+            encoder's settings. MTEB keeps results by these.
         model_prompts: text before a text, by MTEB's names: a task or a type of tasks, with or without -query
             or -document.
     """
@@ -48,7 +50,7 @@ class MtebEncoder(AbsEncoder):
 
         `mode` is that of queries. `instruction_template` puts a task's instruction before its queries, as in
         "Instruct: {instruction}\\nQuery: ". The protocol also passes `revision` and `device`; both are
-        ignored: the parameters define the revision, and JAX chooses devices.
+        ignored: the model's content defines the revision, and JAX chooses devices.
         """
         self.model = Embedder.load(
             model_name, step=step, max_tokens=max_tokens, max_think_tokens=max_think_tokens
@@ -56,20 +58,20 @@ class MtebEncoder(AbsEncoder):
         self._mode: Mode = mode
         self.model_prompts = self.validate_task_to_prompt_name(dict(prompts)) if prompts else None
         self.instruction_template = instruction_template
-        settings: dict[str, Any] = (
-            {"mode": mode, "max_think_tokens": max_think_tokens} if mode == "reason" else {}
-        )
+        settings: dict[str, Any] = {"mode": mode, "max_tokens": self.model.max_tokens}
         given = {
-            "max_tokens": max_tokens,
+            "max_think_tokens": max_think_tokens if mode == "reason" else None,
             "prompts": self.model_prompts,
             "instruction_template": instruction_template,
         }
         settings |= {name: value for name, value in given.items() if value is not None}
+        # In a folder's name MTEB writes "_" for many characters: two templates could share one.
+        settings["sha256"] = digest_of([json.dumps(settings, sort_keys=True)])[:12]
         self.mteb_model_meta = ModelMeta(
             # MTEB cannot open this model by name.
             loader=None,
             name=mteb_name(model_name),
-            revision=self.model.parameter_hash(),
+            revision=self.model.model_hash(),
             release_date=None,
             languages=None,
             n_parameters=self.model.parameters,
@@ -84,7 +86,7 @@ class MtebEncoder(AbsEncoder):
             similarity_fn_name=ScoringFunction.COSINE,
             use_instructions=bool(prompts or instruction_template),
             training_datasets=None,
-            experiment_kwargs=settings or None,
+            experiment_kwargs=settings,
         )
 
     def encode(

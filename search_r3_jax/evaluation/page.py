@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 
 from search_r3_jax import __version__
+from search_r3_jax.console import printable
 from search_r3_jax.errors import UserError
 from search_r3_jax.evaluation.curves import SMOOTHED_STEPS
 from search_r3_jax.evaluation.page_tables import Table, budget_table, index_table, result_tables, run_table
@@ -23,11 +26,11 @@ from search_r3_jax.evaluation.pictures import (
     Picture,
     draw_budget_curve,
     draw_panels,
-    printable,
 )
 from search_r3_jax.evaluation.result_files import EvalResult, read_results
 from search_r3_jax.evaluation.run_files import RunFiles, Sample, read_runs
-from search_r3_jax.files import check_output, write_bytes
+from search_r3_jax.files import target_of
+from search_r3_jax.outputs import check_output_folder, check_outputs, write_all, write_result
 
 STAGES = {"sft": "Stage 1", "rl": "Stage 2"}
 # Per run: enough to see its reasoning and how it changed.
@@ -81,8 +84,8 @@ def write_report(
         raise UserError(
             "report: nothing to report; name run directories, or files of eval and budget with --eval"
         )
-    check_output("--out", out)
-    _check_pictures(pictures)
+    check_outputs(("--out", out))
+    check_output_folder("--pictures", pictures)
     run_files, (evaluations, budgets) = read_runs(runs), read_results(results)
     sections = [
         section
@@ -90,28 +93,17 @@ def write_report(
         if section.pictures or section.tables or section.samples
     ]
     page = _page([run.name for run in run_files] or [file.stem for file in results], sections)
+    contents = {("--out", out): page.encode("utf-8")}
     if pictures is not None:
+        with contextlib.suppress(OSError):
+            target_of(pictures).mkdir(exist_ok=True)
         for picture in (picture for section in sections for picture in section.pictures):
-            _write(pictures / f"{picture.name}.png", picture.png)
-    _write(out, page.encode("utf-8"))
+            contents["--pictures", pictures / f"{picture.name}.png"] = picture.png
+    write_all(*(partial(_write, *place, content) for place, content in contents.items()))
 
 
-def _write(file: Path, content: bytes) -> None:
-    try:
-        file.parent.mkdir(exist_ok=True)
-        write_bytes(file, content)
-    except OSError as error:
-        raise UserError(
-            f"{file}: cannot be written ({error.strerror or error}); make room, or choose another place"
-        ) from None
-
-
-def _check_pictures(folder: Path | None) -> None:
-    if folder is None or folder.is_dir():
-        return
-    check_output("--pictures", folder)
-    if folder.exists():
-        raise UserError(f"--pictures: {folder}: is a file; name a folder")
+def _write(flag: str, file: Path, content: bytes) -> None:
+    write_result(flag, file, lambda path: path.write_bytes(content))
 
 
 def _sections(

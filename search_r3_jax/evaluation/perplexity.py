@@ -14,19 +14,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from search_r3_jax.config import Step
-from search_r3_jax.console import progress_bar
+from search_r3_jax.console import TextConsole, progress_bar
 from search_r3_jax.data.dataset import load_collection
 from search_r3_jax.data.subsample import sample_corpus, unordered_documents_hash
 from search_r3_jax.errors import UserError
-from search_r3_jax.files import check_output, write_json
 from search_r3_jax.hub.checkpoint_reader import read_run
 from search_r3_jax.hub.load_model import load_model, pinned_step, resolve
 from search_r3_jax.models.decoder import Decoder, positions_from_lengths
 from search_r3_jax.objectives.language import cross_entropy, token_log_probs
+from search_r3_jax.outputs import check_outputs, write_json_result
 from search_r3_jax.text.packing import PaddedBatch, length_batches
 
 BATCH_TOKENS = 1024
@@ -131,7 +130,7 @@ def measure_perplexity(
 
     Raises UserError for bad input.
     """
-    check_output("--out", out)
+    check_outputs(("--out", out))
     if max_documents < 1 or max_tokens < 2:
         raise UserError("--max-documents, --max-tokens: give at least 1 document and 2 tokens")
     whole = load_collection(data, split)
@@ -145,7 +144,7 @@ def measure_perplexity(
     usable = sum(len(row) > 1 for row in rows)
     if not usable:
         raise UserError(f"{data}: no document of at least two tokens, so there is none to predict")
-    with progress_bar(Console(stderr=True, highlight=False, soft_wrap=True), "documents", usable) as bar:
+    with progress_bar(TextConsole(sys.stderr), "documents", usable) as bar:
         measured = perplexity(loaded.decoder, rows, on_progress=bar.advance)
     result = {
         "model": model,
@@ -162,5 +161,5 @@ def measure_perplexity(
         **dataclasses.asdict(measured),
     }
     if out is not None:
-        write_json(out, result)
+        write_json_result("--out", out, result)
     return result

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from search_r3_jax.console import printable
 from search_r3_jax.evaluation.budget import budget_figure
 from search_r3_jax.evaluation.curves import SMOOTHED_STEPS, open_pyplot, smoothed
 from search_r3_jax.evaluation.report import title_of
@@ -35,7 +35,6 @@ RC = {
     "axes.titlesize": 10,
     "axes.titlelocation": "left",
 }
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,11 +225,6 @@ def _legend(
         handles += [pyplot.Line2D([], [], color=color, linestyle=STYLES[term]) for term in terms]
         labels += [term_names[term] for term in terms]
     return handles, labels
-
-
-def printable(text: str) -> str:
-    """Replace characters that HTML or UTF-8 cannot hold (controls, lone surrogates) by U+FFFD."""
-    return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def _short(name: str, most: int = 28) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
@@ -14,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from search_r3_jax import __version__
+from search_r3_jax.console import TextConsole
 from search_r3_jax.data.collection import Collection
 from search_r3_jax.data.dataset import load_collection
 from search_r3_jax.data.subsample import (
@@ -27,11 +30,18 @@ from search_r3_jax.data.subsample import (
 from search_r3_jax.errors import UserError
 from search_r3_jax.evaluation.controls import CONTROLS
 from search_r3_jax.evaluation.evaluate import DEPTH, ModeResult, QueryMode
-from search_r3_jax.evaluation.metrics import write_trec_qrels, write_trec_run
+from search_r3_jax.evaluation.metrics import check_trec_ids, qrels_text, run_text
 from search_r3_jax.evaluation.settings import BudgetSettings, EvalSettings
 from search_r3_jax.evaluation.significance import bootstrap_interval
 from search_r3_jax.evaluation.systems import SystemResult, open_system
-from search_r3_jax.files import check_output, write_json
+from search_r3_jax.files import is_written_in_place
+from search_r3_jax.outputs import (
+    check_outputs,
+    message_stream,
+    write_all,
+    write_json_result,
+    write_text_result,
+)
 
 FORMAT_VERSION = 1
 TOP = 10
@@ -71,8 +81,10 @@ def run_evaluation(settings: EvalSettings) -> dict[str, Any]:
     """
     check_evaluation(settings)
     # Bars and notes go to standard error: standard output is the table.
-    notes = Console(stderr=True, highlight=False, soft_wrap=True)
+    notes = TextConsole(sys.stderr)
     collection, subset = open_collection(settings, notes)
+    if settings.run_file is not None:
+        check_trec_ids("--run-file", collection)
     if settings.controls and len(collection.queries) < 2:
         raise UserError(
             f"--controls: {settings.data} has a single query in {settings.split}: nobody to exchange "
@@ -81,18 +93,49 @@ def run_evaluation(settings: EvalSettings) -> dict[str, Any]:
     system = open_system(settings)
     result = system.evaluate(collection, MODES[settings.mode], notes)
     content = _eval_content(settings, system.identity(), collection, subset, result)
-    _show(content)
-    if settings.out is not None:
-        write_json(settings.out, content)
-    if settings.run_file is not None:
-        _write_trec(settings.run_file, collection, result.modes)
+    try:
+        # Before the table: a result must not be lost with the reader of standard output.
+        _write_files(settings, content, collection, result.modes)
+    finally:
+        _show(content, message_stream(settings.out, settings.run_file))
     return content
+
+
+def _write_files(
+    settings: EvalSettings,
+    content: Mapping[str, Any],
+    collection: Collection,
+    modes: Mapping[QueryMode, ModeResult],
+) -> None:
+    writes = [] if settings.out is None else [partial(write_json_result, "--out", settings.out, content)]
+    for file, mode in _trec_files(settings).items():
+        text = qrels_text(collection.qrels())
+        if mode is not None:
+            text = run_text(modes[mode].run, f"search_r3_jax-{mode}")
+        writes.append(partial(write_text_result, "--run-file", file, text))
+    write_all(*writes)
+
+
+def _trec_files(settings: EvalSettings) -> dict[Path, QueryMode | None]:
+    """Each file that `run_file` stands for, with its mode; None for the judgements."""
+    path, modes = settings.run_file, MODES[settings.mode]
+    if path is None:
+        return {}
+    # Beside a pipe or a device there is no place for another file.
+    alone = is_written_in_place(path) and not path.is_file()
+    if alone and len(modes) > 1:
+        raise UserError(
+            f"--run-file: {path}: takes one mode, --mode {settings.mode} has {len(modes)}; name a file"
+        )
+    files: dict[Path, QueryMode | None] = {
+        path if len(modes) == 1 else path.with_name(f"{path.name}.{mode}"): mode for mode in modes
+    }
+    return files if alone else files | {path.with_name(f"{path.name}.qrels"): None}
 
 
 def check_evaluation(settings: EvalSettings) -> None:
     """Raise UserError for contradictory settings, or for files that cannot be written."""
-    check_output("--out", settings.out)
-    check_output("--run-file", settings.run_file)
+    check_outputs(("--out", settings.out), *(("--run-file", file) for file in _trec_files(settings)))
     check_limits(settings)
     if settings.max_think_tokens < 0:
         raise UserError(
@@ -224,7 +267,7 @@ def per_query(collection: Collection, result: ModeResult) -> dict[str, dict[str,
     return of_query
 
 
-def _show(content: Mapping[str, Any]) -> None:
+def _show(content: Mapping[str, Any], stream: TextIO) -> None:
     table = Table(title=Text(title_of(content)), title_justify="left", box=SIMPLE_HEAD)
     table.add_column("", no_wrap=True)
     for mode in content["modes"]:
@@ -232,7 +275,7 @@ def _show(content: Mapping[str, Any]) -> None:
     for name, key, shape in ROWS:
         table.add_row(name, *(shape.format(values[key]) for values in content["modes"].values()))
     table.add_row("documents/s", *(f"{content['documents_per_second']:.1f}" for _ in content["modes"]))
-    console = Console(highlight=False, soft_wrap=True)
+    console = TextConsole(stream)
     console.print(table)
     if "controls" in content["modes"].get("reason", {}):
         console.print(_controls_table(content["modes"]["reason"]["controls"]))
@@ -272,10 +315,3 @@ def _controls_table(controls: Mapping[str, Mapping[str, Any]]) -> Table:
             CONTROLS[name], f"{values['ndcg@10']:.4f}", interval, *compared, f"{values['reply_tokens']:.1f}"
         )
     return table
-
-
-def _write_trec(path: Path, collection: Collection, results: Mapping[QueryMode, ModeResult]) -> None:
-    for mode, result in results.items():
-        file = path if len(results) == 1 else path.with_name(f"{path.name}.{mode}")
-        write_trec_run(file, result.run, f"search_r3_jax-{mode}")
-    write_trec_qrels(path.with_name(f"{path.name}.qrels"), collection.qrels())

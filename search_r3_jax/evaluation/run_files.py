@@ -90,10 +90,10 @@ def read_runs(folders: Sequence[Path]) -> list[RunFiles]:
     for at, (folder, path) in enumerate(zip(folders, paths, strict=True)):
         if path in paths[:at]:
             raise UserError(f"{folder}: is there twice; name each run once")
-    return [_read_run(folder, name) for folder, name in zip(folders, _names(paths), strict=True)]
+    return [_read_run(folder, name) for folder, name in zip(folders, distinct_names(paths), strict=True)]
 
 
-def _names(paths: Sequence[Path]) -> list[str]:
+def distinct_names(paths: Sequence[Path]) -> list[str]:
     """The shortest ends of the paths that are all different."""
     longest = max((len(path.parts) for path in paths), default=0)
     for parts in range(1, longest):

@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
+from flax import nnx
 from ml_dtypes import bfloat16
 from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerBase
@@ -49,7 +51,9 @@ def export_model(
     complete. Raises UserError when `out` is anything else or cannot be written, and when a weight is not
     finite.
     """
-    with replaced_folder(out, marker=EXPORT_MANIFEST) as folder:
+    parameters = sum(x.size for x in jax.tree.leaves(nnx.state(model.decoder, nnx.Param)))
+    size = parameters * (4 if dtype == "float32" else 2)
+    with replaced_folder(out, marker=EXPORT_MANIFEST, size=size) as folder:
         _write(model, folder, dtype, max_tokens, shard_bytes)
     return out
 

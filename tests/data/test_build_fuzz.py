@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from search_r3_jax.data.build import build_beir, build_jsonl
+from search_r3_jax.data.collection import trainable
 from search_r3_jax.data.dataset import load_collection
 from search_r3_jax.errors import UserError
 
@@ -104,7 +105,9 @@ def check(build, source: Path, out: Path, skip_bad: bool) -> None:
     assert "\n" not in refusal
     for split, collection in (built or {}).items():
         assert collection.queries
-        assert all(query.positives for query in collection.queries)
+        assert all(collection.qrels().values())
+        assert all(query.positives for query in trainable(collection).queries)
+        assert trainable(collection).queries
         assert load_collection(out, split) == collection
     assert {path.name for path in out.parent.iterdir()} <= {source.name, out.name}
 

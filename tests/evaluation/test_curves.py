@@ -50,6 +50,15 @@ def test_the_lines_are_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     np.testing.assert_allclose(smoothed, [losses[max(0, i - 4) : i + 1].mean() for i in range(12)])
 
 
+def test_runs_of_one_name_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [write_run(tmp_path / f"{name}$a$" / "sft", reasoned=False)[0] for name in ("one", "two")]
+    monkeypatch.setattr(pyplot, "close", lambda *_: None)
+    # The picture is a PNG whatever its name, and has that name.
+    draw_curves(runs, tmp_path / "curves.jpg2")
+    assert (tmp_path / "curves.jpg2").read_bytes().startswith(b"\x89PNG")
+    assert [axis.get_title() for axis in pyplot.gcf().axes[:2]] == ["one$a$/sft", "two$a$/sft"]
+
+
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no metrics\.jsonl; give folders that sft or rl wrote to"):
         draw_curves([tmp_path], tmp_path / "curves.png")

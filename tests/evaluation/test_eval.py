@@ -2,6 +2,8 @@
 computation ranks."""
 
 import json
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,9 +13,11 @@ import pytrec_eval
 from helpers.command_line import search_r3_here
 from helpers.tiny_models import word_collection
 
+from search_r3_jax.data.build import build_beir
 from search_r3_jax.data.dataset import load_collection
 from search_r3_jax.embedder import Embedder
 from search_r3_jax.errors import UserError
+from search_r3_jax.evaluation import report
 from search_r3_jax.evaluation.controls import CONTROLS
 from search_r3_jax.evaluation.evaluate import Evaluator
 from search_r3_jax.evaluation.metrics import METRICS
@@ -241,6 +245,91 @@ def test_fewer_queries_give_what_each_of_them_gave(beir: Path, capsys: pytest.Ca
     small = run_evaluation(EvalSettings(model="bm25", data=beir, max_queries=5, seed=2, max_documents=20))
     assert (small["data"]["cut"]["judged"], small["data"]["documents"]) == (15, 20)
     assert set(small["modes"]["direct"]["per_query"]) == set(of_query)
+
+
+def write_published(folder: Path, beir: Path) -> dict[str, dict[str, int]]:
+    """`beir` as collections are published: an empty document, a query without a relevant document, and
+    judgements of documents that are not there; the judgements as trec_eval reads them."""
+    shutil.copytree(beir, folder)
+    with (folder / "corpus.jsonl").open("a") as corpus:
+        corpus.write('{"_id": "empty", "title": "", "text": ""}\n')
+    qrels = folder / "qrels" / "test.tsv"
+    rows = [line for line in qrels.read_text().splitlines()[1:] if not line.startswith("q3\t")]
+    rows += ["q3\td3\t0", "q0\tgone\t2", "q1\tgone too\t1", "q2\tempty\t1", "q5\td9\t-1"]
+    qrels.write_text("query-id\tcorpus-id\tscore\n" + "\n".join(rows) + "\n")
+    judged: dict[str, dict[str, int]] = {}
+    for row in rows:
+        query_id, doc_id, score = row.split("\t")
+        judged.setdefault(query_id, {})[doc_id] = int(score)
+    return judged
+
+
+def trec_means(
+    judged: dict[str, dict[str, int]], per_query: dict[str, dict[str, Any]]
+) -> tuple[float, set[str]]:
+    """pytrec_eval's mean nDCG@10 of the ten best documents over all judged queries."""
+    run = {query_id: dict(entry["top"]) for query_id, entry in per_query.items()}
+    measured = pytrec_eval.RelevanceEvaluator(judged, {"ndcg_cut.10"}).evaluate(run)
+    return float(np.mean([each["ndcg_cut_10"] for each in measured.values()])), set(measured)
+
+
+def test_published_judgements_count_as_trec_eval_counts_them(beir: Path, tmp_path: Path) -> None:
+    judged = write_published(tmp_path / "published", beir)
+    build_beir(tmp_path / "published", tmp_path / "built", skip_bad=True)
+    for folder in ("published", "built"):
+        record = run_evaluation(EvalSettings(model="bm25-split", data=tmp_path / folder))
+        values = record["modes"]["direct"]
+        expected, queries = trec_means(judged, values["per_query"])
+        assert set(values["per_query"]) == queries == set(judged)
+        assert values["ndcg@10"] == pytest.approx(expected, abs=1e-12)
+        assert values["per_query"]["q3"]["ndcg@10"] == 0.0
+    # Fewer queries and documents of the same judgements.
+    few = run_evaluation(
+        EvalSettings(model="bm25-split", data=tmp_path / "published", max_queries=6, max_documents=60, seed=1)
+    )
+    values = few["modes"]["direct"]
+    assert few["data"]["documents"] == 60
+    chosen = {query_id: judged[query_id] for query_id in values["per_query"]}
+    assert values["ndcg@10"] == pytest.approx(trec_means(chosen, values["per_query"])[0], abs=1e-12)
+
+
+def test_ids_are_looked_at_before_the_work(
+    beir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(beir, tmp_path / "spaced")
+    with (tmp_path / "spaced" / "corpus.jsonl").open("a") as corpus:
+        corpus.write('{"_id": "two words", "text": "text"}\n')
+    monkeypatch.setattr(report, "open_system", lambda _: pytest.fail("began to work"))
+    with pytest.raises(UserError, match=r"--run-file: spaced: document id 'two words' .* has white"):
+        run_evaluation(EvalSettings(model="bm25", data=tmp_path / "spaced", run_file=tmp_path / "a.run"))
+    with pytest.raises(UserError, match=r"--run-file: /dev/null: takes one mode, --mode both has 2"):
+        run_evaluation(EvalSettings(model="m", data=beir, mode="both", run_file=Path("/dev/null")))
+    (tmp_path / "a.run.qrels").mkdir()
+    with pytest.raises(UserError, match=r"--run-file: .*a\.run\.qrels: is a folder"):
+        run_evaluation(EvalSettings(model="bm25", data=beir, run_file=tmp_path / "a.run"))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.run.qrels", "spaced"]
+
+
+def test_a_full_disk_loses_no_result(
+    beir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "elsewhere"))
+    with pytest.raises(UserError, match="--out: /dev/full: cannot be written") as caught:
+        run_evaluation(
+            EvalSettings(model="bm25-split", data=beir, out=Path("/dev/full"), run_file=tmp_path / "a.run")
+        )
+    kept = json.loads(Path(str(caught.value).rpartition(" is in ")[2]).read_text())
+    # The table and the other file came all the same.
+    assert f"{kept['modes']['direct']['ndcg@10']:.4f}" in capsys.readouterr().out
+    assert_same_as_files(kept["modes"]["direct"], tmp_path / "a.run", tmp_path / "a.run.qrels")
+
+
+def test_standard_output_can_be_the_result(beir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    record = run_evaluation(EvalSettings(model="bm25-split", data=beir, out=Path("/dev/stdout")))
+    shown = capfd.readouterr()
+    assert json.loads(shown.out) == record
+    assert "nDCG@10" in shown.err
 
 
 def test_the_index_chooses_nothing_else(tiny_folders: dict[str, Path], beir: Path) -> None:

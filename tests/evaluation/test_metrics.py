@@ -1,16 +1,28 @@
+import dataclasses
+import io
 import math
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import pytrec_eval
+from helpers.tiny_models import word_collection
 
+from search_r3_jax.data.collection import Document, Query
 from search_r3_jax.data.dataset import load_collection
 from search_r3_jax.errors import UserError
 from search_r3_jax.evaluation.bm25 import bm25_run
-from search_r3_jax.evaluation.metrics import METRICS, evaluate_run, run_from_scores, write_trec_run
+from search_r3_jax.evaluation.metrics import (
+    METRICS,
+    check_trec_ids,
+    evaluate_run,
+    qrels_text,
+    run_from_scores,
+    run_text,
+)
 
 REAL_DATA = Path(os.environ.get("SEARCH_R3_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
 
@@ -76,22 +88,33 @@ def test_run_from_scores_skips_empty_places() -> None:
         run_from_scores(["q1"], ["a", "b", "c"], scores, rows)
 
 
-def test_trec_run_reads_back_in_rank_order(tmp_path: Path) -> None:
+def test_trec_run_reads_back_in_rank_order() -> None:
     run = {"q1": {"a": 0.1, "b": np.float32(0.7), "c": 0.1}, "q2": {"a": -2.5}}
-    write_trec_run(tmp_path / "new" / "run.txt", run, "tag")
-    text = (tmp_path / "new" / "run.txt").read_text()
-    with (tmp_path / "new" / "run.txt").open() as file:
-        assert pytrec_eval.parse_run(file) == run
+    text = run_text(run, "tag")
+    assert pytrec_eval.parse_run(io.StringIO(text)) == run
     assert [line.split()[2:4] for line in text.splitlines()] == [
         ["b", "1"],
         ["c", "2"],
         ["a", "3"],
         ["a", "1"],
     ]
-    with pytest.raises(UserError, match="line 2: 'two words'"):
-        write_trec_run(tmp_path / "new" / "run.txt", {"q1": {"a": 1.0, "two words": 0.5}}, "tag")
-    assert (tmp_path / "new" / "run.txt").read_text() == text
-    assert len(list((tmp_path / "new").iterdir())) == 1
+    qrels = {"q1": {"a": 2, "b": 0}, "q2": {"gone": 1}}
+    assert pytrec_eval.parse_qrel(io.StringIO(qrels_text(qrels))) == qrels
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("document", {"documents": (Document(doc_id="a b", title="", text="x"),)}),
+        ("query", {"queries": (Query(query_id="q\u2028", text="x", positives={"d0": 1}),)}),
+        ("judged document", {"queries": (Query(query_id="q", text="x", positives={"gone away": 1}),)}),
+    ],
+)
+def test_ids_that_a_trec_file_cannot_hold_are_refused(kind: str, change: dict[str, Any]) -> None:
+    collection = word_collection(documents=4, queries=2)
+    check_trec_ids("--run-file", collection)
+    with pytest.raises(UserError, match=f"--run-file: words: {kind} id .* has white space"):
+        check_trec_ids("--run-file", dataclasses.replace(collection, **change))
 
 
 def test_real_set_agrees_with_a_hand_computation() -> None:

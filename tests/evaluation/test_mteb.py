@@ -3,7 +3,8 @@ in its own files."""
 
 import json
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,14 @@ from search_r3_jax import Embedder
 from search_r3_jax.data.collection import Collection
 from search_r3_jax.data.dataset import build_dataset, load_collection
 from search_r3_jax.errors import UserError
+from search_r3_jax.evaluation.evaluate import EmbeddedQueries, exact_index, search_result
 from search_r3_jax.evaluation.mteb_encoder import MtebEncoder, mteb_name
 from search_r3_jax.evaluation.mteb_run import collection_task, run_mteb
 from search_r3_jax.evaluation.report import run_evaluation
 from search_r3_jax.evaluation.settings import EvalSettings, MtebSettings
 from search_r3_jax.hub.export import export_model
 from search_r3_jax.hub.load_model import load_model
+from search_r3_jax.vectors import unit_vectors
 
 REAL_DATA = Path(os.environ.get("SEARCH_R3_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
 # A text's tokens in all that is held against each other here.
@@ -63,7 +66,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def results_file(out: Path, task: str) -> dict[str, Any]:
-    (file,) = out.rglob(f"{task}.json")
+    (file,) = out.rglob(f"{task}-*.json")
     return json.loads(file.read_text())
 
 
@@ -117,7 +120,7 @@ def test_what_has_been_evaluated_is_not_evaluated_again(
     assert again.scores["ndcg_at_10"] == first.scores["ndcg_at_10"]
     (meta,) = [json.loads(file.read_text()) for file in tmp_path.rglob("model_meta.json")]
     assert meta["name"] == f"{export.parent.name}/llama"
-    assert meta["revision"] == Embedder.load(export).parameter_hash()
+    assert meta["revision"] == Embedder.load(export).model_hash()
     # Another mode is another experiment of the same model.
     monkeypatch.undo()
     run_mteb(
@@ -126,10 +129,122 @@ def test_what_has_been_evaluated_is_not_evaluated_again(
         )
     )
     metas = [json.loads(file.read_text()) for file in tmp_path.rglob("model_meta.json")]
-    assert {json.dumps(meta["experiment_kwargs"], sort_keys=True) for meta in metas} == {
-        "null",
-        f'{{"max_think_tokens": {THINK_TOKENS}, "mode": "reason"}}',
-    }
+    settings = [
+        {name: value for name, value in meta["experiment_kwargs"].items() if name != "sha256"}
+        for meta in metas
+    ]
+    assert sorted(settings, key=len) == [
+        {"mode": "direct", "max_tokens": TOKENS},
+        {"mode": "reason", "max_tokens": TOKENS, "max_think_tokens": THINK_TOKENS},
+    ]
+
+
+def byte_vectors(texts: Sequence[str]) -> np.ndarray:
+    """Unit vectors [N,256] of how often each byte is in a text."""
+    counts = [np.bincount(np.frombuffer(text.encode() + b" ", np.uint8), minlength=256) for text in texts]
+    return unit_vectors(np.array(counts, np.float32), str)
+
+
+@pytest.fixture
+def evaluations(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The texts of each call of an encoder that makes a vector of a text's bytes, without a model."""
+    calls: list[list[str]] = []
+
+    def encode(_: MtebEncoder, inputs: Iterable[dict[str, list[str]]], **__: Any) -> np.ndarray:
+        calls.append([text for batch in inputs for text in batch["text"]])
+        return byte_vectors(calls[-1])
+
+    monkeypatch.setattr(MtebEncoder, "encode", encode)
+    return calls
+
+
+def test_results_are_kept_by_content(
+    export: Path, tmp_path: Path, evaluations: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Other data under the same name, and other settings or another tokenizer under the same model's name."""
+    folders = [tmp_path / parent / "words" for parent in "ab"]
+    for folder, documents in zip(folders, (40, 20), strict=True):
+        collection = word_collection(documents=documents, queries=12, split="test")
+        build_dataset({"test": collection}, folder, name="words", source={"kind": "test"})
+    model = tmp_path / "model"
+    shutil.copytree(export, model)
+
+    def score(*data: Path, **settings: Any) -> list[float]:
+        results = run_mteb(MtebSettings(model=str(model), data=data, out=tmp_path / "kept", **settings))
+        return [each.scores["ndcg_at_10"] for each in results]
+
+    (first,) = score(folders[0])
+    changes: list[tuple[Path, dict[str, Any]]] = [
+        (folders[1], {}),
+        (folders[0], {"max_documents": 20}),
+        (folders[0], {"max_tokens": 6}),
+        (folders[0], {"instruction_template": "a: {instruction}"}),
+        # In a folder's name MTEB cannot tell it from the one before.
+        (folders[0], {"instruction_template": "a? {instruction}"}),
+    ]
+    for number, (folder, change) in enumerate(changes, start=2):
+        score(folder, **change)
+        assert len(evaluations) == 2 * number
+    (other,) = score(folders[1])
+    capsys.readouterr()
+    assert score(*folders) == [first, other]
+    assert len(evaluations) == 2 + 2 * len(changes)
+    assert first != other
+    # Of two collections of one name, the table gives each its task's name.
+    shown = [line.split()[0] for line in capsys.readouterr().out.splitlines() if "words-" in line]
+    assert len(set(shown)) == 2
+    assert set(shown) < {file.stem for file in (tmp_path / "kept").rglob("words-*.json")}
+    # The same parameters behind another tokenizer.
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = {"type": "Replace", "pattern": {"String": "e"}, "content": "x"}
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    score(folders[0])
+    assert len(evaluations) == 4 + 2 * len(changes)
+
+
+def test_results_of_another_revision_of_the_data_are_replaced(
+    export: Path, tmp_path: Path, evaluations: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = [
+        collection_task(word_collection(documents=documents, queries=12, split="test"))
+        for documents in (40, 20)
+    ]
+    for task in tasks:
+        task.metadata.name = "words"
+    found = []
+    for task in tasks:
+        monkeypatch.setattr(mteb, "get_task", lambda _, task=task: task)
+        found.append(run_mteb(MtebSettings(model=str(export), tasks=("words",), out=tmp_path))[0].scores)
+    assert found[0]["ndcg_at_10"] != found[1]["ndcg_at_10"]
+    assert len(evaluations) == 4
+
+
+def test_published_judgements_count_as_eval_counts_them(
+    export: Path, tmp_path: Path, evaluations: list[list[str]]
+) -> None:
+    """An empty document, a query without a relevant one, a judgement of a document that is not there."""
+    made = word_collection(documents=30, queries=8, split="test")
+    (tmp_path / "words" / "qrels").mkdir(parents=True)
+    documents = [{"_id": each.doc_id, "text": each.text} for each in made.documents]
+    queries = [{"_id": each.query_id, "text": each.text} for each in made.queries]
+    qrels = [f"{each.query_id}\t{doc_id}\t1" for each in made.queries[1:] for doc_id in each.positives]
+    qrels += [f"{made.queries[0].query_id}\td0\t0", f"{made.queries[1].query_id}\tgone\t1"]
+    for name, lines in {
+        "corpus.jsonl": map(json.dumps, [*documents, {"_id": "empty", "text": ""}]),
+        "queries.jsonl": map(json.dumps, queries),
+        "qrels/test.tsv": qrels,
+    }.items():
+        (tmp_path / "words" / name).write_text("".join(f"{line}\n" for line in lines))
+    (found,) = run_mteb(MtebSettings(model=str(export), data=(tmp_path / "words",), out=tmp_path / "mteb"))
+    collection = load_collection(tmp_path / "words", "test")
+    documents = [document.body for document in collection.documents]
+    texts = [query.text for query in collection.queries]
+    assert sorted(map(len, evaluations)) == [len(texts), len(documents)]
+    vectors = EmbeddedQueries(vectors=byte_vectors(texts), seconds=1.0, warm_seconds=1.0)
+    expected = search_result(collection, exact_index(collection, byte_vectors(documents)), vectors)
+    for ours, theirs in METRICS.items():
+        assert found.scores[theirs] == pytest.approx(expected.metrics.as_dict()[ours], abs=6e-6)
+    assert 0 < found.scores["ndcg_at_10"] < 1
 
 
 class Batches:

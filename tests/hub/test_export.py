@@ -299,6 +299,16 @@ def test_a_folder_of_somebody_else_is_refused(tiny_model: LoadedModel, tmp_path:
     assert (tmp_path / "out" / "thesis.txt").is_file()
 
 
+def test_a_link_to_a_folder_stays(tiny_model: LoadedModel, tmp_path: Path) -> None:
+    (tmp_path / "share").mkdir()
+    (tmp_path / "link").symlink_to("share/model")
+    for _ in ("new", "replaced"):
+        export_model(tiny_model, tmp_path / "link")
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "share" / "model" / "config.json").is_file()
+    assert [each.name for each in (tmp_path / "share").iterdir()] == ["model"]
+
+
 def run_with_small_files(code: str) -> subprocess.CompletedProcess[str]:
     """A process none of whose files may grow beyond 1,000 bytes: what a full disk does, without filling
     one."""

@@ -281,6 +281,24 @@ def test_a_path_that_is_not_there_and_an_unknown_id(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["runs/mine", "here/mine", "./mine", "here/deeper/mine", Path("nobody/it")])
+def test_the_hub_is_not_asked_about_a_mistyped_folder(
+    name: str | Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "search_r3_jax.hub.load_model.snapshot_download", lambda *_, **__: pytest.fail("asked the hub")
+    )
+    with pytest.raises(UserError, match=f"model: {name}: no such file or folder"):
+        resolve(name)
+
+
+def test_a_step_of_what_is_no_run_is_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match=f"--step: {folder}: is no run, so it has no checkpoints"):
+        load_model(folder, step=3)
+
+
 def test_an_id_in_the_local_cache_is_found(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

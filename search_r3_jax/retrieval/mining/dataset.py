@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -13,23 +12,22 @@ from typing import Any
 
 import numpy as np
 from flax import nnx
-from rich.console import Console
 
 from search_r3_jax.config import Step
-from search_r3_jax.console import progress_bar
+from search_r3_jax.console import TextConsole, progress_bar
 from search_r3_jax.data.collection import Collection, Document
 from search_r3_jax.data.dataset import build_dataset, load_collections, ordered_queries_hash
 from search_r3_jax.errors import UserError
+from search_r3_jax.files import target_of
 from search_r3_jax.hub.export import max_text_tokens
 from search_r3_jax.hub.load_model import load_model, pinned_step, resolve
-from search_r3_jax.hub.weights import parameter_hash
-from search_r3_jax.models.decoder import Decoder
+from search_r3_jax.hub.model_hash import model_hash
+from search_r3_jax.outputs import check_output_folder
 from search_r3_jax.retrieval.index.build import build_index
 from search_r3_jax.retrieval.index.protocol import IndexKind
 from search_r3_jax.retrieval.mining.select import MiningOptions, Selection, distinct_texts, mine_negatives
 from search_r3_jax.retrieval.store.corpus_vectors import SHARD_DOCUMENTS, encode_corpus
 from search_r3_jax.rollout.encoder import Encoder
-from search_r3_jax.text.prompts import Prompter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +78,8 @@ def mine_dataset(
     ):
         if tokens < 1:
             raise UserError(f"{option}: {tokens}: give 1 or more")
+    out = target_of(out)
+    check_output_folder("--out", out.parent)
     work = out.parent / f".{out.name}.mining"
     finished = out.is_file() or (out.is_dir() and any(out.iterdir()))
     # If the vectors are still there, the command was interrupted before it removed them: it may run again.
@@ -93,6 +93,10 @@ def mine_dataset(
     collection = collections[split]
     encoder = _Vectors(model, step, work, shard_documents)
     texts = distinct_texts(collection)
+    if not work.is_dir():
+        # Float32 vectors, in shards and joined.
+        count = len(texts.documents) + len(collection.queries)
+        check_output_folder("--out", out.parent, size=2 * 4 * count * encoder.dimension)
     documents_ue = encoder.encode("documents", texts.documents, max_document_tokens)
     # Queries are embedded as in training: directly, an instruction before the text.
     queries = [Document(doc_id=query.query_id, title="", text=query.body) for query in collection.queries]
@@ -138,6 +142,7 @@ class _Vectors:
     Attributes:
         name: of the model, without its folder.
         step: the checkpoint, where the model is a run.
+        dimension: of a vector.
         model_hash: of everything that a vector depends on beside its text and the limit of tokens.
     """
 
@@ -149,37 +154,25 @@ class _Vectors:
         graph, self._state = nnx.split(loaded.decoder)
         self._encoder = Encoder(graph, self._prompter)
         self._config = loaded.decoder.config
-        self.model_hash = _model_hash(loaded.decoder, self._prompter)
+        self.dimension = self._config.hidden_size
+        self.model_hash = model_hash(self._state, self._config, self._prompter)
         self._work, self._shard_documents = work, shard_documents
 
     def encode(self, what: str, documents: Sequence[Document], max_tokens: int) -> np.ndarray:
         """Vectors [N,E]; those that an interrupted command left in the work folder are reused."""
         room = min(max_tokens, max_text_tokens(self._prompter, self._config.max_positions))
         # On standard error, because standard output is for the result.
-        with progress_bar(Console(stderr=True, highlight=False, soft_wrap=True), what, len(documents)) as bar:
+        with progress_bar(TextConsole(sys.stderr), what, len(documents)) as bar:
             return encode_corpus(
                 partial(self._encoder.encode, self._state, max_tokens=room),
                 documents,
                 self._work / what,
                 model_hash=self.model_hash,
                 max_tokens=room,
-                dimension=self._config.hidden_size,
+                dimension=self.dimension,
                 shard_documents=self._shard_documents,
                 on_progress=bar.advance,
             )
-
-
-def _model_hash(decoder: Decoder, prompter: Prompter) -> str:
-    """sha256 over parameters, config, vocabulary and prompt."""
-    digest = hashlib.sha256(parameter_hash(nnx.state(decoder, nnx.Param)).encode())
-    for part in (
-        asdict(decoder.config),
-        sorted(prompter.tokenizer.get_vocab().items()),
-        asdict(prompter.direct),
-        prompter.embed_id,
-    ):
-        digest.update(json.dumps(part, sort_keys=True, default=str).encode() + b"\n")
-    return digest.hexdigest()
 
 
 def _identity(collections: Mapping[str, Collection]) -> dict[str, Any]:

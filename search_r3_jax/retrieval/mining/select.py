@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -206,10 +206,24 @@ def distinct_texts(collection: Collection) -> Texts:
             for grades in known_documents([collection], first_copy)[0]
         ],
         judged=[
-            np.array(sorted({row[collection.row_of[doc_id]] for doc_id in query.negatives}), np.int64)
+            # Judgements may name documents that are not there.
+            np.array(
+                sorted(
+                    {
+                        row[collection.row_of[doc_id]]
+                        for doc_id in query.negatives
+                        if doc_id in collection.row_of
+                    }
+                ),
+                np.int64,
+            )
             for query in collection.queries
         ],
     )
+
+
+def _rows(row_of: Mapping[str, int], doc_ids: Iterable[str]) -> set[int]:
+    return {row_of[doc_id] for doc_id in doc_ids if doc_id in row_of}
 
 
 def mine_negatives(
