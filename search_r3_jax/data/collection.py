@@ -61,13 +61,16 @@ class Query:
 class Collection:
     """The documents and queries of one split; a row is a position in `documents`.
 
-    `documents` may be stored on disk (`StoredDocuments`).
+    Attributes:
+        documents: may be stored on disk (`StoredDocuments`).
+        ignore_identical_ids: an evaluation leaves a document out of the results of the query with its id.
     """
 
     name: str
     split: str
     documents: Sequence[Document]
     queries: tuple[Query, ...]
+    ignore_identical_ids: bool = False
 
     def qrels(self) -> dict[str, dict[str, int]]:
         """Query id → document id → relevance, 0 for a judged negative, as pytrec_eval takes it."""

@@ -15,7 +15,13 @@ from jax.sharding import Mesh
 from search_r3_jax.config import SamplerConfig, TextConfig
 from search_r3_jax.data.collection import Collection
 from search_r3_jax.evaluation.controls import CONTROLS, control_replies, corpus_words
-from search_r3_jax.evaluation.metrics import Metrics, Run, evaluate_run, run_from_scores
+from search_r3_jax.evaluation.metrics import (
+    Metrics,
+    Run,
+    evaluate_run,
+    run_from_scores,
+    without_identical_ids,
+)
 from search_r3_jax.models.decoder import Decoder
 from search_r3_jax.retrieval.index.exact import ExactIndex
 from search_r3_jax.retrieval.index.protocol import LocalIndex
@@ -274,14 +280,21 @@ def exact_index(collection: Collection, documents_ne: np.ndarray) -> LocalIndex:
     return ExactIndex(documents_ne, [document.doc_id for document in collection.documents], 0)
 
 
+def search_depth(collection: Collection) -> int:
+    """Documents to search for, so that `DEPTH` are left where one is left out."""
+    return DEPTH + collection.ignore_identical_ids
+
+
 def search_result(collection: Collection, index: LocalIndex, queries: EmbeddedQueries) -> ModeResult:
     """Search the `DEPTH` best documents of each query and evaluate them.
 
     Raises UserError naming the first query whose vector is not finite or zero.
     """
     require_directions(queries.vectors, lambda row: f"query {collection.queries[row].query_id}")
-    scores, rows = index.search(queries.vectors, min(DEPTH, len(index.ids)))
+    scores, rows = index.search(queries.vectors, min(search_depth(collection), len(index.ids)))
     run = run_from_scores([query.query_id for query in collection.queries], index.ids, scores, rows)
+    if collection.ignore_identical_ids:
+        run = without_identical_ids(run, depth=DEPTH)
     metrics, of_query = evaluate_run(collection.qrels(), run)
     return ModeResult(
         metrics=metrics,

@@ -74,6 +74,14 @@ def run_from_scores(
     }
 
 
+def without_identical_ids(run: Run, *, depth: int) -> Run:
+    """The `depth` best documents of each query, without the one that has the query's id."""
+    return {
+        query_id: dict([pair for pair in scores.items() if pair[0] != query_id][:depth])
+        for query_id, scores in run.items()
+    }
+
+
 def check_trec_ids(flag: str, collection: Collection) -> None:
     """Raise UserError if an id cannot stand in a TREC file, whose fields end at white space."""
     ids = {"document": [document.doc_id for document in collection.documents]}

@@ -56,7 +56,10 @@ def collection_task(collection: Collection, *, prompt: str | None = None) -> Abs
     MTEB keeps results by the task's name. `prompt` is the task's instruction for queries.
     """
     content = digest_of(
-        (collection.split, collection.corpus_hash(), ordered_queries_hash(collection.queries), str(prompt))
+        (
+            *(collection.split, collection.corpus_hash(), ordered_queries_hash(collection.queries)),
+            *(str(prompt), str(collection.ignore_identical_ids)),
+        )
     )
     # MTEB makes its type of such a dictionary at run time.
     prompts: Any = None if prompt is None else {"query": prompt}
@@ -92,6 +95,7 @@ def collection_task(collection: Collection, *, prompt: str | None = None) -> Abs
             self.data_loaded = True
 
     CollectionTask.metadata = metadata
+    CollectionTask.ignore_identical_ids = collection.ignore_identical_ids
     return CollectionTask()
 
 

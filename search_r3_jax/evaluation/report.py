@@ -161,6 +161,7 @@ def check_limits(settings: EvalSettings | BudgetSettings) -> None:
 def open_collection(settings: EvalSettings | BudgetSettings, notes: Console) -> tuple[Collection, Subset]:
     """The split, sampled as `max_queries` and `max_documents` say; prints a note if more is judged."""
     collection, query_sample = load_collection(settings.data, settings.split), None
+    collection = dataclasses.replace(collection, ignore_identical_ids=settings.ignore_identical_ids)
     if settings.max_queries is not None:
         collection, query_sample = sample_queries(collection, settings.max_queries, seed=settings.seed)
     if settings.max_documents is None:
@@ -214,6 +215,7 @@ def common_content(
             "queries_sha256": unordered_queries_hash(collection),
             "cut": None if subset.corpus is None else dataclasses.asdict(subset.corpus),
             "query_cut": None if subset.queries is None else dataclasses.asdict(subset.queries),
+            "ignore_identical_ids": collection.ignore_identical_ids,
         },
         "depth": DEPTH,
         "document_seconds": document_seconds,

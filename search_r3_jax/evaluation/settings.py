@@ -30,6 +30,8 @@ class EvalSettings:
         max_queries: Random queries of the split to search, at most. None: all.
         max_documents: Documents to search: all that are judged, filled up with random others. None: the whole
             corpus.
+        ignore_identical_ids: Leave a document out of the results of the query that has its id: MTEB does so
+            on ArguAna, Quora and FiQA, where queries stand in the corpus.
         seed: Seed that draws those queries and documents.
         max_query_tokens: Longest query, in tokens (not for baselines). None: 64.
         max_document_tokens: Longest document, in tokens (not for baselines). None: 256.
@@ -48,6 +50,7 @@ class EvalSettings:
     run_file: Path | None = None
     max_queries: int | None = None
     max_documents: int | None = None
+    ignore_identical_ids: bool = False
     seed: int = 0
     max_query_tokens: int | None = None
     max_document_tokens: int | None = None
@@ -79,6 +82,8 @@ class BudgetSettings:
         max_queries: Random queries of the split to search, at most. None: all.
         max_documents: Documents to search: all that are judged, filled up with random others. None: the whole
             corpus.
+        ignore_identical_ids: Leave a document out of the results of the query that has its id: MTEB does so
+            on ArguAna, Quora and FiQA, where queries stand in the corpus.
         seed: Seed that draws those queries and documents, and of the bootstrap.
         samples: Samples of the bootstrap.
         max_query_tokens: Longest query, in tokens. None: 64.
@@ -95,6 +100,7 @@ class BudgetSettings:
     index: Literal["exact", "scann"] = "exact"
     max_queries: int | None = None
     max_documents: int | None = None
+    ignore_identical_ids: bool = False
     seed: int = 0
     samples: int = 10_000
     max_query_tokens: int | None = None
@@ -111,6 +117,7 @@ class BudgetSettings:
             index=self.index,
             max_queries=self.max_queries,
             max_documents=self.max_documents,
+            ignore_identical_ids=self.ignore_identical_ids,
             seed=self.seed,
             max_query_tokens=self.max_query_tokens,
             max_document_tokens=self.max_document_tokens,
@@ -134,6 +141,8 @@ class MtebSettings:
             'Instruct: {instruction}: '. None: no instruction.
         max_documents: Documents of these data sets to search: all that are judged, filled up with random
             others. None: all.
+        ignore_identical_ids: Of these data sets: leave a document out of the results of the query that has
+            its id, as MTEB's own ArguAna, Quora and FiQA do.
         seed: Seed that draws those documents.
         max_tokens: Longest text, in tokens. None: what an exported folder says, else 512.
         max_think_tokens: Longest reasoning, in tokens; then the embed token is forced. 0 forces it at once.
@@ -148,6 +157,7 @@ class MtebSettings:
     mode: Literal["direct", "reason"] = "direct"
     instruction_template: str | None = None
     max_documents: int | None = None
+    ignore_identical_ids: bool = False
     seed: int = 0
     max_tokens: int | None = None
     max_think_tokens: int = 32
@@ -161,6 +171,7 @@ class MtebSettings:
             split=self.split,
             mode=self.mode,
             max_documents=self.max_documents,
+            ignore_identical_ids=self.ignore_identical_ids,
             seed=self.seed,
             max_think_tokens=self.max_think_tokens,
             step=self.step,

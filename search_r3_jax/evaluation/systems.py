@@ -27,9 +27,10 @@ from search_r3_jax.evaluation.evaluate import (
     ModeResult,
     QueryMode,
     average_queries,
+    search_depth,
     search_result,
 )
-from search_r3_jax.evaluation.metrics import evaluate_run
+from search_r3_jax.evaluation.metrics import evaluate_run, without_identical_ids
 from search_r3_jax.evaluation.settings import EvalSettings
 from search_r3_jax.files import file_sha256
 from search_r3_jax.hub.checkpoint_reader import read_run
@@ -123,7 +124,9 @@ class Bm25System:
         started = time.perf_counter()
         index = Bm25(collection, k1=0.9, b=0.4, identifiers=self._identifiers)
         indexed = time.perf_counter()
-        run = index.run(collection.queries, k=DEPTH)
+        run = index.run(collection.queries, k=search_depth(collection))
+        if collection.ignore_identical_ids:
+            run = without_identical_ids(run, depth=DEPTH)
         seconds = time.perf_counter() - indexed
         metrics, of_query = evaluate_run(collection.qrels(), run)
         Q = len(collection.queries)

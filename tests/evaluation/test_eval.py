@@ -1,6 +1,7 @@
 """`search-r3 eval`: what it reports is what trec_eval says of the files it wrote, and what a plain
 computation ranks."""
 
+import dataclasses
 import json
 import shutil
 import tempfile
@@ -84,6 +85,35 @@ def assert_same_as_files(values: dict[str, Any], run_file: Path, qrels_file: Pat
         for query_id, entry in values["per_query"].items():
             assert entry[name] == measured[query_id][TREC[name]]
         assert values[name] == np.mean([measured[query_id][TREC[name]] for query_id in values["per_query"]])
+
+
+def test_documents_that_are_the_query_itself_are_left_out_as_beir_does(beir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "beir"
+    shutil.copytree(beir, folder)
+    # As in ArguAna: each query stands in the corpus, under its own id.
+    with (folder / "corpus.jsonl").open("a") as corpus:
+        corpus.writelines(line + "\n" for line in (folder / "queries.jsonl").read_text().splitlines())
+    plain = tmp_path / "plain.run"
+    asked = EvalSettings(model="bm25", data=folder, run_file=plain, out=tmp_path / "a.json")
+    before = run_evaluation(asked)["modes"]["direct"]
+    left_out = dataclasses.replace(asked, ignore_identical_ids=True, run_file=tmp_path / "a.run")
+    record = run_evaluation(left_out)
+    after = record["modes"]["direct"]
+    # From the plain run, as BEIR and MTEB do it.
+    others = [line for line in plain.read_text().splitlines() if line.split()[0] != line.split()[2]]
+    assert len(others) == len(plain.read_text().splitlines()) - 12
+    run: dict[str, dict[str, float]] = {}
+    for line in others:
+        query_id, _, doc_id, _, score, _ = line.split()
+        run.setdefault(query_id, {})[doc_id] = float(score)
+    with (tmp_path / "plain.run.qrels").open() as opened:
+        measured = pytrec_eval.RelevanceEvaluator(pytrec_eval.parse_qrel(opened), {"ndcg_cut.10"}).evaluate(
+            run
+        )
+    assert after["ndcg@10"] == np.mean([measured[query_id]["ndcg_cut_10"] for query_id in after["per_query"]])
+    assert after["ndcg@10"] > before["ndcg@10"]
+    assert_same_as_files(after, tmp_path / "a.run", tmp_path / "a.run.qrels")
+    assert record["data"]["ignore_identical_ids"]
 
 
 def test_a_decoder_in_both_modes(

@@ -22,6 +22,7 @@ from search_r3_jax.evaluation.metrics import (
     qrels_text,
     run_from_scores,
     run_text,
+    without_identical_ids,
 )
 
 REAL_DATA = Path(os.environ.get("SEARCH_R3_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
@@ -132,3 +133,9 @@ def test_real_set_agrees_with_a_hand_computation() -> None:
     for key, value in mean.as_dict().items():
         assert value == pytest.approx(np.mean([each[key] for each in expected]), abs=1e-12)
     assert mean.ndcg_at_10 > 0.4
+
+
+def test_identical_ids_make_room_for_the_next_document() -> None:
+    run = {"a": {"x": 3.0, "a": 2.0, "y": 1.0}, "b": {"x": 3.0, "y": 2.0, "a": 1.0}, "c": {}}
+    expected = {"a": {"x": 3.0, "y": 1.0}, "b": {"x": 3.0, "y": 2.0}, "c": {}}
+    assert without_identical_ids(run, depth=2) == expected

@@ -1,6 +1,7 @@
 """MTEB on our encoder and on an export: the scores of `eval`, prompts where MTEB's order puts them, results
 in its own files."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -11,13 +12,14 @@ from typing import Any
 import mteb
 import numpy as np
 import pytest
+import pytrec_eval
 from helpers.tiny_models import word_collection
 from mteb.models.models_protocols import EncoderProtocol
 from mteb.types import PromptType
 from sentence_transformers import SentenceTransformer
 
 from search_r3_jax import Embedder
-from search_r3_jax.data.collection import Collection
+from search_r3_jax.data.collection import Collection, Document
 from search_r3_jax.data.dataset import build_dataset, load_collection
 from search_r3_jax.errors import UserError
 from search_r3_jax.evaluation.evaluate import EmbeddedQueries, exact_index, search_result
@@ -200,6 +202,39 @@ def test_results_are_kept_by_content(
     (model / "tokenizer.json").write_text(json.dumps(tokenizer))
     score(folders[0])
     assert len(evaluations) == 4 + 2 * len(changes)
+
+
+def test_a_document_that_is_the_query_itself_may_be_left_out(
+    export: Path, tmp_path: Path, evaluations: list[list[str]]
+) -> None:
+    made = word_collection(documents=40, queries=12, split="test")
+    copies = (Document(doc_id=query.query_id, title="", text=query.text) for query in made.queries)
+    collection = dataclasses.replace(made, documents=(*made.documents, *copies))
+    build_dataset({"test": collection}, tmp_path / "words", name="words", source={"kind": "test"})
+    found = []
+    for left_out in (False, True):
+        settings = MtebSettings(
+            model=str(export),
+            data=(tmp_path / "words",),
+            out=tmp_path / "kept",
+            ignore_identical_ids=left_out,
+        )
+        found.append(run_mteb(settings)[0].scores["ndcg_at_10"])
+        scores = byte_vectors([query.text for query in made.queries]) @ (
+            byte_vectors([document.body for document in collection.documents]).T
+        )
+        run = {
+            query.query_id: {
+                document.doc_id: float(score)
+                for document, score in zip(collection.documents, row, strict=True)
+                if not (left_out and document.doc_id == query.query_id)
+            }
+            for query, row in zip(collection.queries, scores, strict=True)
+        }
+        measured = pytrec_eval.RelevanceEvaluator(collection.qrels(), {"ndcg_cut.10"}).evaluate(run)
+        expected = np.mean([each["ndcg_cut_10"] for each in measured.values()])
+        assert found[-1] == pytest.approx(expected, abs=1e-5)
+    assert found[1] > found[0]
 
 
 def test_results_of_another_revision_of_the_data_are_replaced(
