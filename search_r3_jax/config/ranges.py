@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from search_r3_jax.config.run import RunConfig
@@ -41,7 +41,7 @@ _OPTIMIZER = {
     **dict.fromkeys(("learning_rate", "row_scale", "warmup_steps", "weight_decay", "clip_norm"), _ANY),
     **{"final_share": _SHARE, "b1": _DECAY, "b2": _DECAY},
 }
-_MESH = dict.fromkeys(("slice", "data", "fsdp", "tensor", "sequence"), _AXIS)
+_MESH = {name: _AXIS for name in ("slice", "data", "fsdp", "tensor", "sequence")}
 _SECTIONS: dict[str, dict[str, Range]] = {
     "": {"seed": _ANY, "start_step": _ANY},
     "data": {
@@ -121,7 +121,7 @@ def check_ranges(config: RunConfig, stage: Literal["sft", "rl"]) -> None:
         raise UserError("sft.infonce_weight: 0: every loss has weight 0; give one of them more")
 
 
-def _numbers(fields: dict[str, Any], prefix: str) -> Iterator[tuple[str, list[float]]]:
+def _numbers(fields: dict[str, Any], prefix: str) -> Iterator[tuple[str, Sequence[float]]]:
     """Path and numbers of every setting that has some."""
     for name, value in fields.items():
         if isinstance(value, dict):
