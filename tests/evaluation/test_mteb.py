@@ -196,9 +196,9 @@ def test_results_are_kept_by_content(
     shown = [line.split()[0] for line in capsys.readouterr().out.splitlines() if "words-" in line]
     assert len(set(shown)) == 2
     assert set(shown) < {file.stem for file in (tmp_path / "kept").rglob("words-*.json")}
-    # The same parameters behind another tokenizer.
+    # The same parameters and prompts behind another tokenizer.
     tokenizer = json.loads((model / "tokenizer.json").read_text())
-    tokenizer["normalizer"] = {"type": "Replace", "pattern": {"String": "e"}, "content": "x"}
+    tokenizer["normalizer"] = {"type": "Replace", "pattern": {"String": "é"}, "content": "e"}
     (model / "tokenizer.json").write_text(json.dumps(tokenizer))
     score(folders[0])
     assert len(evaluations) == 4 + 2 * len(changes)
