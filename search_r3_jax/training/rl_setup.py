@@ -15,7 +15,7 @@ from search_r3_jax.config import RunConfig, check_ranges
 from search_r3_jax.data.collection import Collection
 from search_r3_jax.data.development import TrainingSet
 from search_r3_jax.data.known_relevance import known_rows
-from search_r3_jax.errors import UserError
+from search_r3_jax.errors import EmbeddingError, UserError
 from search_r3_jax.hub.load_model import LoadedModel
 from search_r3_jax.models.decoder import Decoder
 from search_r3_jax.models.lora import trainable_filter
@@ -110,11 +110,13 @@ def make_stage(config: RunConfig, data: TrainingSet, model: LoadedModel) -> tupl
         update=make_update(graph, prompter, optimizer, rl, shardings, donate=donate),
         development=_make_development(config, data, full_graph, prompter, model.mesh),
     )
-    if not np.isfinite(stage.encode_queries([data.train.queries[0].body])).all():
+    try:
+        stage.encode_queries([data.train.queries[0].body])
+    except EmbeddingError:
         raise UserError(
             f"model: {config.model}: its embeddings are not finite, nor would any reward be; start from "
             "another checkpoint"
-        )
+        ) from None
     return stage, state
 
 
