@@ -24,7 +24,7 @@ from search_r3_jax.hub.weights import parameter_hash
 from search_r3_jax.rollout.encoder import Encoder, text_name
 from search_r3_jax.rollout.sampler import Sampler
 from search_r3_jax.text.prompts import Mode
-from search_r3_jax.vectors import unit_vectors
+from search_r3_jax.vectors import require_directions, unit_vectors
 
 Kind = Literal["query", "document"]
 MAX_THINK_TOKENS = SamplerConfig().max_think_tokens
@@ -144,6 +144,8 @@ class Embedder:
                 if thoughts
                 else np.zeros((0, self.dimension), np.float32)
             )
+            # A thought may be read without a use for its vector; here the vector is asked for.
+            require_directions(vectors, lambda row: text_name(row, texts))
         else:
             with _bar("texts", len(texts), progress) as bar:
                 on_progress = bar.advance if bar is not None else None

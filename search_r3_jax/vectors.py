@@ -30,15 +30,26 @@ def require_directions(vectors_ne: np.ndarray, name: Callable[[int], str]) -> np
     A number in it is not finite, or all are zero. Everything that scores, writes or indexes vectors comes
     through here: their order would be that of the ids.
     """
+    squares_n = _squares(require_finite(vectors_ne, name))
+    _refuse(np.flatnonzero(squares_n == 0), "is zero", name)
+    return vectors_ne
+
+
+def require_finite(vectors_ne: np.ndarray, name: Callable[[int], str]) -> np.ndarray:
+    """The vectors [N,E]; raises EmbeddingError for the first one that is not finite, named by `name(row)`."""
+    _refuse(np.flatnonzero(~np.isfinite(_squares(vectors_ne))), "holds numbers that are not finite", name)
+    return vectors_ne
+
+
+def _squares(vectors_ne: np.ndarray) -> np.ndarray:
     # Squares, not norms: one pass, and one number a row.
     x_ne = np.asarray(vectors_ne, np.float32)
-    squares_n = np.einsum("ne,ne->n", x_ne, x_ne)
-    bad = np.flatnonzero(~((squares_n > 0) & np.isfinite(squares_n)))
-    if len(bad):
-        row = int(bad[0])
-        what = "is zero" if np.isfinite(squares_n[row]) else "holds numbers that are not finite"
+    return np.einsum("ne,ne->n", x_ne, x_ne)
+
+
+def _refuse(rows: np.ndarray, what: str, name: Callable[[int], str]) -> None:
+    if len(rows):
         raise EmbeddingError(
-            f"{name(row)}: its embedding {what}, so it cannot be compared; look for weights that diverged or "
-            "that overflow"
+            f"{name(int(rows[0]))}: its embedding {what}, so it cannot be compared; look for weights that "
+            "diverged or that overflow"
         )
-    return vectors_ne

@@ -282,8 +282,8 @@ def test_data_build_from_a_beir_folder_and_from_lines(tmp_path: Path) -> None:
     ]
     shown = search_r3_here(*command)
     error = (
-        f"{tmp_path}/in/corpus.jsonl, line 2: fields 'title' and 'text' are both empty; fill one or "
-        "remove the line\n"
+        f"{tmp_path}/in/corpus.jsonl, line 2: fields 'title' and 'text' are both empty; fill one, remove "
+        "the line or pass --skip-bad to data build\n"
     )
     assert (shown.returncode, shown.stdout, shown.stderr) == (2, "", f"search-r3: {error}")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "pairs.jsonl"]

@@ -21,7 +21,7 @@ from search_r3_jax.rollout.encoder import text_name
 from search_r3_jax.rollout.sampling_program import Replies, make_program
 from search_r3_jax.text.packing import bucket_length, pad_rows
 from search_r3_jax.text.prompts import Prompter
-from search_r3_jax.vectors import require_directions
+from search_r3_jax.vectors import require_finite
 
 # The share of a chip's memory for the weights while replies are written; the rest is for the trainer's state
 # and the caches.
@@ -139,14 +139,14 @@ class Sampler:
 
         The same seed and text give the same reply, whatever else is sampled. The loop runs as long as the
         longest reply; prompts are padded to what `max_tokens` allows, so one shape is compiled. Raises
-        UserError naming the first text whose embedding is not finite or zero.
+        UserError naming the first text whose embedding is not finite.
         """
         rows = self._prompter.reason_rows(texts, max_tokens)
         prompt_ids, prompt_lengths = pad_rows(rows, length=self._prompt_tokens(max_tokens), pad_id=0)
         replies = self._sample(state, prompt_ids, prompt_lengths, seeds_qg.astype(np.uint32))
         arrays = {name: np.asarray(array) for name, array in replies._asdict().items()}
         group = seeds_qg.shape[1]
-        require_directions(arrays["vectors"], lambda row: text_name(row // group, texts))
+        require_finite(arrays["vectors"], lambda row: text_name(row // group, texts))
         return Rollout(prompt_ids=prompt_ids, prompt_lengths=prompt_lengths, **arrays)
 
 

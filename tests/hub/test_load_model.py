@@ -47,6 +47,9 @@ def test_each_end_of_generation_config_ends_a_thought_as_it_ends_generate(silent
     thought = Embedder(model, max_think_tokens=5).think("hello")
     assert thought.tokens == written + len(model.prompter().reason.closing)
     assert (thought.text, thought.valid) == ("", False)
+    # Its thought may be read; its vector, which is zero, is not given to a search.
+    with pytest.raises(UserError, match="its embedding is zero"):
+        Embedder(model, max_think_tokens=5).encode("hello", mode="reason")
 
 
 def test_ends_come_from_config_without_a_generation_config_and_are_exported(
