@@ -40,6 +40,7 @@ def test_help_names_the_commands() -> None:
         assert command in shown.stdout
 
 
+@pytest.mark.slow
 def test_settings_of_a_stage_are_those_of_its_experiment_and_can_be_changed(
     tiny_folders: dict[str, Path], tmp_path: Path
 ) -> None:

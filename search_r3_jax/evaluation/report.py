@@ -121,6 +121,8 @@ def _trec_files(settings: EvalSettings) -> dict[Path, QueryMode | None]:
     path, modes = settings.run_file, MODES[settings.mode]
     if path is None:
         return {}
+    if path.is_dir():
+        raise UserError(f"--run-file: {path}: is a folder; name a file")
     # Beside a pipe or a device there is no place for another file.
     alone = is_written_in_place(path) and not path.is_file()
     if alone and len(modes) > 1:

@@ -107,10 +107,8 @@ def test_the_budgets_differ_and_share_one_corpus(record: dict[str, Any], encoded
         assert scores[0] != scores[at]
     tokens = {point["max_think_tokens"]: point["reply_tokens"] for point in record["budgets"]}
     assert tokens[0] < tokens[2] < tokens[5]
-    assert all(
-        entry["thought"] == "The embedding is <|embed_token|>"
-        for entry in record["budgets"][1]["per_query"].values()
-    )
+    # The closing is no part of what was thought.
+    assert all(entry["thought"] == "" for entry in record["budgets"][1]["per_query"].values())
     assert record["budgets"][1]["valid_rate"] == 0.0
 
 
@@ -180,6 +178,7 @@ def test_the_picture_shows_the_numbers(
     np.testing.assert_allclose(np.asarray(level.get_ydata()), record["direct"]["ndcg@10"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiler", [Sampler, Encoder])
 def test_compiling_is_left_out_of_the_milliseconds(
     tiny_model, compiler: type, monkeypatch: pytest.MonkeyPatch

@@ -318,6 +318,7 @@ def run_with_small_files(code: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_leaves_nothing(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
     arguments = ["export", "--model", str(tiny_folders["llama"]), "--out", str(tmp_path / "out")]
     shown = run_with_small_files(f"from search_r3_jax.cli import main; sys.argv[1:] = {arguments}; main()")

@@ -268,6 +268,7 @@ def test_settings_out_of_range_are_the_users_mistake(tiny_model: LoadedModel, wr
         Sampler(graph, prompter, SamplerConfig(max_think_tokens=2, **wrong), slots=slots)
 
 
+@pytest.mark.slow
 def test_samples_follow_the_models_distribution(tiny_model: LoadedModel) -> None:
     """First tokens of many samples: chi-square-like distance to the probabilities of a plain forward."""
     graph, state = nnx.split(tiny_model.decoder)

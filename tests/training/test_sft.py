@@ -219,6 +219,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
     assert [line["skipped"] for line in lines] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_keeps_its_start_as_the_reference(
     tiny_folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -230,6 +231,7 @@ def test_full_fine_tuning_keeps_its_start_as_the_reference(
     assert lines[-1]["kl"] > 1e-4
 
 
+@pytest.mark.slow
 def test_it_learns_and_a_resumed_run_is_bit_equal(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
     folder = tiny_folders["llama"]
     collection = word_collection(documents=24, queries=24)
@@ -403,6 +405,7 @@ def test_a_kill_between_evaluations_leaves_each_sample_once(
     assert len(told) == len(set(told)) == 2 * 2 * 3
 
 
+@pytest.mark.slow
 def test_a_run_keeps_the_prompts_that_it_was_started_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
