@@ -28,7 +28,7 @@ from search_r3_jax.hub.checkpoint_reader import (
 )
 from search_r3_jax.hub.gguf import GgufFile
 from search_r3_jax.hub.safetensors_folder import SafetensorsFolder, read_json
-from search_r3_jax.hub.weights import HEAD, build_decoder, torch_tensors
+from search_r3_jax.hub.weights import EMBEDDING, HEAD, build_decoder, torch_tensors
 from search_r3_jax.mesh import param_shardings
 from search_r3_jax.models.attention import Backend
 from search_r3_jax.models.decoder import Decoder
@@ -283,7 +283,13 @@ def _id_list(value: object, file: Path, field: str) -> tuple[int, ...]:
 
 
 def _with_head(config: ModelConfig, source: SafetensorsFolder, folder: Path) -> ModelConfig:
-    """A base model saved without its head takes the embedding table for one; its embeddings need none."""
+    """The config of a folder that holds one of two tables.
+
+    Of tied tables either may be stored. A base model saved without its head takes the embedding table for
+    one; its embeddings need none.
+    """
+    if config.tied_embeddings and HEAD in source.shapes and EMBEDDING not in source.shapes:
+        source.rename(HEAD, EMBEDDING)
     if config.tied_embeddings or not source.base_model or HEAD in source.shapes:
         return config
     logger.warning(

@@ -90,6 +90,10 @@ class SafetensorsFolder:
         self.shapes[known] = tuple(part.get_shape())
         self._slices[known] = part
 
+    def rename(self, name: str, new: str) -> None:
+        """Give a tensor another name."""
+        self.shapes[new], self._slices[new] = self.shapes.pop(name), self._slices.pop(name)
+
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """A part of a tensor as float32; only this part is read into memory."""
         return np.asarray(self._slices[name][index], dtype=np.float32)

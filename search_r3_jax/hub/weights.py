@@ -22,7 +22,7 @@ from search_r3_jax.models.attention import Backend
 from search_r3_jax.models.decoder import Decoder
 from search_r3_jax.models.families import layer_tensors
 
-_EMBEDDING, _FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+EMBEDDING, _FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 # Tables that older versions of `transformers` stored; they follow from the config.
 _HARMLESS = tuple(f".rotary_emb.{table}" for table in ("inv_freq", "cos_cached", "sin_cached"))
 _CHUNK_BYTES = 4 << 20
@@ -67,7 +67,7 @@ def build_decoder(
     """
     _check_sizes(config, source, where)
     _check_fit(config, source, where)
-    if config.tied_embeddings and HEAD in source.shapes and not _equal(source, _EMBEDDING, HEAD):
+    if config.tied_embeddings and HEAD in source.shapes and not _equal(source, EMBEDDING, HEAD):
         # As `transformers` does: two different tables in the file outweigh the config.
         config = replace(config, tied_embeddings=False)
 
@@ -84,7 +84,7 @@ def build_decoder(
     def place(variable: nnx.Param, path: tuple[str, ...], fill: Fill) -> None:
         variable.set_value(_Staging(variable.shape, _at(shardings, path)).put(fill))
 
-    place(decoder.embedding, ("embedding",), _table(source, _EMBEDDING, embed_id, fresh))
+    place(decoder.embedding, ("embedding",), _table(source, EMBEDDING, embed_id, fresh))
     place(decoder.final_norm.scale, ("final_norm", "scale"), functools.partial(_copy, source, _FINAL_NORM))
     if decoder.head is not None:
         table = _table(source, HEAD, embed_id, fresh)
@@ -99,7 +99,7 @@ def build_decoder(
 
 def torch_tensors(decoder: Decoder) -> Iterator[tuple[str, np.ndarray]]:
     """Every base tensor under its `transformers` name, in torch layout, float32; gathered one at a time."""
-    yield _EMBEDDING, _gather(decoder.embedding[...])
+    yield EMBEDDING, _gather(decoder.embedding[...])
     for (module, parameter), (name, transposed) in layer_tensors(decoder.config).items():
         stacked = getattr(getattr(decoder.layers, module), parameter)[...]
         for i in range(decoder.config.layers):
@@ -201,7 +201,7 @@ def _file_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "down": (F, D),
     }
     scales = {"attention_norm": D, "feed_forward_norm": D, "q_norm": H, "k_norm": H}
-    shapes: dict[str, tuple[int, ...]] = {_EMBEDDING: (V, D), _FINAL_NORM: (D,)}
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (V, D), _FINAL_NORM: (D,)}
     if not config.tied_embeddings:
         shapes[HEAD] = (V, D)
     for i in range(config.layers):

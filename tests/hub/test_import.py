@@ -145,6 +145,21 @@ def test_known_leftovers_are_harmless(folder: Path) -> None:
     assert [name for name, _ in torch_tensors(model.decoder)] == list(before)
 
 
+def test_either_of_two_tied_tables_may_be_stored(folder: Path) -> None:
+    expected = dict(torch_tensors(load_model(folder).decoder))
+
+    def store_the_head_alone(tensors: Tensors) -> Tensors:
+        return {name.replace("model.embed_tokens", "lm_head"): tensor for name, tensor in tensors.items()}
+
+    change_tensors(folder, store_the_head_alone)
+    theirs = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    found = dict(torch_tensors(load_model(folder).decoder))
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        np.testing.assert_array_equal(tensor, expected[name])
+        np.testing.assert_array_equal(tensor[: len(theirs[name])], theirs[name].numpy())
+
+
 def test_a_head_that_differs_outweighs_a_tied_config_as_in_transformers(folder: Path) -> None:
     change_tensors(
         folder, lambda tensors: tensors | {"lm_head.weight": 2 * tensors["model.embed_tokens.weight"]}
