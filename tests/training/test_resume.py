@@ -103,7 +103,7 @@ def test_a_full_disk_ends_the_run_with_a_line_and_the_same_command_goes_on(runs:
 
         def fill_all(done: int) -> None:
             if done == 5:
-                patched.setattr(run_module, "append_line", full)
+                patched.setattr(run_module, "append_json_line", full)
 
         with pytest.raises(
             UserError, match=r"metrics.jsonl: cannot be written \(No space left on device\); make room"
