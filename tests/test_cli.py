@@ -4,37 +4,26 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-from helpers.command_line import search_r3_here
+from helpers.command_line import search_r3_here, search_r3_process
 from helpers.tiny_models import word_collection
 
 import search_r3_jax
 from search_r3_jax import cli
 from search_r3_jax.cli import parse
 from search_r3_jax.commands.data import DataBuild
-from search_r3_jax.commands.models import Embed, Export
 from search_r3_jax.commands.training import Indexer
 from search_r3_jax.configs import config_names, load_config
 from search_r3_jax.data.dataset import build_dataset
-from search_r3_jax.embedder import Embedder
 from search_r3_jax.errors import UserError
 from search_r3_jax.retrieval.indexer import worker
 
 
-def search_r3(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "search_r3_jax", *arguments], capture_output=True, text=True, timeout=400
-    )
-
-
 def test_help_names_the_commands() -> None:
-    shown = search_r3("--help")
+    shown = search_r3_process("--help")
     assert shown.returncode == 0
     for command in ("quickstart", "indexer", "export", "embed", "data", "sft", "eval", "budget"):
         assert command in shown.stdout
@@ -64,7 +53,7 @@ def test_settings_of_a_stage_are_those_of_its_experiment_and_can_be_changed(
         "--rl.sampler.max-think-tokens",
         "4",
     ]
-    shown = search_r3("sft", "--config", "smollm2", "--run", str(tmp_path / "run"), *settings)
+    shown = search_r3_process("sft", "--config", "smollm2", "--run", str(tmp_path / "run"), *settings)
     assert (shown.returncode, shown.stderr) == (0, "")
     assert "words: 36 queries of train; 4 of train, held out over 40 to watch" in shown.stdout
     assert "before training: nDCG@10" in shown.stdout
@@ -95,7 +84,7 @@ def test_settings_of_a_stage_are_those_of_its_experiment_and_can_be_changed(
         "skipped",
     ):
         assert name in metrics[0]
-    again = search_r3(
+    again = search_r3_process(
         "sft",
         "--config=smollm2",
         "--run",
@@ -164,107 +153,6 @@ def test_quickstart_refuses_a_folder_of_another_config(tmp_path: Path) -> None:
     assert "another config" in shown.stderr
 
 
-def test_embed_writes_an_array_and_one_line(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
-    texts = ["first line", "", "dritte Zeile: Öl"]
-    (tmp_path / "texts.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
-    model = str(tiny_folders["llama"])
-    out = tmp_path / "vectors.npy"
-    shown = search_r3(
-        "embed",
-        "--model",
-        model,
-        "--input",
-        str(tmp_path / "texts.txt"),
-        "--out",
-        str(out),
-        "--kind",
-        "document",
-    )
-    assert (shown.returncode, shown.stderr) == (0, "")
-    assert shown.stdout.startswith(f"{out}: 3 document vectors of 64 dimensions, direct, in ")
-    assert shown.stdout.count("\n") == 1
-    expected = Embedder.load(model).encode(texts)
-    np.testing.assert_array_equal(np.load(out), expected)
-
-    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    Embed(model=model, input=tmp_path / "texts.jsonl", out=out, truncate_dim=8).run()
-    cut = expected[:, :8]
-    np.testing.assert_allclose(np.load(out), cut / np.linalg.norm(cut, axis=-1, keepdims=True), atol=1e-6)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["texts.jsonl", "texts.txt", "vectors.npy"]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "named"),
-    [
-        ("a.jsonl", b'{"text": "fine"}\n{"txt": "x"}\n', "a.jsonl, line 2: field 'text' is missing"),
-        ("a.jsonl", b'{"text": "fine"}\n["x"]\n', "a.jsonl, line 2: expected a JSON object"),
-        ("a.jsonl", b'{"text": "fine"}\n{"text": ', "a.jsonl, line 2: not valid JSON"),
-        ("a.txt", b"fine\nfine\n\xff\n", "a.txt, line 3: not UTF-8"),
-        ("a.txt", None, "a.txt: cannot be read"),
-        ("a.jsonl", b'{"text": "a \\ud83d b"}\n', "line 1: field 'text' holds an unpaired surrogate"),
-        ("a.jsonl", b'{"text": "a", "x": ' + b"[" * 10**5 + b"]" * 10**5 + b"}\n", "line 1: not valid JSON"),
-        ("a.txt", b"fine\na\0b\n", "a.txt, line 2: holds a NUL byte"),
-        ("A.TXT.GZ", b"no gzip", "A.TXT.GZ, after line 0: damaged gzip file"),
-    ],
-)
-def test_bad_texts_name_file_and_line_before_any_model_is_loaded(
-    tmp_path: Path, name: str, content: bytes | None, named: str
-) -> None:
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError) as caught:
-        Embed(model="nowhere", input=tmp_path / name, out=tmp_path / "out.npy").run()
-    assert named in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / "out.npy").exists()
-
-
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"max_tokens": 0}, "--max-tokens: 0: give 1 or more"),
-        ({"truncate_dim": -1}, "--truncate-dim: -1: give 1 or more"),
-        ({"mode": "reason", "kind": "document"}, "--mode: reason: documents are embedded directly"),
-    ],
-)
-def test_limits_are_checked_before_any_model_is_loaded(
-    tmp_path: Path, options: dict[str, Any], named: str
-) -> None:
-    (tmp_path / "texts.txt").write_text("a text\n")
-    with pytest.raises(UserError, match=named):
-        Embed(model="nowhere", input=tmp_path / "texts.txt", out=tmp_path / "out.npy", **options).run()
-
-
-def test_an_array_that_cannot_be_written_leaves_the_one_before(
-    tiny_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "texts.txt").write_text("a text\n")
-    out = tmp_path / "out.npy"
-    out.write_bytes(b"before")
-
-    def refuse(file: object, array: np.ndarray, allow_pickle: bool) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(np, "save", refuse)
-    with pytest.raises(UserError, match="No space left"):
-        Embed(model=str(tiny_folders["llama"]), input=tmp_path / "texts.txt", out=out).run()
-    assert out.read_bytes() == b"before"
-    assert len(list(tmp_path.iterdir())) == 2
-    with pytest.raises(UserError, match="no such folder"):
-        Embed(model="nowhere", input=tmp_path / "texts.txt", out=tmp_path / "missing" / "out.npy").run()
-
-
-def test_export_asks_for_one_source(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="give one of them"):
-        Export(out=tmp_path / "out").run()
-    with pytest.raises(UserError, match="give one of them"):
-        Export(out=tmp_path / "out", model="smollm2", run_folder=tmp_path).run()
-    with pytest.raises(UserError, match="has no checkpoints"):
-        Export(out=tmp_path / "out", run_folder=tmp_path).run()
-    with pytest.raises(UserError, match="give --peft"):
-        Export(out=tmp_path / "out", model="smollm2", base="x").run()
-
-
 def test_data_build_from_a_beir_folder_and_from_lines(tmp_path: Path) -> None:
     (tmp_path / "in" / "qrels").mkdir(parents=True)
     (tmp_path / "in" / "corpus.jsonl").write_text('{"_id": "d1", "text": "a"}\n{"_id": "d2", "text": ""}\n')
@@ -308,7 +196,7 @@ def test_data_build_from_a_beir_folder_and_from_lines(tmp_path: Path) -> None:
 
 
 def test_the_version_is_the_packages() -> None:
-    shown = search_r3("--version")
+    shown = search_r3_process("--version")
     assert (shown.returncode, shown.stdout, shown.stderr) == (
         0,
         f"search-r3 {search_r3_jax.__version__}\n",

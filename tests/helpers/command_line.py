@@ -1,4 +1,4 @@
-"""The command line in this process, without the seconds that a new Python needs to start."""
+"""The command line, in a process of its own or in this one, without the seconds that a new Python needs."""
 
 from __future__ import annotations
 
@@ -26,3 +26,9 @@ def search_r3_here(*arguments: str) -> subprocess.CompletedProcess[str]:
         finally:
             signal.signal(signal.SIGTERM, before)
     return subprocess.CompletedProcess(list(arguments), status, out.getvalue(), err.getvalue())
+
+
+def search_r3_process(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`search-r3 ARGUMENTS` as a user starts it."""
+    command = [sys.executable, "-m", "search_r3_jax", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=400)
