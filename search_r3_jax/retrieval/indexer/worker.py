@@ -36,7 +36,13 @@ from search_r3_jax.hub.weights import parameter_hash
 from search_r3_jax.mesh import mesh_from_config
 from search_r3_jax.models.lora import merge_lora, trainable_filter
 from search_r3_jax.retrieval.indexer.heartbeat import Heartbeat, only_indexer, read_beat
-from search_r3_jax.retrieval.store.corpus_vectors import RECORD, SHARD_DOCUMENTS, WAIT_SECONDS, encode_corpus
+from search_r3_jax.retrieval.store.corpus_vectors import (
+    RECORD,
+    SHARD_DOCUMENTS,
+    WAIT_SECONDS,
+    Share,
+    encode_corpus,
+)
 from search_r3_jax.retrieval.store.versions import (
     IndexGateError,
     IndexVersionError,
@@ -248,9 +254,11 @@ class IndexWorker:
             dtype=config.index.vector_dtype,
             shard_documents=SHARD_DOCUMENTS,
             documents_hash=self._corpus_hash,
-            process=self._process,
-            processes=self._processes,
-            wait_seconds=0 if self._process else WAIT_SECONDS,
+            share=Share(
+                process=self._process,
+                processes=self._processes,
+                wait_seconds=0 if self._process else WAIT_SECONDS,
+            ),
             on_progress=progress,
         )
         return vectors, state, of_parameters

@@ -42,6 +42,24 @@ class EncodeTexts(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """The part of the encoding that a process does: every `processes`-th shard, from `process` on.
+
+    It waits `wait_seconds` for a file of another process. Raises ValueError for a process that is none.
+    """
+
+    process: int = 0
+    processes: int = 1
+    wait_seconds: float = WAIT_SECONDS
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.process < self.processes:
+            raise ValueError(
+                f"process {self.process} of {self.processes}: want one of 0 to {self.processes - 1}"
+            )
+
+
 def encode_corpus(
     encode: EncodeTexts,
     documents: Sequence[Document],
@@ -53,9 +71,7 @@ def encode_corpus(
     dtype: VectorDtype = "float32",
     shard_documents: int = SHARD_DOCUMENTS,
     documents_hash: str | None = None,
-    process: int = 0,
-    processes: int = 1,
-    wait_seconds: float = WAIT_SECONDS,
+    share: Share = Share(),
     on_progress: Callable[[int], object] | None = None,
 ) -> np.ndarray:
     """Encode the bodies of documents: vectors [N,E], E = `dimension`, of `dtype`, memory-mapped.
@@ -66,13 +82,12 @@ def encode_corpus(
     shard at a time. `on_progress` gets the number of finished documents, existing shards included. After an
     interruption, the same call resumes.
 
-    Several processes that share `folder` each encode every `processes`-th shard, from `process` on; process 0
-    joins them, and all return when that is done. Raises UserError when the folder holds the vectors of
-    another corpus or model, when the disk refuses, and when a file of another process is missing after
-    `wait_seconds`; EmbeddingError naming the first document whose vector is not finite or zero.
+    Several processes that share `folder` each encode their `share`; process 0 joins the shards, and all
+    return when that is done. Raises UserError when the folder holds the vectors of another corpus or model,
+    when the disk refuses, and when a file of another process does not come; EmbeddingError naming the first
+    document whose vector is not finite or zero.
     """
-    if not 0 <= process < processes:
-        raise ValueError(f"process {process} of {processes}: want one of 0 to {processes - 1}")
+    process, wait_seconds = share.process, share.wait_seconds
     description = {
         "format_version": 1,
         "corpus_hash": corpus_hash(documents) if documents_hash is None else documents_hash,
@@ -83,11 +98,11 @@ def encode_corpus(
         "dtype": dtype,
         "shard_documents": shard_documents,
     }
-    shards = _shards(folder, len(documents), dimension, shard_documents, processes)
+    shards = _shards(folder, len(documents), dimension, shard_documents, share.processes)
     if process > 0:
         _wait(partial(_present, folder / RECORD), folder / RECORD, 0, wait_seconds)
     _claim(folder, description, write=process == 0)
-    for shard in shards[process::processes]:
+    for shard in shards[process :: share.processes]:
         if shard.read(dtype) is None:
             encoded = documents[shard.start : shard.stop]
             vectors = encode([document.body for document in encoded], on_progress=on_progress)

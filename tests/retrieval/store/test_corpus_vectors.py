@@ -20,7 +20,7 @@ from helpers.tiny_models import word_collection
 from search_r3_jax.data.collection import Document
 from search_r3_jax.errors import EmbeddingError, UserError
 from search_r3_jax.hub.load_model import LoadedModel
-from search_r3_jax.retrieval.store.corpus_vectors import encode_corpus
+from search_r3_jax.retrieval.store.corpus_vectors import Share, encode_corpus
 from search_r3_jax.rollout.encoder import Encoder
 from search_r3_jax.text.prompts import Prompter
 
@@ -226,9 +226,7 @@ def test_processes_share_the_shards(tmp_path: Path, processes: int) -> None:
             encoders[process],
             DOCUMENTS,
             tmp_path,
-            process=process,
-            processes=processes,
-            wait_seconds=20,
+            share=Share(process=process, processes=processes, wait_seconds=20),
             on_progress=heard[process].append,
             **SETTINGS,
         )
@@ -243,25 +241,25 @@ def test_processes_share_the_shards(tmp_path: Path, processes: int) -> None:
 
 
 def test_a_process_that_does_not_come_is_missed(tmp_path: Path) -> None:
-    shared = SETTINGS | {"processes": 2, "wait_seconds": 0.1}
+    zero, one = (Share(process=process, processes=2, wait_seconds=0.1) for process in (0, 1))
     with pytest.raises(
         UserError, match=r"corpus.json: has not come for 0\.1 seconds; see that process 0 runs"
     ):
-        encode_corpus(Counted(), DOCUMENTS, tmp_path, process=1, **shared)
+        encode_corpus(Counted(), DOCUMENTS, tmp_path, share=one, **SETTINGS)
     with pytest.raises(UserError, match=r"shard-00001\.npy: has not come .* process 1 runs"):
-        encode_corpus(Counted(), DOCUMENTS, tmp_path, process=0, **shared)
+        encode_corpus(Counted(), DOCUMENTS, tmp_path, share=zero, **SETTINGS)
     assert not (tmp_path / "vectors.npy").exists()
     with pytest.raises(UserError, match=r"vectors\.npy: has not come .* process 0 runs"):
-        encode_corpus(Counted(), DOCUMENTS, tmp_path, process=1, **shared)
+        encode_corpus(Counted(), DOCUMENTS, tmp_path, share=one, **SETTINGS)
     np.testing.assert_array_equal(
-        encode_corpus(Counted(stop_before=0), DOCUMENTS, tmp_path, process=0, **shared), EXPECTED
+        encode_corpus(Counted(stop_before=0), DOCUMENTS, tmp_path, share=zero, **SETTINGS), EXPECTED
     )
     np.testing.assert_array_equal(
-        encode_corpus(Counted(stop_before=0), DOCUMENTS, tmp_path, process=1, **shared), EXPECTED
+        encode_corpus(Counted(stop_before=0), DOCUMENTS, tmp_path, share=one, **SETTINGS), EXPECTED
     )
     assert not list(tmp_path.glob(".*"))
     with pytest.raises(ValueError, match="process 2 of 2"):
-        encode_corpus(Counted(), DOCUMENTS, tmp_path, process=2, **shared)
+        Share(process=2, processes=2)
 
 
 @pytest.mark.parametrize("at", [0, 5, 9])
