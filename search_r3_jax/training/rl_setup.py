@@ -89,6 +89,7 @@ def make_stage(config: RunConfig, data: TrainingSet, model: LoadedModel) -> tupl
     rl = config.rl
     prompter = model.prompter()
     graph, params, frozen = nnx.split(model.decoder, trainable_filter(model.decoder), ...)
+    params, frozen = committed(params), committed(frozen)
     full_graph = nnx.split(model.decoder)[0]
     optimizer = make_optimizer(rl.optimizer, rl.steps * rl.inner_epochs)
     # As in stage 1: on a CPU, Orbax writes from the arrays' memory in the background.

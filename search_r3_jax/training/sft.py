@@ -33,7 +33,7 @@ from search_r3_jax.training.optimizer import make_optimizer
 from search_r3_jax.training.run import Run, data_version, prompt_record, recorded_prompts, with_absolute_paths
 from search_r3_jax.training.self_generated_reasoning import with_self_generated_reasoning
 from search_r3_jax.training.sft_step import make_step
-from search_r3_jax.training.state import TrainState, init_state, state_shardings
+from search_r3_jax.training.state import TrainState, committed, init_state, state_shardings
 from search_r3_jax.training.stopping import StopRequest
 from search_r3_jax.training.throughput import Throughput, peak_flops
 
@@ -146,7 +146,7 @@ def _make_stage(
         config=config,
         pipeline=make_pipeline(config, [each.train for each in sets], prompter),
         step=make_step(graph, prompter, optimizer, sft, shardings, donate=donate),
-        frozen=frozen,
+        frozen=committed(frozen),
         # Under LoRA the base is the reference; full fine-tuning keeps a copy of its starting values.
         reference=params if sft.kl_weight > 0 and config.lora.rank == 0 else None,
         mesh=model.mesh,

@@ -52,7 +52,7 @@ def init_state(
     # Donation frees the state's arrays, which the model and the reference of the KL term still use.
     start_params = jax.tree.map(jnp.copy, params) if copy else params
     if shardings is None:
-        return TrainState(start_params, optimizer.init(params), jnp.zeros((), jnp.int32))
+        return committed(TrainState(start_params, optimizer.init(params), jnp.zeros((), jnp.int32)))
 
     def start(params: nnx.State) -> tuple[Any, jax.Array]:
         return optimizer.init(params), jnp.zeros((), jnp.int32)
@@ -60,6 +60,15 @@ def init_state(
     return TrainState(
         jax.device_put(start_params, shardings.params), *jax.jit(start, out_shardings=shardings[1:])(params)
     )
+
+
+def committed(tree: Any) -> Any:
+    """The arrays, committed to the devices where they are.
+
+    What a step returns is committed. Arrays that are not would compile the first step's programs for
+    themselves, and the second step would compile them again.
+    """
+    return jax.tree.map(lambda x: jax.device_put(x, x.sharding), tree)
 
 
 def updated(
