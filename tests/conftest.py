@@ -27,6 +27,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# What tests start needs no torch, and begins two seconds earlier without it.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    without_torch = str(Path(__file__).parent / "helpers" / "without_torch")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [without_torch, os.environ.get("PYTHONPATH")]))
 configure_libraries()
 
 # Of two workers neither should begin the longest tests last.

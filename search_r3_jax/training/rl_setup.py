@@ -26,7 +26,7 @@ from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training.development import Development
 from search_r3_jax.training.optimizer import make_optimizer
 from search_r3_jax.training.rl_step import Scorer, Update, make_scorer, make_update
-from search_r3_jax.training.state import TrainState, init_state, state_shardings
+from search_r3_jax.training.state import TrainState, committed, init_state, state_shardings
 
 
 @dataclass(kw_only=True)

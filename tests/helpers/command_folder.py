@@ -93,7 +93,7 @@ class Place:
     def start(self, command: list[str], *, devices: int = 1, log: str = "out.txt") -> subprocess.Popen[bytes]:
         """The command as a process of its own; what it prints is added to a file."""
         environment = os.environ | {
-            "PYTHONPATH": str(SOURCES),
+            "PYTHONPATH": os.pathsep.join([str(SOURCES), os.environ.get("PYTHONPATH", "")]),
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": with_devices(devices),
             # Each device's part of a collective waits in a thread of its own.

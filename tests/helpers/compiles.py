@@ -20,7 +20,6 @@ def lowered_programs() -> Iterator[list[str]]:
         if event == LOWERED:
             names.append(str(said["fun_name"]))
 
-    jax.clear_caches()
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         yield names

@@ -10,6 +10,7 @@ from helpers.tiny_models import word_collection
 
 from search_r3_jax.config import (
     CollapseConfig,
+    DataConfig,
     IndexConfig,
     LoraConfig,
     OptimizerConfig,
@@ -55,7 +56,12 @@ def data(tmp_path: Path) -> TrainingSet:
 def test_later_steps_compile_nothing(
     tiny_folders: dict[str, Path], tmp_path: Path, data: TrainingSet, stage: str, rank: int
 ) -> None:
-    config = dataclasses.replace(CONFIG, model=str(tiny_folders["llama"]), lora=LoraConfig(rank=rank))
+    config = dataclasses.replace(
+        CONFIG,
+        model=str(tiny_folders["llama"]),
+        lora=LoraConfig(rank=rank),
+        data=DataConfig(sets=(str(tmp_path / "data"),)),
+    )
     at_end_of_step: list[int] = []
     with lowered_programs() as names:
 

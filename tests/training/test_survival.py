@@ -17,7 +17,11 @@ from search_r3_jax.distributed.runtime import STATUS
 from search_r3_jax.retrieval.indexer.heartbeat import read_beat
 from search_r3_jax.retrieval.indexer.schedule import IndexSchedule
 
-SFT_STEPS, RL_STEPS = 70, 60
+# These runs take many steps: what compiles in seconds more is soon won back.
+pytestmark = pytest.mark.usefixtures("optimised")
+
+# Between two kills a run advances by less than so many steps.
+STEPS_A_KILL = 8
 # A start that finds its programs compiled takes about so long; a kill may come anywhere in it.
 START_SECONDS = 8.0
 # A process whose peer was killed ends within so many seconds, on a machine that is busy with other things.
@@ -62,11 +66,11 @@ def kill(process: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kills", [6, pytest.param(13, marks=pytest.mark.exhaustive)])
 def test_stage_1_killed_at_random_moments_ends_bit_equal(place: Place, tmp_path: Path, kills: int) -> None:
-    generator = np.random.default_rng(0)
-    place.finish(place.command("sft", "whole", sft__steps=SFT_STEPS))
+    generator, steps = np.random.default_rng(0), STEPS_A_KILL * kills
+    place.finish(place.command("sft", "whole", sft__steps=steps))
     whole = [computed(line) for line in place.lines("whole")]
-    assert [line["step"] for line in whole] == list(range(SFT_STEPS))
-    command = place.command("sft", "killed", sft__steps=SFT_STEPS)
+    assert [line["step"] for line in whole] == list(range(steps))
+    command = place.command("sft", "killed", sft__steps=steps)
     for _ in range(kills):
         process = place.start(command)
         wait_for_a_moment(place, "killed", process, generator)
@@ -79,7 +83,7 @@ def test_stage_1_killed_at_random_moments_ends_bit_equal(place: Place, tmp_path:
     said = place.finish(command)
     assert "going on from step" in said
     assert [computed(line) for line in place.lines("killed")] == whole
-    equal(place.params("killed", SFT_STEPS), place.params("whole", SFT_STEPS))
+    equal(place.params("killed", steps), place.params("whole", steps))
 
 
 @pytest.mark.slow
@@ -89,10 +93,10 @@ def test_stage_2_killed_at_random_moments_is_repeated_bit_equal(
 ) -> None:
     """Trainer, indexer or both are killed; an uninterrupted run that replays the index schedule is
     the same run."""
-    generator = np.random.default_rng(1)
+    generator, steps = np.random.default_rng(1), STEPS_A_KILL * kills
     run = tmp_path / "killed"
     command, told, indexers = (
-        place.command("rl", "killed", rl__steps=RL_STEPS),
+        place.command("rl", "killed", rl__steps=steps),
         dict[int, dict[str, object]](),
         0,
     )
@@ -115,25 +119,25 @@ def test_stage_2_killed_at_random_moments_is_repeated_bit_equal(
     assert indexers >= 3
     place.finish(command)
     lines = [computed(line) for line in place.lines("killed")]
-    assert [line["step"] for line in lines] == list(range(RL_STEPS))
+    assert [line["step"] for line in lines] == list(range(steps))
     schedule = IndexSchedule(run)
-    assert [schedule.version_at(step) for step in range(RL_STEPS)] == [line["index_step"] for line in lines]
+    assert [schedule.version_at(step) for step in range(steps)] == [line["index_step"] for line in lines]
     assert len(schedule.versions_from(0)) > 3
 
-    place.finish(place.command("rl", "whole", "--replay", str(run), rl__steps=RL_STEPS))
+    place.finish(place.command("rl", "whole", "--replay", str(run), rl__steps=steps))
     assert [computed(line) for line in place.lines("whole")] == lines
-    equal(place.params("whole", RL_STEPS), place.params("killed", RL_STEPS))
+    equal(place.params("whole", steps), place.params("killed", steps))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kills", [2, pytest.param(5, marks=pytest.mark.exhaustive)])
 def test_two_processes_one_of_them_killed_end_bit_equal(place: Place, tmp_path: Path, kills: int) -> None:
-    generator = np.random.default_rng(2)
-    for process in place.cluster(place.command("sft", "whole", sft__steps=40), processes=2):
+    generator, steps = np.random.default_rng(2), STEPS_A_KILL * kills
+    for process in place.cluster(place.command("sft", "whole", sft__steps=steps), processes=2):
         assert process.wait(timeout=600) == 0, (tmp_path / "out-0.txt").read_text()[-3000:]
     whole = [computed(line) for line in place.lines("whole")]
-    assert [line["step"] for line in whole] == list(range(40))
-    command = place.command("sft", "killed", sft__steps=40)
+    assert [line["step"] for line in whole] == list(range(steps))
+    command = place.command("sft", "killed", sft__steps=steps)
     for number in range(kills):
         processes = place.cluster(command, processes=2)
         # Before they have found each other, JAX lets the one that is left wait for minutes.
@@ -153,4 +157,4 @@ def test_two_processes_one_of_them_killed_end_bit_equal(place: Place, tmp_path: 
     for process in place.cluster(command, processes=2):
         assert process.wait(timeout=600) == 0, (tmp_path / "out-0.txt").read_text()[-3000:]
     assert [computed(line) for line in place.lines("killed")] == whole
-    equal(place.params("killed", 40), place.params("whole", 40))
+    equal(place.params("killed", steps), place.params("whole", steps))

@@ -125,7 +125,10 @@ def test_threads_and_cores_are_what_the_config_says(run: IndexedRun) -> None:
         "before = len(os.listdir('/proc/self/task')); jax.numpy.zeros(9).block_until_ready()\n"
         "print(sorted(os.sched_getaffinity(0)), os.nice(0), len(os.listdir('/proc/self/task')) - before)"
     )
-    environment = os.environ | {"PYTHONPATH": SOURCES, "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([SOURCES, os.environ.get("PYTHONPATH", "")]),
+        "JAX_PLATFORMS": "cpu",
+    }
     done = subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True,
