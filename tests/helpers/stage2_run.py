@@ -85,7 +85,7 @@ class IndexedRun:
         # The test's own interpreter and sources, wherever they are.
         command = [
             "env",
-            f"PYTHONPATH={SOURCES}",
+            f"PYTHONPATH={os.pathsep.join([SOURCES, os.environ.get('PYTHONPATH', '')])}",
             *_python(),
             program,
             str(self.path),

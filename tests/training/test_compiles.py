@@ -51,6 +51,7 @@ def data(tmp_path: Path) -> TrainingSet:
     return TrainingSet(train=load_collection(tmp_path / "data", "train"), dev=None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [4, 0])
 @pytest.mark.parametrize("stage", ["sft", "rl"])
 def test_later_steps_compile_nothing(
