@@ -20,6 +20,7 @@ from search_r3_jax.commands.models import Embed, Export
 from search_r3_jax.commands.planning import Plan
 from search_r3_jax.commands.settings import plan_settings, rl_settings, sft_settings
 from search_r3_jax.commands.training import Indexer, Quickstart, Rl, Sft
+from search_r3_jax.compile_cache import keep_programs
 from search_r3_jax.config import RunConfig, renamed_flags
 from search_r3_jax.configs import load_config
 from search_r3_jax.console import prepare_streams, print_line
@@ -49,6 +50,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         command = parse(sys.argv[1:])
+        keep_programs(command.common.compile_cache)
         command.run()
         sys.stdout.flush()
     except UserError as error:

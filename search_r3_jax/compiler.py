@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import jax
 from jax.sharding import Mesh
 
@@ -29,12 +26,3 @@ def compiler_options(mesh: Mesh | None) -> dict[str, int | bool | str]:
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     chip = chip_of(device.device_kind)
     return {} if chip is None else _ALL | _OF_CHIP[chip.name]
-
-
-def keep_programs(folder: Path) -> None:
-    """Keep compiled programs in a folder, so that a restart after a preemption need not compile again.
-
-    JAX_COMPILATION_CACHE_DIR, if set, names another folder. Of several processes only the first writes.
-    """
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(folder))

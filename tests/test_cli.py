@@ -15,6 +15,7 @@ import search_r3_jax
 from search_r3_jax import cli
 from search_r3_jax.cli import parse
 from search_r3_jax.commands.data import DataBuild
+from search_r3_jax.commands.options import CommonOptions
 from search_r3_jax.commands.training import Indexer
 from search_r3_jax.configs import config_names, load_config
 from search_r3_jax.data.dataset import build_dataset
@@ -294,12 +295,14 @@ def test_an_option_given_twice_is_refused(arguments: list[str], message: str) ->
 def test_an_option_may_say_the_same_again() -> None:
     """A script may add what its caller has given already."""
     command = parse([*EVAL, "--debug", "--data", "a", "--debug"])
-    assert (command.data, command.debug) == (Path("a"), True)
+    assert (command.data, command.common.debug) == (Path("a"), True)
     assert parse(["mteb", "--model", "m", "--out", "o", "--data", "a", "b"]).data == (Path("a"), Path("b"))
 
 
 class Printing:
     """A command that prints."""
+
+    common = CommonOptions()
 
     def run(self) -> None:
         print("a result")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from search_r3_jax.commands.options import Common, CommonOptions
 from search_r3_jax.config import Step, TextConfig
 from search_r3_jax.console import print_line
 from search_r3_jax.errors import UserError
@@ -27,7 +28,7 @@ class DataBuild:
         train_functions: python-functions: functions of the train split.
         dev_functions: python-functions: functions of the dev split.
         test_functions: python-functions: functions of the test split.
-        debug: On an error, show the traceback.
+        common: Options of every command.
     """
 
     source: Literal["beir", "jsonl", "python-functions"]
@@ -39,7 +40,7 @@ class DataBuild:
     train_functions: int = 384
     dev_functions: int = 50
     test_functions: int = 600
-    debug: bool = False
+    common: Common = field(default_factory=CommonOptions)
 
     def run(self) -> None:
         """Run the subcommand."""
@@ -89,7 +90,7 @@ class DataMine:
         max_query_tokens: Longest query, in tokens.
         max_document_tokens: Longest document, in tokens.
         step: Checkpoint of a run: a step or `best` (on its development queries). None: the newest.
-        debug: On an error, show the traceback.
+        common: Options of every command.
     """
 
     model: str
@@ -108,7 +109,7 @@ class DataMine:
     max_query_tokens: int = TextConfig().max_query_tokens
     max_document_tokens: int = TextConfig().max_document_tokens
     step: Step = None
-    debug: bool = False
+    common: Common = field(default_factory=CommonOptions)
 
     def run(self) -> None:
         """Run the subcommand."""

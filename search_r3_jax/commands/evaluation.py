@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import tyro
 
+from search_r3_jax.commands.options import Common, CommonOptions
 from search_r3_jax.config import Step
 from search_r3_jax.console import print_line
 from search_r3_jax.errors import UserError
@@ -18,10 +19,10 @@ class Eval(EvalSettings):
     """Measure a model or a baseline on a data set: nDCG@10, recall, MRR, MAP and what it costs.
 
     Attributes:
-        debug: On an error, show the traceback.
+        common: Options of every command.
     """
 
-    debug: bool = False
+    common: Common = field(default_factory=CommonOptions)
 
     def run(self) -> None:
         """Run the subcommand."""
@@ -35,10 +36,10 @@ class Budget(BudgetSettings):
     """Measure what thinking gains and costs: budgets of thinking tokens, and direct search.
 
     Attributes:
-        debug: On an error, show the traceback.
+        common: Options of every command.
     """
 
-    debug: bool = False
+    common: Common = field(default_factory=CommonOptions)
 
     def run(self) -> None:
         """Run the subcommand."""
@@ -52,10 +53,10 @@ class Mteb(MtebSettings):
     """Measure a model with MTEB: on MTEB's tasks, or on data sets of yours.
 
     Attributes:
-        debug: On an error, show the traceback.
+        common: Options of every command.
     """
 
-    debug: bool = False
+    common: Common = field(default_factory=CommonOptions)
 
     def run(self) -> None:
         """Run the subcommand."""
@@ -79,7 +80,7 @@ class Compare:
         metric: Metric to compare: ndcg@10, recall@10, recall@100, mrr or map.
         samples: Samples of the bootstrap and of the permutation test.
         seed: Seed of both.
-        debug: On an error, show the traceback.
+        common: Options of every command.
     """
 
     first: tyro.conf.Positional[str]
@@ -87,7 +88,7 @@ class Compare:
     metric: str = "ndcg@10"
     samples: int = 10_000
     seed: int = 0
-    debug: bool = False
+    common: Common = field(default_factory=CommonOptions)
 
     def run(self) -> None:
         """Run the subcommand."""
@@ -112,7 +113,7 @@ class Perplexity:
         step: Checkpoint of a run: a step or `best` (on its development queries). None: the newest.
         seed: Seed that draws the documents.
         out: JSON file to write. None: print only.
-        debug: On an error, show the traceback.
+        common: Options of every command.
     """
 
     model: str
@@ -123,7 +124,7 @@ class Perplexity:
     step: Step = None
     seed: int = 0
     out: Path | None = None
-    debug: bool = False
+    common: Common = field(default_factory=CommonOptions)
 
     def run(self) -> None:
         """Run the subcommand."""
@@ -154,12 +155,12 @@ class Curves:
     Attributes:
         runs: Folders that `sft` or `rl` wrote.
         out: PNG file to write.
-        debug: On an error, show the traceback.
+        common: Options of every command.
     """
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     out: Path
-    debug: bool = False
+    common: Common = field(default_factory=CommonOptions)
 
     def run(self) -> None:
         """Run the subcommand."""
@@ -179,14 +180,14 @@ class Report:
         eval: Files of `eval --out` and `budget --out`.
         out: HTML file to write.
         pictures: Folder for the pictures as PNG files; created where it does not exist. None: no PNG files.
-        debug: On an error, show the traceback.
+        common: Options of every command.
     """
 
     runs: tyro.conf.Positional[tuple[Path, ...]] = ()
     eval: tuple[Path, ...] = ()
     out: Path = Path("report.html")
     pictures: Path | None = None
-    debug: bool = False
+    common: Common = field(default_factory=CommonOptions)
 
     def run(self) -> None:
         """Run the subcommand."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from search_r3_jax.commands.options import Common, CommonOptions
 from search_r3_jax.config import Step
 from search_r3_jax.console import print_line
 from search_r3_jax.errors import UserError
@@ -30,7 +31,7 @@ class Export:
         peft: Write the run's adapters for PEFT instead of merged weights.
         base: With `--peft`: name or folder of the checkpoint that the adapters belong to. None: the folder
             that the run started from.
-        debug: On an error, show the traceback.
+        common: Options of every command.
     """
 
     out: Path
@@ -40,7 +41,7 @@ class Export:
     dtype: Literal["float32", "bfloat16"] = "float32"
     peft: bool = False
     base: str | None = None
-    debug: bool = False
+    common: Common = field(default_factory=CommonOptions)
 
     def run(self) -> None:
         """Run the subcommand."""
@@ -98,7 +99,7 @@ class Embed:
         truncate_dim: Keep this many dimensions and normalise again. None: all.
         max_tokens: Longest text, in tokens. None: the model's limit.
         step: Checkpoint of a run: a step or `best` (on its development queries). None: the newest.
-        debug: On an error, show the traceback.
+        common: Options of every command.
     """
 
     model: str
@@ -109,7 +110,7 @@ class Embed:
     truncate_dim: int | None = None
     max_tokens: int | None = None
     step: Step = None
-    debug: bool = False
+    common: Common = field(default_factory=CommonOptions)
 
     def run(self) -> None:
         """Run the subcommand."""

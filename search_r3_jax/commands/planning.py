@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from search_r3_jax.commands.options import Common, CommonOptions
 from search_r3_jax.config import RunConfig, check_ranges
 
 
@@ -31,7 +32,7 @@ class Plan:
         largest: Find the largest `sft.encode_chunk` or `rl.micro_queries` that fits.
         json: Print the plan as JSON.
         out: Also write the plan, or those of all meshes, to this file as JSON. None: print only.
-        debug: On an error, show the traceback.
+        common: Options of every command.
     """
 
     config: str
@@ -43,7 +44,7 @@ class Plan:
     largest: bool = False
     json: bool = False
     out: Path | None = None
-    debug: bool = False
+    common: Common = field(default_factory=CommonOptions)
 
     def run(self) -> None:
         """Run the subcommand."""

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import tyro
 
+from search_r3_jax.commands.options import Common, CommonOptions
 from search_r3_jax.config import RunConfig
 from search_r3_jax.distributed.spec import Cluster
 
@@ -21,11 +22,11 @@ class Quickstart:
     Attributes:
         out: Output folder: data, runs, the exported model and `summary.json`. A second call resumes what is
             there.
-        debug: On an error, show the traceback.
+        common: Options of every command.
     """
 
     out: Path = Path("runs/quickstart")
-    debug: bool = False
+    common: Common = field(default_factory=CommonOptions)
 
     def run(self) -> None:
         """Run the subcommand."""
@@ -46,7 +47,7 @@ class Sft:
         settings: The experiment's settings.
         cluster: Processes that train together.
         allow_config_change: Resume a run although settings that decide what it computes have changed.
-        debug: On an error, show the traceback.
+        common: Options of every command.
     """
 
     config: str
@@ -54,7 +55,7 @@ class Sft:
     settings: Annotated[RunConfig, tyro.conf.arg(name="")]
     cluster: Cluster = field(default_factory=Cluster)
     allow_config_change: bool = False
-    debug: bool = False
+    common: Common = field(default_factory=CommonOptions)
 
     def run(self) -> None:
         """Run the subcommand."""
@@ -111,7 +112,7 @@ class Rl:
             last bit.
         allow_config_change: Resume a run although settings that decide what it computes have changed, or its
             index is gone.
-        debug: On an error, show the traceback.
+        common: Options of every command.
     """
 
     config: str
@@ -119,7 +120,7 @@ class Rl:
     settings: Annotated[RunConfig, tyro.conf.arg(name="")]
     replay: Path | None = None
     allow_config_change: bool = False
-    debug: bool = False
+    common: Common = field(default_factory=CommonOptions)
 
     def run(self) -> None:
         """Run the subcommand."""
@@ -159,14 +160,14 @@ class Indexer:
         process: Index of this process, from 0, where several share the encoding. Process 0 builds and
             publishes.
         processes: Number of processes that share the encoding.
-        debug: On an error, show the traceback.
+        common: Options of every command.
     """
 
     run_folder: Annotated[Path, tyro.conf.arg(name="run")]
     parent: int | None = None
     process: int = 0
     processes: int = 1
-    debug: bool = False
+    common: Common = field(default_factory=CommonOptions)
 
     def run(self) -> None:
         """Run the subcommand."""

@@ -103,13 +103,9 @@ RANGES = {
 
 def check_ranges(config: RunConfig, stage: Literal["sft", "rl"]) -> None:
     """Raise UserError for the first setting of a stage that is out of range, NaN or infinite."""
-    others = ("rl.", "index.") if stage == "sft" else ("sft.",)
-    for path, values in _numbers(dataclasses.asdict(config), ""):
-        if path.startswith(others):
-            continue
-        for value in values:
-            if not RANGES[path].holds(value):
-                raise UserError(f"{path}: {value}: give {RANGES[path]}")
+    check_numbers(
+        dataclasses.asdict(config), "", leave_out=("rl.", "index.") if stage == "sft" else ("sft.",)
+    )
     if stage == "rl" and config.rl.sampler.top_k == 1:
         raise UserError(
             "rl.sampler.top_k: 1: all replies of a query would be the same; give 0 (off), or 2 or more"
@@ -119,6 +115,16 @@ def check_ranges(config: RunConfig, stage: Literal["sft", "rl"]) -> None:
         (sft.infonce_weight, sft.triplet_weight, sft.language_weight, sft.kl_weight)
     ):
         raise UserError("sft.infonce_weight: 0: every loss has weight 0; give one of them more")
+
+
+def check_numbers(fields: dict[str, Any], prefix: str, *, leave_out: tuple[str, ...] = ()) -> None:
+    """Raise UserError for the first number out of its range; `prefix` ends in a dot."""
+    for path, values in _numbers(fields, prefix):
+        if leave_out and path.startswith(leave_out):
+            continue
+        for value in values:
+            if not RANGES[path].holds(value):
+                raise UserError(f"{path}: {value}: give {RANGES[path]}")
 
 
 def _numbers(fields: dict[str, Any], prefix: str) -> Iterator[tuple[str, Sequence[float]]]:

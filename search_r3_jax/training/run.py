@@ -15,7 +15,7 @@ import jax
 from tensorboardX import SummaryWriter
 from transformers import PreTrainedTokenizerBase
 
-from search_r3_jax.compiler import keep_programs
+from search_r3_jax.compile_cache import keep_programs_with_run
 from search_r3_jax.config import RunConfig
 from search_r3_jax.data.collection import Collection
 from search_r3_jax.data.dataset import ordered_queries_hash
@@ -76,9 +76,10 @@ class Run:
             except BaseException:
                 self.close()
                 raise
-        # Not on a CPU, where programs compile fast and run on that type of CPU only.
+        # A machine that takes over from a preempted one finds them here. A CPU's run on that kind of CPU
+        # only.
         if jax.default_backend() != "cpu":
-            keep_programs(path / "compiled")
+            keep_programs_with_run(path / "compiled")
 
     def _claim(
         self, record: dict[str, Any], allow_config_change: bool, on_change: Callable[[], object]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import get_args
 
 import numpy as np
 
 from search_r3_jax.config import RewardConfig, RewardVariant
+from search_r3_jax.config.ranges import check_numbers
 from search_r3_jax.errors import UserError
 
 
@@ -15,23 +17,11 @@ def check_reward(reward: RewardConfig, *, max_tokens: int) -> None:
     """Raise UserError for a setting out of range; `max_tokens` is the longest reply."""
     if reward.variant not in get_args(RewardVariant):
         raise UserError(f"rl.reward.variant: {reward.variant!r}: no such reward")
-    if reward.temperature <= 0:
-        raise UserError(f"rl.reward.temperature: {reward.temperature}: must be above 0")
-    if not 0 < reward.floor_gap < 1:
-        raise UserError(
-            f"rl.reward.floor_gap: {reward.floor_gap}: must be between 0 and 1, so that every "
-            "valid reply earns more than an invalid one"
-        )
-    if not 0 <= reward.margin_weight <= 1:
-        raise UserError(f"rl.reward.margin_weight: {reward.margin_weight}: must be in [0, 1]")
-    if reward.margin_width <= 0:
-        raise UserError(f"rl.reward.margin_width: {reward.margin_width}: must be above 0")
-    if reward.hard_negatives < 1:
-        raise UserError(f"rl.reward.hard_negatives: {reward.hard_negatives}: must be at least 1")
-    if reward.length_weight < 0 or (reward.length_weight > 0 and not 0 <= reward.free_tokens < max_tokens):
+    check_numbers(dataclasses.asdict(reward), "rl.reward.")
+    if reward.length_weight > 0 and reward.free_tokens >= max_tokens:
         raise UserError(
             f"rl.reward.length_weight: {reward.length_weight}, free_tokens {reward.free_tokens}: "
-            f"want a weight of at least 0, and fewer free tokens than the {max_tokens} of a reply"
+            f"want fewer free tokens than the {max_tokens} of a reply"
         )
 
 

@@ -1,0 +1,26 @@
+"""Options of every command."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommonOptions:
+    """What every command takes.
+
+    Attributes:
+        compile_cache: Keep compiled programs in a folder of this user, 2 GiB at most, where the next call
+            finds them.
+        debug: On an error, show the traceback.
+    """
+
+    compile_cache: bool = True
+    debug: bool = False
+
+
+Common = Annotated[CommonOptions, tyro.conf.arg(name="")]
+"""The last field of a command: its flags have no prefix, and come last in its help."""
