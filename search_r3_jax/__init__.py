@@ -14,6 +14,11 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     # Imported when first asked for: the package alone loads in no time and without jax.
     if name in __all__:
+        from search_r3_jax.compile_cache import keep_programs
+        from search_r3_jax.runtime_env import configure_environment
+
+        configure_environment()
+        keep_programs()
         from search_r3_jax import embedder
 
         return getattr(embedder, name)

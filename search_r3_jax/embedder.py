@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from search_r3_jax.config import SamplerConfig, Step
@@ -21,14 +25,23 @@ from search_r3_jax.hub.export import MAX_TOKENS, max_text_tokens, read_export_ma
 from search_r3_jax.hub.load_model import LoadedModel, load_model, resolve
 from search_r3_jax.hub.model_hash import model_hash
 from search_r3_jax.hub.weights import parameter_hash
+from search_r3_jax.models.kv_block import KVBlock
+from search_r3_jax.precision import PRECISIONS, Precision, quantize
 from search_r3_jax.rollout.encoder import Encoder, text_name
 from search_r3_jax.rollout.sampler import Sampler
+from search_r3_jax.text.inputs import text_list
+from search_r3_jax.text.packing import PACKED_ROW, SHORTEST_ROW
 from search_r3_jax.text.prompts import Mode
 from search_r3_jax.vectors import require_directions, unit_vectors
 
 Kind = Literal["query", "document"]
+Texts = Iterable[str]
+"""Texts as callers have them: a list, a generator, a NumPy array, a column of pandas."""
 MAX_THINK_TOKENS = SamplerConfig().max_think_tokens
-THINK_BATCH = 32
+# Queries that think together, and tokens of their prompts, are filled up to one of these: each pair is a
+# program of its own, which takes seconds to compile.
+THINK_ROWS, PROMPT_TOKENS = (1, 8, 32), (32, 128, 512)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,15 +91,20 @@ class Embedder:
             raise UserError(f"model: max_positions: {positions} leave no room for a text beside the prompt")
         if max_tokens < 1:
             raise UserError(f"max_tokens: {max_tokens}: give 1 or more")
-        graph, self._state = nnx.split(model.decoder)
-        self._encoder = Encoder(graph, prompter)
-        sampling = SamplerConfig(max_think_tokens=max_think_tokens, temperature=temperature, prefill_chunk=0)
-        self._sampler = Sampler(graph, prompter, sampling)
-        self._prompter, self._config = prompter, model.decoder.config
+        self._graph, self._state = nnx.split(model.decoder)
+        self._encoder = Encoder(self._graph, prompter, mesh=model.mesh)
+        self._prompter, self._config, self._mesh = prompter, model.decoder.config, model.mesh
+        self._max_think_tokens, self._temperature = max_think_tokens, temperature
+        self._samplers: dict[int, Sampler] = {}
+        self._sampler(max_think_tokens)
         self.tokenizer: PreTrainedTokenizerBase = model.tokenizer
         self.dimension = model.decoder.config.hidden_size
         self.parameters = sum(x.size for x in jax.tree.leaves(self._state))
         self.max_tokens = min(max_tokens, room)
+        if not model.trained:
+            logger.warning(
+                "the model has never learnt its embed token: its vectors mean little before training"
+            )
 
     @classmethod
     def load(
@@ -95,92 +113,165 @@ class Embedder:
         *,
         step: Step = None,
         compute_dtype: Literal["float32", "bfloat16"] = "float32",
+        param_dtype: Literal["float32", "bfloat16"] = "float32",
         max_tokens: int | None = None,
         max_think_tokens: int = MAX_THINK_TOKENS,
         temperature: float = 0.0,
+        mesh: Mesh | None = None,
+        warm_up: bool = False,
     ) -> Embedder:
         """Load an exported folder, a run (at checkpoint `step`), any supported checkpoint, or `smollm2`.
 
-        `max_tokens` None takes the value of an exported folder, else 512. Raises UserError when the model
-        cannot be read or has other prompts.
+        `max_tokens` None takes the value of an exported folder, else 512. `param_dtype` bfloat16 halves the
+        memory of the weights; with a `mesh` several devices share them and the texts. `warm_up` compiles now
+        what small calls need. Raises UserError when the model cannot be read or has other prompts.
         """
         manifest = read_export_manifest(resolve(name))
         if max_tokens is None:
             max_tokens = MAX_TOKENS if manifest is None else int(manifest["max_tokens"])
-        model = load_model(name, step=step, compute_dtype=compute_dtype)
-        return cls(model, max_tokens=max_tokens, max_think_tokens=max_think_tokens, temperature=temperature)
+        model = load_model(name, step=step, compute_dtype=compute_dtype, param_dtype=param_dtype, mesh=mesh)
+        embedder = cls(
+            model, max_tokens=max_tokens, max_think_tokens=max_think_tokens, temperature=temperature
+        )
+        if warm_up:
+            embedder.warm_up()
+        return embedder
+
+    def warm_up(self) -> None:
+        """Compile what single texts and small lists need, so that no later call of these waits for it."""
+        started = time.perf_counter()
+        embed_id, tail = self._prompter.embed_id, len(self._prompter.with_tail([[]])[0])
+        length = SHORTEST_ROW
+        while length < 2 * (self.max_tokens + tail):
+            self._encoder.compile_rows(self._state, [[0] * (length - 1) + [embed_id]])
+            length *= 2
+        self._encoder.compile_rows(self._state, [[0] * (PACKED_ROW - 1) + [embed_id]] * 4)
+        sampler = self._sampler(self._max_think_tokens)
+        for rows in THINK_ROWS[:2]:
+            sampler.compile(
+                self._state,
+                rows,
+                1,
+                max_tokens=self.max_tokens,
+                prompt_tokens=PROMPT_TOKENS[0],
+                shared=self._reason_prefix,
+            )
+        logger.info(f"compiled for small calls in {time.perf_counter() - started:.0f} s")
 
     def encode(
         self,
-        texts: str | Sequence[str],
+        texts: str | Texts,
         *,
         kind: Kind = "query",
         mode: Mode = "direct",
         truncate_dim: int | None = None,
+        precision: Precision = "float32",
+        max_think_tokens: int | None = None,
+        batch_size: int | None = None,
         progress: bool | None = None,
     ) -> np.ndarray:
         """Unit vectors [N,E] float32 in the order of `texts`, or [E] for a single text.
 
-        `truncate_dim` keeps the first dimensions, normalised again. `progress` None shows a bar in a terminal
+        `truncate_dim` keeps the first dimensions, normalised again; `precision` is that of `quantize`.
+        `max_think_tokens` is another budget for this call, in mode "reason". `batch_size` bounds the texts
+        that are read together, by default as many as are fast. `progress` None shows a bar in a terminal
         only; True also prints plain lines elsewhere. Raises UserError for a document in mode "reason", for
-        documents are embedded directly, and naming the first text whose embedding is not finite or zero.
+        documents are embedded directly, for what is no text, and naming the first text whose embedding is
+        not finite or zero.
         """
-        if kind not in ("query", "document"):
-            raise UserError(f"kind: {kind!r} is neither 'query' nor 'document'")
-        if mode not in ("direct", "reason"):
-            raise UserError(f"mode: {mode!r} is neither 'direct' nor 'reason'")
-        if kind == "document" and mode == "reason":
-            raise UserError("mode: documents are embedded directly; give mode 'direct', or kind 'query'")
-        if truncate_dim is not None and not 0 < truncate_dim <= self.dimension:
-            raise UserError(
-                f"truncate_dim: {truncate_dim} is not within 1 and the model's {self.dimension} dimensions"
-            )
+        self._check(kind, mode, truncate_dim, precision, max_think_tokens, batch_size)
         if isinstance(texts, str):
-            return self.encode([texts], kind=kind, mode=mode, truncate_dim=truncate_dim, progress=progress)[0]
+            if precision in ("int8", "uint8"):
+                raise UserError(f"precision: {precision}: one vector has no range; see `quantize`")
+            return self.encode(
+                [texts],
+                kind=kind,
+                mode=mode,
+                truncate_dim=truncate_dim,
+                precision=precision,
+                max_think_tokens=max_think_tokens,
+                batch_size=batch_size,
+                progress=progress,
+            )[0]
+        listed = text_list(texts)
         if mode == "reason":
-            thoughts = self.think(texts, progress=progress)
-            vectors = (
-                np.stack([thought.vector for thought in thoughts])
-                if thoughts
-                else np.zeros((0, self.dimension), np.float32)
+            thoughts = self.think(
+                listed, max_think_tokens=max_think_tokens, batch_size=batch_size, progress=progress
             )
+            vectors = np.stack([np.zeros(self.dimension, np.float32), *(each.vector for each in thoughts)])[
+                1:
+            ]
             # A thought may be read without a use for its vector; here the vector is asked for.
-            require_directions(vectors, lambda row: text_name(row, texts))
+            require_directions(vectors, lambda row: text_name(row, listed))
         else:
-            with _bar("texts", len(texts), progress) as bar:
-                on_progress = bar.advance if bar is not None else None
-                vectors = self._encoder.encode(
-                    self._state, texts, max_tokens=self.max_tokens, on_progress=on_progress
-                )
-        if truncate_dim is None:
-            return vectors
-        return unit_vectors(vectors[:, :truncate_dim], lambda row: text_name(row, texts))
+            vectors = self._encode_directly(listed, batch_size or max(1, len(listed)), progress)
+        if truncate_dim is not None:
+            vectors = unit_vectors(vectors[:, :truncate_dim], lambda row: text_name(row, listed))
+        return quantize(vectors, precision)
+
+    def encode_query(self, texts: str | Texts, *, mode: Mode = "direct", **options: Any) -> np.ndarray:
+        """`encode` of queries."""
+        return self.encode(texts, kind="query", mode=mode, **options)
+
+    def encode_document(self, texts: str | Texts, **options: Any) -> np.ndarray:
+        """`encode` of documents."""
+        return self.encode(texts, kind="document", **options)
 
     @overload
-    def think(self, texts: str, *, seed: int = 0, progress: bool | None = None) -> Thought: ...
+    def think(
+        self,
+        texts: str,
+        *,
+        seed: int = 0,
+        max_think_tokens: int | None = None,
+        batch_size: int | None = None,
+        progress: bool | None = None,
+    ) -> Thought: ...
     @overload
     def think(
-        self, texts: Sequence[str], *, seed: int = 0, progress: bool | None = None
+        self,
+        texts: Texts,
+        *,
+        seed: int = 0,
+        max_think_tokens: int | None = None,
+        batch_size: int | None = None,
+        progress: bool | None = None,
     ) -> list[Thought]: ...
     def think(
-        self, texts: str | Sequence[str], *, seed: int = 0, progress: bool | None = None
+        self,
+        texts: str | Texts,
+        *,
+        seed: int = 0,
+        max_think_tokens: int | None = None,
+        batch_size: int | None = None,
+        progress: bool | None = None,
     ) -> Thought | list[Thought]:
-        """Reason about each query and embed it; `seed` matters only at a temperature above 0."""
-        if isinstance(texts, str):
-            return self.think([texts], seed=seed, progress=progress)[0]
-        lengths = [len(ids) for ids in self._prompter.text_ids(texts, self.max_tokens)]
+        """Reason about each query and embed it; `seed` matters only at a temperature above 0.
+
+        `max_think_tokens` is another budget for this call; `batch_size` bounds those that think together.
+        """
+        self._check("query", "reason", None, "float32", max_think_tokens, batch_size)
+        listed = text_list([texts] if isinstance(texts, str) else texts)
+        lengths = [len(ids) for ids in self._text_ids(listed)]
         # Sorted by length, so that batches need little padding.
-        order = sorted(range(len(texts)), key=lambda i: -lengths[i])
-        seeds = np.random.SeedSequence(seed).generate_state(len(texts))
+        order = sorted(range(len(listed)), key=lambda i: -lengths[i])
+        seeds = np.random.SeedSequence(seed).generate_state(len(listed))
+        sampler = self._sampler(self._max_think_tokens if max_think_tokens is None else max_think_tokens)
+        suffix = len(self._prompter.reason.suffix)
+        most = batch_size or THINK_ROWS[-1]
         thoughts_by_row: dict[int, Thought] = {}
-        with _bar("thoughts", len(texts), progress) as bar:
-            for start in range(0, len(order), THINK_BATCH):
-                rows = order[start : start + THINK_BATCH]
-                # Padded to a power of two with the last text, so that few shapes are compiled.
-                filled = rows + rows[-1:] * ((1 << (len(rows) - 1).bit_length()) - len(rows))
-                longest = max(1, lengths[rows[0]])
-                rollout = self._sampler.sample(
-                    self._state, [texts[i] for i in filled], seeds[filled][:, None], max_tokens=longest
+        with _bar("thoughts", len(listed), progress) as bar:
+            for start in range(0, len(order), most):
+                rows = order[start : start + most]
+                # Filled up with the last text.
+                filled = rows + rows[-1:] * (_filled(len(rows), THINK_ROWS) - len(rows))
+                rollout = sampler.sample(
+                    self._state,
+                    [listed[i] for i in filled],
+                    seeds[filled][:, None],
+                    max_tokens=self.max_tokens,
+                    prompt_tokens=_filled(lengths[rows[0]] + suffix, PROMPT_TOKENS),
+                    shared=self._reason_prefix,
                 )
                 for at, (i, reply) in enumerate(zip(rows, rollout.replies(), strict=False)):
                     thoughts_by_row[i] = Thought(
@@ -191,7 +282,8 @@ class Embedder:
                     )
                 if bar is not None:
                     bar.advance(len(rows))
-        return [thoughts_by_row[i] for i in range(len(texts))]
+        thoughts = [thoughts_by_row[i] for i in range(len(listed))]
+        return thoughts[0] if isinstance(texts, str) else thoughts
 
     def similarity(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
         """Cosines [Q,N] float32 of unit vectors [Q,E] and [N,E]; a single vector [E] counts as one row."""
@@ -204,6 +296,76 @@ class Embedder:
     def model_hash(self) -> str:
         """sha256 over parameters, config, tokenizer and prompts."""
         return model_hash(self._state, self._config, self._prompter)
+
+    def _encode_directly(self, texts: Sequence[str], most: int, progress: bool | None) -> np.ndarray:
+        rows = self._prompter.with_tail(self._text_ids(texts))
+        with _bar("texts", len(texts), progress) as bar:
+            parts = [
+                self._encoder.encode_rows(
+                    self._state,
+                    rows[start : start + most],
+                    bar.advance if bar is not None else None,
+                    texts=texts[start : start + most],
+                    shared=self._direct_prefix,
+                )
+                for start in range(0, len(texts), most)
+            ]
+        return np.concatenate([np.zeros((0, self.dimension), np.float32), *parts])
+
+    def _text_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, cut to `max_tokens`, which is said."""
+        ids = self._prompter.text_ids(texts, self.max_tokens + 1)
+        if cut := sum(len(row) > self.max_tokens for row in ids):
+            logger.warning(f"{cut} of {len(texts)} texts cut to {self.max_tokens} tokens (max_tokens)")
+        return [row[: self.max_tokens] for row in ids]
+
+    @functools.cached_property
+    def _direct_prefix(self) -> KVBlock:
+        return self._encoder.prefix(self._state)
+
+    @functools.cached_property
+    def _reason_prefix(self) -> KVBlock:
+        return self._sampler(self._max_think_tokens).prefix(self._state)
+
+    def _sampler(self, max_think_tokens: int) -> Sampler:
+        if max_think_tokens not in self._samplers:
+            sampling = SamplerConfig(
+                max_think_tokens=max_think_tokens, temperature=self._temperature, prefill_chunk=0
+            )
+            self._samplers[max_think_tokens] = Sampler(self._graph, self._prompter, sampling, mesh=self._mesh)
+        return self._samplers[max_think_tokens]
+
+    def _check(
+        self,
+        kind: Kind,
+        mode: Mode,
+        truncate_dim: int | None,
+        precision: Precision,
+        max_think_tokens: int | None,
+        batch_size: int | None,
+    ) -> None:
+        """Raise UserError for an argument that cannot be, before the work."""
+        if kind not in ("query", "document"):
+            raise UserError(f"kind: {kind!r} is neither 'query' nor 'document'")
+        if mode not in ("direct", "reason"):
+            raise UserError(f"mode: {mode!r} is neither 'direct' nor 'reason'")
+        if kind == "document" and mode == "reason":
+            raise UserError("mode: documents are embedded directly; give mode 'direct', or kind 'query'")
+        if truncate_dim is not None and not 0 < truncate_dim <= self.dimension:
+            raise UserError(
+                f"truncate_dim: {truncate_dim} is not within 1 and the model's {self.dimension} dimensions"
+            )
+        if precision not in PRECISIONS:
+            raise UserError(f"precision: {precision!r}: give one of {', '.join(PRECISIONS)}")
+        if mode == "direct" and max_think_tokens is not None:
+            raise UserError("max_think_tokens: nothing is thought in mode 'direct'; give mode 'reason'")
+        if batch_size is not None and batch_size < 1:
+            raise UserError(f"batch_size: {batch_size}: give 1 or more, or leave it out")
+
+
+def _filled(count: int, sizes: Sequence[int]) -> int:
+    """The least of the sizes that holds so many; beyond them the least power of two."""
+    return next((size for size in sizes if count <= size), 1 << (count - 1).bit_length())
 
 
 def _bar(what: str, total: int, progress: bool | None) -> AbstractContextManager[Bar | None]:

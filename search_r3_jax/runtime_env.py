@@ -13,7 +13,18 @@ CPU_FLAG = "--xla_cpu_enable_concurrency_optimized_scheduler"
 
 
 def configure_libraries() -> None:
-    """Silence start-up chatter of XLA, absl, tokenizers and transformers; errors still come through."""
+    """Silence the chatter of all libraries, for a process that is ours; errors still come through."""
+    configure_environment()
+    for name in ("absl", "jax", "orbax", "grain", "tensorflow_datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(orbax|grain|tensorflow_datasets|flax|jax|google)\b.*")
+
+
+def configure_environment() -> None:
+    """Silence what XLA, tokenizers and transformers say when they start, and set XLA's flag for CPUs.
+
+    What the user has set stays.
+    """
     flags = os.environ.get("XLA_FLAGS", "")
     if CPU_FLAG not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {CPU_FLAG}=false".strip()
@@ -30,6 +41,3 @@ def configure_libraries() -> None:
         os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
     # Send no usage data to the hub.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    for name in ("absl", "jax", "orbax", "grain", "tensorflow_datasets"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"(orbax|grain|tensorflow_datasets|flax|jax|google)\b.*")

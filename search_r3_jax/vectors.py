@@ -35,6 +35,12 @@ def require_directions(vectors_ne: np.ndarray, name: Callable[[int], str]) -> np
     return vectors_ne
 
 
+def has_direction(vectors_ne: np.ndarray) -> np.ndarray:
+    """Which of the vectors are finite and not zero, [N] bool."""
+    squares_n = _squares(vectors_ne)
+    return np.isfinite(squares_n) & (squares_n > 0)
+
+
 def require_finite(vectors_ne: np.ndarray, name: Callable[[int], str]) -> np.ndarray:
     """The vectors [N,E]; raises EmbeddingError for the first one that is not finite, named by `name(row)`."""
     _refuse(np.flatnonzero(~np.isfinite(_squares(vectors_ne))), "holds numbers that are not finite", name)

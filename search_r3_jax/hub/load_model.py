@@ -72,6 +72,7 @@ class LoadedModel:
     Attributes:
         prompts: those recorded by the run or the export that the model is from. None: the chat template's.
         end_ids: tokens that end a turn, beside the tokenizer's own.
+        trained: the model knows its embed token; otherwise its row is new, and vectors mean little.
     """
 
     decoder: Decoder
@@ -80,6 +81,7 @@ class LoadedModel:
     mesh: Mesh | None = None
     prompts: Prompts | None = None
     end_ids: tuple[int, ...] = ()
+    trained: bool = True
 
     def prompter(self) -> Prompter:
         """Turns texts into the model's token ids; raises UserError where its chat template fails."""
@@ -94,15 +96,18 @@ def load_model(
     remat: str = "none",
     attention: Backend = "xla",
     mesh: Mesh | None = None,
+    param_dtype: str = "float32",
 ) -> LoadedModel:
     """Load the model that `name` means (see `resolve`), with `<|embed_token|>` added if it is missing.
 
-    Parameters are float32, sharded over `mesh`. `step` chooses a checkpoint when `name` is a run directory: a
-    number, `best`, or None for the newest. Raises UserError when the model cannot be read.
+    Parameters are sharded over `mesh`; matrices are of `param_dtype`, the rest float32. `step` chooses a
+    checkpoint when `name` is a run directory: a number, `best`, or None for the newest. Raises UserError when
+    the model cannot be read.
     """
     path = resolve(name)
     if (path / "checkpoints").is_dir():
-        return _load_run(path, step, compute_dtype, remat, attention, mesh)
+        loaded = _load_run(path, step, compute_dtype, remat, attention, mesh)
+        return replace(loaded, decoder=_with_matrices(loaded.decoder, param_dtype))
     _refuse_step(name, step, "--step")
     if path.is_dir():
         config = _folder_config(path / "config.json")
@@ -130,6 +135,7 @@ def load_model(
         remat=remat,
         attention=attention,
         mesh=mesh,
+        param_dtype=param_dtype,
     )
     return LoadedModel(
         decoder=decoder,
@@ -138,6 +144,7 @@ def load_model(
         mesh=mesh,
         prompts=prompts,
         end_ids=tuple(i for i in end_ids if i < embed.vocab_size),
+        trained=not embed.fresh,
     )
 
 
@@ -176,7 +183,8 @@ def _load_run(
     decoder = with_lora(start, config.lora, seed=config.seed).decoder
     params = nnx.state(decoder, trainable_filter(decoder))
     nnx.update(decoder, read_checkpoint(run, chosen, params))
-    return with_recorded_prompts(replace(start, decoder=_on_mesh(merge_lora(decoder), mesh)), run, run_json)
+    trained = replace(start, decoder=_on_mesh(merge_lora(decoder), mesh), trained=start.trained or chosen > 0)
+    return with_recorded_prompts(trained, run, run_json)
 
 
 def with_recorded_prompts(model: LoadedModel, run: Path, run_json: Mapping[str, Any]) -> LoadedModel:
@@ -206,6 +214,15 @@ def _on_mesh(decoder: Decoder, mesh: Mesh | None) -> Decoder:
             params, jax.device_put(nnx.to_pure_dict(params), param_shardings(decoder, mesh))
         )
         nnx.update(decoder, params)
+    return decoder
+
+
+def _with_matrices(decoder: Decoder, dtype: str) -> Decoder:
+    """The decoder with its matrices in another dtype. A run's adapters were merged into them in float32."""
+    if dtype != "float32":
+        for path, variable in nnx.iter_graph(decoder):
+            if isinstance(variable, nnx.Param) and path[-1] in ("kernel", "embedding", "head"):
+                variable.set_value(variable[...].astype(dtype))
     return decoder
 
 

@@ -58,12 +58,13 @@ def build_decoder(
     remat: str,
     attention: Backend = "xla",
     mesh: Mesh | None = None,
+    param_dtype: str = "float32",
 ) -> Decoder:
-    """A decoder with float32 parameters read from a checkpoint straight onto the devices of `mesh`.
+    """A decoder with its parameters read from a checkpoint straight onto the devices of `mesh`.
 
-    The tables have `vocab_size` rows. The row of a `fresh` embed token, or of one that is absent or zero,
-    starts at the mean of the existing rows (method, Model). Raises UserError listing all tensors that are
-    missing, misshapen or unknown.
+    Matrices are of `param_dtype`, norms and biases float32. The tables have `vocab_size` rows. The row of a
+    `fresh` embed token, or of one that is absent or zero, starts at the mean of the existing rows (method,
+    Model). Raises UserError listing all tensors that are missing, misshapen or unknown.
     """
     _check_sizes(config, source, where)
     _check_fit(config, source, where)
@@ -82,7 +83,8 @@ def build_decoder(
     shardings = None if mesh is None else param_shardings(decoder, mesh)
 
     def place(variable: nnx.Param, path: tuple[str, ...], fill: Fill) -> None:
-        variable.set_value(_Staging(variable.shape, _at(shardings, path)).put(fill))
+        array = _Staging(variable.shape, _at(shardings, path)).put(fill)
+        variable.set_value(array.astype(param_dtype if array.ndim > 1 else "float32"))
 
     place(decoder.embedding, ("embedding",), _table(source, EMBEDDING, embed_id, fresh))
     place(decoder.final_norm.scale, ("final_norm", "scale"), functools.partial(_copy, source, _FINAL_NORM))
@@ -93,7 +95,8 @@ def build_decoder(
         variable = getattr(getattr(decoder.layers, module), parameter)
         names = [f"model.layers.{i}.{name}" for i in range(config.layers)]
         sharding = _at(shardings, ("layers", module, parameter))
-        variable.set_value(_stacked(source, names, transposed, variable.shape, sharding))
+        dtype = param_dtype if parameter == "kernel" else "float32"
+        variable.set_value(_stacked(source, names, transposed, variable.shape, dtype, sharding))
     return decoder
 
 
@@ -306,6 +309,7 @@ def _stacked(
     names: list[str],
     transposed: bool,
     shape: tuple[int, ...],
+    dtype: str,
     sharding: NamedSharding | None,
 ) -> jax.Array:
     """[L,…] on its devices, written layer by layer: the host holds one layer's tensor at a time."""
@@ -313,7 +317,7 @@ def _stacked(
         shape[1:],
         None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:])),
     )
-    stack = jnp.zeros(shape, jnp.float32, device=sharding)
+    stack = jnp.zeros(shape, dtype, device=sharding)
     for i, name in enumerate(names):
 
         def fill(out: np.ndarray, index: Index, name: str = name) -> None:
@@ -326,7 +330,7 @@ def _stacked(
 
 @functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
 def _write_layer(stack: jax.Array, layer: jax.Array, i: int, sharding: NamedSharding | None) -> jax.Array:
-    written = jax.lax.dynamic_update_index_in_dim(stack, layer, i, 0)
+    written = jax.lax.dynamic_update_index_in_dim(stack, layer.astype(stack.dtype), i, 0)
     return written if sharding is None else jax.lax.with_sharding_constraint(written, sharding)
 
 

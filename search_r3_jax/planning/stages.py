@@ -19,7 +19,7 @@ from search_r3_jax.mesh import BATCH_AXES, axis_size, check_divisible
 from search_r3_jax.models.flops import head_flops, layers_flops, training_flops
 from search_r3_jax.models.lora import trainable_filter
 from search_r3_jax.planning.models import planned_model
-from search_r3_jax.rollout.encoder import BATCH_TOKENS, Encoder
+from search_r3_jax.rollout.encoder import PASS_TOKENS, Encoder
 from search_r3_jax.rollout.sampler import Rollout, Sampler
 from search_r3_jax.text.packing import bucket_length
 from search_r3_jax.text.prompts import Prompter
@@ -215,14 +215,15 @@ def _encode(config: RunConfig, mesh: Mesh) -> LoweredStage:
     prompt = model.prompter.direct
     text_tokens = config.text.max_document_tokens + len(prompt.suffix) + len(prompt.closing)
     lowered = Encoder(graph, model.prompter, mesh=mesh).lower(
-        state, length=bucket_length(text_tokens), batch_tokens=BATCH_TOKENS
+        state, text_tokens=text_tokens, pass_tokens=PASS_TOKENS
     )
-    rows = lowered.in_avals[0][2].shape[0]
+    rows, length = lowered.in_avals[0][2].shape
+    texts = rows * (length // text_tokens)
     flops = layers_flops(
-        model.decoder.config, rows * text_tokens, rows * _attended_pairs(len(prompt.prefix), text_tokens)
+        model.decoder.config, texts * text_tokens, texts * _attended_pairs(len(prompt.prefix), text_tokens)
     )
     layers = _parameter_count(nnx.to_pure_dict(state)["layers"])
-    return LoweredStage(lowered, rows * text_tokens, flops, {"parameters": state}, (), (layers, 0.0, 0.0))
+    return LoweredStage(lowered, texts * text_tokens, flops, {"parameters": state}, (), (layers, 0.0, 0.0))
 
 
 def _longest_texts(config: RunConfig) -> Collection:

@@ -1,4 +1,4 @@
-"""Encodes texts whose replies are given: the shared prompt prefix once, then length buckets."""
+"""Encodes texts whose replies are given: the shared prompt prefix once, then texts packed into rows."""
 
 from __future__ import annotations
 
@@ -14,19 +14,24 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from search_r3_jax.compiler import compiler_options
 from search_r3_jax.mesh import BATCH_AXES, axis_size, use_mesh
-from search_r3_jax.models.decoder import Decoder, Text, positions_from_lengths
-from search_r3_jax.models.embedding import pool_embedding
+from search_r3_jax.models.decoder import Decoder, Text
 from search_r3_jax.models.kv_block import KVBlock
-from search_r3_jax.text.packing import PaddedBatch, length_batches
+from search_r3_jax.text.packing import (
+    TOKENS_PER_TEXT,
+    EncodingPass,
+    encoding_passes,
+    row_length,
+    rows_of_pass,
+)
 from search_r3_jax.text.prompts import Mode, Prompter
-from search_r3_jax.vectors import require_directions
+from search_r3_jax.vectors import has_direction, l2_normalize, require_directions
 
-# Padded tokens a batch and device. Small batches suit a CPU's caches: a decoder of 135M parameters ran 5 %
+# Padded tokens a pass and device. Small passes suit a CPU's caches: a decoder of 135M parameters ran 5 %
 # faster at 1,024 than at 2,048.
-CPU_BATCH_TOKENS, BATCH_TOKENS = 1024, 8192
-# Batches dispatched to the device before the first result is read, so that it never waits for the host to
-# pad the next one.
-BATCHES_AHEAD = 2
+CPU_PASS_TOKENS, PASS_TOKENS = 1024, 8192
+# Passes dispatched to the device before the first result is read, so that it never waits for the host to
+# pack the next one.
+PASSES_AHEAD = 2
 
 
 def prefix_block(decoder: Decoder, prefix: Sequence[int], *, adapters: bool = True) -> KVBlock:
@@ -64,10 +69,10 @@ def shortened(text: str) -> str:
 
 
 class RowEncoder:
-    """Encodes token rows behind a mode's prefix; compiled once per (rows, length) bucket.
+    """Encodes token rows behind a mode's prefix, several to a row of a pass; compiled once for each shape.
 
     The parameters are an argument of each call. On a mesh, of this process's devices or of all processes',
-    the rows of a batch are sharded across `BATCH_AXES`, and the parameters keep the caller's sharding; every
+    the rows of a pass are sharded across `BATCH_AXES`, and the parameters keep the caller's sharding; every
     process passes the same texts and gets all vectors.
     """
 
@@ -77,10 +82,10 @@ class RowEncoder:
         prompter: Prompter,
         mode: Mode,
         *,
-        batch_tokens: int | None = None,
+        pass_tokens: int | None = None,
         mesh: Mesh | None = None,
     ):
-        prefix, embed_id = prompter.of(mode).prefix, prompter.embed_id
+        prefix = prompter.of(mode).prefix
 
         @functools.partial(jax.jit, compiler_options=compiler_options(mesh))
         def prefix_of(state: nnx.State) -> KVBlock:
@@ -91,20 +96,31 @@ class RowEncoder:
         everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
 
         @functools.partial(jax.jit, out_shardings=everywhere, compiler_options=compiler_options(mesh))
-        def encode(state: nnx.State, shared: KVBlock, ids: jax.Array, lengths: jax.Array) -> jax.Array:
+        def encode(
+            state: nnx.State,
+            shared: KVBlock,
+            ids_rt: jax.Array,
+            positions_rt: jax.Array,
+            segments_rt: jax.Array,
+            columns_rm: jax.Array,
+        ) -> jax.Array:
             decoder = nnx.merge(graph, state)
-            positions = positions_from_lengths(lengths, ids.shape[1], len(prefix))
             with use_mesh(mesh):
-                hidden, _ = decoder(ids, positions, contexts=[shared])
-            return pool_embedding(hidden, ids, embed_id).vectors
+                hidden, _ = decoder(ids_rt, positions_rt, segments_bt=segments_rt, contexts=[shared])
+            read_rmd = jnp.take_along_axis(hidden, columns_rm[:, :, None], axis=1)
+            return l2_normalize(read_rmd.astype(jnp.float32))
 
         self._prefix_of, self._encode = prefix_of, encode
         self._graph, self._mesh = graph, mesh
-        self._batch_tokens = batch_tokens or (
-            CPU_BATCH_TOKENS if jax.default_backend() == "cpu" else BATCH_TOKENS
+        self._embed_id, self._prefix_length = prompter.embed_id, len(prefix)
+        self._shares = 1 if mesh is None else axis_size(mesh, BATCH_AXES)
+        self._pass_tokens = pass_tokens or (
+            CPU_PASS_TOKENS if jax.default_backend() == "cpu" else PASS_TOKENS
         )
-        if mesh is not None:
-            self._batch_tokens *= axis_size(mesh, BATCH_AXES)
+
+    def prefix(self, state: nnx.State) -> KVBlock:
+        """Keys and values of the prompt prefix: for calls with the same parameters one after another."""
+        return self._prefix_of(state)
 
     def compile_rows(self, state: nnx.State, rows: Sequence[Sequence[int]]) -> None:
         """Compile `encode_rows` for these rows without running it, so that a later call can be timed.
@@ -115,28 +131,28 @@ class RowEncoder:
             return
         shared = self._prefix_of(state)
         compiled: set[tuple[int, ...]] = set()
-        for batch in self._batches(rows):
-            if batch.ids.shape not in compiled:
-                compiled.add(batch.ids.shape)
+        for each in self._passes(rows):
+            if each.ids.shape not in compiled:
+                compiled.add(each.ids.shape)
                 # Later calls with these shapes use the compiled program.
-                self._encode.lower(state, shared, *self._put(batch)).compile()
+                self._encode.lower(state, shared, *self._put(each)).compile()
 
-    def lower(self, state: nnx.State, *, length: int, batch_tokens: int) -> jax.stages.Lowered:
-        """Lower the encoding of a batch: rows of `length`, `batch_tokens` padded tokens a device.
+    def lower(self, state: nnx.State, *, text_tokens: int, pass_tokens: int) -> jax.stages.Lowered:
+        """Lower a pass of `pass_tokens` padded tokens a device, of texts of `text_tokens`.
 
         The state may be one of shapes.
         """
-        shares = 1 if self._mesh is None else axis_size(self._mesh, BATCH_AXES)
-        rows = max(1, batch_tokens // length) * shares
+        length = row_length(text_tokens)
+        rows = rows_of_pass(length, pass_tokens) * self._shares
         placed = None if self._mesh is None else NamedSharding(self._mesh, PartitionSpec(BATCH_AXES))
         everywhere = None if self._mesh is None else NamedSharding(self._mesh, PartitionSpec())
-        ids = jax.ShapeDtypeStruct((rows, length), np.int32, sharding=placed)
         shared = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
             jax.eval_shape(self._prefix_of, state),
         )
+        shapes = [(rows, length)] * 3 + [(rows, length // TOKENS_PER_TEXT)]
         return self._encode.lower(
-            state, shared, ids, jax.ShapeDtypeStruct((rows,), np.int32, sharding=placed)
+            state, shared, *(jax.ShapeDtypeStruct(shape, np.int32, sharding=placed) for shape in shapes)
         )
 
     def encode_rows(
@@ -146,52 +162,78 @@ class RowEncoder:
         on_progress: Callable[[int], object] | None = None,
         *,
         texts: Sequence[str] = (),
+        shared: KVBlock | None = None,
     ) -> np.ndarray:
         """Unit vectors [N,E] float32 of token rows, each with one embed token.
 
-        `on_progress` gets the number of finished rows. Raises UserError, with the one of `texts` that a row
-        is from, as soon as an embedding is not finite or zero.
+        `on_progress` gets the number of finished rows; `shared` is `prefix` of the same parameters. Raises
+        UserError, with the one of `texts` that a row is from, as soon as an embedding is not finite or zero,
+        and ValueError for a row without exactly one embed token.
         """
         vectors = np.zeros((len(rows), nnx.merge(self._graph, state).config.hidden_size), np.float32)
         if not rows:
             return vectors
-        shared = self._prefix_of(state)
-        running: deque[tuple[np.ndarray, jax.Array]] = deque()
+        prefix = self._prefix_of(state) if shared is None else shared
+        running: deque[tuple[EncodingPass, jax.Array]] = deque()
 
         def collect() -> None:
-            at, encoded = running.popleft()
-            found = np.asarray(encoded)[: len(at)]
-            # In the order of the texts, so that the first one is named.
-            order = np.argsort(at)
-            require_directions(found[order], lambda row: text_name(int(at[order[row]]), texts))
+            each, encoded = running.popleft()
+            there = each.texts >= 0
+            at, found = each.texts[there], np.asarray(encoded)[there]
+            if not has_direction(found).all():
+                self._name_the_first(state, prefix, rows, at, texts)
             vectors[at] = found
             if on_progress is not None:
                 on_progress(len(at))
 
-        for batch in self._batches(rows):
-            running.append((batch.rows, self._encode(state, shared, *self._put(batch))))
-            if len(running) > BATCHES_AHEAD:
+        for each in self._passes(rows):
+            running.append((each, self._encode(state, prefix, *self._put(each))))
+            if len(running) > PASSES_AHEAD:
                 collect()
         while running:
             collect()
         return vectors
 
-    def _batches(self, rows: Sequence[Sequence[int]]) -> Iterator[PaddedBatch]:
-        # The pad id must not be the embed token, which has to occur once; 0 never is the embed token.
-        return length_batches(rows, tokens=self._batch_tokens, pad_id=0)
+    def _name_the_first(
+        self,
+        state: nnx.State,
+        prefix: KVBlock,
+        rows: Sequence[Sequence[int]],
+        numbers: np.ndarray,
+        texts: Sequence[str],
+    ) -> None:
+        """Raise UserError for the first of some texts whose embedding, made alone, is not finite or zero.
 
-    def _put(self, batch: PaddedBatch) -> tuple[jax.typing.ArrayLike, jax.typing.ArrayLike]:
-        """Ids [B,T] and lengths [B] of a batch.
-
-        On a mesh, rows of length 0 are added so that all devices have as many.
+        What is not finite spreads to the texts beside it in a row: 0 · NaN is NaN.
         """
+        for number in sorted(numbers.tolist()):
+            for alone in self._passes([rows[number]]):
+                vector = np.asarray(self._encode(state, prefix, *self._put(alone)))[0, :1]
+                require_directions(vector, lambda _, number=number: text_name(number, texts))
+        raise AssertionError("texts embed alone that did not together")
+
+    def _passes(self, rows: Sequence[Sequence[int]]) -> Iterator[EncodingPass]:
+        embed_id = self._embed_id
+        for number, row in enumerate(rows):
+            if list(row).count(embed_id) != 1:
+                raise ValueError(f"row {number} has {list(row).count(embed_id)} embed tokens")
+        return encoding_passes(
+            rows,
+            [list(row).index(embed_id) for row in rows],
+            first_position=self._prefix_length,
+            tokens=self._pass_tokens,
+            # Not the embed token: 0 never is.
+            pad_id=0,
+            shares=self._shares,
+        )
+
+    def _put(self, each: EncodingPass) -> tuple[jax.typing.ArrayLike, ...]:
+        """Ids, positions and segments [R,T] and columns [R,M] of a pass, on the mesh if there is one."""
+        arrays = each.ids, each.positions, each.segments, each.columns
         if self._mesh is None:
-            return batch.ids, batch.lengths
-        missing = -len(batch.ids) % axis_size(self._mesh, BATCH_AXES)
-        filled = np.pad(batch.ids, ((0, missing), (0, 0))), np.pad(batch.lengths, (0, missing))
+            return arrays
         rows = NamedSharding(self._mesh, PartitionSpec(BATCH_AXES))
-        ids, lengths = (jax.make_array_from_callback(x.shape, rows, x.__getitem__) for x in filled)
-        return ids, lengths
+        return tuple(jax.make_array_from_callback(x.shape, rows, x.__getitem__) for x in arrays)
 
 
 class Encoder(RowEncoder):
@@ -202,10 +244,10 @@ class Encoder(RowEncoder):
         graph: nnx.GraphDef[Decoder],
         prompter: Prompter,
         *,
-        batch_tokens: int | None = None,
+        pass_tokens: int | None = None,
         mesh: Mesh | None = None,
     ):
-        super().__init__(graph, prompter, "direct", batch_tokens=batch_tokens, mesh=mesh)
+        super().__init__(graph, prompter, "direct", pass_tokens=pass_tokens, mesh=mesh)
         self._prompter = prompter
 
     def compile(self, state: nnx.State, texts: Sequence[str], *, max_tokens: int) -> None:
@@ -236,10 +278,10 @@ class ReasonedEncoder(RowEncoder):
         graph: nnx.GraphDef[Decoder],
         prompter: Prompter,
         *,
-        batch_tokens: int | None = None,
+        pass_tokens: int | None = None,
         mesh: Mesh | None = None,
     ):
-        super().__init__(graph, prompter, "reason", batch_tokens=batch_tokens, mesh=mesh)
+        super().__init__(graph, prompter, "reason", pass_tokens=pass_tokens, mesh=mesh)
         self._prompter = prompter
 
     def compile(

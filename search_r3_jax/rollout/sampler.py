@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,7 +18,8 @@ from search_r3_jax.config import ModelConfig, SamplerConfig
 from search_r3_jax.errors import UserError
 from search_r3_jax.mesh import constrain, map_params, reshape_mesh, use_mesh
 from search_r3_jax.models.decoder import Decoder
-from search_r3_jax.rollout.encoder import text_name
+from search_r3_jax.models.kv_block import KVBlock
+from search_r3_jax.rollout.encoder import prefix_block, text_name
 from search_r3_jax.rollout.sampling_program import Replies, make_program
 from search_r3_jax.text.packing import bucket_length, pad_rows
 from search_r3_jax.text.prompts import Prompter
@@ -94,7 +96,7 @@ class Sampler:
         self._prompter = prompter
         program = make_program(graph, prompter, config, slots)
 
-        def sample_on_mesh(state: nnx.State, *arguments: jax.Array) -> Replies:
+        def sample_on_mesh(state: nnx.State, *arguments: Any) -> Replies:
             decoder = nnx.merge(graph, state)
             # Every token reads all weights, so they are cast once and resharded once.
             state = jax.tree.map(lambda x: x.astype(decoder.compute_dtype), state)
@@ -110,40 +112,76 @@ class Sampler:
             sample_on_mesh,
             # None keeps the parameters' sharding. The rest is explicit, because JAX would take the
             # compiler's choice, a sharding of another view, for one of `mesh`.
-            in_shardings=(None, replicated, replicated, replicated),
+            in_shardings=(None, replicated, replicated, replicated, None),
             out_shardings=replicated,
             compiler_options=compiler_options(mesh),
         )
 
-    def compile(self, state: nnx.State, queries: int, group: int, *, max_tokens: int) -> None:
+        @jax.jit
+        def prefix_of(state: nnx.State) -> KVBlock:
+            with use_mesh(mesh):
+                return prefix_block(nnx.merge(graph, state), prompter.reason.prefix)
+
+        self._prefix_of = prefix_of
+
+    def prefix(self, state: nnx.State) -> KVBlock:
+        """Keys and values of the prompt prefix: for calls with the same parameters one after another."""
+        return self._prefix_of(state)
+
+    def compile(
+        self,
+        state: nnx.State,
+        queries: int,
+        group: int,
+        *,
+        max_tokens: int,
+        prompt_tokens: int | None = None,
+        shared: KVBlock | None = None,
+    ) -> None:
         """Compile `sample` for these sizes without running it, so that a later call can be timed."""
         # Later calls with these shapes use the compiled program.
-        self.lower(state, queries, group, max_tokens=max_tokens).compile()
+        length = prompt_tokens or self.prompt_tokens(max_tokens)
+        self._lower(state, queries, group, length, shared).compile()
 
     def lower(self, state: nnx.State, queries: int, group: int, *, max_tokens: int) -> jax.stages.Lowered:
         """Lower `sample` for `queries` × `group` samples; the state may be one of shapes."""
-        ids = jax.ShapeDtypeStruct((queries, self._prompt_tokens(max_tokens)), np.int32)
+        return self._lower(state, queries, group, self.prompt_tokens(max_tokens), None)
+
+    def _lower(
+        self, state: nnx.State, queries: int, group: int, prompt_tokens: int, shared: KVBlock | None
+    ) -> jax.stages.Lowered:
+        ids = jax.ShapeDtypeStruct((queries, prompt_tokens), np.int32)
         lengths, seeds = (
             jax.ShapeDtypeStruct((queries,), np.int32),
             jax.ShapeDtypeStruct((queries, group), np.uint32),
         )
-        return self._sample.lower(state, ids, lengths, seeds)
+        return self._sample.lower(state, ids, lengths, seeds, shared)
 
-    def _prompt_tokens(self, max_tokens: int) -> int:
+    def prompt_tokens(self, max_tokens: int) -> int:
+        """Tokens that prompts are padded to, for texts of `max_tokens`."""
         return bucket_length(max_tokens + len(self._prompter.reason.suffix))
 
     def sample(
-        self, state: nnx.State, texts: Sequence[str], seeds_qg: np.ndarray, *, max_tokens: int
+        self,
+        state: nnx.State,
+        texts: Sequence[str],
+        seeds_qg: np.ndarray,
+        *,
+        max_tokens: int,
+        prompt_tokens: int | None = None,
+        shared: KVBlock | None = None,
     ) -> Rollout:
         """Sample replies to each text [Q] under the seeds [Q,G] (uint32).
 
         The same seed and text give the same reply, whatever else is sampled. The loop runs as long as the
-        longest reply; prompts are padded to what `max_tokens` allows, so one shape is compiled. Raises
-        UserError naming the first text whose embedding is not finite.
+        longest reply. Prompts are padded to `prompt_tokens`, by default what `max_tokens` allows, so one
+        shape is compiled. `shared` is `prefix` of the same parameters. Raises UserError naming the first text
+        whose embedding is not finite.
         """
         rows = self._prompter.reason_rows(texts, max_tokens)
-        prompt_ids, prompt_lengths = pad_rows(rows, length=self._prompt_tokens(max_tokens), pad_id=0)
-        replies = self._sample(state, prompt_ids, prompt_lengths, seeds_qg.astype(np.uint32))
+        length = prompt_tokens or self.prompt_tokens(max_tokens)
+        prompt_ids, prompt_lengths = pad_rows(rows, length=length, pad_id=0)
+        replies = self._sample(state, prompt_ids, prompt_lengths, seeds_qg.astype(np.uint32), shared)
         arrays = {name: np.asarray(array) for name, array in replies._asdict().items()}
         group = seeds_qg.shape[1]
         require_finite(arrays["vectors"], lambda row: text_name(row // group, texts))

@@ -67,21 +67,29 @@ class _Batch(NamedTuple):
     hidden_size: int
 
 
-Program = Callable[[nnx.State, jax.Array, jax.Array, jax.Array], Replies]
+Program = Callable[[nnx.State, jax.Array, jax.Array, jax.Array, KVBlock | None], Replies]
 
 
 def make_program(
     graph: nnx.GraphDef[Decoder], prompter: Prompter, config: SamplerConfig, slots: int
 ) -> Program:
-    """Make `(state, prompt ids [Q,S], lengths [Q], seeds [Q,G]) → Replies`.
+    """Make `(state, prompt ids [Q,S], lengths [Q], seeds [Q,G], prefix) → Replies`.
 
-    `slots` rows are written at a time; 0 writes all.
+    `slots` rows are written at a time; 0 writes all. The prefix's keys and values are computed where None.
     """
     T = config.max_think_tokens + len(prompter.reason.closing)
 
-    def program(state: nnx.State, ids_qs: jax.Array, lengths_q: jax.Array, seeds_qg: jax.Array) -> Replies:
+    def program(
+        state: nnx.State,
+        ids_qs: jax.Array,
+        lengths_q: jax.Array,
+        seeds_qg: jax.Array,
+        prefix: KVBlock | None,
+    ) -> Replies:
         decoder = nnx.merge(graph, state)
-        batch = _read_prompts(decoder, prompter, config, ids_qs, lengths_q, seeds_qg)
+        if prefix is None:
+            prefix = prefix_block(decoder, prompter.reason.prefix)
+        batch = _read_prompts(decoder, config, ids_qs, lengths_q, seeds_qg, prefix)
         B = seeds_qg.size
         S = min(slots, B) if slots else B
 
@@ -100,25 +108,24 @@ def make_program(
 
 def _read_prompts(
     decoder: Decoder,
-    prompter: Prompter,
     config: SamplerConfig,
     ids_qs: jax.Array,
     lengths_q: jax.Array,
     seeds_qg: jax.Array,
+    prefix: KVBlock,
 ) -> _Batch:
     Q, G = seeds_qg.shape
-    prefix = prompter.reason.prefix
-    shared = prefix_block(decoder, prefix)
-    positions_qs = positions_from_lengths(lengths_q, ids_qs.shape[1], len(prefix))
+    prefix_tokens = prefix.positions.shape[1]
+    positions_qs = positions_from_lengths(lengths_q, ids_qs.shape[1], prefix_tokens)
     hidden_qsd, prompts = prefill(
-        decoder, ids_qs, positions_qs, chunk=config.prefill_chunk, contexts=[shared]
+        decoder, ids_qs, positions_qs, chunk=config.prefill_chunk, contexts=[prefix]
     )
     last_qd = jnp.take_along_axis(hidden_qsd, lengths_q[:, None, None] - 1, axis=1)[:, 0]
     return _Batch(
-        prefix=shared,
+        prefix=prefix,
         prompts=prompts,
         first_logits_qv=decoder.logits(last_qd),
-        first_position_q=lengths_q + len(prefix),
+        first_position_q=lengths_q + prefix_tokens,
         keys_b=jax.vmap(jax.random.key)(seeds_qg.reshape(Q * G)),
         group=G,
         hidden_size=last_qd.shape[-1],

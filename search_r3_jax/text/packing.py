@@ -9,6 +9,11 @@ import numpy as np
 
 LENGTH_STEP = 16
 SHORTEST_SHARE = 0.75
+# Texts that are encoded share rows of this length; those that are longer have rows of their `bucket_length`.
+# A pass that needs one row only is as short as a power of two allows: few shapes serve small calls.
+PACKED_ROW, SHORTEST_ROW = 256, 16
+# A row holds a text for every so many tokens, at most: that bounds the vectors of a pass.
+TOKENS_PER_TEXT = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,3 +118,115 @@ def length_batches(rows: Sequence[Sequence[int]], *, tokens: int, pad_id: int) -
         ids, row_lengths = pad_rows([rows[i] for i in taken], length=length, pad_id=pad_id, count=count)
         yield PaddedBatch(ids=ids, lengths=row_lengths, rows=np.array(taken))
         start += len(taken)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodingPass:
+    """Texts packed into the R rows of one pass; ids, positions and segments are [R,T] int32.
+
+    `segments` numbers the texts of a row (−1: padding). `columns` [R,M] int32 are where a state is read for
+    each text; `texts` [R,M] numbers the texts (−1: no text).
+    """
+
+    ids: np.ndarray
+    positions: np.ndarray
+    segments: np.ndarray
+    columns: np.ndarray
+    texts: np.ndarray
+
+
+def row_length(text_tokens: int) -> int:
+    """Length of the rows in which texts of so many tokens are encoded, when there are many."""
+    return PACKED_ROW if text_tokens <= PACKED_ROW else bucket_length(text_tokens)
+
+
+def rows_of_pass(length: int, tokens: int) -> int:
+    """Rows of a full pass of about so many tokens; two at least, for one row alone has another shape."""
+    return max(2, tokens // length)
+
+
+def encoding_passes(
+    rows: Sequence[Sequence[int]],
+    columns: Sequence[int],
+    *,
+    first_position: int,
+    tokens: int,
+    pad_id: int,
+    shares: int = 1,
+) -> Iterator[EncodingPass]:
+    """Passes of about `tokens` padded tokens for each of `shares` devices, in few shapes.
+
+    The state of text i is read at its `columns[i]`. Texts are packed best-fit, longest first.
+    """
+    packed = _fullest_rows([len(row) for row in rows])
+    for length in sorted(packed, reverse=True):
+        waiting = packed[length]
+        while waiting:
+            count = _fitting_count(len(waiting), rows_of_pass(length, tokens) * shares, shares)
+            taken, waiting = waiting[:count], waiting[count:]
+            shape = count, _short_length(rows, taken) if count == shares else length
+            yield _encoding_pass(rows, columns, taken, shape, first_position, pad_id)
+
+
+def _fullest_rows(lengths: Sequence[int]) -> dict[int, list[list[int]]]:
+    """Texts of each row, by the length of rows: each text goes to the row that it leaves least room in."""
+    by_length: dict[int, list[list[int]]] = {}
+    # The rows with so much room; bit n of `rooms` says that there are some with n.
+    with_room: dict[int, list[tuple[int, list[int]]]] = {}
+    rooms = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        size = lengths[i]
+        fitting = rooms >> size
+        if fitting:
+            room = size + (fitting & -fitting).bit_length() - 1
+            length, texts = with_room[room].pop()
+            if not with_room[room]:
+                rooms &= ~(1 << room)
+        else:
+            room = length = row_length(size)
+            texts = list[int]()
+            by_length.setdefault(length, []).append(texts)
+        texts.append(i)
+        if room > size and len(texts) < length // TOKENS_PER_TEXT:
+            with_room.setdefault(room - size, []).append((length, texts))
+            rooms |= 1 << (room - size)
+    return by_length
+
+
+def _fitting_count(waiting: int, most: int, shares: int) -> int:
+    """Rows of the next pass: `most`, or a power of four times less, at least a row for each of `shares`."""
+    count = most
+    while waiting <= count // 2 and count > shares:
+        count = max(shares, count // shares // 4 * shares)
+    return count
+
+
+def _short_length(rows: Sequence[Sequence[int]], taken: Sequence[Sequence[int]]) -> int:
+    """The least power of two that holds each row's texts, and has room for as many."""
+    needed = max(max(sum(len(rows[i]) for i in texts), len(texts) * TOKENS_PER_TEXT) for texts in taken)
+    return max(SHORTEST_ROW, 1 << (needed - 1).bit_length())
+
+
+def _encoding_pass(
+    rows: Sequence[Sequence[int]],
+    columns: Sequence[int],
+    taken: Sequence[Sequence[int]],
+    shape: tuple[int, int],
+    first_position: int,
+    pad_id: int,
+) -> EncodingPass:
+    ids = np.full(shape, pad_id, np.int32)
+    positions, segments = np.full(shape, -1, np.int32), np.full(shape, -1, np.int32)
+    most_texts = shape[1] // TOKENS_PER_TEXT
+    columns_rm = np.zeros((shape[0], most_texts), np.int32)
+    texts_rm = np.full((shape[0], most_texts), -1, np.int64)
+    for r, texts in enumerate(taken):
+        start = 0
+        for m, i in enumerate(texts):
+            at = slice(start, start + len(rows[i]))
+            ids[r, at] = rows[i]
+            positions[r, at] = first_position + np.arange(len(rows[i]))
+            segments[r, at] = m
+            columns_rm[r, m], texts_rm[r, m] = start + columns[i], i
+            start = at.stop
+    return EncodingPass(ids=ids, positions=positions, segments=segments, columns=columns_rm, texts=texts_rm)

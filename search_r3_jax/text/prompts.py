@@ -235,8 +235,12 @@ class Prompter:
 
         `max_tokens` cuts the text only, never the embed token.
         """
+        return self.with_tail(self.text_ids(texts, max_tokens))
+
+    def with_tail(self, text_ids: Sequence[Sequence[int]]) -> list[list[int]]:
+        """`direct_rows` of texts whose ids are known."""
         tail = [*self.direct.suffix, *self.direct.closing]
-        return [ids + tail for ids in self.text_ids(texts, max_tokens)]
+        return [[*ids, *tail] for ids in text_ids]
 
     def reason_rows(self, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
         """Token ids after the shared prefix in reasoned mode, up to the assistant's reply."""

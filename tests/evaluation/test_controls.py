@@ -43,7 +43,7 @@ def test_teacher_forcing_gives_the_samplers_vectors(
     ).sample(state, TEXTS, seeds, max_tokens=20)
     repeated = [text for text in TEXTS for _ in range(3)]
     # Small batches, so that rows of several lengths and fillers occur.
-    encoder = ReasonedEncoder(graph, prompter, batch_tokens=256)
+    encoder = ReasonedEncoder(graph, prompter, pass_tokens=256)
     np.testing.assert_allclose(
         encoder.encode(state, repeated, rollout.replies(), max_tokens=20), rollout.vectors, atol=1e-5
     )

@@ -14,6 +14,12 @@ def with_devices(devices: int) -> str:
     return f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}".strip()
 
 
+def path_with_torch() -> str:
+    """`PYTHONPATH` of this process for a program that does need torch."""
+    entries = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return os.pathsep.join(entry for entry in entries if Path(entry).name != "without_torch")
+
+
 def run_processes(
     program: Path, arguments: list[str], *, processes: int, devices: int, timeout: float
 ) -> list[dict[str, Any]]:
@@ -25,7 +31,7 @@ def run_processes(
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": with_devices(devices),
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), path_with_torch()]),
     }
     started = [
         subprocess.Popen(

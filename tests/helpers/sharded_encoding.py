@@ -33,8 +33,8 @@ def encoded(folder: str, mesh: Mesh | None) -> dict[str, Any]:
     model = load_model(folder, mesh=mesh)
     prompter = Prompter(model.tokenizer)
     graph, state = nnx.split(model.decoder)
-    encoder = Encoder(graph, prompter, batch_tokens=256, mesh=mesh)
-    reasoned = ReasonedEncoder(graph, prompter, batch_tokens=256, mesh=mesh)
+    encoder = Encoder(graph, prompter, pass_tokens=256, mesh=mesh)
+    reasoned = ReasonedEncoder(graph, prompter, pass_tokens=256, mesh=mesh)
     shares, encode = set(), encoder._encode
 
     def watched(state: nnx.State, shared: Any, ids: Any, lengths: Any) -> jax.Array:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.jax_processes import path_with_torch
 from helpers.measure_import_memory import write_random_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -29,7 +30,10 @@ def test_peak_memory(checkpoints: Path, kind: str, devices: int) -> None:
     # What makes other tests fast takes memory of its own: kept programs, one thread for torch.
     faster = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE", "OMP_NUM_THREADS")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(faster)}
-    flags = inherited | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    flags = inherited | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": path_with_torch(),
+    }
     command = [sys.executable, str(program), str(checkpoints / kind), str(devices)]
     run = subprocess.run(command, capture_output=True, text=True, env=flags, timeout=300)
     assert run.returncode == 0, run.stderr

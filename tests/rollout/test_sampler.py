@@ -204,7 +204,7 @@ def test_what_was_compiled_ahead_is_what_runs(tiny_model: LoadedModel) -> None:
     prompter = Prompter(tiny_model.tokenizer)
     sampler, encoder = (
         Sampler(graph, prompter, SamplerConfig(max_think_tokens=2, temperature=0.0)),
-        Encoder(graph, prompter, batch_tokens=128),
+        Encoder(graph, prompter, pass_tokens=128),
     )
     sampler.compile(state, 3, 2, max_tokens=20)
     encoder.compile(state, TEXTS, max_tokens=20)
@@ -292,7 +292,7 @@ def test_the_encoder_equals_a_plain_forward_in_any_batch(tiny_model: LoadedModel
     graph, state = nnx.split(tiny_model.decoder)
     prompter = Prompter(tiny_model.tokenizer)
     texts = [TEXTS[i % 3] * (1 + i % 5) for i in range(17)]
-    vectors = Encoder(graph, prompter, batch_tokens=256).encode(state, texts, max_tokens=40)
+    vectors = Encoder(graph, prompter, pass_tokens=256).encode(state, texts, max_tokens=40)
     rows = [[*prompter.direct.prefix, *row] for row in prompter.direct_rows(texts, 40)]
     hidden = np.asarray(plain_hidden(tiny_model.decoder, rows)).astype(np.float64)
     last = np.stack([hidden[i, len(row) - 1] for i, row in enumerate(rows)])

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from search_r3_jax.text.packing import bucket_length, length_batches, pack_rows
+from search_r3_jax.text.packing import bucket_length, encoding_passes, length_batches, pack_rows
 
 ragged = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=40), min_size=1, max_size=30)
 
@@ -61,3 +61,54 @@ def test_short_rows_do_not_fill_up_a_batch_of_long_ones() -> None:
         batch.ids.shape for batch in length_batches([[1] * 500, *[[1] * 20] * 6], tokens=2048, pad_id=0)
     ]
     assert shapes == [(1, 512), (8, 32)]
+
+
+def passes_of(rows: list[list[int]], *, tokens: int = 1024, shares: int = 1):
+    """Passes that read each text's last state."""
+    ends = [len(row) - 1 for row in rows]
+    return list(encoding_passes(rows, ends, first_position=3, tokens=tokens, pad_id=0, shares=shares))
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=300), min_size=1, max_size=40),
+    st.integers(1, 3),
+)
+def test_passes_hold_every_text_whole_once(rows: list[list[int]], shares: int) -> None:
+    seen: list[int] = []
+    for each in passes_of(rows, shares=shares):
+        assert len(each.ids) % shares == 0
+        for r, m in np.argwhere(each.texts >= 0):
+            text = int(each.texts[r, m])
+            at = np.flatnonzero(each.segments[r] == m)
+            assert each.ids[r, at].tolist() == rows[text]
+            assert each.positions[r, at].tolist() == list(range(3, 3 + len(rows[text])))
+            assert each.columns[r, m] == at[-1]
+            seen.append(text)
+        padding = each.segments < 0
+        assert not each.ids[padding].any()
+        assert (each.positions[padding] == -1).all()
+        assert (~padding).sum() == sum(len(rows[text]) for text in each.texts[each.texts >= 0])
+    assert sorted(seen) == list(range(len(rows)))
+
+
+@pytest.mark.parametrize("tokens", [1024, 8192])
+def test_passes_of_passages_waste_little_and_need_few_shapes(tokens: int) -> None:
+    lengths = np.clip(np.random.default_rng(0).lognormal(4.5, 0.5, 2000), 20, 256).astype(int)
+    shapes = [each.ids.shape for each in passes_of([[1] * length for length in lengths], tokens=tokens)]
+    assert sum(rows * length for rows, length in shapes) < 1.05 * lengths.sum()
+    assert len(set(shapes)) <= 3
+
+
+def test_long_texts_of_one_length_waste_little() -> None:
+    shapes = [each.ids.shape for each in passes_of([[1] * 520] * 50)]
+    assert sum(rows * length for rows, length in shapes) < 1.15 * 50 * 520
+
+
+def test_small_calls_have_shapes_of_one_small_set() -> None:
+    generator = np.random.default_rng(0)
+    shapes = {
+        each.ids.shape
+        for _ in range(300)
+        for each in passes_of([[1] * generator.integers(5, 250) for _ in range(generator.integers(1, 25))])
+    }
+    assert shapes <= {(1, 16 << n) for n in range(5)} | {(4, 256)}
