@@ -17,11 +17,11 @@ from search_r3_jax.mesh import BATCH_AXES, axis_size, use_mesh
 from search_r3_jax.models.decoder import Decoder, Text
 from search_r3_jax.models.kv_block import KVBlock
 from search_r3_jax.text.packing import (
-    TOKENS_PER_TEXT,
     EncodingPass,
     encoding_passes,
     row_length,
     rows_of_pass,
+    texts_of_row,
 )
 from search_r3_jax.text.prompts import Mode, Prompter
 from search_r3_jax.vectors import has_direction, l2_normalize, require_directions
@@ -150,7 +150,7 @@ class RowEncoder:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
             jax.eval_shape(self._prefix_of, state),
         )
-        shapes = [(rows, length)] * 3 + [(rows, length // TOKENS_PER_TEXT)]
+        shapes = [(rows, length)] * 3 + [(rows, texts_of_row(length))]
         return self._encode.lower(
             state, shared, *(jax.ShapeDtypeStruct(shape, np.int32, sharding=placed) for shape in shapes)
         )

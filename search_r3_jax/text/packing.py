@@ -12,8 +12,8 @@ SHORTEST_SHARE = 0.75
 # Texts that are encoded share rows of this length; those that are longer have rows of their `bucket_length`.
 # A pass that needs one row only is as short as a power of two allows: few shapes serve small calls.
 PACKED_ROW, SHORTEST_ROW = 256, 16
-# A row holds a text for every so many tokens, at most: that bounds the vectors of a pass.
-TOKENS_PER_TEXT = 8
+# A row holds a text for every so many tokens, at most: each is a vector that every pass brings back.
+_TOKENS_PER_TEXT, _TOKENS_PER_LONG_TEXT = 8, 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +140,11 @@ def row_length(text_tokens: int) -> int:
     return PACKED_ROW if text_tokens <= PACKED_ROW else bucket_length(text_tokens)
 
 
+def texts_of_row(length: int) -> int:
+    """Most texts of a row."""
+    return length // (_TOKENS_PER_TEXT if length <= PACKED_ROW else _TOKENS_PER_LONG_TEXT)
+
+
 def rows_of_pass(length: int, tokens: int) -> int:
     """Rows of a full pass of about so many tokens; two at least, for one row alone has another shape."""
     return max(2, tokens // length)
@@ -187,7 +192,7 @@ def _fullest_rows(lengths: Sequence[int]) -> dict[int, list[list[int]]]:
             texts = list[int]()
             by_length.setdefault(length, []).append(texts)
         texts.append(i)
-        if room > size and len(texts) < length // TOKENS_PER_TEXT:
+        if room > size and len(texts) < texts_of_row(length):
             with_room.setdefault(room - size, []).append((length, texts))
             rooms |= 1 << (room - size)
     return by_length
@@ -203,7 +208,7 @@ def _fitting_count(waiting: int, most: int, shares: int) -> int:
 
 def _short_length(rows: Sequence[Sequence[int]], taken: Sequence[Sequence[int]]) -> int:
     """The least power of two that holds each row's texts, and has room for as many."""
-    needed = max(max(sum(len(rows[i]) for i in texts), len(texts) * TOKENS_PER_TEXT) for texts in taken)
+    needed = max(max(sum(len(rows[i]) for i in texts), len(texts) * _TOKENS_PER_TEXT) for texts in taken)
     return max(SHORTEST_ROW, 1 << (needed - 1).bit_length())
 
 
@@ -217,7 +222,7 @@ def _encoding_pass(
 ) -> EncodingPass:
     ids = np.full(shape, pad_id, np.int32)
     positions, segments = np.full(shape, -1, np.int32), np.full(shape, -1, np.int32)
-    most_texts = shape[1] // TOKENS_PER_TEXT
+    most_texts = texts_of_row(shape[1])
     columns_rm = np.zeros((shape[0], most_texts), np.int32)
     texts_rm = np.full((shape[0], most_texts), -1, np.int64)
     for r, texts in enumerate(taken):

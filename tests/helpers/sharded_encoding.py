@@ -37,10 +37,10 @@ def encoded(folder: str, mesh: Mesh | None) -> dict[str, Any]:
     reasoned = ReasonedEncoder(graph, prompter, pass_tokens=256, mesh=mesh)
     shares, encode = set(), encoder._encode
 
-    def watched(state: nnx.State, shared: Any, ids: Any, lengths: Any) -> jax.Array:
+    def watched(state: nnx.State, shared: Any, ids: Any, *places: Any) -> jax.Array:
         if mesh is not None:
             shares.add(ids.addressable_shards[0].data.shape[0] / ids.shape[0])
-        return encode(state, shared, ids, lengths)
+        return encode(state, shared, ids, *places)
 
     replies = [prompter.thought_ids(text[::-1][:9]) for text in TEXTS]
     heard: list[int] = []
