@@ -16,7 +16,7 @@ import tyro
 from search_r3_jax import __version__
 from search_r3_jax.commands.data import DataBuild, DataMine
 from search_r3_jax.commands.evaluation import Budget, Compare, Curves, Eval, Mteb, Perplexity, Report
-from search_r3_jax.commands.models import Embed, Export
+from search_r3_jax.commands.models import Embed, Export, Think
 from search_r3_jax.commands.planning import Plan
 from search_r3_jax.commands.settings import plan_settings, rl_settings, sft_settings
 from search_r3_jax.commands.training import Indexer, Quickstart, Rl, Sft
@@ -144,6 +144,7 @@ def subcommands(arguments: Sequence[str]) -> Any:
         | Annotated[Report, tyro.conf.subcommand("report")]
         | Annotated[Export, tyro.conf.subcommand("export")]
         | Annotated[Embed, tyro.conf.subcommand("embed")]
+        | Annotated[Think, tyro.conf.subcommand("think")]
         | Annotated[Plan, tyro.conf.subcommand("plan", default=plan)]
     )
 

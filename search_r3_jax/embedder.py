@@ -198,16 +198,26 @@ class Embedder:
             thoughts = self.think(
                 listed, max_think_tokens=max_think_tokens, batch_size=batch_size, progress=progress
             )
-            vectors = np.stack([np.zeros(self.dimension, np.float32), *(each.vector for each in thoughts)])[
-                1:
-            ]
-            # A thought may be read without a use for its vector; here the vector is asked for.
-            require_directions(vectors, lambda row: text_name(row, listed))
-        else:
-            vectors = self._encode_directly(listed, batch_size or max(1, len(listed)), progress)
-        if truncate_dim is not None:
-            vectors = unit_vectors(vectors[:, :truncate_dim], lambda row: text_name(row, listed))
-        return quantize(vectors, precision)
+            return self.vectors_of(thoughts, listed, truncate_dim=truncate_dim, precision=precision)
+        vectors = self._encode_directly(listed, batch_size or max(1, len(listed)), progress)
+        return _finished(vectors, listed, truncate_dim, precision)
+
+    def vectors_of(
+        self,
+        thoughts: Sequence[Thought],
+        texts: Sequence[str],
+        *,
+        truncate_dim: int | None = None,
+        precision: Precision = "float32",
+    ) -> np.ndarray:
+        """The vectors of thoughts about `texts` as `encode` gives them, with its errors.
+
+        A thought may be read without a use for its vector; here the vector is asked for.
+        """
+        self._check("query", "reason", truncate_dim, precision, None, None)
+        vectors = np.array([thought.vector for thought in thoughts], np.float32).reshape(-1, self.dimension)
+        require_directions(vectors, lambda row: text_name(row, texts))
+        return _finished(vectors, texts, truncate_dim, precision)
 
     def encode_query(self, texts: str | Texts, *, mode: Mode = "direct", **options: Any) -> np.ndarray:
         """`encode` of queries."""
@@ -361,6 +371,14 @@ class Embedder:
             raise UserError("max_think_tokens: nothing is thought in mode 'direct'; give mode 'reason'")
         if batch_size is not None and batch_size < 1:
             raise UserError(f"batch_size: {batch_size}: give 1 or more, or leave it out")
+
+
+def _finished(
+    vectors_ne: np.ndarray, texts: Sequence[str], truncate_dim: int | None, precision: Precision
+) -> np.ndarray:
+    if truncate_dim is not None:
+        vectors_ne = unit_vectors(vectors_ne[:, :truncate_dim], lambda row: text_name(row, texts))
+    return quantize(vectors_ne, precision)
 
 
 def _filled(count: int, sizes: Sequence[int]) -> int:

@@ -68,44 +68,39 @@ class Problems:
             self.listed.append(f"{where}: {problem}")
 
 
-def read_texts(path: Path) -> list[str]:
-    """The lines of a text file, empty ones included, or the `text` fields of a .jsonl file; gzipped or not.
-
-    Raises UserError naming file and line.
-    """
-    problems, texts = Problems(), []
-    is_json = path.name.lower().removesuffix(".gz").endswith(".jsonl")
-    for where, line in read_lines(path, problems, blank=not is_json):
-        with problems.at(where):
-            texts.append(string_field(parse_object(line), "text") if is_json else line)
-    return texts
-
-
 def read_lines(path: Path, problems: Problems, *, blank: bool = False) -> Iterator[tuple[str, str]]:
     """`(where, line)` of each line that is not blank, or with `blank` of each, without its line end.
 
     `where` names file and line. Raises UserError when the file cannot be read.
     """
-    number = 0
     try:
-        # Bytes are split at "\n" only: text may hold other separators such as U+2028.
         with _open(path) as file:
-            while raw := file.readline(MAX_LINE_BYTES + 1):
-                number += 1
-                where, line = f"{path}, line {number}", None
-                with problems.at(where):
-                    line = _decoded(raw, first=number == 1)
-                while len(raw) > MAX_LINE_BYTES and not raw.endswith(b"\n"):
-                    raw = file.readline(MAX_LINE_BYTES + 1)
-                if line is not None and (blank or line.strip()):
-                    yield where, line
-    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        with problems.at(f"{path}, after line {number}"):
-            raise LineError("damaged gzip file", f"damaged gzip file ({error}); fetch it again") from None
+            yield from read_stream(file, str(path), problems, blank=blank)
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror or error}); mend it or choose another --input"
         ) from None
+
+
+def read_stream(
+    file: gzip.GzipFile | BinaryIO, name: str, problems: Problems, *, blank: bool = False
+) -> Iterator[tuple[str, str]]:
+    """`read_lines` of an open file, which messages call `name`."""
+    number = 0
+    try:
+        # Bytes are split at "\n" only: text may hold other separators such as U+2028.
+        while raw := file.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            where, line = f"{name}, line {number}", None
+            with problems.at(where):
+                line = _decoded(raw, first=number == 1)
+            while len(raw) > MAX_LINE_BYTES and not raw.endswith(b"\n"):
+                raw = file.readline(MAX_LINE_BYTES + 1)
+            if line is not None and (blank or line.strip()):
+                yield where, line
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        with problems.at(f"{name}, after line {number}"):
+            raise LineError("damaged gzip file", f"damaged gzip file ({error}); fetch it again") from None
 
 
 def parse_object(line: str) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from search_r3_jax import lines
+from search_r3_jax.commands.vector_files import read_texts
 from search_r3_jax.errors import UserError
-from search_r3_jax.lines import LineError, Problems, parse_object, read_lines, read_texts, string_field
+from search_r3_jax.lines import LineError, Problems, parse_object, read_lines, string_field
 
 
 def read(path: Path, *, skip_bad: bool = False) -> tuple[list[str], Problems]:
@@ -45,7 +46,7 @@ def test_texts_are_the_same_with_and_without_a_byte_order_mark_and_gzip(tmp_path
                 (tmp_path / f"{name.upper()}.GZ", gzip.compress(raw)),
             ):
                 file.write_bytes(written)
-                assert read_texts(file) == texts, file
+                assert list(read_texts(file, "query").texts) == texts, file
 
 
 @pytest.mark.parametrize("ending", [b"\n", b""])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -13,6 +13,9 @@ from search_r3_jax.commands.options import Common, CommonOptions
 from search_r3_jax.config import Step
 from search_r3_jax.console import print_line
 from search_r3_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from search_r3_jax.embedder import Embedder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,17 +90,23 @@ class Export:
 
 @dataclass(frozen=True, kw_only=True)
 class Embed:
-    """Embed the texts of a file, one per line, into a NumPy array.
+    """Embed texts: write their vectors, with their ids.
 
     Attributes:
         model: Run folder, Hugging Face folder, GGUF file, or `smollm2`.
-        input: Text file, one text per line; or a .jsonl file, one object with a `text` per line. Either may
-            be gzipped (.gz).
-        out: File to write: float32 unit vectors [texts, dimension] in .npy format.
+        input: What to embed: a text file, one text per line; a .jsonl file, objects with `text`, perhaps
+            `title` and `_id`; a BEIR folder, its corpus or with `--kind query` its queries; `-`, lines of
+            standard input. Files may be gzipped (.gz).
+        out: File to write: .npy, vectors [texts, dimension]; .npz, `ids` and `vectors`; .parquet, columns
+            `id` and `vector`; .jsonl, objects with `id` and `vector`. Any other name: .npy format.
         mode: `reason`: the model thinks before it embeds (queries only). `direct`: it does not.
         kind: What the texts are. Documents are embedded directly.
         truncate_dim: Keep this many dimensions and normalise again. None: all.
+        precision: float32; int8 or uint8, 256 steps between the least and the greatest value of each
+            dimension over these texts; binary or ubinary, the signs, eight to a byte.
         max_tokens: Longest text, in tokens. None: the model's limit.
+        max_think_tokens: Longest thought, in tokens. None: 128.
+        thoughts: File to write what the model thought of each query to, as .jsonl. None: none.
         step: Checkpoint of a run: a step or `best` (on its development queries). None: the newest.
         common: Options of every command.
     """
@@ -108,36 +117,116 @@ class Embed:
     mode: Literal["direct", "reason"] = "direct"
     kind: Literal["query", "document"] = "query"
     truncate_dim: int | None = None
+    precision: Literal["float32", "int8", "uint8", "binary", "ubinary"] = "float32"
     max_tokens: int | None = None
+    max_think_tokens: int | None = None
+    thoughts: Path | None = None
     step: Step = None
     common: Common = field(default_factory=CommonOptions)
 
     def run(self) -> None:
         """Run the subcommand."""
-        from search_r3_jax.files import save_array
-        from search_r3_jax.lines import read_texts
-        from search_r3_jax.outputs import check_output, message_stream, write_result
+        from search_r3_jax.commands.vector_files import read_texts, writer_of
+        from search_r3_jax.outputs import check_output, check_outputs, message_stream, write_result
 
-        for flag, value in (("--max-tokens", self.max_tokens), ("--truncate-dim", self.truncate_dim)):
-            if value is not None and value < 1:
-                raise UserError(f"{flag}: {value}: give 1 or more, or leave it out")
-        if self.kind == "document" and self.mode == "reason":
-            raise UserError("--mode: reason: documents are embedded directly; give direct, or --kind query")
-        check_output("--out", self.out)
-        texts = read_texts(self.input)
-        from search_r3_jax.embedder import Embedder
-
-        embedder = Embedder.load(self.model, step=self.step, max_tokens=self.max_tokens)
-        check_output("--out", self.out, size=4 * len(texts) * (self.truncate_dim or embedder.dimension))
+        self._check()
+        check_outputs(("--out", self.out), ("--thoughts", self.thoughts))
+        listed = read_texts(self.input, self.kind)
+        write = writer_of(self.out, listed.ids)
+        if self.precision in ("int8", "uint8") and len(listed.texts) == 1:
+            raise UserError(f"--precision: {self.precision}: one text has no range; give more, or float32")
+        embedder = _embedder(self)
+        size = 4 * len(listed.texts) * (self.truncate_dim or embedder.dimension)
+        check_output("--out", self.out, size=size)
         started = time.perf_counter()
-        vectors = embedder.encode(
-            texts, kind=self.kind, mode=self.mode, truncate_dim=self.truncate_dim, progress=True
+        thoughts = embedder.think(listed.texts, progress=True) if self.mode == "reason" else []
+        if self.thoughts is not None:
+            from search_r3_jax.files import write_json_lines
+
+            records = [
+                {"id": name, "text": text, "thought": each.text, "valid": each.valid, "tokens": each.tokens}
+                for name, text, each in zip(listed.ids, listed.texts, thoughts, strict=True)
+            ]
+            write_result("--thoughts", self.thoughts, lambda file: write_json_lines(file, records))
+        vectors = (
+            embedder.vectors_of(
+                thoughts, listed.texts, truncate_dim=self.truncate_dim, precision=self.precision
+            )
+            if self.mode == "reason"
+            else embedder.encode(
+                listed.texts,
+                kind=self.kind,
+                truncate_dim=self.truncate_dim,
+                precision=self.precision,
+                progress=True,
+            )
         )
         seconds = time.perf_counter() - started
-        write_result("--out", self.out, lambda file: save_array(file, vectors))
-        count, dimension = vectors.shape
+        write_result("--out", self.out, lambda file: write(file, vectors))
         print_line(
-            f"{self.out}: {count} {self.kind} vectors of {dimension} dimensions, {self.mode}, in "
-            f"{seconds:.1f} s",
+            f"{self.out}: {len(listed.texts)} {self.kind} vectors of "
+            f"{self.truncate_dim or embedder.dimension} dimensions, {self.mode}, in {seconds:.1f} s",
             message_stream(self.out),
         )
+
+    def _check(self) -> None:
+        """Raise UserError for a mistake in the options, before anything is read."""
+        _check_limits(self)
+        if self.truncate_dim is not None and self.truncate_dim < 1:
+            raise UserError(f"--truncate-dim: {self.truncate_dim}: give 1 or more, or leave it out")
+        if self.kind == "document" and self.mode == "reason":
+            raise UserError("--mode: reason: documents are embedded directly; give direct, or --kind query")
+        for flag, value in (("--thoughts", self.thoughts), ("--max-think-tokens", self.max_think_tokens)):
+            if self.mode == "direct" and value is not None:
+                raise UserError(f"{flag}: nothing is thought in mode direct; give --mode reason")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Think:
+    """Show what a model thinks of queries before it embeds them.
+
+    Attributes:
+        model: Run folder, Hugging Face folder, GGUF file, or `smollm2`.
+        queries: Queries, each in quotation marks.
+        max_tokens: Longest query, in tokens. None: the model's limit.
+        max_think_tokens: Longest thought, in tokens. None: 128.
+        step: Checkpoint of a run: a step or `best` (on its development queries). None: the newest.
+        common: Options of every command.
+    """
+
+    model: str
+    queries: tyro.conf.Positional[tuple[str, ...]]
+    max_tokens: int | None = None
+    max_think_tokens: int | None = None
+    step: Step = None
+    common: Common = field(default_factory=CommonOptions)
+
+    def run(self) -> None:
+        """Run the subcommand."""
+        _check_limits(self)
+        if not self.queries:
+            raise UserError("queries: none; give some behind the options")
+        from search_r3_jax.console import TextConsole
+
+        embedder, console = _embedder(self), TextConsole()
+        for query, thought in zip(self.queries, embedder.think(self.queries), strict=True):
+            how = "embeds by itself" if thought.valid else "was made to embed"
+            console.print(f"{query}  ({thought.tokens} tokens, {how})", style="bold", markup=False)
+            for line in thought.text.splitlines() or ["(no words)"]:
+                console.print(f"  {line}", markup=False)
+
+
+def _check_limits(options: Embed | Think) -> None:
+    if options.max_tokens is not None and options.max_tokens < 1:
+        raise UserError(f"--max-tokens: {options.max_tokens}: give 1 or more, or leave it out")
+    if options.max_think_tokens is not None and options.max_think_tokens < 0:
+        raise UserError(f"--max-think-tokens: {options.max_think_tokens}: give 0 or more, or leave it out")
+
+
+def _embedder(options: Embed | Think) -> Embedder:
+    from search_r3_jax.embedder import MAX_THINK_TOKENS, Embedder
+
+    budget = MAX_THINK_TOKENS if options.max_think_tokens is None else options.max_think_tokens
+    return Embedder.load(
+        options.model, step=options.step, max_tokens=options.max_tokens, max_think_tokens=budget
+    )

@@ -32,8 +32,8 @@ def read_beir_splits(folder: Path, splits: Sequence[str], problems: Problems) ->
     corpus_file = _find(folder, "corpus.jsonl")
     queries_file = _find(folder, "queries.jsonl")
     qrels_files = {split: _find_split(folder, split) for split in splits}
-    documents = _read_documents(corpus_file, problems)
-    texts = _read_query_texts(queries_file, problems)
+    documents = read_documents(folder, problems)
+    texts = read_query_texts(folder, problems)
     known = _Known(texts=texts, documents=documents, queries_file=queries_file, corpus_file=corpus_file)
     collections: dict[str, Collection] = {}
     for split, qrels_file in qrels_files.items():
@@ -99,7 +99,9 @@ class _Known:
         return None
 
 
-def _read_documents(path: Path, problems: Problems) -> dict[str, Document]:
+def read_documents(folder: Path, problems: Problems) -> dict[str, Document]:
+    """Id → document of a folder's corpus; raises UserError naming file and line."""
+    path = _find(folder, "corpus.jsonl")
     documents: dict[str, Document] = {}
     for where, line in read_lines(path, problems):
         with problems.at(where):
@@ -123,7 +125,9 @@ def _read_documents(path: Path, problems: Problems) -> dict[str, Document]:
     return documents
 
 
-def _read_query_texts(path: Path, problems: Problems) -> dict[str, str]:
+def read_query_texts(folder: Path, problems: Problems) -> dict[str, str]:
+    """Id → text of all of a folder's queries, judged or not; raises UserError naming file and line."""
+    path = _find(folder, "queries.jsonl")
     texts: dict[str, str] = {}
     for where, line in read_lines(path, problems):
         with problems.at(where):

@@ -1,0 +1,118 @@
+"""Texts with ids that `embed` reads, and vectors with ids that it writes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from search_r3_jax.data.beir import read_documents, read_query_texts
+from search_r3_jax.data.collection import Document
+from search_r3_jax.errors import UserError
+from search_r3_jax.files import save_array
+from search_r3_jax.lines import LineError, Problems, parse_object, read_lines, read_stream, string_field
+
+STANDARD_INPUT = Path("-")
+_ID_FIELDS = ("_id", "id", "doc_id", "query_id")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texts:
+    """Texts and their ids; lines of a text file are numbered from 1 on."""
+
+    ids: Sequence[str]
+    texts: Sequence[str]
+
+
+def read_texts(source: Path, kind: Literal["query", "document"]) -> Texts:
+    """The texts of a BEIR folder, of a .jsonl file, of a file with one a line, or of standard input (`-`).
+
+    Title and text are joined as in evaluation. Raises UserError naming file and line.
+    """
+    if source.is_dir():
+        return _beir_texts(source, kind)
+    is_json = source.name.lower().removesuffix(".gz").endswith(".jsonl")
+    problems = Problems()
+    lines = (
+        read_stream(sys.stdin.buffer, "standard input", problems, blank=True)
+        if source == STANDARD_INPUT
+        else read_lines(source, problems, blank=not is_json)
+    )
+    ids, texts, seen = list[str](), list[str](), set[str]()
+    for number, (where, line) in enumerate(lines, 1):
+        with problems.at(where):
+            text_id, text = _fields(line, number) if is_json else (str(number), line)
+            if text_id in seen:
+                raise LineError("id twice", f"id {text_id!r} is there already; ids name one text each")
+            seen.add(text_id)
+            ids.append(text_id)
+            texts.append(text)
+    return Texts(ids=ids, texts=texts)
+
+
+def _fields(line: str, number: int) -> tuple[str, str]:
+    fields = parse_object(line)
+    named = next((name for name in _ID_FIELDS if name in fields), None)
+    text_id = str(number) if named is None else str(fields[named])
+    title = string_field(fields, "title", default="")
+    return text_id, Document(doc_id=text_id, title=title, text=string_field(fields, "text")).body
+
+
+def _beir_texts(folder: Path, kind: str) -> Texts:
+    problems = Problems(as_published=True)
+    if kind == "query":
+        queries = read_query_texts(folder, problems)
+        return Texts(ids=list(queries), texts=list(queries.values()))
+    documents = read_documents(folder, problems)
+    return Texts(ids=list(documents), texts=[document.body for document in documents.values()])
+
+
+def writer_of(path: Path, ids: Sequence[str]) -> Callable[[Path, np.ndarray], None]:
+    """What writes vectors [N,E] to a file of the kind that `path` ends in: .npy where it names none of these.
+
+    `.npz` has `ids` and `vectors`; `.parquet` columns `id` and `vector`; `.jsonl` an object a line. Raises
+    UserError without pyarrow for `.parquet`.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".npz":
+        return lambda file, vectors: _write_npz(file, ids, vectors)
+    if suffix == ".jsonl":
+        return lambda file, vectors: _write_jsonl(file, ids, vectors)
+    if suffix == ".parquet":
+        _pyarrow_is_there()
+        return lambda file, vectors: _write_parquet(file, ids, vectors)
+    return save_array
+
+
+def _write_npz(file: Path, ids: Sequence[str], vectors: np.ndarray) -> None:
+    with file.open("wb") as stream:
+        np.savez(stream, ids=np.array(ids, dtype=np.str_), vectors=vectors)
+
+
+def _write_jsonl(file: Path, ids: Sequence[str], vectors: np.ndarray) -> None:
+    with file.open("w", encoding="utf-8") as stream:
+        for text_id, vector in zip(ids, vectors, strict=True):
+            # The shortest digits that give the same float32 again.
+            numbers = ",".join(str(number) for number in vector)
+            stream.write(f'{{"id":{json.dumps(text_id)},"vector":[{numbers}]}}\n')
+
+
+def _write_parquet(file: Path, ids: Sequence[str], vectors: np.ndarray) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    flat = pyarrow.array(vectors.reshape(-1))
+    column = pyarrow.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
+    parquet.write_table(pyarrow.table({"id": pyarrow.array(ids, pyarrow.string()), "vector": column}), file)
+
+
+def _pyarrow_is_there() -> None:
+    try:
+        import pyarrow  # noqa: F401
+    except ImportError:
+        raise UserError("--out: .parquet needs pyarrow; run: pip install pyarrow, or write .npz") from None
