@@ -105,7 +105,7 @@ class Embed:
         precision: float32; int8 or uint8, 256 steps between the least and the greatest value of each
             dimension over these texts; binary or ubinary, the signs, eight to a byte.
         max_tokens: Longest text, in tokens. None: the model's limit.
-        max_think_tokens: Longest thought, in tokens. None: 128.
+        max_think_tokens: Longest thought, in tokens. None: 32.
         thoughts: File to write what the model thought of each query to, as .jsonl. None: none.
         step: Checkpoint of a run: a step or `best` (on its development queries). None: the newest.
         common: Options of every command.
@@ -189,7 +189,7 @@ class Think:
         model: Run folder, Hugging Face folder, GGUF file, or `smollm2`.
         queries: Queries, each in quotation marks.
         max_tokens: Longest query, in tokens. None: the model's limit.
-        max_think_tokens: Longest thought, in tokens. None: 128.
+        max_think_tokens: Longest thought, in tokens. None: 32.
         step: Checkpoint of a run: a step or `best` (on its development queries). None: the newest.
         common: Options of every command.
     """
