@@ -82,9 +82,7 @@ def _write(
     described = write_sentence_transformers(
         folder, prompter, dimension=decoder.config.hidden_size, max_tokens=read
     )
-    (folder / "README.md").write_text(
-        model_card(prompter.prompts, sentence_transformers=described), encoding="utf-8"
-    )
+    (folder / "README.md").write_text(model_card(prompter, sentence_transformers=described), encoding="utf-8")
 
 
 def max_text_tokens(prompter: Prompter, max_positions: int) -> int:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from search_r3_jax.config import EMBED_TOKEN
-from search_r3_jax.text.prompts import CLOSING, DIRECT_SYSTEM, REASON_SYSTEM, Prompts
+from search_r3_jax.text.prompts import CLOSING, DIRECT_SYSTEM, REASON_SYSTEM, Prompter
 
-_QUERIES = '["sort a list by key", "read a file line by line"]'
+_QUERIES = '["how do bees find their way home", "what makes bread rise"]'
 _DOCUMENTS = (
-    '["def by_key(rows, key):\\n    return sorted(rows, key=key)", "for line in open(path):\\n    '
-    'print(line)"]'
+    '["Honeybees steer by the sun and by landmarks.", "Yeast ferments sugar into carbon dioxide, which '
+    'lifts the dough."]'
 )
 
 _PROMPTS = f"""# A search embedder that thinks first
@@ -22,17 +22,38 @@ similarity is the cosine.
 Documents are embedded directly, queries either way.
 """
 
-# What both snippets below do with a tokenizer and the decoder without its head.
+# What both snippets below do with a tokenizer, the model, and its decoder without the head.
 _EMBED = """
-def embed(text):
-    inputs = tokenizer(before + text.strip() + after, return_tensors="pt", add_special_tokens=False)
+
+def tokens(before, text, after):
+    return tokenizer(before + text.strip() + after, return_tensors="pt", add_special_tokens=False)
+
+
+def vector(input_ids):
     with torch.no_grad():
-        state = decoder(**inputs).last_hidden_state[0, -1]
+        state = decoder(input_ids=input_ids).last_hidden_state[0, -1]
     return torch.nn.functional.normalize(state.float(), dim=0)
 
 
-print(embed("sort a list by key") @ embed("def by_key(rows, key): return sorted(rows, key=key)"))
+def embed(text):
+    return vector(tokens(direct[0], text, direct[1])["input_ids"])
+
+
+def think(query, max_think_tokens=32):
+    prompt = tokens(reasoned[0], query, reasoned[1])
+    reply = model.generate(**prompt, max_new_tokens=max_think_tokens, do_sample=False, eos_token_id=ends)
+    if reply[0, -1] != closing[-1]:  # the embed token
+        reply = torch.cat([reply, torch.tensor([closing])], dim=1)
+    return tokenizer.decode(reply[0, prompt["input_ids"].shape[1] :]), vector(reply)
+
+
+thought, query = think("how do bees find their way home")
+print(thought)
+print(query @ embed("Honeybees steer by the sun and by landmarks."))
 ```
+
+`embed` embeds directly, as documents are; `think` lets the model think about a query first.
+Neither needs JAX.
 """
 
 _TRANSFORMERS = """
@@ -69,7 +90,8 @@ print(model.similarity(queries, documents))
 
 A text that is too long is cut, never the prompt around it.
 Special tokens written in a text are read as plain text, if split a little
-otherwise than `Embedder` splits them. Embeddings are direct; for reasoned ones take `Embedder`.
+otherwise than `Embedder` splits them. Embeddings are direct; for reasoned ones take `think` above,
+or `Embedder`.
 """
 
 _NO_SENTENCE_TRANSFORMERS = """
@@ -95,9 +117,9 @@ print(embedder.think({_QUERIES})[0].text)
 """
 
 
-def model_card(prompts: Prompts, *, sentence_transformers: bool) -> str:
+def model_card(prompter: Prompter, *, sentence_transformers: bool) -> str:
     """The card of an exported model; `sentence_transformers` says whether the folder has the files for it."""
-    transformers = _TRANSFORMERS.replace("EMBED", _embed_function(prompts))
+    transformers = _TRANSFORMERS.replace("EMBED", _embed_functions(prompter))
     front = "library_name: sentence-transformers" if sentence_transformers else "library_name: transformers"
     second = _SENTENCE_TRANSFORMERS if sentence_transformers else _NO_SENTENCE_TRANSFORMERS
     return (
@@ -105,13 +127,19 @@ def model_card(prompts: Prompts, *, sentence_transformers: bool) -> str:
     )
 
 
-def _embed_function(prompts: Prompts) -> str:
+def _embed_functions(prompter: Prompter) -> str:
     # Written out: a chat template may render another prompt tomorrow.
-    before, after = prompts.direct
-    return f"before, after = {before!r}, {after + CLOSING!r}\n{_EMBED}"
+    (before, after), reasoned = prompter.prompts.direct, prompter.prompts.reason
+    ends = [*prompter.end_ids, prompter.embed_id]
+    return (
+        f"direct = {before!r}, {after + CLOSING!r}\n"
+        f"reasoned = {reasoned.before!r}, {reasoned.after!r}\n"
+        f"# Tokens: what a thought that found no end is closed with, and where a reply ends.\n"
+        f"closing, ends = {list(prompter.reason.closing)}, {ends}\n{_EMBED}"
+    )
 
 
-def adapter_card(prompts: Prompts, *, base: str, embed_id: int) -> str:
+def adapter_card(prompter: Prompter, *, base: str, embed_id: int) -> str:
     """The card of exported adapters for the checkpoint that `base` names."""
     return f"""---
 base_model: {base}
@@ -138,4 +166,4 @@ if base.get_input_embeddings().num_embeddings <= {embed_id}:
 model = PeftModel.from_pretrained(base, folder).eval()
 decoder = model.get_base_model().model
 
-{_embed_function(prompts)}"""
+{_embed_functions(prompter)}"""

@@ -95,7 +95,7 @@ def export_peft(model: LoadedModel, out: Path, *, base: str, earlier: Sequence[L
             prompter.prompts,
             max_tokens=min(MAX_TOKENS, max_text_tokens(prompter, decoder.config.max_positions)),
         )
-        card = adapter_card(prompter.prompts, base=base, embed_id=model.embed_id)
+        card = adapter_card(prompter, base=base, embed_id=model.embed_id)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return out
 

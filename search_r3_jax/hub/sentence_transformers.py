@@ -54,6 +54,8 @@ def write_sentence_transformers(folder: Path, prompter: Prompter, *, dimension: 
             "transformer_task": "feature-extraction",
             "modality_config": {"text": output, "message": output | {"format": "flat"}},
             "module_output_name": "token_embeddings",
+            # Vectors are normalised in float32, whatever the weights are stored in.
+            "model_kwargs": {"dtype": "float32"},
             "processor_kwargs": processor,
             "processing_kwargs": {"chat_template": template},
         },

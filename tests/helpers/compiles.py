@@ -16,7 +16,7 @@ def lowered_programs() -> Iterator[list[str]]:
     """The names of the programs that are lowered within the block, as they come."""
     names: list[str] = []
 
-    def listen(event: str, seconds: float, **said: Any) -> None:
+    def listen(event: str, duration_secs: float, **said: Any) -> None:
         if event == LOWERED:
             names.append(str(said["fun_name"]))
 

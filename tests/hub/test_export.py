@@ -205,13 +205,35 @@ def test_the_cards_snippets_run_and_agree(
         run_snippet(code) for code in snippets(exports["llama"])
     )
     embedder = with_embedder["embedder"]
-    documents = embedder.encode(["def by_key(rows, key):\n    return sorted(rows, key=key)"], kind="document")
+    documents = embedder.encode(["Honeybees steer by the sun and by landmarks."], kind="document")
     np.testing.assert_allclose(with_embedder["documents"][:1], documents, atol=1e-6)
     np.testing.assert_allclose(with_sentence_transformers["documents"], with_embedder["documents"], atol=1e-5)
     ours = embedder.encode(TEXTS[:4])
     np.testing.assert_allclose(
         np.stack([with_transformers["embed"](text).numpy() for text in TEXTS[:4]]), ours, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_the_card_thinks_as_the_embedder_does(exports: dict[str, Path], family: str) -> None:
+    with_transformers = run_snippet(snippets(exports[family])[0])
+    embedder = Embedder.load(exports[family])
+    for text in TEXTS[:4]:
+        for budget in (1, 8):
+            thought, vector = with_transformers["think"](text, budget)
+            ours = embedder.think(text, max_think_tokens=budget)
+            assert ours.text in thought
+            np.testing.assert_allclose(vector.numpy(), ours.vector, atol=1e-5)
+
+
+def test_half_precision_gives_unit_vectors(tiny_model: LoadedModel, tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    out = export_model(tiny_model, tmp_path / "half", dtype="bfloat16")
+    vectors = SentenceTransformer(str(out)).encode(TEXTS[:4], prompt_name="query")
+    assert vectors.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=-1), 1, atol=1e-6)
+    np.testing.assert_allclose(vectors, Embedder.load(out).encode(TEXTS[:4]), atol=1e-5)
 
 
 def test_a_prompt_that_shares_tokens_with_texts_gets_no_sentence_transformers_files(tmp_path: Path) -> None:
