@@ -8,8 +8,8 @@ from pathlib import Path
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
-from search_r3_jax.data.build import build_beir, build_jsonl
-from search_r3_jax.data.collection import trainable
+from search_r3_jax.data.build import TableOptions, build_beir, build_jsonl, build_table
+from search_r3_jax.data.collection import Collection, trainable
 from search_r3_jax.data.dataset import load_collection
 from search_r3_jax.errors import UserError
 
@@ -146,3 +146,33 @@ def test_any_jsonl_file(content: bytes, zipped: bool, cut: int, skip: bool) -> N
         file = Path(place) / "pairs.jsonl"
         write(file, content, zipped, cut if cut < 2 else 0)
         check(build_jsonl, file.with_name(file.name + ".gz") if zipped else file, Path(place) / "set", skip)
+
+
+CELLS = st.sampled_from(
+    [b"", b" ", b"text", b'"a ""b"" c"', b'"two\r\nlines"', b'"open', b"\0", b"\xff", b"NaN", b"1", b"a,b", b"\xc3\xa9"]
+)
+TABLES = st.tuples(
+    st.sampled_from([b"query,positive", b"positive;query;relevance", b"query\tpositive\tnegative", b"q,p", b""]),
+    st.lists(st.lists(CELLS, min_size=1, max_size=4), max_size=8),
+    st.sampled_from([b",", b";", b"\t"]),
+    st.sampled_from([b"\n", b"\r\n", b"\r"]),
+).map(lambda drawn: drawn[3].join([drawn[0], *(drawn[2].join(row) for row in drawn[1])]))
+
+
+@PLENTY
+@given(
+    content=TABLES | st.binary(max_size=60),
+    share=st.none() | st.sampled_from([0.1, 0.5]),
+    zipped=st.booleans(),
+    cut=st.integers(0, 9),
+    skip=st.booleans(),
+)
+def test_any_table(content: bytes, share: float | None, zipped: bool, cut: int, skip: bool) -> None:
+    def build(source: Path, out: Path, *, skip_bad: bool) -> dict[str, Collection]:
+        options = TableOptions(shares={} if share is None else {"test": share})
+        return build_table(source, out, options=options, skip_bad=skip_bad).collections
+
+    with tempfile.TemporaryDirectory() as place:
+        file = Path(place) / "pairs.csv"
+        write(file, content, zipped, cut if cut < 2 else 0)
+        check(build, file.with_name(file.name + ".gz") if zipped else file, Path(place) / "set", skip)
