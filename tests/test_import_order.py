@@ -27,10 +27,10 @@ ORDER = [
     {"models"},
     {"objectives"},
     {"configs"},
-    {"mesh", "distributed.runtime", "compiler"},
+    {"mesh", "distributed.runtime", "compiler", "compile_cache"},
     {"config", "chips", "vectors"},
     {"outputs"},
-    {"distributed.spec", "console", "files", "lines", "runtime_env"},
+    {"distributed.spec", "console", "files", "lines", "runtime_env", "extras"},
     {"errors"},
     # The package itself: its version.
     {""},
