@@ -18,9 +18,7 @@ def require(what: str, extra: str, *modules: str) -> None:
     for module in modules:
         if not _is_installed(module):
             package = _PACKAGES.get(module, module)
-            raise UserError(
-                f"{what}: {package} is not installed; run: pip install 'search_r3_jax[{extra}]'"
-            )
+            raise UserError(f"{what}: {package} is not installed; run: pip install 'search_r3_jax[{extra}]'")
 
 
 def _is_installed(module: str) -> bool:

@@ -84,7 +84,9 @@ def test_a_report_without_pictures_needs_no_matplotlib(
 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     (tmp_path / "result.json").write_text(json.dumps(eval_record("model")))
-    shown = search_r3_here("report", "--eval", str(tmp_path / "result.json"), "--out", str(tmp_path / "r.html"))
+    shown = search_r3_here(
+        "report", "--eval", str(tmp_path / "result.json"), "--out", str(tmp_path / "r.html")
+    )
     assert (shown.returncode, shown.stderr) == (0, "")
 
 

@@ -1,4 +1,4 @@
-"""What is handed out: the source archive holds the launchers, the wheel the package alone; completion of the shell."""
+"""What is handed out: a whole source archive, a wheel with the package alone, completion of the shell."""
 
 import shutil
 import subprocess
@@ -19,8 +19,8 @@ PROGRAM = "import sys; from setuptools import build_meta; getattr(build_meta, sy
 def archives(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The source archive and the wheel, built from a copy, as building leaves files in the sources."""
     copy, out = tmp_path_factory.mktemp("copy") / "search_r3_jax", tmp_path_factory.mktemp("out")
-    ignored = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", "*.egg-info", ".*_cache", "build", "dist")
-    shutil.copytree(ROOT, copy, ignore=ignored)
+    left_out = (".git", ".venv", "runs", "__pycache__", "*.egg-info", ".*_cache", "build", "dist")
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*left_out))
     for build in ("build_sdist", "build_wheel"):
         command = [sys.executable, "-c", PROGRAM, build, str(out)]
         subprocess.run(command, cwd=copy, check=True, capture_output=True)
@@ -32,8 +32,15 @@ def test_the_source_archive_holds_the_launchers_and_the_pages(archives: tuple[Pa
         names = {member.name.partition("/")[2]: member for member in archive.getmembers()}
     wanted = {str(file.relative_to(ROOT)) for file in (ROOT / "launch").rglob("*") if file.is_file()}
     assert wanted - {name for name in wanted if "__pycache__" in name} <= names.keys()
-    pages = {str(page.relative_to(ROOT)) for room in ("search_r3_jax", "tests") for page in (ROOT / room).rglob("*.md")}
-    assert pages | {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "requirements.txt"} <= names.keys()
+    pages = {
+        str(page.relative_to(ROOT))
+        for room in ("search_r3_jax", "tests")
+        for page in (ROOT / room).rglob("*.md")
+    }
+    assert (
+        pages | {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "requirements.txt"}
+        <= names.keys()
+    )
     assert names["launch/quickstart.sh"].mode & 0o100
     assert not any(name.endswith(".pyc") for name in names)
 

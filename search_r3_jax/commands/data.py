@@ -22,8 +22,8 @@ class DataBuild:
 
     Attributes:
         source: What to read: `beir`, a folder in BEIR's layout; `jsonl`, a file with a query and its
-            documents per line; `table`, a .csv, .tsv, .parquet or .jsonl file or a Hugging Face data set, with
-            a query and an answer per row; `python-functions`, Python packages.
+            documents per line; `table`, a .csv, .tsv, .parquet or .jsonl file or a Hugging Face data set,
+            with a query and an answer per row; `python-functions`, Python packages.
         out: Folder to write. Must not exist, or hold the same data set.
         input: Folder or file to read; with `table` also the id of a data set on the Hugging Face hub. With
             `python-functions`, None reads the installed packages.

@@ -50,8 +50,8 @@ def hold_out(
             split_of.update(dict.fromkeys(group, split))
         if not size or not left:
             raise UserError(
-                f"--split-{split}: {share:g}: cannot be held out of {len(queries)} queries: those of one text "
-                "or with a relevant document in common stay together, "
+                f"--split-{split}: {share:g}: cannot be held out of {len(queries)} queries: those of one "
+                "text or with a relevant document in common stay together, "
                 f"at least {min(map(len, waiting))}; give another share, or more rows"
             )
         waiting = left

@@ -99,9 +99,7 @@ def _read_query(fields: dict[str, Any]) -> JudgedQuery:
     instruction = string_field(fields, "instruction", default="")
     reasoning = string_field(fields, "reasoning", default="")
     query_id = (
-        filled_field(fields, "query_id")
-        if "query_id" in fields
-        else content_id(text, instruction, reasoning)
+        filled_field(fields, "query_id") if "query_id" in fields else content_id(text, instruction, reasoning)
     )
     return JudgedQuery(query_id=query_id, text=text, instruction=instruction, reasoning=reasoning)
 

@@ -131,9 +131,7 @@ class _Reading:
                     continue
                 positives = {documents[doc].doc_id: value for doc, value in query.positives.items()}
                 negatives = tuple(documents[doc].doc_id for doc in query.negatives)
-                named = replace(
-                    query, query_id=first.get(key, key), positives=positives, negatives=negatives
-                )
+                named = replace(query, query_id=first.get(key, key), positives=positives, negatives=negatives)
                 queries_of.setdefault(split, []).append(named)
         for queries in queries_of.values():
             _check_distinct(where, "query_id", [query.query_id for query in queries])

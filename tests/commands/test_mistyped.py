@@ -17,7 +17,7 @@ from helpers.command_line import search_r3_here
         ("sft --config smollm2 --run r --sft.stesp 3", "did you mean --sft.steps"),
         # Of an option's last part.
         ("sft --config smollm2 --run r --eval-every 3", "did you mean --rl.eval-every or --sft.eval-every"),
-        ("compare a b --zzz 1", "--zzz: search-r3 compare has no such option; `search-r3 compare --help` lists"),
+        ("compare a b --zzz 1", "--zzz: search-r3 compare has no such option; `search-r3 compare --help`"),
     ],
 )
 def test_a_mistyped_word_is_one_line(arguments: str, line: str) -> None:

@@ -149,10 +149,25 @@ def test_any_jsonl_file(content: bytes, zipped: bool, cut: int, skip: bool) -> N
 
 
 CELLS = st.sampled_from(
-    [b"", b" ", b"text", b'"a ""b"" c"', b'"two\r\nlines"', b'"open', b"\0", b"\xff", b"NaN", b"1", b"a,b", b"\xc3\xa9"]
+    [
+        b"",
+        b" ",
+        b"text",
+        b'"a ""b"" c"',
+        b'"two\r\nlines"',
+        b'"open',
+        b"\0",
+        b"\xff",
+        b"NaN",
+        b"1",
+        b"a,b",
+        b"\xc3\xa9",
+    ]
 )
 TABLES = st.tuples(
-    st.sampled_from([b"query,positive", b"positive;query;relevance", b"query\tpositive\tnegative", b"q,p", b""]),
+    st.sampled_from(
+        [b"query,positive", b"positive;query;relevance", b"query\tpositive\tnegative", b"q,p", b""]
+    ),
     st.lists(st.lists(CELLS, min_size=1, max_size=4), max_size=8),
     st.sampled_from([b",", b";", b"\t"]),
     st.sampled_from([b"\n", b"\r\n", b"\r"]),

@@ -23,11 +23,11 @@ from search_r3_jax.errors import UserError
 
 QA = ("query=question", "positive=answer")
 ROWS = [
-    {"question": " what purrs ", "answer": "A cat;\n\npurrs, it \"does\".", "bad": "Dogs bark.", "score": 2},
+    {"question": " what purrs ", "answer": 'A cat;\n\npurrs, it "does".', "bad": "Dogs bark.", "score": 2},
     {"question": "what barks", "answer": "Dogs bark.", "bad": None, "score": 1},
     {"question": "what purrs", "answer": "Ein Löwe schnurrt nicht. \t", "bad": "", "score": 1},
 ]
-LION, CAT = "Ein Löwe schnurrt nicht.", "A cat;\n\npurrs, it \"does\"."
+LION, CAT = "Ein Löwe schnurrt nicht.", 'A cat;\n\npurrs, it "does".'
 JUDGED = {("what purrs", CAT, 2), ("what purrs", LION, 1), ("what purrs", "Dogs bark.", 0)} | {
     ("what barks", "Dogs bark.", 1)
 }
@@ -74,7 +74,7 @@ WRITTEN: dict[str, Callable[[Path], object]] = {
     "t.tsv": lambda file: file.write_text(csv_text("\t")),
     "commas.tab": lambda file: file.write_text(csv_text(",")),
     "windows.CSV": lambda file: file.write_bytes(b"\xef\xbb\xbf" + csv_text(end="\r\n").encode()),
-    "blanks.csv": lambda file: file.write_text(f"\n{csv_text().replace(chr(10) + 'what', chr(10) * 3 + 'what')}\n\n"),
+    "blanks.csv": lambda file: file.write_text("\n" + csv_text().replace("\nwhat", "\n\n\nwhat") + "\n\n"),
     "zipped.csv.gz": lambda file: file.write_bytes(gzip.compress(csv_text().encode())),
     "t.jsonl": lambda file: file.write_text("".join(json.dumps(row) + "\n" for row in ROWS)),
     "zipped.jsonl.gz": lambda file: file.write_bytes(
@@ -114,9 +114,13 @@ def test_a_table_of_many_rows_is_what_pandas_reads(tmp_path: Path) -> None:
     frame.to_csv(tmp_path / "t.tsv", index=False, sep="\t", quoting=csv.QUOTE_ALL)
     frame.to_parquet(tmp_path / "t.parquet")
     read = pandas.read_csv(tmp_path / "t.csv")
-    relevant = read[read.grade > 0]
-    expected = set(zip(read.q, read.a, read.grade, strict=True))
-    expected = {each for each in expected if each[0] in set(relevant.q)}
+    answered = set(read[read.grade > 0].q)
+    # U+2028 is a space too.
+    expected = {
+        (query.strip(), answer.strip(), grade)
+        for query, answer, grade in zip(read.q, read.a, read.grade, strict=True)
+        if query in answered
+    }
     fields = ("query=q", "positive=a", "relevance=grade")
     for name in ("t.csv", "t.tsv", "t.parquet"):
         built = build(tmp_path / name, tmp_path / f"{name}.set", *fields)
@@ -157,7 +161,10 @@ def test_equal_queries_and_documents_are_one_under_their_first_id(tmp_path: Path
 
 
 def test_lists_and_several_columns_of_negatives(tmp_path: Path) -> None:
-    rows = [{"query": "q", "positive": ["a", "b"], "n1": "c", "n2": ["d", "e"]}, {"query": "r", "positive": "e"}]
+    rows = [
+        {"query": "q", "positive": ["a", "b"], "n1": "c", "n2": ["d", "e"]},
+        {"query": "r", "positive": "e"},
+    ]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     fields = ("query=query", "positive=positive", "negative=n1", "negative=n2")
     collection = build(tmp_path / "t.jsonl", tmp_path / "out", *fields).collections["train"]
@@ -199,11 +206,13 @@ def test_the_splits_of_a_data_set_stay(tmp_path: Path) -> None:
     import datasets
 
     parts = {"train": ROWS[:2], "validation": ROWS[2:]}
-    datasets.DatasetDict({name: datasets.Dataset.from_list(rows) for name, rows in parts.items()}).save_to_disk(
-        tmp_path / "saved"
-    )
+    made = {name: datasets.Dataset.from_list(rows) for name, rows in parts.items()}
+    datasets.DatasetDict(made).save_to_disk(tmp_path / "saved")
     built = build(tmp_path / "saved", tmp_path / "out", *QA)
-    assert {split: len(each.queries) for split, each in built.collections.items()} == {"train": 2, "validation": 1}
+    assert {split: len(each.queries) for split, each in built.collections.items()} == {
+        "train": 2,
+        "validation": 1,
+    }
     assert built.collections["train"].documents == built.collections["validation"].documents
     with pytest.raises(UserError, match=r"--split-test: .*saved has splits of its own; leave the flag out"):
         build(tmp_path / "saved", tmp_path / "more", *QA, shares={"test": 0.5})
@@ -214,8 +223,8 @@ def test_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     asked = []
 
-    def load(name: str, **options: object) -> datasets.DatasetDict:
-        asked.append((name, options))
+    def load(hub_id: str, **options: object) -> datasets.DatasetDict:
+        asked.append((hub_id, options))
         return datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS))
 
     monkeypatch.setattr(datasets, "load_dataset", load)
@@ -228,7 +237,7 @@ def test_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         raise socket.gaierror("nobody\nanswers")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(UserError, match=r"--input: a/b: no such file, and .*nobody answers.*; give a \.csv") as caught:
+    with pytest.raises(UserError, match=r"a/b: no such file, and .*nobody answers.*; give a") as caught:
         build(Path("a/b"), tmp_path / "more")
     assert "\n" not in str(caught.value)
     # A mistyped path is not looked up.
@@ -240,43 +249,49 @@ def test_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 HEADER = "question,answer,bad,score\n"
-# (file, fields, the error, what --skip-bad counts; None where nothing is left to skip to)
+GRADED = (*QA, "relevance=score")
+# (row, columns, the error, what --skip-bad counts; None where it does not help)
 GOOD = "what,yes,no,1\n"
-BAD: list[tuple[str, bytes, tuple[str, ...], str, str | None]] = [
-    ("t.csv", b",a,b,1\n", QA, "t.csv, line 3: field 'question' is empty", "empty text"),
-    ("t.csv", b"q, ,b,1\n", QA, "t.csv, line 3: field 'answer' is empty; fill it or remove", "empty text"),
-    ("t.csv", b"q,NaN,b,1\n", QA, "line 3: field 'answer' is 'NaN', which stands for a missing", "empty text"),
-    ("t.csv", b"q,a\n", QA, "t.csv, line 3: 2 cells, and 4 columns", "wrong number of fields"),
-    ("t.csv", b"q,a,b,1,2\n", QA, "t.csv, line 3: 5 cells, and 4 columns", "wrong number of fields"),
-    ("t.csv", b"q,a\0,b,1\n", QA, "line 3: field 'answer' holds a NUL byte", "NUL byte"),
-    ("t.csv", b"q,\xe9,b,1\n", QA, "line 3: field 'answer' is not UTF-8", "not UTF-8"),
-    ("t.csv", b'q,"a"b,c,1\n', QA, "line 3: text behind a closing quote", "bad quotes"),
-    ("t.csv", b'q,"a\nb"c,c,1\n', QA, "t.csv, lines 3 to 4: text behind a closing quote", "bad quotes"),
-    ("t.csv", b"q,a\rb,c,1\n", QA, "line 3: a carriage return outside of quotes", "bad line end"),
-    ("t.csv", b"q,a,b,high\n", (*QA, "relevance=score"), "line 3: field 'score' must be a whole", "bad relevance"),
-    ("t.csv", b"q,a,b,0.5\n", (*QA, "relevance=score"), "line 3: field 'score' must be a whole", "bad relevance"),
-    ("t.csv", b"q,a,b,\n", (*QA, "relevance=score"), "field 'score' must be a whole number", "bad relevance"),
-    ("t.csv", b"q,a,b,9999999999\n", (*QA, "relevance=score"), "field 'score' must be", "bad relevance"),
-    ("t.csv", b"q,a,a,1\n", (*QA, "negative=bad"), "line 3: a document of this query is judged twice", "contradictory judgement"),
-    ("t.csv", b"what,yes,b,2\n", (*QA, "relevance=score"), "judged twice, 1 and 2", "contradictory judgement"),
-    ("t.csv", b"q,a,b,1\n", (*QA, "query_id=score"), "'query_id': '1' stood for another text", "duplicate id"),
-    ("t.csv", b"q,a,b,1\n", (*QA, "doc_id=score"), "'doc_id': '1' stood for another text", "duplicate id"),
-    ("t.csv", b"q,a,,1\n", (*QA, "doc_id=bad"), "line 3: field 'bad' is empty", "empty text"),
-    ("t.csv", b"q,a,all,1\n", (*QA, "split=bad"), "line 3: split 'all' is not usable", "bad split name"),
-    ("t.csv", b'q,"a,b,1\nx,y,z,1\n', QA, "lines 3 to 4: a quote is opened and never closed", None),
-]  # fmt: skip
+BAD: list[tuple[bytes, tuple[str, ...], str, str | None]] = [
+    (b",a,b,1\n", QA, "t.csv, line 3: field 'question' is empty", "empty text"),
+    (b"q, ,b,1\n", QA, "t.csv, line 3: field 'answer' is empty; fill it or remove", "empty text"),
+    (b"q,NaN,b,1\n", QA, "line 3: field 'answer' is 'NaN', which stands for a missing", "empty text"),
+    (b"q,a\n", QA, "t.csv, line 3: 2 cells, and 4 columns", "wrong number of fields"),
+    (b"q,a,b,1,2\n", QA, "t.csv, line 3: 5 cells, and 4 columns", "wrong number of fields"),
+    (b"q,a\0,b,1\n", QA, "line 3: field 'answer' holds a NUL byte", "NUL byte"),
+    (b"q,\xe9,b,1\n", QA, "line 3: field 'answer' is not UTF-8", "not UTF-8"),
+    (b'q,"a"b,c,1\n', QA, "line 3: text behind a closing quote", "bad quotes"),
+    (b'q,"a\nb"c,c,1\n', QA, "t.csv, lines 3 to 4: text behind a closing quote", "bad quotes"),
+    (b"q,a\rb,c,1\n", QA, "line 3: a carriage return outside of quotes", "bad line end"),
+    (b"q,a,b,high\n", GRADED, "line 3: field 'score' must be a whole", "bad relevance"),
+    (b"q,a,b,0.5\n", GRADED, "line 3: field 'score' must be a whole", "bad relevance"),
+    (b"q,a,b,\n", GRADED, "field 'score' must be a whole number", "bad relevance"),
+    (b"q,a,b,9999999999\n", GRADED, "field 'score' must be", "bad relevance"),
+    (
+        b"q,a,a,1\n",
+        (*QA, "negative=bad"),
+        "line 3: a document of this query is judged twice",
+        "contradictory judgement",
+    ),
+    (b"what,yes,b,2\n", GRADED, "judged twice, 1 and 2", "contradictory judgement"),
+    (b"q,a,b,1\n", (*QA, "query_id=score"), "'query_id': '1' stood for another text", "duplicate id"),
+    (b"q,a,b,1\n", (*QA, "doc_id=score"), "'doc_id': '1' stood for another text", "duplicate id"),
+    (b"q,a,,1\n", (*QA, "doc_id=bad"), "line 3: field 'bad' is empty", "empty text"),
+    (b"q,a,all,1\n", (*QA, "split=bad"), "line 3: split 'all' is not usable", "bad split name"),
+    (b'q,"a,b,1\nx,y,z,1\n', QA, "lines 3 to 4: a quote is opened and never closed", None),
+]
 
 
-@pytest.mark.parametrize(("name", "row", "fields", "message", "reason"), BAD, ids=[each[3] for each in BAD])
+@pytest.mark.parametrize(("row", "fields", "message", "reason"), BAD, ids=[each[2] for each in BAD])
 def test_a_bad_row_is_named_or_leaves_no_trace(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    name: str,
     row: bytes,
     fields: tuple[str, ...],
     message: str,
     reason: str | None,
 ) -> None:
+    name = "t.csv"
     good, rest = f"{HEADER}{GOOD}".encode(), b"how,so,maybe,5\n"
     (tmp_path / "good").mkdir()
     (tmp_path / "good" / name).write_bytes(good + rest)
@@ -323,15 +338,45 @@ def test_a_bad_cell_of_a_typed_table_is_named(tmp_path: Path, row: dict[str, Any
 
 
 UNUSABLE: list[tuple[str, bytes | None, tuple[str, ...], str]] = [
-    ("t.csv", b"id,question,the answer\n1,q,a\n", (), "say which they are: --fields query=question 'positive=the answer'"),
-    ("t.csv", b"id,x,y\n1,q,a\n", (), "t.csv: no column query and no column positive; the columns are id, x, y; say"),
-    ("t.csv", b"query,x\nq,a\n", (), "no column positive; the columns are query, x; say which they are: --fields query=query"),
-    ("t.csv", b"question,answer\nq,a\n", ("query=qestion", "positive=answer"), "--fields: query=qestion: no such column; did you mean question?"),
+    (
+        "t.csv",
+        b"id,question,the answer\n1,q,a\n",
+        (),
+        "which they are: --fields query=question 'positive=the answer'",
+    ),
+    (
+        "t.csv",
+        b"id,x,y\n1,q,a\n",
+        (),
+        "t.csv: no column query and no column positive; the columns are id, x, y; say",
+    ),
+    (
+        "t.csv",
+        b"query,x\nq,a\n",
+        (),
+        "the columns are query, x; say which they are: --fields query=query positive=COLUMN",
+    ),
+    (
+        "t.csv",
+        b"question,answer\nq,a\n",
+        ("query=qestion", "positive=answer"),
+        "query=qestion: no such column; did you mean question?",
+    ),
     ("t.csv", b"question,answer,answer\nq,a,b\n", QA, "2 columns are called 'answer'"),
-    ("t.csv", b"question,answer\nq,a\n", ("query=question",), "--fields: positive missing; add positive=COLUMN"),
+    (
+        "t.csv",
+        b"question,answer\nq,a\n",
+        ("query=question",),
+        "--fields: positive missing; add positive=COLUMN",
+    ),
     ("t.csv", b"question,answer\nq,a\n", ("question",), "--fields: 'question': give NAME=COLUMN"),
     ("t.csv", b"question,answer\nq,a\n", (*QA, "relevnce=answer"), "did you mean relevance?"),
-    ("t.csv", b"question,answer\nq,a\n", (*QA, "color=answer"), "nothing that a column can be; the names are query,"),
+    (
+        "t.csv",
+        b"question,answer\nq,a\n",
+        (*QA, "color=answer"),
+        "nothing that a column can be; the names are query,",
+    ),
     ("t.csv", b"question,answer\nq,a\n", (*QA, "query=answer"), "--fields: query is given twice"),
     ("t.csv", b"question,answer\n", QA, "no row with a query and a document relevant to it"),
     ("t.csv", b"\n \n", QA, "t.csv: is empty"),
@@ -348,10 +393,12 @@ UNUSABLE: list[tuple[str, bytes | None, tuple[str, ...], str]] = [
     ("none.csv", None, QA, "--input: {folder}/none.csv: no such file; give a .csv"),
     ("none", None, QA, "--input: {folder}/none: no such file or folder; give a .csv"),
     (".", None, QA, "--input: {folder}: is no table"),
-]  # fmt: skip
+]
 
 
-@pytest.mark.parametrize(("name", "content", "fields", "message"), UNUSABLE, ids=[each[3] for each in UNUSABLE])
+@pytest.mark.parametrize(
+    ("name", "content", "fields", "message"), UNUSABLE, ids=[each[3] for each in UNUSABLE]
+)
 def test_what_is_no_usable_table_is_one_line(
     tmp_path: Path, name: str, content: bytes | None, fields: tuple[str, ...], message: str
 ) -> None:
@@ -390,7 +437,7 @@ def test_shares_that_cannot_be_held_out(tmp_path: Path, shares: dict[str, float]
     with pytest.raises(UserError, match=message):
         build(tmp_path / "t.csv", tmp_path / "out", shares=shares)
     (tmp_path / "split.csv").write_text("query,positive,split\na,yes,train\n")
-    with pytest.raises(UserError, match="has splits of its own; leave the flag out, or name the other columns"):
+    with pytest.raises(UserError, match="leave the flag out, or name the other columns with --fields"):
         build(tmp_path / "split.csv", tmp_path / "out", shares={"test": 0.1})
     assert not (tmp_path / "out").exists()
 
@@ -435,4 +482,5 @@ def test_flags_of_tables_are_for_tables(tmp_path: Path, flag: list[str]) -> None
     (tmp_path / "t.jsonl").write_text('{"query": "q", "positive": "a"}\n')
     command = ["data", "build", "--source", "jsonl", "--input", str(tmp_path / "t.jsonl")]
     shown = search_r3_here(*command, "--out", str(tmp_path / "out"), *flag)
-    assert (shown.returncode, shown.stderr) == (2, f"search-r3: {flag[0]}: is for --source table; leave it out\n")
+    line = f"search-r3: {flag[0]}: is for --source table; leave it out\n"
+    assert (shown.returncode, shown.stderr) == (2, line)
