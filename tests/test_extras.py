@@ -4,9 +4,10 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers.command_line import search_r3_here
-from helpers.report_inputs import write_run
+from helpers.report_inputs import eval_record, write_run
 
 from search_r3_jax.errors import UserError
 from search_r3_jax.extras import require
@@ -80,10 +81,8 @@ def test_a_missing_package_is_one_line_before_the_work(
 def test_a_report_without_pictures_needs_no_matplotlib(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from helpers.report_inputs import eval_record
-
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    (tmp_path / "result.json").write_text(json.dumps(eval_record("model")))
+    (tmp_path / "result.json").write_text(json.dumps(eval_record({"direct": np.ones(3)}, model="m")))
     shown = search_r3_here(
         "report", "--eval", str(tmp_path / "result.json"), "--out", str(tmp_path / "r.html")
     )

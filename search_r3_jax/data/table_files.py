@@ -258,7 +258,9 @@ def _load_parts(source: Path) -> dict[str | None, Any]:
             f"--input: {source}: no such file, and no data set of the Hugging Face hub can be read "
             f"({_one_line(error)}); {_WANTED}"
         ) from None
-    parts: dict[str | None, Any] = dict(loaded) if isinstance(loaded, dict) else {None: loaded}
+    parts: dict[str | None, Any] = {None: loaded}
+    if isinstance(loaded, dict):
+        parts = {str(split): part for split, part in loaded.items()}
     if not parts:
         raise UserError(f"{source}: has no splits; save it again")
     return parts

@@ -206,7 +206,7 @@ def test_the_splits_of_a_data_set_stay(tmp_path: Path) -> None:
     import datasets
 
     parts = {"train": ROWS[:2], "validation": ROWS[2:]}
-    made = {name: datasets.Dataset.from_list(rows) for name, rows in parts.items()}
+    made = [(name, datasets.Dataset.from_list(rows)) for name, rows in parts.items()]
     datasets.DatasetDict(made).save_to_disk(tmp_path / "saved")
     built = build(tmp_path / "saved", tmp_path / "out", *QA)
     assert {split: len(each.queries) for split, each in built.collections.items()} == {
@@ -225,7 +225,7 @@ def test_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     def load(hub_id: str, **options: object) -> datasets.DatasetDict:
         asked.append((hub_id, options))
-        return datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS))
+        return datasets.DatasetDict([("train", datasets.Dataset.from_list(ROWS))])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     monkeypatch.chdir(tmp_path)
