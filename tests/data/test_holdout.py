@@ -11,10 +11,11 @@ from search_r3_jax.data.collection import Query
 from search_r3_jax.data.holdout import comparable, hold_out
 from search_r3_jax.errors import UserError
 
-BODIES = {f"d{n}": f"text {n // 2}" if n < 8 else f"text {n}" for n in range(60)}
+# The first are pairs that differ in case and spaces alone.
+BODIES = {f"d{n}": ("text {}", " TEXT  {}")[n % 2].format(n // 2 if n < 8 else n) for n in range(60)}
 QUERIES = st.lists(
     st.tuples(
-        st.sampled_from(["how", "How ", "h  ow", "why", *(f"what {n}" for n in range(30))]),
+        st.sampled_from(["how so", "How so", " how  so", "why", *(f"what {n}" for n in range(12))]),
         st.lists(st.sampled_from(list(BODIES)), min_size=1, max_size=2, unique=True),
     ),
     min_size=1,
