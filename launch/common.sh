@@ -50,6 +50,49 @@ check_arguments() {
     done
 }
 
+# check_search_r3 COMMAND WORD…: what the search-r3 beside these launchers does not know. It is looked up in the sources, since this machine
+# may have nothing installed: options by their last part alone, so that one of another section passes here and is refused by search-r3.
+check_search_r3() {
+    local sources command="$1" word before=''
+    sources="$(cd "$(dirname "${BASH_SOURCE[0]}")/../search_r3_jax" 2>/dev/null && pwd)" || return 0
+    if ! [[ "$command" =~ ^[a-z]+$ ]] || ! grep -q "subcommand(\"$command\"" "$sources/cli.py"; then
+        fail "$command: search-r3 has no such command"
+    fi
+    shift
+    for word in "$@"; do
+        [ "$before" != --config ] || check_experiment "$sources" "$word"
+        case "$word" in
+        --) return ;;
+        --help | --version) ;;
+        --config=*) check_experiment "$sources" "${word#*=}" ;;
+        --*) check_option "$sources" "$command" "${word%%=*}" ;;
+        esac
+        before="$word"
+    done
+}
+
+# check_experiment SOURCES NAME: one of search_r3_jax/configs.
+check_experiment() {
+    local names
+    if ! [[ "$2" =~ ^[a-z0-9_]+$ ]] || ! [ -f "$1/configs/$2.py" ]; then
+        names="$(cd "$1/configs" && echo [a-z]*.py)"
+        names="${names//.py/}"
+        fail "--config: $2: no such experiment; there are ${names// /, }"
+    fi
+}
+
+# check_option SOURCES COMMAND OPTION: a field of the settings or of a command, now or before it was renamed.
+check_option() {
+    local last="${3##*.}"
+    last="${last#--}"
+    last="${last#no-}"
+    last="${last//-/_}"
+    if ! [[ "$last" =~ ^[a-z][a-z0-9_]*$ ]] || ! grep -rqE --include='*.py' "^    $last: |name=\"$last\"|\"[a-z_.]*\.$last\":" \
+        "$1/config" "$1/commands" "$1/distributed" "$1/evaluation/settings.py"; then
+        fail "$3: search-r3 $2 has no such option; search-r3 $2 --help lists them"
+    fi
+}
+
 # check_name FLAG VALUE: what the cloud takes as a name, so that it is never taken for a flag.
 check_name() {
     [[ "$2" =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] || fail "$1: '$2': small letters, digits and dashes, at most 40"

@@ -96,6 +96,7 @@ check_arguments "$@"
 check_count --processes "$processes"
 check_count --devices "$devices"
 [ "$processes" -ge 1 ] && [ "$devices" -ge 1 ] || fail "--processes, --devices: at least 1"
+check_search_r3 "$@"
 if ! command -v search-r3 >/dev/null && [ -x "$here/../.venv/bin/search-r3" ]; then
     PATH="$here/../.venv/bin:$PATH"
 fi

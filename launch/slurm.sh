@@ -110,6 +110,7 @@ submit() {
     gpu) per_node="$gpus" ;;
     *) fail "--tasks: '$tasks': node or gpu" ;;
     esac
+    check_search_r3 "$@"
     options=("--nodes=$nodes" "--gpus-per-node=$gpus" "--ntasks-per-node=$per_node")
     [ -z "$cpus" ] || options+=("--cpus-per-task=$cpus")
     [ -z "$time" ] || options+=("--time=$time")

@@ -286,6 +286,7 @@ for flag in worker poll restarts; do
     check_count "--$flag" "${!flag}"
 done
 [ -z "$env_file" ] || [ -r "$env_file" ] || fail "--env-file: $env_file cannot be read"
+[ $# -eq 0 ] || check_search_r3 "$@"
 [ -n "$repo" ] || [ -f "$source/launch/tpu_worker.sh" ] || fail "--source: $source is no checkout of search_r3_jax"
 # A whole path: scp takes what is before a colon for a machine.
 [ -z "$env_file" ] || env_file="$(cd "$(dirname "$env_file")" && pwd)/$(basename "$env_file")"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import itertools
 import os
 import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
 from types import FrameType
 from typing import Annotated, Any, NoReturn
 
@@ -16,6 +19,7 @@ import tyro
 from search_r3_jax import __version__
 from search_r3_jax.commands.data import DataBuild, DataMine
 from search_r3_jax.commands.evaluation import Budget, Compare, Curves, Eval, Mteb, Perplexity, Report
+from search_r3_jax.commands.mistyped import explain_mistyped
 from search_r3_jax.commands.models import Embed, Export, Think
 from search_r3_jax.commands.planning import Plan
 from search_r3_jax.commands.settings import plan_settings, rl_settings, sft_settings
@@ -80,13 +84,34 @@ def parse(arguments: Sequence[str]) -> Any:
     for note in notes:
         print_line(f"search-r3: note: {note}", sys.stderr)
     refuse_contradictions(arguments)
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(shown):
+            return _parsed(arguments, arguments)
+    except SystemExit as ended:
+        if ended.code == 2 and (mistake := explain_mistyped(arguments, partial(_help_of, arguments))):
+            shown = io.StringIO()
+            raise UserError(mistake) from None
+        raise
+    finally:
+        sys.stderr.write(shown.getvalue())
+
+
+def _parsed(arguments: Sequence[str], for_settings: Sequence[str]) -> Any:
     return tyro.cli(
-        subcommands(arguments),
+        subcommands(for_settings),
         prog="search-r3",
         description=DESCRIPTION,
         args=arguments,
         config=(tyro.conf.OmitSubcommandPrefixes,),
     )
+
+
+def _help_of(arguments: Sequence[str], words: Sequence[str]) -> str:
+    """The help text of a command, with all the settings that it takes."""
+    with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.suppress(SystemExit):
+        _parsed([*words, "--help"], [each for each in arguments if each not in ("-h", "--help")])
+    return shown.getvalue()
 
 
 def refuse_contradictions(arguments: Sequence[str]) -> None:

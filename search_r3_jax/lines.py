@@ -68,14 +68,17 @@ class Problems:
             self.listed.append(f"{where}: {problem}")
 
 
-def read_lines(path: Path, problems: Problems, *, blank: bool = False) -> Iterator[tuple[str, str]]:
+def read_lines(
+    path: Path, problems: Problems, *, blank: bool = False, undecoded: bool = False
+) -> Iterator[tuple[str, str]]:
     """`(where, line)` of each line that is not blank, or with `blank` of each, without its line end.
 
-    `where` names file and line. Raises UserError when the file cannot be read.
+    `where` names file and line. With `undecoded`, a byte that is not UTF-8 is no mistake but a surrogate, as
+    of the error handler `surrogateescape`, and NUL bytes stay. Raises UserError when the file cannot be read.
     """
     try:
         with _open(path) as file:
-            yield from read_stream(file, str(path), problems, blank=blank)
+            yield from read_stream(file, str(path), problems, blank=blank, undecoded=undecoded)
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror or error}); mend it or choose another --input"
@@ -83,7 +86,12 @@ def read_lines(path: Path, problems: Problems, *, blank: bool = False) -> Iterat
 
 
 def read_stream(
-    file: gzip.GzipFile | BinaryIO, name: str, problems: Problems, *, blank: bool = False
+    file: gzip.GzipFile | BinaryIO,
+    name: str,
+    problems: Problems,
+    *,
+    blank: bool = False,
+    undecoded: bool = False,
 ) -> Iterator[tuple[str, str]]:
     """`read_lines` of an open file, which messages call `name`."""
     number = 0
@@ -93,7 +101,7 @@ def read_stream(
             number += 1
             where, line = f"{name}, line {number}", None
             with problems.at(where):
-                line = _decoded(raw, first=number == 1)
+                line = _decoded(raw, first=number == 1, undecoded=undecoded)
             while len(raw) > MAX_LINE_BYTES and not raw.endswith(b"\n"):
                 raw = file.readline(MAX_LINE_BYTES + 1)
             if line is not None and (blank or line.strip()):
@@ -161,13 +169,16 @@ def shown(value: str) -> str:
     return repr(value if len(value) <= MAX_SHOWN else value[:MAX_SHOWN] + "…")
 
 
-def _decoded(raw: bytes, *, first: bool) -> str:
+def _decoded(raw: bytes, *, first: bool, undecoded: bool) -> str:
     if len(raw) > MAX_LINE_BYTES:
         raise LineError("line too long", f"longer than {MAX_LINE_BYTES} bytes; shorten or remove it")
+    encoding = "utf-8-sig" if first else "utf-8"
+    if undecoded:
+        return raw.decode(encoding, "surrogateescape").rstrip("\r\n")
     if b"\0" in raw:
         raise LineError("NUL byte", "holds a NUL byte; remove it, or convert the file to UTF-8")
     try:
-        return raw.decode("utf-8-sig" if first else "utf-8").rstrip("\r\n")
+        return raw.decode(encoding).rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise LineError("not UTF-8", f"not UTF-8 ({error.reason}); convert the file to UTF-8") from None
 

@@ -30,7 +30,7 @@ ORDER = [
     {"mesh", "distributed.runtime", "compiler", "compile_cache"},
     {"config", "chips", "vectors", "precision"},
     {"outputs"},
-    {"distributed.spec", "console", "files", "lines", "runtime_env"},
+    {"distributed.spec", "console", "files", "lines", "runtime_env", "extras"},
     {"errors"},
     # The package itself: its version.
     {""},

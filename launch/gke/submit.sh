@@ -145,6 +145,7 @@ fi
 
 if [ -n "$xpk" ]; then
     [ -n "$cluster" ] || fail "--xpk: --cluster is missing"
+    check_search_r3 "$@"
     xpk_command "$@"
     exit
 fi
@@ -155,6 +156,7 @@ case "$run" in
 '' | "$mount"/*) ;;
 *) fail "--run $run: it has to lie in $mount, which all hosts see and which outlives them" ;;
 esac
+check_search_r3 "$@"
 need python3 "it fills in the manifests"
 [ -n "$dry_run" ] || need kubectl "https://cloud.google.com/sdk/docs/install"
 filled="$(manifests "$@")"

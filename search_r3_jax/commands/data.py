@@ -2,40 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from search_r3_jax.commands.options import Common, CommonOptions
 from search_r3_jax.config import Step, TextConfig
 from search_r3_jax.console import print_line
 from search_r3_jax.errors import UserError
 
+if TYPE_CHECKING:
+    from search_r3_jax.data.collection import Collection
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataBuild:
-    """Build a TFDS data set (array_record) from a BEIR folder, a .jsonl file or installed Python packages.
+    """Build a TFDS data set (array_record) from a BEIR folder, a .jsonl file, a table or Python packages.
 
     Attributes:
         source: What to read: `beir`, a folder in BEIR's layout; `jsonl`, a file with a query and its
-            documents per line; `python-functions`, Python packages.
+            documents per line; `table`, a .csv, .tsv, .parquet or .jsonl file or a Hugging Face data set,
+            with a query and an answer per row; `python-functions`, Python packages.
         out: Folder to write. Must not exist, or hold the same data set.
-        input: Folder or file to read. With `python-functions`, None reads the installed packages.
+        input: Folder or file to read; with `table` also the id of a data set on the Hugging Face hub. With
+            `python-functions`, None reads the installed packages.
         split: Splits to build. Empty: all there are.
         skip_bad: Leave bad lines out: name the first 20, count the rest. Otherwise the first bad line ends
             the build.
-        seed: python-functions: seed that draws packages and functions.
+        fields: table: what its columns are, such as query=question positive=answer. Names: query, positive,
+            negative (any number), title, relevance, doc_id (of the positive), instruction, reasoning, split,
+            query_id. Empty: the columns that have these names.
+        split_test: table: share of the queries to hold out as split `test`, such as 0.1. Queries of one text,
+            or with a positive in common, stay together.
+        split_dev: table: the same for split `dev`.
+        seed: Seed of what is drawn: functions and their packages, or the queries to hold out.
         train_functions: python-functions: functions of the train split.
         dev_functions: python-functions: functions of the dev split.
         test_functions: python-functions: functions of the test split.
         common: Options of every command.
     """
 
-    source: Literal["beir", "jsonl", "python-functions"]
+    source: Literal["beir", "jsonl", "table", "python-functions"]
     out: Path
     input: Path | None = None
     split: tuple[str, ...] = ()
     skip_bad: bool = False
+    fields: tuple[str, ...] = ()
+    split_test: float | None = None
+    split_dev: float | None = None
     seed: int = 0
     train_functions: int = 384
     dev_functions: int = 50
@@ -46,6 +61,7 @@ class DataBuild:
         """Run the subcommand."""
         from search_r3_jax.data.build import FunctionCounts, build_beir, build_jsonl, build_python_functions
 
+        self._check_table_flags()
         if self.source == "python-functions":
             counts = FunctionCounts(
                 seed=self.seed,
@@ -56,10 +72,40 @@ class DataBuild:
             collections = build_python_functions(self.input, self.out, counts=counts, splits=self.split)
         elif self.input is None:
             raise UserError(f"--input: missing; --source {self.source} reads it")
+        elif self.source == "table":
+            self._build_table(self.input)
+            return
         elif self.source == "beir":
             collections = build_beir(self.input, self.out, splits=self.split, skip_bad=self.skip_bad)
         else:
             collections = build_jsonl(self.input, self.out, splits=self.split, skip_bad=self.skip_bad)
+        self._print_counts(collections)
+
+    def _check_table_flags(self) -> None:
+        given = {"--fields": self.fields, "--split-test": self.split_test, "--split-dev": self.split_dev}
+        for flag, value in given.items():
+            if self.source != "table" and value not in ((), None):
+                raise UserError(f"{flag}: is for --source table; leave it out")
+
+    def _build_table(self, source: Path) -> None:
+        from search_r3_jax.data.build import TableOptions, build_table
+        from search_r3_jax.data.examples import example_lines
+
+        shares = {"test": self.split_test, "dev": self.split_dev}
+        options = TableOptions(
+            fields=self.fields,
+            shares={split: share for split, share in shares.items() if share is not None},
+            seed=self.seed,
+        )
+        built = build_table(source, self.out, options=options, splits=self.split, skip_bad=self.skip_bad)
+        print_line(f"{source}: {built.content.rows} rows, {built.columns}")
+        if built.content.unanswered:
+            print(f"left out: {built.content.unanswered} queries that no document is relevant to")
+        self._print_counts(built.collections)
+        for line in example_lines(built.collections):
+            print_line(line)
+
+    def _print_counts(self, collections: Mapping[str, Collection]) -> None:
         for split, collection in collections.items():
             print_line(
                 f"{self.out}: {split}: {len(collection.queries)} queries over {len(collection.documents)} "

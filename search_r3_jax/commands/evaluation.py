@@ -10,8 +10,8 @@ import tyro
 from search_r3_jax.commands.options import Common, CommonOptions
 from search_r3_jax.config import Step
 from search_r3_jax.console import print_line
-from search_r3_jax.errors import UserError
 from search_r3_jax.evaluation.settings import BudgetSettings, EvalSettings, MtebSettings
+from search_r3_jax.extras import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +60,8 @@ class Mteb(MtebSettings):
 
     def run(self) -> None:
         """Run the subcommand."""
-        try:
-            from search_r3_jax.evaluation.mteb_run import run_mteb
-        except ImportError as error:
-            raise UserError(
-                f"mteb: {error.name or error} is not installed; run: pip install 'search_r3_jax[mteb]'"
-            ) from None
+        require("mteb", "mteb", "mteb", "torch", "sentence_transformers")
+        from search_r3_jax.evaluation.mteb_run import run_mteb
 
         run_mteb(self)
 

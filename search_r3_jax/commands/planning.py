@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ import tyro
 
 from search_r3_jax.commands.options import Common, CommonOptions
 from search_r3_jax.config import RunConfig, check_ranges
+from search_r3_jax.extras import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,8 @@ class Plan:
         check_ranges(self.settings, "sft" if self.stage == "sft" else "rl")
         # The result goes to standard output; progress goes to standard error.
         show_log(sys.stderr)
+        if "TPU_LIBRARY_PATH" not in os.environ:
+            require("plan", "plan", "libtpu")
         check_outputs(("--out", self.out))
         chips = open_slice(self.topology, self.slices)
         stream = message_stream(self.out)

@@ -13,6 +13,7 @@ import tyro
 from search_r3_jax.commands.options import Common, CommonOptions
 from search_r3_jax.config import RunConfig
 from search_r3_jax.distributed.spec import Cluster
+from search_r3_jax.extras import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +31,13 @@ class Quickstart:
 
     def run(self) -> None:
         """Run the subcommand."""
+        require("quickstart", "quickstart", "gguf", "bm25s")
         from search_r3_jax.configs.quickstart import config
+        from search_r3_jax.hub.load_model import resolve
         from search_r3_jax.quickstart import Quickstart as Work
 
+        # Its weights are needed after the data set is built.
+        resolve(config.model)
         Work(self.out, config).run()
 
 

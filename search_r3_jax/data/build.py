@@ -2,15 +2,19 @@
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from search_r3_jax.console import print_line
 from search_r3_jax.data.beir import find_splits, read_beir_splits
 from search_r3_jax.data.collection import Collection
 from search_r3_jax.data.dataset import build_dataset, check_new_dataset
+from search_r3_jax.data.holdout import check_shares
 from search_r3_jax.data.jsonl import read_jsonl
 from search_r3_jax.data.python_functions import python_functions
+from search_r3_jax.data.table import TableContent, read_table
+from search_r3_jax.data.table_fields import REQUIRED, match_fields, parse_fields, shown_fields
+from search_r3_jax.data.table_files import open_table
 from search_r3_jax.errors import UserError
 from search_r3_jax.lines import Problems
 
@@ -23,6 +27,30 @@ class FunctionCounts:
     train_functions: int
     dev_functions: int
     test_functions: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableOptions:
+    """How to read a table.
+
+    Attributes:
+        fields: what a column is, each NAME=COLUMN; empty: the columns that have our names.
+        shares: split name → share of the queries to hold out, in the order of drawing.
+        seed: of the draw.
+    """
+
+    fields: Sequence[str] = ()
+    shares: Mapping[str, float] = field(default_factory=dict)
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuiltTable:
+    """What was built of a table; `columns` says which column was taken for what."""
+
+    collections: dict[str, Collection]
+    content: TableContent
+    columns: str
 
 
 def build_beir(
@@ -57,6 +85,38 @@ def build_jsonl(
     finally:
         _report(problems)
     return _written(_chosen(collections, splits, str(file)), out, {"kind": "jsonl"}, problems)
+
+
+def build_table(
+    source: Path,
+    out: Path,
+    *,
+    options: TableOptions | None = None,
+    splits: Sequence[str] = (),
+    skip_bad: bool = False,
+) -> BuiltTable:
+    """Build `out` from a table: a file, a folder of `datasets`, or a data set of the hub.
+
+    Other options and errors are those of `build_beir`.
+    """
+    options = options or TableOptions()
+    check_shares(options.shares)
+    given = parse_fields(options.fields)
+    check_new_dataset(out)
+    problems = Problems(skip_bad=skip_bad)
+    try:
+        wanted = [column for columns in given.values() for column in columns] or REQUIRED
+        table = open_table(source, wanted, problems)
+        fields = match_fields(given, table)
+        content = read_table(table, fields, problems, shares=options.shares, seed=options.seed)
+    finally:
+        _report(problems)
+    recorded: dict[str, object] = {"kind": "table", "fields": dict(fields)}
+    if options.shares:
+        recorded |= {"held_out": dict(options.shares), "seed": options.seed}
+    collections = _written(_chosen(content.collections, splits, str(source)), out, recorded, problems)
+    columns = shown_fields(fields) + (f", {table.note}" if table.note else "")
+    return BuiltTable(collections=collections, content=content, columns=columns)
 
 
 def build_python_functions(

@@ -31,7 +31,7 @@ def read_jsonl(path: Path, problems: Problems) -> dict[str, Collection]:
     UserError naming file and line.
     """
     documents: dict[str, Document] = {}
-    queries_of: dict[str, dict[str, _JudgedQuery]] = {}
+    queries_of: dict[str, dict[str, JudgedQuery]] = {}
     ids: set[str] = set()
     for where, line in read_lines(path, problems):
         with problems.at(where):
@@ -67,7 +67,7 @@ def read_jsonl(path: Path, problems: Problems) -> dict[str, Collection]:
 
 
 @dataclass(kw_only=True)
-class _JudgedQuery:
+class JudgedQuery:
     """A query and the relevance of its documents read so far; 0 is a negative."""
 
     query_id: str
@@ -77,11 +77,13 @@ class _JudgedQuery:
     relevance: dict[str, int] = field(default_factory=dict)
 
     def add(self, judged: Mapping[str, tuple[Document, int]]) -> None:
+        """Add the judgements of a line, all or none; raises LineError where they contradict earlier ones."""
         for doc_id, (_, relevance) in judged.items():
-            _check_agreement(self.relevance.get(doc_id, relevance), relevance)
+            check_agreement(self.relevance.get(doc_id, relevance), relevance)
         self.relevance.update({doc_id: relevance for doc_id, (_, relevance) in judged.items()})
 
     def query(self) -> Query:
+        """The query with all its documents."""
         return Query(
             query_id=self.query_id,
             text=self.text,
@@ -92,16 +94,14 @@ class _JudgedQuery:
         )
 
 
-def _read_query(fields: dict[str, Any]) -> _JudgedQuery:
+def _read_query(fields: dict[str, Any]) -> JudgedQuery:
     text = filled_field(fields, "query")
     instruction = string_field(fields, "instruction", default="")
     reasoning = string_field(fields, "reasoning", default="")
     query_id = (
-        filled_field(fields, "query_id")
-        if "query_id" in fields
-        else _content_id(text, instruction, reasoning)
+        filled_field(fields, "query_id") if "query_id" in fields else content_id(text, instruction, reasoning)
     )
-    return _JudgedQuery(query_id=query_id, text=text, instruction=instruction, reasoning=reasoning)
+    return JudgedQuery(query_id=query_id, text=text, instruction=instruction, reasoning=reasoning)
 
 
 def _read_judgements(fields: dict[str, Any]) -> dict[str, tuple[Document, int]]:
@@ -111,13 +111,14 @@ def _read_judgements(fields: dict[str, Any]) -> dict[str, tuple[Document, int]]:
     for name, lowest, highest in (("positive", 1, MAX_RELEVANCE), ("negative", 0, 0)):
         for document, relevance in _documents(fields[name], name, lowest, highest) if name in fields else ():
             _, earlier = judged.setdefault(document.doc_id, (document, relevance))
-            _check_agreement(earlier, relevance)
+            check_agreement(earlier, relevance)
     if not any(relevance > 0 for _, relevance in judged.values()):
         raise LineError("empty list", "field 'positive' is an empty list; name a document or remove the line")
     return judged
 
 
-def _check_agreement(earlier: int, relevance: int) -> None:
+def check_agreement(earlier: int, relevance: int) -> None:
+    """Raise LineError if a document of a query has two judgements."""
     if earlier != relevance:
         text = (
             f"a document of this query is judged twice, {earlier} and {relevance} (0 is a negative); "
@@ -158,11 +159,12 @@ def _document(item: object, name: str, lowest: int, highest: int) -> tuple[Docum
             "bad relevance",
             f"field '{name}.relevance' must be {allowed}; what is irrelevant belongs into 'negative'",
         )
-    document = Document(doc_id=_content_id(title, text), title=title, text=text)
+    document = Document(doc_id=content_id(title, text), title=title, text=text)
     if not document.body.strip():
         raise LineError("empty text", f"field {name!r} is empty; fill it or remove it")
     return document, relevance
 
 
-def _content_id(*fields: str) -> str:
+def content_id(*fields: str) -> str:
+    """An id made of texts alone."""
     return digest_of(fields)[:ID_CHARACTERS]

@@ -6,8 +6,8 @@ from collections.abc import Callable, Container, Sequence
 import numpy as np
 
 from search_r3_jax.data.collection import Collection, Query
-from search_r3_jax.errors import UserError
 from search_r3_jax.evaluation.metrics import Run, run_from_scores
+from search_r3_jax.extras import require
 from search_r3_jax.text.words import plain_words, split_identifiers
 
 Words = Callable[[str], list[str]]
@@ -22,12 +22,10 @@ class Bm25:
 
     def __init__(self, collection: Collection, *, k1: float = 0.9, b: float = 0.4, identifiers: bool):
         """Raises UserError when a package is not installed."""
-        extra = "quickstart" if identifiers else "eval"
-        try:
-            import bm25s
-            from bm25s.stopwords import STOPWORDS_EN
-        except ImportError:
-            raise UserError(f"bm25s is not installed; run: pip install 'search_r3_jax[{extra}]'") from None
+        require("bm25", "quickstart" if identifiers else "eval", *bm25_modules(identifiers=identifiers))
+        import bm25s
+        from bm25s.stopwords import STOPWORDS_EN
+
         # bm25s sets its logger to DEBUG when imported.
         logging.getLogger("bm25s").setLevel(logging.WARNING)
         self._words = _identifier_words(STOPWORDS_EN) if identifiers else _stemmed_words(STOPWORDS_EN)
@@ -49,6 +47,11 @@ class Bm25:
         )
 
 
+def bm25_modules(*, identifiers: bool) -> tuple[str, ...]:
+    """What has to be installed."""
+    return ("bm25s",) if identifiers else ("bm25s", "Stemmer")
+
+
 def bm25_run(
     collection: Collection, *, k1: float = 0.9, b: float = 0.4, k: int = 100, identifiers: bool
 ) -> Run:
@@ -61,10 +64,8 @@ def _identifier_words(stopwords: Container[str]) -> Words:
 
 
 def _stemmed_words(stopwords: Container[str]) -> Words:
-    try:
-        import Stemmer
-    except ImportError:
-        raise UserError("PyStemmer is not installed; run: pip install 'search_r3_jax[eval]'") from None
+    import Stemmer
+
     stemmer = Stemmer.Stemmer("english")
     return lambda text: stemmer.stemWords(
         [word for word in plain_words(text) if len(word) > 1 and word not in stopwords]

@@ -13,6 +13,7 @@ import numpy as np
 from search_r3_jax.console import printable
 from search_r3_jax.errors import UserError
 from search_r3_jax.evaluation.run_files import distinct_names
+from search_r3_jax.extras import require
 from search_r3_jax.files import read_json_lines
 from search_r3_jax.outputs import check_outputs, write_result
 
@@ -78,10 +79,9 @@ def draw_curves(runs: Sequence[Path], out: Path) -> None:
 
 def open_pyplot(command: str) -> ModuleType:
     """`matplotlib.pyplot` with a file backend; raises UserError naming `command` if it is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError(f"{command}: matplotlib is missing; run: pip install matplotlib") from None
+    require(command, "eval", "matplotlib")
+    import matplotlib
+
     matplotlib.use("agg")
     from matplotlib import pyplot
 

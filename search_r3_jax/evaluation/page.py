@@ -29,6 +29,7 @@ from search_r3_jax.evaluation.pictures import (
 )
 from search_r3_jax.evaluation.result_files import EvalResult, read_results
 from search_r3_jax.evaluation.run_files import RunFiles, Sample, read_runs
+from search_r3_jax.extras import require
 from search_r3_jax.files import target_of
 from search_r3_jax.outputs import check_output_folder, check_outputs, write_all, write_result
 
@@ -87,6 +88,8 @@ def write_report(
     check_outputs(("--out", out))
     check_output_folder("--pictures", pictures)
     run_files, (evaluations, budgets) = read_runs(runs), read_results(results)
+    if run_files or budgets:
+        require("report", "eval", "matplotlib")
     sections = [
         section
         for section in _sections(run_files, evaluations, budgets)

@@ -33,7 +33,7 @@ from search_r3_jax.evaluation.evaluate import DEPTH, ModeResult, QueryMode
 from search_r3_jax.evaluation.metrics import check_trec_ids, qrels_text, run_text
 from search_r3_jax.evaluation.settings import BudgetSettings, EvalSettings
 from search_r3_jax.evaluation.significance import bootstrap_interval
-from search_r3_jax.evaluation.systems import SystemResult, open_system
+from search_r3_jax.evaluation.systems import SystemResult, check_installed, open_system
 from search_r3_jax.files import is_written_in_place
 from search_r3_jax.outputs import (
     check_outputs,
@@ -80,6 +80,7 @@ def run_evaluation(settings: EvalSettings) -> dict[str, Any]:
     Raises UserError before any long work where it can.
     """
     check_evaluation(settings)
+    check_installed(settings.model)
     # Bars and notes go to standard error: standard output is the table.
     notes = TextConsole(sys.stderr)
     collection, subset = open_collection(settings, notes)

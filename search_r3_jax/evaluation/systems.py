@@ -18,7 +18,7 @@ from search_r3_jax.config import SamplerConfig, TextConfig
 from search_r3_jax.console import Bar, progress_bar
 from search_r3_jax.data.collection import Collection
 from search_r3_jax.errors import UserError
-from search_r3_jax.evaluation.bm25 import Bm25
+from search_r3_jax.evaluation.bm25 import Bm25, bm25_modules
 from search_r3_jax.evaluation.controls import CONTROLS
 from search_r3_jax.evaluation.evaluate import (
     DEPTH,
@@ -32,6 +32,7 @@ from search_r3_jax.evaluation.evaluate import (
 )
 from search_r3_jax.evaluation.metrics import evaluate_run, without_identical_ids
 from search_r3_jax.evaluation.settings import EvalSettings
+from search_r3_jax.extras import require
 from search_r3_jax.files import file_sha256
 from search_r3_jax.hub.checkpoint_reader import read_run
 from search_r3_jax.hub.export import max_text_tokens
@@ -78,6 +79,16 @@ class System(Protocol):
 def is_baseline(name: str) -> bool:
     """Whether `--model` names a system that cannot reason."""
     return name in ("bm25", "bm25-split", "minilm") or name.startswith("st:")
+
+
+def check_installed(name: str) -> None:
+    """Raise UserError if `--model` names a baseline that needs a package that is not installed."""
+    if name in ("bm25", "bm25-split"):
+        require("eval", "eval", *bm25_modules(identifiers=name == "bm25-split"))
+    elif is_baseline(name):
+        if name == "minilm":
+            minilm_folder()
+        require("eval", "eval", "torch", "sentence_transformers")
 
 
 def open_system(settings: EvalSettings) -> System:
@@ -154,12 +165,9 @@ class SentenceTransformersSystem:
         for file in sorted(folder.rglob("*")):
             if file.suffix in _PICKLED and not any(file.parent.glob("*.safetensors")):
                 raise UserError(f"{file}: pickled weights are never read; save the model with safetensors")
-        try:
-            from sentence_transformers import SentenceTransformer
-        except ImportError:
-            raise UserError(
-                "sentence-transformers is not installed; run: pip install 'search_r3_jax[eval]'"
-            ) from None
+        require("st", "eval", "torch", "sentence_transformers")
+        from sentence_transformers import SentenceTransformer
+
         # Its progress bar would interrupt ours.
         disable_progress_bar()
         try:

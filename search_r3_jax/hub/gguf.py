@@ -11,6 +11,7 @@ import numpy as np
 
 from search_r3_jax.config import ModelConfig, RopeScaling
 from search_r3_jax.errors import UserError
+from search_r3_jax.extras import require
 from search_r3_jax.hub.gguf_header import GgufHeader, GgufTensor, read_header
 
 _FAMILIES: dict[str, Literal["llama", "qwen2", "qwen3"]] = {
@@ -78,12 +79,9 @@ class GgufFile:
     """
 
     def __init__(self, path: Path):
-        try:
-            import gguf
-        except ImportError:
-            raise UserError(
-                f"{path}: reading GGUF needs one more package: pip install 'search_r3_jax[quickstart]'"
-            ) from None
+        require(str(path), "quickstart", "gguf")
+        import gguf
+
         if not path.is_file():
             raise UserError(
                 f"{path}: no such file; give a GGUF file, a Hugging Face folder or a run directory"

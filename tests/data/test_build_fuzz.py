@@ -8,8 +8,8 @@ from pathlib import Path
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
-from search_r3_jax.data.build import build_beir, build_jsonl
-from search_r3_jax.data.collection import trainable
+from search_r3_jax.data.build import TableOptions, build_beir, build_jsonl, build_table
+from search_r3_jax.data.collection import Collection, trainable
 from search_r3_jax.data.dataset import load_collection
 from search_r3_jax.errors import UserError
 
@@ -146,3 +146,47 @@ def test_any_jsonl_file(content: bytes, zipped: bool, cut: int, skip: bool) -> N
         file = Path(place) / "pairs.jsonl"
         write(file, content, zipped, cut if cut < 2 else 0)
         check(build_jsonl, file.with_name(file.name + ".gz") if zipped else file, Path(place) / "set", skip)
+
+
+GOOD_CELLS = st.sampled_from([b"text", b"other", b'"a ""b"" c"', b'"two\r\nlines"', b"1", b"\xc3\xa9"])
+BAD_CELLS = st.sampled_from([b"", b" ", b'"open', b'"a"b', b"\0", b"\xff", b"NaN", b"a,b;c\td", b"x\ry"])
+CELLS = st.integers(0, 12).flatmap(lambda draw: BAD_CELLS if draw == 0 else GOOD_CELLS)
+OPTIONAL = st.lists(st.sampled_from([b"negative", b"relevance", b"query_id", b"note"]), max_size=2)
+
+
+def table(columns: list[bytes]) -> st.SearchStrategy[bytes]:
+    """A header, a good row, and rows that mostly have as many cells."""
+    width = len(columns)
+    right = st.lists(CELLS, min_size=width, max_size=width)
+    rows = st.lists(
+        st.integers(0, 15).flatmap(lambda draw: st.lists(CELLS, max_size=4) if draw == 0 else right),
+        max_size=6,
+    )
+    good = [b"how", b"so", b"", b""][:width]
+    return st.tuples(rows, st.sampled_from([b",", b";", b"\t"]), st.sampled_from([b"\n", b"\r\n"])).map(
+        lambda drawn: drawn[2].join(drawn[1].join(row) for row in [columns, good, *drawn[0]])
+    )
+
+
+TABLES = st.one_of(
+    st.just([b"query", b"positive"]), OPTIONAL.map(lambda more: [b"query", b"positive", *more])
+).flatmap(table)
+
+
+@PLENTY
+@given(
+    content=st.integers(0, 15).flatmap(lambda draw: st.binary(max_size=60) if draw == 0 else TABLES),
+    share=st.none() | st.sampled_from([0.1, 0.5]),
+    zipped=st.booleans(),
+    cut=st.integers(0, 9),
+    skip=st.booleans(),
+)
+def test_any_table(content: bytes, share: float | None, zipped: bool, cut: int, skip: bool) -> None:
+    def build(source: Path, out: Path, *, skip_bad: bool) -> dict[str, Collection]:
+        options = TableOptions(shares={} if share is None else {"test": share})
+        return build_table(source, out, options=options, skip_bad=skip_bad).collections
+
+    with tempfile.TemporaryDirectory() as place:
+        file = Path(place) / "pairs.csv"
+        write(file, content, zipped, cut if cut < 2 else 0)
+        check(build, file.with_name(file.name + ".gz") if zipped else file, Path(place) / "set", skip)

@@ -4,11 +4,13 @@ secret ever shown."""
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from helpers.command_line import search_r3_here
 from helpers.fake_cloud_tools import LAUNCH, StandIns
 
 SCRIPTS = sorted(str(file.relative_to(LAUNCH)) for file in LAUNCH.rglob("*.sh"))
@@ -148,3 +150,72 @@ def test_an_environment_file_is_taken_as_it_stands(cloud: StandIns, tmp_path: Pa
     assert bad.returncode == 2
     assert "line 2: not NAME=VALUE" in bad.stderr
     assert TOKEN not in bad.stderr
+
+
+@pytest.mark.parametrize("script", CALLS)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["stf"], "stf: search-r3 has no such command"),
+        (["sft", "--config", "nope"], "--config: nope: no such experiment; there are quickstart,"),
+        (["sft", "--config=../x"], "--config: ../x: no such experiment"),
+        (["sft", "--sft.gloabl-batch", "8"], "--sft.gloabl-batch: search-r3 sft has no such option;"),
+        (["rl", "--no-index.lokal"], "--no-index.lokal: search-r3 rl has no such option"),
+        (["sft", "--.*", "8"], "--.*: search-r3 sft has no such option"),
+    ],
+)
+def test_what_search_r3_does_not_know_is_refused_before_anything_starts(
+    cloud: StandIns, script: str, arguments: list[str], message: str
+) -> None:
+    words, _ = CALLS[script]
+    done = cloud.run(script, *words[: words.index("--") + 1], *arguments)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith(f"{Path(script).name}: {message}")
+    assert calls(cloud) == []
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["quickstart", "data build", "data mine", "sft", "rl", "indexer", "eval", "mteb", "export", "plan"],
+)
+def test_every_option_that_there_is_passes(cloud: StandIns, command: str) -> None:
+    shown = search_r3_here(
+        *command.split(), *(["--config", "smollm2"] * (command in ("sft", "rl"))), "--help"
+    )
+    options = sorted(set(re.findall(r"(?<![\w-])--[a-z][\w.-]*\w", shown.stdout)) - {"--config"})
+    assert len(options) > 3
+    check = f'. {LAUNCH}/common.sh; check_search_r3 "$@"'
+    done = subprocess.run(
+        [
+            "bash",
+            "-euo",
+            "pipefail",
+            "-c",
+            check,
+            "check",
+            *command.split(),
+            *options,
+            "--rl.floor-gap",
+            "0.1",
+        ],
+        env=cloud.environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("script", ["quickstart.sh", "test.sh"])
+def test_help_installs_nothing(cloud: StandIns, script: str) -> None:
+    (cloud.tools / "python3").unlink()
+    before = sorted(LAUNCH.parent.iterdir())
+    for flag in ("--help", "-h"):
+        done = cloud.run(script, flag)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith(f"launch/{script} [ARGUMENTS OF ")
+        assert ".venv" in done.stdout
+    if script == "quickstart.sh":
+        done = cloud.run(script, "--uot", "folder")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith("quickstart.sh: --uot: search-r3 quickstart has no such option")
+    assert sorted(LAUNCH.parent.iterdir()) == before
