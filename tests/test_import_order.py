@@ -27,11 +27,11 @@ ORDER = [
     {"models"},
     {"objectives"},
     {"configs"},
-    {"mesh", "distributed.runtime", "compiler"},
+    {"mesh", "distributed.runtime", "compiler", "compile_time"},
     {"config", "chips", "vectors"},
     {"outputs"},
     {"distributed.spec", "console", "files", "lines", "runtime_env"},
-    {"errors"},
+    {"errors", "pace"},
     # The package itself: its version.
     {""},
 ]
