@@ -19,6 +19,11 @@ from search_r3_jax.evaluation.run_files import RunFiles
 # The width of a phone, so that text is not shrunk.
 WIDTH, HEIGHT = 4.2, 2.6
 STYLES = ("-", "--", ":")
+# The first value is left out of the vertical axis where it would make it more than this many times as long.
+FLATTENED = 2.0
+MARGIN = 0.08
+# First values that a label names.
+MOST_NAMED = 4
 # Longer series are drawn as this many means: a picture of this size cannot show more.
 MOST_POINTS = 400
 RC = {
@@ -134,7 +139,7 @@ INDEX_PANELS = (
         terms={"drift_cosine": "cosine", "drift_overlap": "same neighbours"},
         measured=True,
     ),
-    _panel("index_stall_share", "share of the time spent on the index", FROM_ZERO),
+    _panel("index_stall_share", "share of the time blocked by the index", FROM_ZERO),
 )
 
 
@@ -181,12 +186,15 @@ def _figure(
 ) -> Any:
     """One colour per run, one line style per term."""
     figure, axis = pyplot.subplots(figsize=(WIDTH, HEIGHT), layout="constrained")
+    drawn = []
     for at, term, steps, values in lines:
         look = {"color": f"C{at % 10}", "linestyle": STYLES[term], "linewidth": 1.5}
         if panel.measured:
             axis.plot(steps, values, **look, marker="o", markersize=3.5)
+            drawn.append((at, steps, values))
         else:
             steps, values = _downsampled(steps), _downsampled(values)
+            drawn.append((at, steps, values))
             axis.plot(steps, values, **look | {"linewidth": 0.8, "alpha": 0.3})
             # A single step makes no line.
             axis.plot(
@@ -197,6 +205,8 @@ def _figure(
         bottom, top = panel.limits
         # Over the largest value, which may be 0 throughout.
         axis.set_ylim(bottom, 1.08 * max(values.max() for *_, values in lines) or 1.0 if top is None else top)
+    else:
+        _leave_out_first(axis, drawn)
     axis.xaxis.get_major_locator().set_params(integer=True, nbins=6)
     handles, labels = _legend(pyplot, panel, names, lines)
     if labels:
@@ -204,6 +214,43 @@ def _figure(
         columns = max(1, min(4, 48 // (max(map(len, labels)) + 6)))
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
     return figure
+
+
+def _leave_out_first(axis: Any, drawn: Sequence[tuple[int, np.ndarray, np.ndarray]]) -> None:
+    """Let the later values choose the vertical axis where the first ones would flatten them, and mark those."""
+    later = np.concatenate([values[1:] for _, _, values in drawn])
+    # Of fewer there is no shape to be seen.
+    if len(later) < 3:
+        return
+    low, high = float(later.min()), float(later.max())
+    firsts = [(at, steps[0], float(values[0])) for at, steps, values in drawn]
+    whole = max(high, *(value for *_, value in firsts)) - min(low, *(value for *_, value in firsts))
+    if high == low or whole <= FLATTENED * (high - low):
+        return
+    bottom, top = low - MARGIN * (high - low), high + MARGIN * (high - low)
+    axis.set_ylim(bottom, top)
+    outside = [(at, step, value) for at, step, value in firsts if not bottom <= value <= top]
+    for at, step, value in outside:
+        above = value > top
+        edge, marker = (top, "^") if above else (bottom, "v")
+        axis.plot(
+            step, edge, marker=marker, color=f"C{at % 10}", markersize=6, linestyle="none", clip_on=False
+        )
+    # One label, so that those of several runs are not printed over each other.
+    named = ", ".join(f"{value:.3g}" for *_, value in outside[:MOST_NAMED])
+    more = ", …" if len(outside) > MOST_NAMED else ""
+    text = f"first: {named}{more}"
+    where, align = ((10, -2), "top") if outside[0][2] > top else ((10, 4), "bottom")
+    edge = top if outside[0][2] > top else bottom
+    axis.annotate(
+        text,
+        (outside[0][1], edge),
+        xytext=where,
+        textcoords="offset points",
+        va=align,
+        fontsize=8,
+        bbox={"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.7},
+    )
 
 
 def _legend(

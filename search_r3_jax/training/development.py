@@ -22,6 +22,7 @@ from search_r3_jax.evaluation.evaluate import (
     exact_index,
     search_result,
 )
+from search_r3_jax.evaluation.run_files import shown_text
 from search_r3_jax.files import write_json
 from search_r3_jax.models.decoder import Decoder
 from search_r3_jax.text.prompts import Prompter
@@ -184,8 +185,13 @@ def _names(collections: Sequence[Collection]) -> list[str]:
 def _samples(name: str, collection: Collection, mode: str, result: ModeResult) -> list[dict[str, Any]]:
     """Searches of the first queries, the same ones each time, so that a reader sees them change."""
     shown = []
+    best = {
+        query.query_id: sorted(result.run[query.query_id].items(), key=lambda pair: -pair[1])[:SHOWN_DOCUMENTS]
+        for query in collection.queries[:SHOWN_QUERIES]
+    }
+    found = {doc_id for ranked in best.values() for doc_id, _ in ranked}
+    bodies = {each.doc_id: each.body for each in collection.documents if each.doc_id in found}
     for i, query in enumerate(collection.queries[:SHOWN_QUERIES]):
-        ranked = sorted(result.run[query.query_id].items(), key=lambda pair: -pair[1])[:SHOWN_DOCUMENTS]
         shown.append(
             {
                 "set": name,
@@ -194,8 +200,13 @@ def _samples(name: str, collection: Collection, mode: str, result: ModeResult) -
                 "reasoning": result.thoughts[i] if result.thoughts else "",
                 "ndcg@10": result.of_query[query.query_id].ndcg_at_10,
                 "top": [
-                    {"document": doc_id, "score": score, "relevant": doc_id in query.positives}
-                    for doc_id, score in ranked
+                    {
+                        "document": doc_id,
+                        "text": shown_text(bodies[doc_id]),
+                        "score": score,
+                        "relevant": doc_id in query.positives,
+                    }
+                    for doc_id, score in best[query.query_id]
                 ],
             }
         )
