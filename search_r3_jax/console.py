@@ -112,7 +112,7 @@ class Bar:
         each: float | None = None,
         left: float | None = None,
     ) -> None:
-        """Report `done` in total as finished; `each` and `left` are seconds, where the caller knows better."""
+        """Report `done` in total as finished; `each` and `left` are seconds known better by the caller."""
         now = time.monotonic()
         self._pace.add(done - self._done)
         self._done = done
@@ -139,7 +139,7 @@ class Bar:
             self._console.print(line, highlight=False, markup=False)
 
     def part(self, what: str, done: int, total: int) -> None:
-        """Report progress of something between two steps of the work, in a bar of its own until it is done."""
+        """Report progress of something between two steps of the work, in a bar of its own until it ends."""
         if self._part is None or self._part._what != what:
             self._end_part()
             self._part = Bar(self._console, what, total, self._progress, aside=self._aside)

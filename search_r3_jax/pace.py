@@ -29,7 +29,7 @@ class Pace:
         self._parts: deque[tuple[float, float]] = deque(maxlen=RECENT)
 
     def add(self, count: float) -> None:
-        """Count that many more; the first call starts the clock: what came before it is no part of the work."""
+        """Count that many more; the first call starts the clock, and what came before it is no part."""
         now = self._clock() - self._aside()
         if self._last is not None and count > 0:
             self._parts.append((count, max(now - self._last, 0.0)))

@@ -46,8 +46,8 @@ class Sft:
         run_folder: Run folder. Created where it does not exist.
         settings: The experiment's settings.
         cluster: Processes that train together.
-        tracker: What shows the run beside its own files: tensorboard, wandb (pip install wandb; WANDB_MODE=offline
-            uploads nothing), or none.
+        tracker: What shows the run beside its own files: tensorboard, wandb (pip install wandb;
+            WANDB_MODE=offline uploads nothing), both, or none.
         allow_config_change: Resume a run although settings that decide what it computes have changed.
         common: Options of every command.
     """
@@ -123,8 +123,8 @@ class Rl:
         settings: The experiment's settings.
         replay: Run whose schedule of index versions to repeat: with the same settings, the same losses to the
             last bit.
-        tracker: What shows the run beside its own files: tensorboard, wandb (pip install wandb; WANDB_MODE=offline
-            uploads nothing), or none.
+        tracker: What shows the run beside its own files: tensorboard, wandb (pip install wandb;
+            WANDB_MODE=offline uploads nothing), both, or none.
         allow_config_change: Resume a run although settings that decide what it computes have changed, or its
             index is gone.
         common: Options of every command.

@@ -134,8 +134,8 @@ def longer_run(changes: Sequence[Change], record: Mapping[str, Any], done: int) 
                 harmless.append(change)
             else:
                 explained.append(
-                    f"{stage}.steps: the decay of {stage}.optimizer.schedule {optimizer.schedule} ends at the "
-                    f"last step, so the {done} steps so far would have had other learning rates"
+                    f"{stage}.steps: the decay of {stage}.optimizer.schedule {optimizer.schedule} ends at "
+                    f"the last step, so the {done} steps so far would have had other learning rates"
                 )
     return LongerRun(harmless, explained)
 

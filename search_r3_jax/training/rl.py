@@ -71,8 +71,8 @@ def train_rl(
     `data`, `model` and `record` come from the config where they are not given; the model is also the
     reference of the KL. `on_step(steps done, steps in all, metrics)`; beside what is logged these have
     `seconds_each` and `seconds_left`. `on_evaluation(what, done, in all)`. `trackers` show the run beside its
-    files. `replay` is a run whose schedule of index versions a new run repeats. `allow_config_change` resumes a
-    run with other settings.
+    files. `replay` is a run whose schedule of index versions a new run repeats. `allow_config_change` resumes
+    a run with other settings.
 
     Raises UserError for settings that cannot work, before the first step, when the replies collapse, and
     when too many updates in a row are not finite; StoppedError on a stop signal. The last checkpoint is kept.

@@ -106,8 +106,8 @@ class Run:
         harmful = [change for change in changes if not change.harmless and change not in longer.harmless]
         if harmful and not allow_config_change:
             raise UserError(
-                f"{file}: this run was made with other values; give another --run, or --allow-config-change to "
-                "go on with these",
+                f"{file}: this run was made with other values; give another --run, or --allow-config-change "
+                "to go on with these",
                 table=[*change_table(harmful), *longer.explained],
             )
         harmless = [change for change in changes if change not in harmful]
@@ -142,7 +142,7 @@ class Run:
             tracker.scalars(step, scalars)
 
     def sample(self, records: Sequence[dict[str, Any]]) -> None:
-        """Append searches, each with its `step`, to `samples.jsonl`, and show them; those of a step together."""
+        """Append searches, each with its `step`, to `samples.jsonl`, and show those of a step together."""
         if not self._first:
             return
         texts: dict[tuple[int, str], list[str]] = {}

@@ -90,9 +90,9 @@ def train_sft(
     """Run stage 1 to its last step; a second call with the same folder resumes from the last checkpoint.
 
     `sets` and `model` are loaded as the config says where they are not given. `on_step(steps done, steps in
-    all, metrics)`; beside what is logged these have `seconds_each` and `seconds_left`. `on_evaluation(what, done,
-    in all)`. `trackers` show the run beside its files. `allow_config_change` resumes a run with other settings.
-    Returns the trained parameters.
+    all, metrics)`; beside what is logged these have `seconds_each` and `seconds_left`. `on_evaluation(what,
+    done, in all)`. `trackers` show the run beside its files. `allow_config_change` resumes a run with other
+    settings. Returns the trained parameters.
     Raises UserError for settings that cannot work and when too many steps in a row were not finite, and
     StoppedError on a stop signal, saved.
     """

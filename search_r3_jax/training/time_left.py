@@ -20,8 +20,8 @@ FEW = 3
 class TimeLeft:
     """Expects of the steps to come what recent ones took.
 
-    A step is the time between two calls of `step_ended`, without what was `aside` (evaluating, saving, waiting
-    for an index) and without compiling.
+    A step is the time between two calls of `step_ended`, without compiling and without what was `aside`:
+    evaluating, saving, waiting for an index.
     """
 
     def __init__(

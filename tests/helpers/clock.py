@@ -1,4 +1,4 @@
-"""Clocks of tests: the day that chat templates of `transformers` see, and one whose seconds tests let pass."""
+"""Clocks of tests: the day that chat templates of `transformers` see, and seconds that pass on request."""
 
 import datetime
 

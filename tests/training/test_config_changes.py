@@ -80,8 +80,8 @@ def test_a_decay_that_had_begun_is_explained(
     assert head.split() == ["setting", "this", "run", "asked"]
     assert row.split() == [f"{stage}.steps", "100", "150"]
     assert explained == (
-        f"{stage}.steps: the decay of {stage}.optimizer.schedule {optimizer['schedule']} ends at the last step, "
-        f"so the {done} steps so far would have had other learning rates"
+        f"{stage}.steps: the decay of {stage}.optimizer.schedule {optimizer['schedule']} ends at the last "
+        f"step, so the {done} steps so far would have had other learning rates"
     )
 
 

@@ -1,4 +1,4 @@
-"""What shows a run beside its files: tags by group, TensorBoard's files read back, and a stand-in for wandb."""
+"""What shows a run beside its files: tags by group, TensorBoard read back, and a stand-in for wandb."""
 
 from __future__ import annotations
 
