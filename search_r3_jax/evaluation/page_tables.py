@@ -21,8 +21,8 @@ INTERVALS_NOTE = "In small: 95 % bootstrap intervals over the queries."
 COSTS_NOTE = "Tokens and milliseconds are of a query, compiling left out."
 # What `index_stall_share` counts.
 BLOCKED_NOTE = (
-    "“Time blocked by the index”: the seconds in which training waited for an index version or opened one, as "
-    "a share of all seconds since its last start. Encoding and building take place in the indexer's own "
+    "“Time blocked by the index”: the seconds in which training waited for an index version or opened one, "
+    "as a share of all seconds since its last start. Encoding and building take place in the indexer's own "
     "process; documents that a step re-encodes are part of the step."
 )
 Show = Callable[[RunFiles], str]

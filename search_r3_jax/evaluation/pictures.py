@@ -217,7 +217,7 @@ def _figure(
 
 
 def _leave_out_first(axis: Any, drawn: Sequence[tuple[int, np.ndarray, np.ndarray]]) -> None:
-    """Let the later values choose the vertical axis where the first ones would flatten them, and mark those."""
+    """Let later values choose the vertical axis where the first ones would flatten them, and mark these."""
     later = np.concatenate([values[1:] for _, _, values in drawn])
     # Of fewer there is no shape to be seen.
     if len(later) < 3:
