@@ -25,9 +25,9 @@ class _Compiling:
         self.seconds = 0.0
         self._spans: list[tuple[float, float]] = []
 
-    def listen(self, event: str, seconds: float, **_: str | int) -> None:
+    def listen(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event in EVENTS:
-            self.add(time.perf_counter() - seconds, seconds)
+            self.add(time.perf_counter() - duration_secs, duration_secs)
 
     def add(self, start: float, seconds: float) -> None:
         # A function that is traced within another has been told of already: its time is part of the other's.

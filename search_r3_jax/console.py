@@ -91,7 +91,9 @@ class Bar:
         self._console, self._what, self._total, self._aside = console, what, total, aside
         self._progress = progress
         self._task = (
-            None if progress is None else progress.add_task(what, total=total, note=note, each=None, ends=None)
+            None
+            if progress is None
+            else progress.add_task(what, total=total, note=note, each=None, ends=None)
         )
         self._done, self._first = 0, 0
         # The clock starts at the first report: time before it is loading, compiling, or another call.

@@ -14,8 +14,8 @@ import numpy as np
 from flax import nnx
 from transformers import PreTrainedTokenizerBase
 
-from search_r3_jax.config import SamplerConfig, Step
 from search_r3_jax.compile_time import compile_seconds
+from search_r3_jax.config import SamplerConfig, Step
 from search_r3_jax.console import Bar, TextConsole, progress_bar
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub.export import MAX_TOKENS, max_text_tokens, read_export_manifest

@@ -74,9 +74,7 @@ class Sft:
         from search_r3_jax.training.sft import train_sft
 
         console = Stages(1, silent=not is_first())
-        with console.log(), console.bar(
-            "steps", self.settings.sft.steps, aside=compile_seconds
-        ) as bar:
+        with console.log(), console.bar("steps", self.settings.sft.steps, aside=compile_seconds) as bar:
 
             def on_step(done: int, total: int, metrics: dict[str, float]) -> None:
                 rate = f"{metrics['tokens_per_second']:,.0f} tokens/s"
@@ -84,9 +82,7 @@ class Sft:
                     rate += f", MFU {metrics['mfu']:.0%}"
                 accuracy = f"in-batch accuracy {_in_batch_accuracy(metrics):.0%}"
                 note = f"loss {metrics['loss']:.3f}, {accuracy}, {rate}"
-                bar.to(
-                    done, note, total, each=metrics["seconds_each"], left=metrics["seconds_left"]
-                )
+                bar.to(done, note, total, each=metrics["seconds_each"], left=metrics["seconds_left"])
 
             train_sft(
                 self.settings,
@@ -145,9 +141,7 @@ class Rl:
         from search_r3_jax.training.rl import train_rl
 
         console = Stages(1)
-        with console.log(), console.bar(
-            "steps", self.settings.rl.steps, aside=compile_seconds
-        ) as bar:
+        with console.log(), console.bar("steps", self.settings.rl.steps, aside=compile_seconds) as bar:
 
             def on_step(done: int, total: int, metrics: dict[str, float]) -> None:
                 reward = f"reward {metrics['reward']:.3f}, valid {metrics['valid_rate']:.0%}"

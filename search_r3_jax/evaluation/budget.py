@@ -111,7 +111,13 @@ def budget_figure(pyplot: ModuleType, content: Mapping[str, Any], *, size: tuple
             min(point["ndcg@10_interval"]["low"] for point in crowd),
         )
         axis.annotate(
-            _price(crowd), under, xytext=(0, -4), textcoords="offset points", ha="center", va="top", fontsize=8
+            _price(crowd),
+            under,
+            xytext=(0, -4),
+            textcoords="offset points",
+            ha="center",
+            va="top",
+            fontsize=8,
         )
     direct, interval = content["direct"], content["direct"]["ndcg@10_interval"]
     axis.axhline(

@@ -23,7 +23,6 @@ DOCUMENT_CHARACTERS = 160
 DAMAGED = "the file was damaged or edited; remove the line, or leave the run out"
 
 
-
 class Found(NamedTuple):
     """A document that a search found; runs of older versions did not record its text."""
 
@@ -186,7 +185,8 @@ def _sample(line: Mapping[str, Any], where: str) -> Sample:
         text=line[text],
         score=line[score],
         top=tuple(
-            Found(each["document"], each.get("relevant") is True, each.get("text", "")) for each in line["top"]
+            Found(each["document"], each.get("relevant") is True, each.get("text", ""))
+            for each in line["top"]
         ),
         origin=() if rollout else (line["set"], line["mode"]),
         valid=line.get("valid") is True if rollout else None,

@@ -128,9 +128,9 @@ def longer_run(changes: Sequence[Change], record: Mapping[str, Any], done: int) 
         if change.field != f"config.{stage}.steps":
             harmless.append(change)
         elif change.now > change.before:
-            rates = [learning_rates(optimizer, steps * epochs) for steps in (change.before, change.now)]
-            updates = min(done * epochs, *(len(each) for each in rates))
-            if np.array_equal(*(each[:updates] for each in rates)):
+            before, now = (learning_rates(optimizer, steps * epochs) for steps in (change.before, change.now))
+            updates = min(done * epochs, len(before), len(now))
+            if np.array_equal(before[:updates], now[:updates]):
                 harmless.append(change)
             else:
                 explained.append(
@@ -149,7 +149,9 @@ def _plain(value: Any) -> str:
     elif isinstance(value, Mapping):
         # Data: its name and split tell what it is.
         text = (
-            f"{value['name']} ({value.get('split')})" if "name" in value else json.dumps(value, sort_keys=True)
+            f"{value['name']} ({value.get('split')})"
+            if "name" in value
+            else json.dumps(value, sort_keys=True)
         )
     elif isinstance(value, list | tuple):
         text = " ".join(map(_plain, value)) or "none"

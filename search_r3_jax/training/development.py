@@ -97,9 +97,7 @@ class Development:
             modes = {"direct": search_result(collection, index, direct)}
             embeddings.append(_embeddings(collection, documents_ne, direct))
             if self._reasoned:
-                progress = _counter(
-                    on_progress, f"{name_of_set}: reasoned queries", len(collection.queries)
-                )
+                progress = _counter(on_progress, f"{name_of_set}: reasoned queries", len(collection.queries))
                 queries = self._evaluator.reasoned_queries(state, collection, progress)
                 modes["reason"] = search_result(collection, index, queries)
                 if self._probe and len(collection.queries) > 1:
@@ -186,7 +184,9 @@ def _samples(name: str, collection: Collection, mode: str, result: ModeResult) -
     """Searches of the first queries, the same ones each time, so that a reader sees them change."""
     shown = []
     best = {
-        query.query_id: sorted(result.run[query.query_id].items(), key=lambda pair: -pair[1])[:SHOWN_DOCUMENTS]
+        query.query_id: sorted(result.run[query.query_id].items(), key=lambda pair: -pair[1])[
+            :SHOWN_DOCUMENTS
+        ]
         for query in collection.queries[:SHOWN_QUERIES]
     }
     found = {doc_id for ranked in best.values() for doc_id, _ in ranked}

@@ -72,7 +72,9 @@ def learning_rates(config: OptimizerConfig, steps: int) -> np.ndarray:
 
 def updates_made(state: optax.OptState) -> int:
     """The updates that an optimiser has made, from its state; skipped ones are none."""
-    counts = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state) if _names(path)[-1] == "count"]
+    counts = [
+        leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state) if _names(path)[-1] == "count"
+    ]
     return int(counts[0])
 
 

@@ -258,9 +258,7 @@ def _evaluate(stage: _Stage, state: TrainState, done: int, run: Run) -> dict[str
     return evaluated.scalars | {"evaluation_seconds": stage.time_left.last("evaluation")}
 
 
-def _develop(
-    stage: _Stage, development: Development, state: TrainState, done: int, run: Run
-) -> Evaluated:
+def _develop(stage: _Stage, development: Development, state: TrainState, done: int, run: Run) -> Evaluated:
     """One evaluation, whose time is no step's."""
     announced = announce_compiling("the first evaluation", when=not stage.has_evaluated)
     with announced, stage.time_left.aside("evaluation"):

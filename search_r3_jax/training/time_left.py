@@ -94,7 +94,8 @@ class TimeLeft:
         evaluations = _times(done, self._total, self._eval_every) if self._eval_every else 0
         # Every evaluation is saved, and the last step is.
         saves = _times(done - 1, self._total, self._save_every, self._eval_every)
-        for kind, times in (("evaluation", evaluations), ("save", saves)):
+        coming: dict[Aside, int] = {"evaluation": evaluations, "save": saves}
+        for kind, times in coming.items():
             seen = self._asides[kind]
             left += times * (typical(seen) if seen else 0.0)
         return left

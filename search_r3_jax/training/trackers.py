@@ -103,7 +103,9 @@ class TensorBoard:
     def embeddings(self, step: int, embeddings: Embeddings) -> None:
         """Show vectors in the projector: those of the last evaluation only, because they are large."""
         rows = ("\t".join(f"{value:.5g}" for value in vector) for vector in embeddings.vectors.tolist())
-        labels = ("\t".join((kind, " ".join(printable(text).split())[:200])) for kind, text in embeddings.labels)
+        labels = (
+            "\t".join((kind, " ".join(printable(text).split())[:200])) for kind, text in embeddings.labels
+        )
         contents = {
             "tensors.tsv": "".join(f"{row}\n" for row in rows),
             "metadata.tsv": "".join(f"{label}\n" for label in ("kind\ttext", *labels)),
@@ -123,7 +125,9 @@ class Wandb:
     def __init__(self, run: Path, config: Mapping[str, Any]):
         """Begin it, or go on in the one that the run folder names; raises UserError where wandb refuses."""
         self._wandb, file = _wandb(), run / WANDB_FILE
-        known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"id": uuid.uuid4().hex[:12]}
+        known = (
+            json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"id": uuid.uuid4().hex[:12]}
+        )
         try:
             self._run = self._wandb.init(
                 project=os.environ.get("WANDB_PROJECT", PROJECT),
@@ -196,7 +200,12 @@ def sample_text(record: Mapping[str, Any]) -> str:
     top = [f"{each['document']}{' ✓' if each['relevant'] else ''}" for each in record["top"]]
     numbered = [f"{rank}. {document}" for rank, document in enumerate(top, start=1)]
     # Indented: what a model or a data set wrote is no Markdown.
-    parts = [_literal(record["query"]), *([_literal(written)] if written else []), outcome, _literal(numbered)]
+    parts = [
+        _literal(record["query"]),
+        *([_literal(written)] if written else []),
+        outcome,
+        _literal(numbered),
+    ]
     return printable("\n\n".join(parts))
 
 

@@ -1,24 +1,17 @@
 """`search-r3 eval`: what it reports is what trec_eval says of the files it wrote, and what a plain
 computation ranks."""
 
-import dataclasses
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import pytrec_eval
-from helpers.command_line import search_r3_here
-from helpers.tiny_models import word_collection
+from helpers.trec_files import assert_same_as_files
 
-from search_r3_jax.data.build import build_beir
 from search_r3_jax.data.dataset import load_collection
 from search_r3_jax.embedder import Embedder
 from search_r3_jax.errors import UserError
-from search_r3_jax.evaluation import report
 from search_r3_jax.evaluation.controls import CONTROLS
 from search_r3_jax.evaluation.evaluate import Evaluator
 from search_r3_jax.evaluation.metrics import METRICS
@@ -28,8 +21,6 @@ from search_r3_jax.evaluation.significance import bootstrap_interval
 from search_r3_jax.evaluation.systems import MINILM_PACKAGE
 from search_r3_jax.hub.export import export_model
 from search_r3_jax.hub.load_model import load_model
-
-from helpers.trec_files import assert_same_as_files, read_trec
 
 
 def test_a_decoder_in_both_modes(
@@ -210,5 +201,3 @@ def test_quickstarts_calls_give_the_same(tiny_model, beir: Path) -> None:
             "queries_per_second",
             "milliseconds_per_query",
         }
-
-

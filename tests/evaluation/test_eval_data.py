@@ -1,34 +1,18 @@
 """`search-r3 eval` on cut and on published data: the same queries, documents and judgements as elsewhere."""
 
 import dataclasses
-import json
 import shutil
-import tempfile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
 import pytrec_eval
-from helpers.command_line import search_r3_here
-from helpers.tiny_models import word_collection
+from helpers.trec_files import assert_same_as_files
 
 from search_r3_jax.data.build import build_beir
-from search_r3_jax.data.dataset import load_collection
-from search_r3_jax.embedder import Embedder
-from search_r3_jax.errors import UserError
-from search_r3_jax.evaluation import report
-from search_r3_jax.evaluation.controls import CONTROLS
-from search_r3_jax.evaluation.evaluate import Evaluator
-from search_r3_jax.evaluation.metrics import METRICS
 from search_r3_jax.evaluation.report import run_evaluation
 from search_r3_jax.evaluation.settings import EvalSettings
-from search_r3_jax.evaluation.significance import bootstrap_interval
-from search_r3_jax.evaluation.systems import MINILM_PACKAGE
-from search_r3_jax.hub.export import export_model
-from search_r3_jax.hub.load_model import load_model
-
-from helpers.trec_files import assert_same_as_files, read_trec
 
 
 def test_baselines_see_the_same_cut(tiny_folders: dict[str, Path], beir: Path, tmp_path: Path) -> None:
@@ -144,5 +128,3 @@ def test_documents_that_are_the_query_itself_are_left_out_as_beir_does(beir: Pat
     assert after["ndcg@10"] > before["ndcg@10"]
     assert_same_as_files(after, tmp_path / "a.run", tmp_path / "a.run.qrels")
     assert record["data"]["ignore_identical_ids"]
-
-

@@ -1,34 +1,19 @@
 """What `search-r3 eval` writes, where it writes it, and what it refuses."""
 
-import dataclasses
 import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import pytest
-import pytrec_eval
 from helpers.command_line import search_r3_here
-from helpers.tiny_models import word_collection
+from helpers.trec_files import assert_same_as_files
 
-from search_r3_jax.data.build import build_beir
-from search_r3_jax.data.dataset import load_collection
-from search_r3_jax.embedder import Embedder
 from search_r3_jax.errors import UserError
 from search_r3_jax.evaluation import report
-from search_r3_jax.evaluation.controls import CONTROLS
-from search_r3_jax.evaluation.evaluate import Evaluator
-from search_r3_jax.evaluation.metrics import METRICS
 from search_r3_jax.evaluation.report import run_evaluation
 from search_r3_jax.evaluation.settings import EvalSettings
-from search_r3_jax.evaluation.significance import bootstrap_interval
-from search_r3_jax.evaluation.systems import MINILM_PACKAGE
-from search_r3_jax.hub.export import export_model
-from search_r3_jax.hub.load_model import load_model
-
-from helpers.trec_files import assert_same_as_files, read_trec
 
 
 def test_ids_are_looked_at_before_the_work(

@@ -1,14 +1,7 @@
 """`search-r3 report`: its numbers are those of the files, and hostile texts stay texts."""
 
-import base64
-import html
-import itertools
 import json
-import os
 import re
-import shutil
-import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -25,16 +18,14 @@ from helpers.report_inputs import (
     write_lines,
     write_run,
 )
+from helpers.report_page import Page
 from helpers.tiny_models import word_collection
-from matplotlib import pyplot
 
 from search_r3_jax.data.dataset import build_dataset
 from search_r3_jax.evaluation.compare import compare_results, read_result
-from search_r3_jax.evaluation.page import SHOWN_ROLLOUTS, write_report
+from search_r3_jax.evaluation.page import write_report
 from search_r3_jax.evaluation.report import SAMPLES, run_evaluation
 from search_r3_jax.evaluation.settings import EvalSettings
-
-from helpers.report_page import Page
 
 
 def percentile_interval(values: np.ndarray) -> tuple[float, float]:
@@ -263,4 +254,3 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown.returncode == 2
     assert re.fullmatch(r"search-r3: nowhere/config\.json: not the config of a run .*\n", shown.stderr)
     assert not (tmp_path / "other.html").exists()
-

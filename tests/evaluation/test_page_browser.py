@@ -1,40 +1,25 @@
 """The page of `search-r3 report` in a browser."""
 
-import base64
 import html
-import itertools
-import json
 import os
 import re
 import shutil
 import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.command_line import search_r3_here
 from helpers.report_inputs import (
-    HOSTILE,
     budget_record,
     eval_record,
     rollout_sample,
-    search_sample,
-    with_controls,
     write_json,
     write_lines,
     write_run,
 )
-from helpers.tiny_models import word_collection
-from matplotlib import pyplot
 
-from search_r3_jax.data.dataset import build_dataset
-from search_r3_jax.evaluation.compare import compare_results, read_result
-from search_r3_jax.evaluation.page import SHOWN_ROLLOUTS, write_report
-from search_r3_jax.evaluation.report import SAMPLES, run_evaluation
-from search_r3_jax.evaluation.settings import EvalSettings
+from search_r3_jax.evaluation.page import write_report
 
-from helpers.report_page import Page
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 

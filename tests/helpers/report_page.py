@@ -49,4 +49,3 @@ class Page(HTMLParser):
 
     def row(self, table: str, name: str) -> list[str]:
         return next(row[1:] for row in self.tables[table] if row[0] == name)
-

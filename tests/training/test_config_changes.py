@@ -56,8 +56,8 @@ def test_longer_training_needs_no_flag_where_the_steps_so_far_stay_the_same(
     optimizer: dict[str, Any],
     done: int,
 ) -> None:
-    configs = [config_of(stage, steps, **optimizer) for steps in (100, 150)]
-    open_twice(tmp_path / "run", monkeypatch, stage, *configs, done)
+    before, now = (config_of(stage, steps, **optimizer) for steps in (100, 150))
+    open_twice(tmp_path / "run", monkeypatch, stage, before, now, done)
     assert log_lines == [
         f"changed since this run was started, harmless: config.{stage}.steps was 100, is 150"
     ]
@@ -71,9 +71,9 @@ def test_longer_training_needs_no_flag_where_the_steps_so_far_stay_the_same(
 def test_a_decay_that_had_begun_is_explained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, optimizer: dict[str, Any], done: int
 ) -> None:
-    configs = [config_of(stage, steps, **optimizer) for steps in (100, 150)]
+    before, now = (config_of(stage, steps, **optimizer) for steps in (100, 150))
     with pytest.raises(UserError) as refused:
-        open_twice(tmp_path / "run", monkeypatch, stage, *configs, done)
+        open_twice(tmp_path / "run", monkeypatch, stage, before, now, done)
     error = refused.value
     assert error.line.endswith("give another --run, or --allow-config-change to go on with these")
     head, row, explained = error.table
@@ -120,9 +120,7 @@ def test_long_values_are_cut() -> None:
     assert len(row) < 90
 
 
-def test_the_command_shows_the_table_below_its_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_shows_the_table_below_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise UserError("config.json: other values; give another --run", table=["  setting  this run  asked"])
 

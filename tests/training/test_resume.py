@@ -173,7 +173,9 @@ def test_a_run_that_is_made_longer_is_the_longer_run(runs: Runs) -> None:
     """Where the learning rate is constant, to the last bit; without a flag."""
     optimizer = dataclasses.replace(runs.config.sft.optimizer, schedule="constant")
     configs = [
-        dataclasses.replace(runs.config, sft=dataclasses.replace(runs.config.sft, steps=steps, optimizer=optimizer))
+        dataclasses.replace(
+            runs.config, sft=dataclasses.replace(runs.config.sft, steps=steps, optimizer=optimizer)
+        )
         for steps in (STEPS, STEPS // 2)
     ]
     whole, _ = runs.train("whole", config=configs[0])

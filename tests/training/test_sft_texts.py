@@ -3,36 +3,16 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 import pytest
-from flax import nnx
 from helpers.clock import set_day
+from helpers.sft_runs import config_of, train, watched
 from helpers.tiny_models import CHAT_TEMPLATE, plain_hidden, word_collection, write_tiny_checkpoint
 
-from search_r3_jax.config import LoraConfig, OptimizerConfig, RunConfig, SamplerConfig, SftConfig, TextConfig
-from search_r3_jax.data.collection import Collection
-from search_r3_jax.data.development import TrainingSet
-from search_r3_jax.data.pipeline import PairPipeline
-from search_r3_jax.errors import UserError
-from search_r3_jax.evaluation.evaluate import Evaluator
-from search_r3_jax.hub.checkpoint_reader import best_checkpoint, read_checkpoint
-from search_r3_jax.hub.checkpoint_writer import CheckpointWriter
-from search_r3_jax.hub.load_model import LoadedModel, load_model, with_lora
-from search_r3_jax.models.layers import LoraParam
-from search_r3_jax.models.lora import merge_lora
-from search_r3_jax.rollout.encoder import Encoder
+from search_r3_jax.hub.load_model import load_model
 from search_r3_jax.text.prompts import Prompter
-from search_r3_jax.training.sft import OnStep, make_pipeline, train_sft
-from search_r3_jax.training.sft_step import make_step
-from search_r3_jax.training.state import TrainState
-from search_r3_jax.vectors import l2_normalize
-
-from helpers.sft_runs import config_of, train, watched
+from search_r3_jax.training.sft import make_pipeline
 
 
 @pytest.mark.slow

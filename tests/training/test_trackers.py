@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from helpers.command_line import search_r3_here
 from helpers.fake_wandb import install_fake_wandb
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto import event_pb2
 
 from search_r3_jax.config import RunConfig
 from search_r3_jax.errors import UserError
@@ -40,14 +40,17 @@ SEARCH = {
     "top": [{"document": "d1", "score": 0.1, "relevant": False}],
 }
 
+# Made by protobuf when it is imported, where no type checker sees it.
+EVENT: Any = vars(event_pb2)["Event"]
 
-def events(folder: Path) -> Iterator[Event]:
+
+def events(folder: Path) -> Iterator[Any]:
     """The events in TensorBoard's files: records of length, checksum, bytes and checksum."""
     for file in sorted(folder.glob("events.*")):
         content, at = file.read_bytes(), 0
         while at < len(content):
             (length,) = struct.unpack("<Q", content[at : at + 8])
-            yield Event.FromString(content[at + 12 : at + 12 + length])
+            yield EVENT.FromString(content[at + 12 : at + 12 + length])
             at += 12 + length + 4
 
 
@@ -58,7 +61,9 @@ def shown(folder: Path) -> tuple[dict[tuple[str, int], float], dict[tuple[str, i
     for event in events(folder):
         for value in event.summary.value:
             if value.HasField("tensor"):
-                texts[value.tag.removesuffix("/text_summary"), event.step] = value.tensor.string_val[0].decode()
+                texts[value.tag.removesuffix("/text_summary"), event.step] = value.tensor.string_val[
+                    0
+                ].decode()
             else:
                 scalars[value.tag, event.step] = value.simple_value
     return scalars, texts
@@ -170,9 +175,7 @@ def test_wandb_that_refuses_is_one_line(tmp_path: Path, monkeypatch: pytest.Monk
         opened(tmp_path / "run", "wandb")
 
 
-def test_what_cannot_be_had_is_said_before_any_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_had_is_said_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="none stands alone"):
         check_trackers(["none", "tensorboard"])
     check_trackers(["tensorboard"])
