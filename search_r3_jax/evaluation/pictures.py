@@ -186,15 +186,16 @@ def _figure(
 ) -> Any:
     """One colour per run, one line style per term."""
     figure, axis = pyplot.subplots(figsize=(WIDTH, HEIGHT), layout="constrained")
-    drawn = []
+    if not panel.measured:
+        lines = [(at, term, _downsampled(steps), _downsampled(values)) for at, term, steps, values in lines]
+    limits = None if panel.limits is not None else _limits_of_later(lines)
     for at, term, steps, values in lines:
         look = {"color": f"C{at % 10}", "linestyle": STYLES[term], "linewidth": 1.5}
+        if limits is not None and not limits[0] <= values[0] <= limits[1]:
+            steps, values = steps[1:], values[1:]
         if panel.measured:
             axis.plot(steps, values, **look, marker="o", markersize=3.5)
-            drawn.append((at, steps, values))
         else:
-            steps, values = _downsampled(steps), _downsampled(values)
-            drawn.append((at, steps, values))
             axis.plot(steps, values, **look | {"linewidth": 0.8, "alpha": 0.3})
             # A single step makes no line.
             axis.plot(
@@ -205,8 +206,8 @@ def _figure(
         bottom, top = panel.limits
         # Over the largest value, which may be 0 throughout.
         axis.set_ylim(bottom, 1.08 * max(values.max() for *_, values in lines) or 1.0 if top is None else top)
-    else:
-        _leave_out_first(axis, drawn)
+    elif limits is not None:
+        _mark_firsts(axis, limits, lines)
     axis.xaxis.get_major_locator().set_params(integer=True, nbins=6)
     handles, labels = _legend(pyplot, panel, names, lines)
     if labels:
@@ -216,23 +217,34 @@ def _figure(
     return figure
 
 
-def _leave_out_first(axis: Any, drawn: Sequence[tuple[int, np.ndarray, np.ndarray]]) -> None:
-    """Let later values choose the vertical axis where the first ones would flatten them, and mark these."""
-    later = np.concatenate([values[1:] for _, _, values in drawn])
+def _limits_of_later(
+    lines: Sequence[tuple[int, int, np.ndarray, np.ndarray]],
+) -> tuple[float, float] | None:
+    """Limits of the vertical axis for all but the first values, where these would flatten the others."""
+    later = np.concatenate([values[1:] for *_, values in lines])
     # Of fewer there is no shape to be seen.
     if len(later) < 3:
-        return
+        return None
     low, high = float(later.min()), float(later.max())
-    firsts = [(at, steps[0], float(values[0])) for at, steps, values in drawn]
-    whole = max(high, *(value for *_, value in firsts)) - min(low, *(value for *_, value in firsts))
+    firsts = [float(values[0]) for *_, values in lines]
+    whole = max(high, *firsts) - min(low, *firsts)
     if high == low or whole <= FLATTENED * (high - low):
-        return
-    bottom, top = low - MARGIN * (high - low), high + MARGIN * (high - low)
+        return None
+    return low - MARGIN * (high - low), high + MARGIN * (high - low)
+
+
+def _mark_firsts(
+    axis: Any,
+    limits: tuple[float, float],
+    lines: Sequence[tuple[int, int, np.ndarray, np.ndarray]],
+) -> None:
+    """Set the limits, and mark the first values that lie outside at the edge."""
+    bottom, top = limits
     axis.set_ylim(bottom, top)
+    firsts = [(at, steps[0], float(values[0])) for at, _, steps, values in lines]
     outside = [(at, step, value) for at, step, value in firsts if not bottom <= value <= top]
     for at, step, value in outside:
-        above = value > top
-        edge, marker = (top, "^") if above else (bottom, "v")
+        edge, marker = (top, "^") if value > top else (bottom, "v")
         axis.plot(
             step, edge, marker=marker, color=f"C{at % 10}", markersize=6, linestyle="none", clip_on=False
         )
