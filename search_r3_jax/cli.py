@@ -60,7 +60,9 @@ def main() -> None:
     except UserError as error:
         if "--debug" in sys.argv:
             raise
-        print_line(f"search-r3: {error}", sys.stderr)
+        print_line(f"search-r3: {error.line}", sys.stderr)
+        for row in error.table:
+            print_line(row, sys.stderr)
         sys.exit(2)
     except StoppedError as stopped:
         print_line(f"search-r3: {stopped}")

@@ -7,7 +7,7 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
@@ -20,10 +20,11 @@ from rich.progress import (
     Task,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.segment import Segment
 from rich.text import Text
+
+from search_r3_jax.pace import Pace
 
 PLAIN_LINE_SECONDS = 10.0
 LOGGER = logging.getLogger("search_r3_jax")
@@ -64,46 +65,94 @@ def prepare_streams() -> None:
 
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
-        return Text(_rate(task.speed) if task.speed else "", style="cyan")
+        each = task.fields["each"]
+        return Text(_rate(each) if each else "", style="cyan")
+
+
+class _Left(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        ends = task.fields["ends"]
+        return Text("" if ends is None else f"{_clock(max(ends - time.monotonic(), 0.0))} left", style="cyan")
 
 
 class Bar:
     """Progress of one piece of work: a live bar in a terminal, a plain line every ten seconds elsewhere."""
 
-    def __init__(self, console: Console, what: str, total: int, progress: Progress | None):
-        self._console, self._what, self._total = console, what, total
+    def __init__(
+        self,
+        console: Console,
+        what: str,
+        total: int,
+        progress: Progress | None,
+        *,
+        aside: Callable[[], float] = lambda: 0.0,
+        note: str = "",
+    ):
+        self._console, self._what, self._total, self._aside = console, what, total, aside
         self._progress = progress
-        self._task = progress.add_task(what, total=total, note="") if progress is not None else None
+        self._task = (
+            None
+            if progress is None
+            else progress.add_task(what, total=total, note=note, each=None, ends=None)
+        )
         self._done, self._first = 0, 0
         # The clock starts at the first report: time before it is loading, compiling, or another call.
-        self._started: float | None = None
+        self._started, self._pace = False, Pace(aside=aside)
         self._spoken = time.monotonic()
+        self._part: Bar | None = None
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """Report `count` more as finished; `note` is shown beside the bar."""
         self.to(self._done + count, note)
 
-    def to(self, done: int, note: str = "", total: int | None = None) -> None:
-        """Report `done` in total as finished."""
+    def to(
+        self,
+        done: int,
+        note: str = "",
+        total: int | None = None,
+        *,
+        each: float | None = None,
+        left: float | None = None,
+    ) -> None:
+        """Report `done` in total as finished; `each` and `left` are seconds known better by the caller."""
         now = time.monotonic()
+        self._pace.add(done - self._done)
         self._done = done
         self._total = total or self._total
-        if self._started is None:
-            self._first, self._started = done, now
+        if not self._started:
+            self._first, self._started = done, True
             if self._progress is not None and self._task is not None:
                 self._progress.reset(self._task, completed=done, total=self._total)
+        each = self._pace.seconds_each() if each is None else each
+        if left is None and each is not None:
+            left = (self._total - done) * each
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=done, total=self._total, note=note)
+            ends = None if left is None else now + left
+            self._progress.update(
+                self._task, completed=done, total=self._total, note=note, each=each, ends=ends
+            )
             return
-        if now - self._spoken >= PLAIN_LINE_SECONDS and done > self._first:
+        if now - self._spoken >= PLAIN_LINE_SECONDS and done > self._first and each and left is not None:
             self._spoken = now
-            speed = (done - self._first) / (now - self._started)
-            left = (self._total - done) / speed
             line = (
-                f"      {self._what} {done}/{self._total}, {_rate(speed)}, {_clock(left)} "
+                f"      {self._what} {done}/{self._total}, {_rate(each)}, {_clock(left)} "
                 f"left{'  ' + note if note else ''}"
             )
             self._console.print(line, highlight=False, markup=False)
+
+    def part(self, what: str, done: int, total: int) -> None:
+        """Report progress of something between two steps of the work, in a bar of its own until it ends."""
+        if self._part is None or self._part._what != what:
+            self._end_part()
+            self._part = Bar(self._console, what, total, self._progress, aside=self._aside)
+        self._part.to(done, total=total)
+        if done >= total:
+            self._end_part()
+
+    def _end_part(self) -> None:
+        if self._part is not None and self._progress is not None and self._part._task is not None:
+            self._progress.remove_task(self._part._task)
+        self._part = None
 
 
 class Stages:
@@ -149,9 +198,9 @@ class Stages:
             LOGGER.level, LOGGER.propagate = before
 
     @contextmanager
-    def bar(self, what: str, total: int) -> Iterator[Bar]:
-        """A progress bar for one piece of work."""
-        with progress_bar(self.console, what, total) as bar:
+    def bar(self, what: str, total: int, *, aside: Callable[[], float] = lambda: 0.0) -> Iterator[Bar]:
+        """A progress bar for one piece of work; `aside` as in `progress_bar`."""
+        with progress_bar(self.console, what, total, aside=aside) as bar:
             yield bar
 
 
@@ -200,10 +249,21 @@ def _with_level(record: logging.LogRecord) -> str:
 
 
 @contextmanager
-def progress_bar(console: Console, what: str, total: int) -> Iterator[Bar]:
-    """A bar with rate and time left on `console`; plain lines if it is no terminal."""
+def progress_bar(
+    console: Console,
+    what: str,
+    total: int,
+    *,
+    aside: Callable[[], float] = lambda: 0.0,
+    note: str = "",
+) -> Iterator[Bar]:
+    """A bar with rate and time left on `console`; plain lines if it is no terminal.
+
+    `aside` gives seconds that are no part of the work, such as those of compiling; `note` stands
+    beside the bar until the first report.
+    """
     if not console.is_terminal:
-        yield Bar(console, what, total, None)
+        yield Bar(console, what, total, None, aside=aside)
         return
     columns = (
         TextColumn("      {task.description}"),
@@ -211,16 +271,15 @@ def progress_bar(console: Console, what: str, total: int) -> Iterator[Bar]:
         MofNCompleteColumn(),
         _Rate(),
         TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        _Left(),
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=console, transient=True) as progress:
-        yield Bar(console, what, total, progress)
+        yield Bar(console, what, total, progress, aside=aside, note=note)
 
 
-def _rate(speed: float) -> str:
-    return f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each"
+def _rate(seconds_each: float) -> str:
+    return f"{1 / seconds_each:.1f}/s" if seconds_each <= 1 else f"{seconds_each:.1f} s each"
 
 
 def _clock(seconds: float) -> str:

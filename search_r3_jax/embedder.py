@@ -18,6 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
+from search_r3_jax.compile_time import compile_seconds
 from search_r3_jax.config import SamplerConfig, Step
 from search_r3_jax.console import Bar, TextConsole, progress_bar
 from search_r3_jax.errors import UserError
@@ -390,4 +391,6 @@ def _bar(what: str, total: int, progress: bool | None) -> AbstractContextManager
     # On standard error, because standard output belongs to the caller.
     console = TextConsole(sys.stderr)
     shown = console.is_terminal if progress is None else progress
-    return progress_bar(console, what, total) if shown and total else nullcontext()
+    if not shown or not total:
+        return nullcontext()
+    return progress_bar(console, what, total, aside=compile_seconds, note="compiling …")

@@ -1,8 +1,17 @@
 """The exceptions that are meant for the user."""
 
+from collections.abc import Sequence
+
 
 class UserError(Exception):
-    """A mistake the user can mend: one line naming file, field and remedy; the command line exits with 2."""
+    """A mistake the user can mend: one line naming file, field and remedy; the command line exits with 2.
+
+    Where one line cannot hold what differs, a small `table` stands below it.
+    """
+
+    def __init__(self, line: str = "", *, table: Sequence[str] = ()):
+        super().__init__("\n".join([line, *table]))
+        self.line, self.table = line, tuple(table)
 
 
 class StoppedError(Exception):

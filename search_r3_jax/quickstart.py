@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from flax import nnx
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from search_r3_jax.compile_time import compile_seconds
 from search_r3_jax.config import RunConfig, check_ranges, config_from_dict
-from search_r3_jax.console import Stages
+from search_r3_jax.console import Bar, Stages
 from search_r3_jax.data.collection import Collection
 from search_r3_jax.data.dataset import build_dataset, load_collection
 from search_r3_jax.data.development import TrainingSet
@@ -124,6 +126,9 @@ class Quickstart:
             name, compute_dtype=config.compute_dtype, remat=config.remat, attention=config.attention
         )
 
+    def _bar(self, what: str, total: int) -> AbstractContextManager[Bar]:
+        return self._stages.bar(what, total, aside=compile_seconds)
+
     # The stages.
 
     def _build_data(self) -> dict[str, Any]:
@@ -154,10 +159,10 @@ class Quickstart:
 
     def _evaluate(self, model: LoadedModel) -> dict[str, Any]:
         state = nnx.state(model.decoder)
-        with self._stages.bar("documents", len(self._test.documents)) as bar:
+        with self._bar("documents", len(self._test.documents)) as bar:
             vectors = self._evaluator.documents(state, self._test, bar.advance)
         direct = self._evaluator.direct(state, self._test, vectors)
-        with self._stages.bar("queries", len(self._test.queries)) as bar:
+        with self._bar("queries", len(self._test.queries)) as bar:
             reason = self._evaluator.reason(state, self._test, vectors, bar.advance)
         self._stages.say(
             f"nDCG@10 direct {direct.metrics.ndcg_at_10:.3f}, reasoned {reason.metrics.ndcg_at_10:.3f}"
@@ -177,11 +182,12 @@ class Quickstart:
 
     def _stage_1(self) -> dict[str, Any]:
         config = self._config
-        with self._stages.bar("steps", config.sft.steps) as bar:
+        with self._bar("steps", config.sft.steps) as bar:
 
             def on_step(step: int, total: int, metrics: dict[str, float]) -> None:
                 accuracy = f"in-batch accuracy {metrics['in_batch_accuracy']:.0%}"
-                bar.to(step, f"loss {metrics['loss']:.2f}, {accuracy}", total)
+                note = f"loss {metrics['loss']:.2f}, {accuracy}"
+                bar.to(step, note, total, each=metrics["seconds_each"], left=metrics["seconds_left"])
 
             model = with_lora(self._base, config.lora, seed=config.seed)
             sets = [TrainingSet(train=self._train, dev=None)]
@@ -191,11 +197,17 @@ class Quickstart:
 
     def _stage_2(self) -> dict[str, Any]:
         config = self._config
-        with self._stages.bar("steps", config.rl.steps) as bar:
+        with self._bar("steps", config.rl.steps) as bar:
 
             def on_step(step: int, total: int, metrics: dict[str, float]) -> None:
                 reward = f"reward {metrics['reward']:.3f}, valid {metrics['valid_rate']:.0%}"
-                bar.to(step, reward, max(step, total))
+                bar.to(
+                    step,
+                    reward,
+                    max(step, total),
+                    each=metrics["seconds_each"],
+                    left=metrics["seconds_left"],
+                )
 
             model = with_lora(self._tuned, config.lora, seed=config.seed)
             result = train_rl(

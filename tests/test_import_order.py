@@ -27,11 +27,11 @@ ORDER = [
     {"models"},
     {"objectives"},
     {"configs"},
-    {"mesh", "distributed.runtime", "compiler", "compile_cache"},
+    {"mesh", "distributed.runtime", "compiler", "compile_cache", "compile_time"},
     {"config", "chips", "vectors", "precision"},
     {"outputs"},
     {"distributed.spec", "console", "files", "lines", "runtime_env", "extras"},
-    {"errors"},
+    {"errors", "pace"},
     # The package itself: its version.
     {""},
 ]

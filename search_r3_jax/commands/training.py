@@ -11,7 +11,7 @@ from typing import Annotated
 import tyro
 
 from search_r3_jax.commands.options import Common, CommonOptions
-from search_r3_jax.config import RunConfig
+from search_r3_jax.config import RunConfig, TrackerName
 from search_r3_jax.distributed.spec import Cluster
 from search_r3_jax.extras import require
 
@@ -51,6 +51,8 @@ class Sft:
         run_folder: Run folder. Created where it does not exist.
         settings: The experiment's settings.
         cluster: Processes that train together.
+        tracker: What shows the run beside its own files: tensorboard, wandb (pip install wandb;
+            WANDB_MODE=offline uploads nothing), both, or none.
         allow_config_change: Resume a run although settings that decide what it computes have changed.
         common: Options of every command.
     """
@@ -59,6 +61,7 @@ class Sft:
     run_folder: Annotated[Path, tyro.conf.arg(name="run")]
     settings: Annotated[RunConfig, tyro.conf.arg(name="")]
     cluster: Cluster = field(default_factory=Cluster)
+    tracker: tuple[TrackerName, ...] = ("tensorboard",)
     allow_config_change: bool = False
     common: Common = field(default_factory=CommonOptions)
 
@@ -70,22 +73,28 @@ class Sft:
             self._train()
 
     def _train(self) -> None:
+        from search_r3_jax.compile_time import compile_seconds
         from search_r3_jax.console import Stages
         from search_r3_jax.distributed.runtime import is_first
         from search_r3_jax.training.sft import train_sft
 
         console = Stages(1, silent=not is_first())
-        with console.log(), console.bar("steps", self.settings.sft.steps) as bar:
+        with console.log(), console.bar("steps", self.settings.sft.steps, aside=compile_seconds) as bar:
 
             def on_step(done: int, total: int, metrics: dict[str, float]) -> None:
-                rate = f"{metrics['tokens_per_second']:,.0f} tokens/s, MFU {metrics['mfu']:.0%}"
+                rate = f"{metrics['tokens_per_second']:,.0f} tokens/s"
+                if "mfu" in metrics:
+                    rate += f", MFU {metrics['mfu']:.0%}"
                 accuracy = f"in-batch accuracy {_in_batch_accuracy(metrics):.0%}"
-                bar.to(done, f"loss {metrics['loss']:.3f}, {accuracy}, {rate}", total)
+                note = f"loss {metrics['loss']:.3f}, {accuracy}, {rate}"
+                bar.to(done, note, total, each=metrics["seconds_each"], left=metrics["seconds_left"])
 
             train_sft(
                 self.settings,
                 self.run_folder,
                 on_step=on_step,
+                on_evaluation=bar.part,
+                trackers=self.tracker,
                 allow_config_change=self.allow_config_change,
             )
         console.say(
@@ -115,6 +124,8 @@ class Rl:
         settings: The experiment's settings.
         replay: Run whose schedule of index versions to repeat: with the same settings, the same losses to the
             last bit.
+        tracker: What shows the run beside its own files: tensorboard, wandb (pip install wandb;
+            WANDB_MODE=offline uploads nothing), both, or none.
         allow_config_change: Resume a run although settings that decide what it computes have changed, or its
             index is gone.
         common: Options of every command.
@@ -124,26 +135,37 @@ class Rl:
     run_folder: Annotated[Path, tyro.conf.arg(name="run")]
     settings: Annotated[RunConfig, tyro.conf.arg(name="")]
     replay: Path | None = None
+    tracker: tuple[TrackerName, ...] = ("tensorboard",)
     allow_config_change: bool = False
     common: Common = field(default_factory=CommonOptions)
 
     def run(self) -> None:
         """Run the subcommand."""
+        from search_r3_jax.compile_time import compile_seconds
         from search_r3_jax.console import Stages
         from search_r3_jax.training.rl import train_rl
 
         console = Stages(1)
-        with console.log(), console.bar("steps", self.settings.rl.steps) as bar:
+        with console.log(), console.bar("steps", self.settings.rl.steps, aside=compile_seconds) as bar:
 
             def on_step(done: int, total: int, metrics: dict[str, float]) -> None:
                 reward = f"reward {metrics['reward']:.3f}, valid {metrics['valid_rate']:.0%}"
                 rate = f"{metrics['rollout_tokens_per_second']:,.0f} tokens/s written"
-                bar.to(done, f"{reward}, entropy {metrics['entropy']:.2f}, {rate}", max(done, total))
+                note = f"{reward}, entropy {metrics['entropy']:.2f}, {rate}"
+                bar.to(
+                    done,
+                    note,
+                    max(done, total),
+                    each=metrics["seconds_each"],
+                    left=metrics["seconds_left"],
+                )
 
             train_rl(
                 self.settings,
                 self.run_folder,
                 on_step=on_step,
+                on_evaluation=bar.part,
+                trackers=self.tracker,
                 replay=self.replay,
                 allow_config_change=self.allow_config_change,
             )

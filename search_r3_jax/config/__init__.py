@@ -14,7 +14,7 @@ from search_r3_jax.config.rl import (
     RlConfig,
     SamplerConfig,
 )
-from search_r3_jax.config.run import RunConfig, Step
+from search_r3_jax.config.run import RunConfig, Step, TrackerName
 from search_r3_jax.config.sft import Direction, OptimizerConfig, SftConfig
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "SftConfig",
     "Step",
     "TextConfig",
+    "TrackerName",
     "check_ranges",
     "config_from_dict",
     "renamed_flags",

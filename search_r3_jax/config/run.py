@@ -14,6 +14,8 @@ from search_r3_jax.config.sft import SftConfig
 
 Step = int | Literal["best"] | None
 """A checkpoint of a run: its step, the best on the development queries, or None for the newest."""
+TrackerName = Literal["tensorboard", "wandb", "none"]
+"""What shows a run beside its own files; no setting, because it decides nothing that a run computes."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -40,6 +41,8 @@ from search_r3_jax.outputs import (
     write_result,
 )
 
+# Of a point, as a share of the width of the picture.
+LABEL_WIDTH = 0.14
 # Heading and how a value is written; 80 columns hold them all.
 COLUMNS = (
     ("R@10", "recall@10", "{:.3f}"),
@@ -101,12 +104,20 @@ def budget_figure(pyplot: ModuleType, content: Mapping[str, Any], *, size: tuple
     axis.errorbar(
         tokens, means, yerr=np.abs(ends - means), color="C0", marker="o", markersize=4, capsize=3, label=label
     )
-    for point in points:
-        # Under the bar, where no line passes.
-        price = f"{point['max_think_tokens']}\n{point['milliseconds_per_query']:.0f} ms"
-        under = (point["reply_tokens"], point["ndcg@10_interval"]["low"])
+    for crowd in _crowds(points):
+        # Under the bars, where no line passes.
+        under = (
+            float(np.mean([point["reply_tokens"] for point in crowd])),
+            min(point["ndcg@10_interval"]["low"] for point in crowd),
+        )
         axis.annotate(
-            price, under, xytext=(0, -4), textcoords="offset points", ha="center", va="top", fontsize=8
+            _price(crowd),
+            under,
+            xytext=(0, -4),
+            textcoords="offset points",
+            ha="center",
+            va="top",
+            fontsize=8,
         )
     direct, interval = content["direct"], content["direct"]["ndcg@10_interval"]
     axis.axhline(
@@ -120,8 +131,31 @@ def budget_figure(pyplot: ModuleType, content: Mapping[str, Any], *, size: tuple
     axis.margins(x=0.08, y=0.2)
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8)
+    # Outside, where it covers neither lines nor labels.
+    figure.legend(loc="outside lower center", frameon=False, fontsize=8)
     return figure
+
+
+def _crowds(points: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """The points, sorted by their tokens, in groups whose labels would be printed over each other."""
+    tokens = [point["reply_tokens"] for point in points]
+    apart = LABEL_WIDTH * (tokens[-1] - tokens[0])
+    crowds = [[points[0]]]
+    for before, point in itertools.pairwise(points):
+        if point["reply_tokens"] - before["reply_tokens"] >= max(apart, 1e-9):
+            crowds.append([])
+        crowds[-1].append(point)
+    return crowds
+
+
+def _price(crowd: Sequence[Mapping[str, Any]]) -> str:
+    """Thinking tokens allowed, and milliseconds a query: a number, or the least and the most."""
+
+    def ends(name: str) -> str:
+        values = sorted({f"{point[name]:.0f}" for point in crowd}, key=int)
+        return "–".join(values if len(values) < 2 else (values[0], values[-1]))
+
+    return f"{ends('max_think_tokens')}\n{ends('milliseconds_per_query')} ms"
 
 
 def _check(settings: BudgetSettings) -> None:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import datetime
+import importlib.metadata
+import platform
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +32,7 @@ from search_r3_jax.evaluation.pictures import (
     draw_panels,
 )
 from search_r3_jax.evaluation.result_files import EvalResult, read_results
-from search_r3_jax.evaluation.run_files import RunFiles, Sample, read_runs
+from search_r3_jax.evaluation.run_files import Found, RunFiles, Sample, read_runs
 from search_r3_jax.extras import require
 from search_r3_jax.files import target_of
 from search_r3_jax.outputs import check_output_folder, check_outputs, write_all, write_result
@@ -37,6 +41,8 @@ STAGES = {"sft": "Stage 1", "rl": "Stage 2"}
 # Per run: enough to see its reasoning and how it changed.
 SHOWN_ROLLOUTS, SHOWN_SEARCHES = 8, 4
 MOST_CHARACTERS = 2_000
+# What numbers and pictures of the page depend on, beside this package.
+LIBRARIES = ("jax", "numpy", "matplotlib")
 CURVES_NOTE = (
     f"Pale: each step; strong: the mean of {SMOOTHED_STEPS} steps; dots: measured now and then. "
     f"Of more than {MOST_POINTS} steps, {MOST_POINTS} means take their place. Steps whose value is not "
@@ -51,7 +57,7 @@ class ShownSample:
     head: Sequence[str]
     query: str
     text: str
-    top: Sequence[tuple[str, bool]]
+    top: Sequence[Found]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +101,8 @@ def write_report(
         for section in _sections(run_files, evaluations, budgets)
         if section.pictures or section.tables or section.samples
     ]
-    page = _page([run.name for run in run_files] or [file.stem for file in results], sections)
+    names = [run.name for run in run_files] or [file.stem for file in results]
+    page = _page(names, _command(runs, results, out, pictures), sections)
     contents = {("--out", out): page.encode("utf-8")}
     if pictures is not None:
         with contextlib.suppress(OSError):
@@ -184,13 +191,46 @@ def _cut(text: str) -> str:
     return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}… ({len(text)} characters)"
 
 
-def _page(names: Sequence[str], sections: Sequence[Section]) -> str:
+def _command(runs: Sequence[Path], results: Sequence[Path], out: Path, pictures: Path | None) -> str:
+    """The command that writes this page, wherever its files lie: of absolute paths the last two parts."""
+    words = ["search-r3", "report", *map(_portable, runs)]
+    if results:
+        words += ["--eval", *map(_portable, results)]
+    words += ["--out", _portable(out)]
+    if pictures is not None:
+        words += ["--pictures", _portable(pictures)]
+    return shlex.join(words)
+
+
+def _portable(path: Path) -> str:
+    if path.is_absolute() and path.is_relative_to(Path.cwd()):
+        path = path.relative_to(Path.cwd())
+    return str(Path(*path.parts[-2:]) if path.is_absolute() and len(path.parts) > 2 else path)
+
+
+def _versions() -> str:
+    """Of this package, Python and the libraries behind the page."""
+    versions = [f"search_r3_jax {__version__}", f"Python {platform.python_version()}"]
+    for name in LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions.append(f"{name} {importlib.metadata.version(name)}")
+    return ", ".join(versions)
+
+
+def _page(names: Sequence[str], command: str, sections: Sequence[Section]) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, finalize=_finalized
     )
     environment.filters["data_uri"] = _data_uri
     title = f"search-r3: {', '.join(names)}"
-    return environment.from_string(PAGE).render(title=title, sections=sections, version=__version__)
+    return environment.from_string(PAGE).render(
+        title=title,
+        sections=sections,
+        command=command,
+        versions=_versions(),
+        # The day alone: the same files give the same page.
+        date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+    )
 
 
 def _finalized(value: Any) -> Any:

@@ -19,6 +19,12 @@ from search_r3_jax.evaluation.significance import bootstrap_interval
 SEED = 0
 INTERVALS_NOTE = "In small: 95 % bootstrap intervals over the queries."
 COSTS_NOTE = "Tokens and milliseconds are of a query, compiling left out."
+# What `index_stall_share` counts.
+BLOCKED_NOTE = (
+    "“Time blocked by the index”: the seconds in which training waited for an index version or opened one, "
+    "as a share of all seconds since its last start. Encoding and building take place in the indexer's own "
+    "process; documents that a step re-encodes are part of the step."
+)
 Show = Callable[[RunFiles], str]
 
 
@@ -54,7 +60,7 @@ def run_table(stage: str, runs: Sequence[RunFiles]) -> Table:
 
 def index_table(runs: Sequence[RunFiles]) -> Table:
     """Staleness of the index behind the rewards, for runs of stage 2, one column per run."""
-    return _columns("How stale the index was", _INDEX, runs)
+    return _columns("How stale the index was", _INDEX, runs, note=BLOCKED_NOTE)
 
 
 def result_tables(results: Sequence[EvalResult]) -> list[Table]:
@@ -247,7 +253,19 @@ def _steps(run: RunFiles) -> str:
 
 def _duration(run: RunFiles) -> str:
     """Time in steps; evaluations and their compilation are not included."""
-    seconds = sum(float(run.series(name)[1].sum()) for name in ("seconds", "save_seconds"))
+    return _time(sum(float(run.series(name)[1].sum()) for name in ("seconds", "save_seconds")))
+
+
+def _evaluating(run: RunFiles) -> str:
+    """Time in evaluations, without compiling; older runs did not record it."""
+    return _time(float(run.series("evaluation_seconds")[1].sum()))
+
+
+def _written(run: RunFiles) -> str:
+    return run.written
+
+
+def _time(seconds: float) -> str:
     if not seconds:
         return ""
     hours, minutes = divmod(round(seconds / 60), 60)
@@ -334,6 +352,8 @@ _STAGE_SETTINGS: dict[str, list[tuple[str, Show]]] = {
 _OUTCOME: list[tuple[str, Show]] = [
     ("steps", _steps),
     ("time in steps", _duration),
+    ("time in evaluations", _evaluating),
+    ("last step written on", _written),
     ("skipped updates", _skipped),
     ("settings changed", _changes),
     ("dev nDCG@10, direct", _best("dev_direct_ndcg@10")),
@@ -363,5 +383,5 @@ _INDEX: list[tuple[str, Show]] = [
     ("index's top 10 in the exact top 10, mean", _of_all("candidate_agreement", "{:.1%}", np.mean)),
     ("drift since the last checkpoint, least cosine", _of_all("drift_cosine", "{:.3f}", np.min)),
     ("ten nearest still the same, least share", _of_all("drift_overlap", "{:.1%}", np.min)),
-    ("time spent on the index", _of_all("index_stall_share", "{:.2%}", _last)),
+    ("time blocked by the index", _of_all("index_stall_share", "{:.2%}", _last)),
 ]

@@ -56,10 +56,13 @@ article header b { color: var(--text); }
 .reply { white-space: pre-wrap; margin: 0.5rem 0; unicode-bidi: isolate; }
 .top { margin: 0.5rem 0 0; padding-left: 1.5rem; font-size: 0.875rem; }
 .relevant { color: var(--good); font-weight: 600; }
+.document { display: block; color: var(--soft); font-weight: 400; unicode-bidi: isolate; }
+.made code { font-family: ui-monospace, monospace; font-size: 0.8125rem; }
 </style>
 </head>
 <body>
 <h1>{{ title }}</h1>
+<p class="note made">{{ date }}. Made by <code>{{ command }}</code></p>
 <nav>{% for section in sections %}<a href="#{{ section.anchor }}">{{ section.title }}</a>{% endfor %}</nav>
 {% for section in sections %}
 <section id="{{ section.anchor }}">
@@ -98,9 +101,11 @@ article header b { color: var(--text); }
 #}{% endfor %}</header>
 <p class="query" dir="auto">{{ sample.query }}</p>
 {% if sample.text %}<p class="reply" dir="auto">{{ sample.text }}</p>{% endif %}
-{% if sample.top %}<ol class="top">{% for document, relevant in sample.top %}
-<li{% if relevant %} class="relevant"{% endif %}><bdi>{{ document }}</bdi>{#-
-#}{% if relevant %} ✓ relevant{% endif %}</li>
+{% if sample.top %}<p class="note">found:</p>
+<ol class="top">{% for found in sample.top %}
+<li{% if found.relevant %} class="relevant"{% endif %}><bdi>{{ found.document }}</bdi>{#-
+#}{% if found.relevant %} ✓ relevant{% endif %}{#-
+#}{% if found.text %}<span class="document" dir="auto">{{ found.text }}</span>{% endif %}</li>
 {%- endfor %}</ol>{% endif %}
 </article>
 {% endfor %}
@@ -109,7 +114,7 @@ article header b { color: var(--text); }
 {% endfor %}
 </section>
 {% endfor %}
-<footer>search_r3_jax {{ version }}</footer>
+<footer>{{ versions }}</footer>
 </body>
 </html>
 """

@@ -19,6 +19,11 @@ from search_r3_jax.evaluation.run_files import RunFiles
 # The width of a phone, so that text is not shrunk.
 WIDTH, HEIGHT = 4.2, 2.6
 STYLES = ("-", "--", ":")
+# The first value is left out of the vertical axis where it would make it more than this many times as long.
+FLATTENED = 2.0
+MARGIN = 0.08
+# First values that a label names.
+MOST_NAMED = 4
 # Longer series are drawn as this many means: a picture of this size cannot show more.
 MOST_POINTS = 400
 RC = {
@@ -134,7 +139,7 @@ INDEX_PANELS = (
         terms={"drift_cosine": "cosine", "drift_overlap": "same neighbours"},
         measured=True,
     ),
-    _panel("index_stall_share", "share of the time spent on the index", FROM_ZERO),
+    _panel("index_stall_share", "share of the time blocked by the index", FROM_ZERO),
 )
 
 
@@ -181,12 +186,16 @@ def _figure(
 ) -> Any:
     """One colour per run, one line style per term."""
     figure, axis = pyplot.subplots(figsize=(WIDTH, HEIGHT), layout="constrained")
+    if not panel.measured:
+        lines = [(at, term, _downsampled(steps), _downsampled(values)) for at, term, steps, values in lines]
+    limits = None if panel.limits is not None else _limits_of_later(lines)
     for at, term, steps, values in lines:
         look = {"color": f"C{at % 10}", "linestyle": STYLES[term], "linewidth": 1.5}
+        if limits is not None and not limits[0] <= values[0] <= limits[1]:
+            steps, values = steps[1:], values[1:]
         if panel.measured:
             axis.plot(steps, values, **look, marker="o", markersize=3.5)
         else:
-            steps, values = _downsampled(steps), _downsampled(values)
             axis.plot(steps, values, **look | {"linewidth": 0.8, "alpha": 0.3})
             # A single step makes no line.
             axis.plot(
@@ -197,6 +206,8 @@ def _figure(
         bottom, top = panel.limits
         # Over the largest value, which may be 0 throughout.
         axis.set_ylim(bottom, 1.08 * max(values.max() for *_, values in lines) or 1.0 if top is None else top)
+    elif limits is not None:
+        _mark_firsts(axis, limits, lines)
     axis.xaxis.get_major_locator().set_params(integer=True, nbins=6)
     handles, labels = _legend(pyplot, panel, names, lines)
     if labels:
@@ -204,6 +215,54 @@ def _figure(
         columns = max(1, min(4, 48 // (max(map(len, labels)) + 6)))
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
     return figure
+
+
+def _limits_of_later(
+    lines: Sequence[tuple[int, int, np.ndarray, np.ndarray]],
+) -> tuple[float, float] | None:
+    """Limits of the vertical axis for all but the first values, where these would flatten the others."""
+    later = np.concatenate([values[1:] for *_, values in lines])
+    # Of fewer there is no shape to be seen.
+    if len(later) < 3:
+        return None
+    low, high = float(later.min()), float(later.max())
+    firsts = [float(values[0]) for *_, values in lines]
+    whole = max(high, *firsts) - min(low, *firsts)
+    if high == low or whole <= FLATTENED * (high - low):
+        return None
+    return low - MARGIN * (high - low), high + MARGIN * (high - low)
+
+
+def _mark_firsts(
+    axis: Any,
+    limits: tuple[float, float],
+    lines: Sequence[tuple[int, int, np.ndarray, np.ndarray]],
+) -> None:
+    """Set the limits, and mark the first values that lie outside at the edge."""
+    bottom, top = limits
+    axis.set_ylim(bottom, top)
+    firsts = [(at, steps[0], float(values[0])) for at, _, steps, values in lines]
+    outside = [(at, step, value) for at, step, value in firsts if not bottom <= value <= top]
+    for at, step, value in outside:
+        edge, marker = (top, "^") if value > top else (bottom, "v")
+        axis.plot(
+            step, edge, marker=marker, color=f"C{at % 10}", markersize=6, linestyle="none", clip_on=False
+        )
+    # One label, so that those of several runs are not printed over each other.
+    named = ", ".join(f"{value:.3g}" for *_, value in outside[:MOST_NAMED])
+    more = ", …" if len(outside) > MOST_NAMED else ""
+    text = f"first: {named}{more}"
+    where, align = ((10, -2), "top") if outside[0][2] > top else ((10, 4), "bottom")
+    edge = top if outside[0][2] > top else bottom
+    axis.annotate(
+        text,
+        (outside[0][1], edge),
+        xytext=where,
+        textcoords="offset points",
+        va=align,
+        fontsize=8,
+        bbox={"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.7},
+    )
 
 
 def _legend(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,7 +18,17 @@ from search_r3_jax.files import complete_lines
 from search_r3_jax.hub.checkpoint_reader import read_run
 
 STAGES = ("sft", "rl")
+# Of a document that a search found: enough to see why.
+DOCUMENT_CHARACTERS = 160
 DAMAGED = "the file was damaged or edited; remove the line, or leave the run out"
+
+
+class Found(NamedTuple):
+    """A document that a search found; runs of older versions did not record its text."""
+
+    document: str
+    relevant: bool
+    text: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +41,7 @@ class Sample:
         step: of the rollout; of a search, the step after which it was made (−1 is before training).
         text: what the model wrote; empty in direct mode.
         score: the reward of a rollout, nDCG@10 of a search.
-        top: (document id, whether it is relevant), the best first.
+        top: the documents that it found, the best first.
         origin: set and mode of a search; empty for a rollout.
         valid, tokens: of a rollout's reply; None of a search.
     """
@@ -39,7 +50,7 @@ class Sample:
     query: str
     text: str
     score: float
-    top: tuple[tuple[str, bool], ...]
+    top: tuple[Found, ...]
     origin: tuple[str, ...] = ()
     valid: bool | None = None
     tokens: int | None = None
@@ -53,6 +64,7 @@ class RunFiles:
         name: end of its path, long enough to differ from the other runs.
         stage: `sft` or `rl`.
         run_json: the whole of `config.json`; `config` are its settings.
+        written: the day of its last step in UTC; empty before one.
         metrics: the scalars of each step taken, `step` among them.
         before: scalars of the development queries before the first step.
     """
@@ -64,6 +76,7 @@ class RunFiles:
     metrics: Sequence[Mapping[str, float]]
     before: Mapping[str, float] = field(default_factory=dict)
     samples: Sequence[Sample] = ()
+    written: str = ""
 
     def series(self, scalar: str) -> tuple[np.ndarray, np.ndarray]:
         """(steps done [N], values [N]) of a scalar wherever it was logged and is finite."""
@@ -119,7 +132,20 @@ def _read_run(folder: Path, name: str) -> RunFiles:
         metrics=[_scalars(line, where) for line, where in _objects(folder / "metrics.jsonl")],
         before=_before(folder / "eval" / "dev_000000.json"),
         samples=[_sample(line, where) for line, where in _objects(folder / "samples.jsonl")],
+        written=_day(folder / "metrics.jsonl"),
     )
+
+
+def shown_text(text: str) -> str:
+    """The beginning of a document, in one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= DOCUMENT_CHARACTERS else f"{line[: DOCUMENT_CHARACTERS - 1]}…"
+
+
+def _day(file: Path) -> str:
+    if not file.is_file():
+        return ""
+    return datetime.datetime.fromtimestamp(file.stat().st_mtime, datetime.UTC).date().isoformat()
 
 
 def _objects(file: Path) -> list[tuple[dict[str, Any], str]]:
@@ -158,7 +184,10 @@ def _sample(line: Mapping[str, Any], where: str) -> Sample:
         query=line["query"],
         text=line[text],
         score=line[score],
-        top=tuple((each["document"], each.get("relevant") is True) for each in line["top"]),
+        top=tuple(
+            Found(each["document"], each.get("relevant") is True, each.get("text", ""))
+            for each in line["top"]
+        ),
         origin=() if rollout else (line["set"], line["mode"]),
         valid=line.get("valid") is True if rollout else None,
         tokens=line["tokens"] if rollout else None,
@@ -203,5 +232,6 @@ def _is_text(value: Any) -> bool:
 
 def _is_ranking(value: Any) -> bool:
     return isinstance(value, list) and all(
-        isinstance(each, dict) and _is_text(each.get("document")) for each in value
+        isinstance(each, dict) and _is_text(each.get("document")) and _is_text(each.get("text", ""))
+        for each in value
     )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -14,8 +15,9 @@ from flax import nnx
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
+from search_r3_jax.compile_time import compile_seconds
 from search_r3_jax.config import SamplerConfig, TextConfig
-from search_r3_jax.console import Bar, progress_bar
+from search_r3_jax.console import PLAIN_LINE_SECONDS, Bar, progress_bar
 from search_r3_jax.data.collection import Collection
 from search_r3_jax.errors import UserError
 from search_r3_jax.evaluation.bm25 import Bm25, bm25_modules
@@ -280,12 +282,12 @@ class DecoderSystem:
                     collection, index, average_queries(embedded["direct"], embedded["reason"])
                 )
                 continue
-            with progress_bar(console, f"queries, {mode}", len(collection.queries)) as bar:
+            with _compiling_bar(console, f"queries, {mode}", len(collection.queries)) as bar:
                 embed = evaluator.direct_queries if mode == "direct" else evaluator.reasoned_queries
                 queries = embedded[mode] = embed(self._state, collection, bar.advance)
             results[mode] = search_result(collection, index, queries)
             if mode == "reason" and self._settings.controls:
-                with progress_bar(
+                with _compiling_bar(
                     console, "queries, controls", len(CONTROLS) * len(collection.queries)
                 ) as bar:
                     embedded_controls = evaluator.control_queries(
@@ -306,13 +308,13 @@ class DecoderSystem:
         evaluators = {budget: self._evaluator(budget) for budget in budgets}
         first = evaluators[budgets[0]]
         index, document_seconds = self._build_index(first, collection, console)
-        with progress_bar(console, "queries, direct", len(collection.queries)) as bar:
+        with _compiling_bar(console, "queries, direct", len(collection.queries)) as bar:
             direct = search_result(
                 collection, index, first.direct_queries(self._state, collection, bar.advance)
             )
         reasoned: dict[int, ModeResult] = {}
         for budget, evaluator in evaluators.items():
-            with progress_bar(console, f"queries, {budget} tokens", len(collection.queries)) as bar:
+            with _compiling_bar(console, f"queries, {budget} tokens", len(collection.queries)) as bar:
                 reasoned[budget] = search_result(
                     collection, index, evaluator.reasoned_queries(self._state, collection, bar.advance)
                 )
@@ -327,13 +329,24 @@ class DecoderSystem:
         self, evaluator: Evaluator, collection: Collection, console: Console
     ) -> tuple[LocalIndex, float]:
         """The requested index over the corpus, and the seconds of encoding."""
-        with progress_bar(console, "documents", len(collection.documents)) as bar:
+        with _compiling_bar(console, "documents", len(collection.documents)) as bar:
             started = time.perf_counter()
             vectors = evaluator.documents(self._state, collection, bar.advance)
             seconds = time.perf_counter() - started
         return build_index(
             self._settings.index, vectors, [document.doc_id for document in collection.documents], 0
         ), seconds
+
+
+@contextmanager
+def _compiling_bar(console: Console, what: str, total: int) -> Iterator[Bar]:
+    """A bar for work that compiles first, which its rate leaves out and a line names where it took long."""
+    before = compile_seconds()
+    with progress_bar(console, what, total, aside=compile_seconds, note="compiling …") as bar:
+        yield bar
+    compiled = compile_seconds() - before
+    if compiled >= PLAIN_LINE_SECONDS:
+        console.print(f"      {what}: compiled in {compiled:.0f} s", markup=False)
 
 
 def minilm_folder() -> Path:

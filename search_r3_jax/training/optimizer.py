@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from search_r3_jax.config import OptimizerConfig
@@ -61,6 +63,19 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules(
         [optax.linear_schedule(0.0, peak, config.warmup_steps), after], [config.warmup_steps]
     )
+
+
+def learning_rates(config: OptimizerConfig, steps: int) -> np.ndarray:
+    """The learning rate [steps+1] of each update of a run of `steps`; later ones have the last."""
+    return np.asarray(jax.vmap(make_schedule(config, steps))(jnp.arange(steps + 1))).astype(np.float64)
+
+
+def updates_made(state: optax.OptState) -> int:
+    """The updates that an optimiser has made, from its state; skipped ones are none."""
+    counts = [
+        leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state) if _names(path)[-1] == "count"
+    ]
+    return int(counts[0])
 
 
 def _names(path: tuple[Any, ...]) -> list[str]:

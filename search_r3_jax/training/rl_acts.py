@@ -22,6 +22,7 @@ from search_r3_jax.rollout.sampler import Rollout, rollout_seeds
 from search_r3_jax.training.live_index import (
     LiveIndex,
 )
+from search_r3_jax.training.optimizer import updates_made
 from search_r3_jax.training.rl_report import step_scalars
 from search_r3_jax.training.rl_setup import RlStage
 from search_r3_jax.training.rl_step import RlBatch, make_batch, put_batch, tokenize_documents
@@ -116,6 +117,8 @@ def update(
     before = None
     if rl.inner_epochs > 1:
         before = stage.log_probs(state.params, frozen, batch.replies, adapters=True)
+    # Of the first update: later ones of the step are as good as equal.
+    rate = float(stage.rates[min(updates_made(state.optimizer), len(stage.rates) - 1)])
     scalars: dict[str, jax.Array] = {}
     log_probs: list[jax.Array] = []
     for _ in range(rl.inner_epochs):
@@ -126,6 +129,7 @@ def update(
     trainer_bt = np.asarray(log_probs[0]).reshape(rollout.ids.shape)
     metrics |= step_scalars(rollout, scored.result, trainer_bt, sampled.seconds)
     metrics |= {
+        "learning_rate": rate,
         "rollout_seconds": sampled.seconds,
         "environment_seconds": scored.seconds,
         "update_seconds": seconds,

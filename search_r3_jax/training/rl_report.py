@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from search_r3_jax.data.collection import Collection, Query
+from search_r3_jax.evaluation.run_files import shown_text
 from search_r3_jax.retrieval.environment.environment import StepResult
 from search_r3_jax.retrieval.environment.rewards import constant_terms, within_group_variance
 from search_r3_jax.rollout.sampler import Rollout, rollout_throughput
@@ -112,6 +113,7 @@ def sample_records(
                 "top": [
                     {
                         "document": collection.documents[row].doc_id,
+                        "text": shown_text(collection.documents[row].body),
                         "relevant": collection.documents[row].doc_id in queries[q].positives,
                     }
                     for row in top

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from search_r3_jax.compile_time import announce_compiling
+from search_r3_jax.config import TrackerName
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub.checkpoint_writer import CheckpointWriter, latest_valid_checkpoint
+from search_r3_jax.training.development import OnEvaluation
 from search_r3_jax.training.live_index import (
     IndexStart,
     LiveIndex,
@@ -28,10 +31,20 @@ from search_r3_jax.training.rl_setup import RlStage
 from search_r3_jax.training.run import Run
 from search_r3_jax.training.state import TrainState
 from search_r3_jax.training.stopping import StopRequest
+from search_r3_jax.training.time_left import TimeLeft
 
 BEST_BY = "dev_reason_ndcg@10"
 OnStep = Callable[[int, int, dict[str, float]], object]
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listeners:
+    """Who is told of a run: after each step, during an evaluation, and the trackers."""
+
+    on_step: OnStep
+    on_evaluation: OnEvaluation
+    trackers: Sequence[TrackerName]
 
 
 class RlSession:
@@ -44,11 +57,16 @@ class RlSession:
         checkpoints: CheckpointWriter,
         request: StopRequest,
         first: int | None,
-        on_step: OnStep,
+        listeners: Listeners,
     ):
         rl = stage.config.rl
         self._stage, self._run, self._checkpoints, self._request = stage, run, checkpoints, request
-        self._first, self._on_step = first, on_step
+        self._first, self._listeners = first, listeners
+        evaluates = stage.development is not None
+        self.time_left = TimeLeft(
+            rl.steps, eval_every=rl.eval_every if evaluates else 0, save_every=rl.save_every
+        )
+        self._has_evaluated = False
         self._guard = CollapseGuard(
             valid_below=rl.collapse.valid_rate, entropy_below=rl.collapse.entropy, steps=rl.collapse.steps
         )
@@ -71,6 +89,7 @@ class RlSession:
             state = TrainState(restored.params, restored.optimizer, in_a_row)
             self._guard.restore(progress.guard)
             logger.info("going on from step %d", first)
+            self.time_left.expect("evaluation", self._run.last("evaluation_seconds"))
         if first is None:
             metrics = self._evaluate(state, 0)
             self._checkpoints.save(
@@ -149,16 +168,17 @@ class RlSession:
         drifted, drift = index.drifted(done)
         metrics |= drift
         self._run.log(step, metrics)
-        self._on_step(done, rl.steps, metrics)
+        self.time_left.step_ended()
+        self._listeners.on_step(done, rl.steps, metrics | self.time_left.metrics(done))
         problem = self._reason_to_stop(step, metrics, progress)
         stop_requested, self._save_seconds = self._request.asked(), 0.0
         should_save = evaluated or drifted or done % rl.save_every == 0 or done == rl.steps
         if should_save:
             index.checkpoint_saved()
         if should_save or problem or stop_requested:
-            started = time.perf_counter()
-            self.save(state, progress, index, metrics)
-            self._save_seconds = time.perf_counter() - started
+            with self.time_left.aside("save"):
+                self.save(state, progress, index, metrics)
+            self._save_seconds = self.time_left.last("save")
         if problem:
             raise UserError(f"{problem} (checkpoints are in {self._run.path})")
         if stop_requested and not progress.finished(rl):
@@ -169,7 +189,7 @@ class RlSession:
 
     def _write_samples(self, step: int, sampled: Sampled, scored: Scored) -> None:
         stage = self._stage
-        for record in sample_records(
+        records = sample_records(
             step,
             stage.config.rl.sample_every,
             sampled.queries,
@@ -177,17 +197,22 @@ class RlSession:
             scored.result,
             stage.prompter,
             stage.collection,
-        ):
-            self._run.sample(record)
+        )
+        self._run.sample(records)
 
     def _evaluate(self, state: TrainState, step: int) -> dict[str, float]:
         """Metrics of the development queries, direct and reasoned; {} where there are none."""
         if self._stage.development is None:
             return {}
-        params = self._stage.merged(state.params)
-        metrics, searches = self._stage.development.evaluate(params, step, self._run.path)
-        for search in searches:
-            self._run.sample({"step": step - 1, **search})
+        announced = announce_compiling("the first evaluation", when=not self._has_evaluated)
+        with announced, self.time_left.aside("evaluation"):
+            params = self._stage.merged(state.params)
+            evaluated = self._stage.development.evaluate(
+                params, step, self._run.path, self._listeners.on_evaluation
+            )
+            self._run.show_embeddings(step, evaluated.embeddings)
+        self._has_evaluated, metrics = True, evaluated.scalars
+        self._run.sample([{"step": step - 1, **search} for search in evaluated.samples])
         swapped = ""
         if "dev_swap_gain" in metrics:
             swapped = f"; with another query's reasoning {-metrics['dev_swap_gain']:+.3f}"
@@ -198,7 +223,7 @@ class RlSession:
             f"step {step}: nDCG@10 {direct:.3f} direct, {reasoned:.3f} reasoned ({valid:.0%} valid, "
             f"{tokens:.0f} tokens and {milliseconds:.0f} ms a query{swapped})"
         )
-        return metrics
+        return metrics | {"evaluation_seconds": self.time_left.last("evaluation")}
 
     def _reason_to_stop(self, step: int, metrics: Mapping[str, float], progress: RlProgress) -> str:
         """Why the run cannot go on, or nothing; counts the step."""
@@ -223,7 +248,7 @@ def open_session(
     run_folder: Path,
     record: dict[str, Any],
     allow_config_change: bool,
-    on_step: OnStep,
+    listeners: Listeners,
 ) -> Iterator[RlSession]:
     """Open run folder, checkpoints and stop signals; `record` stands beside the config in `config.json`."""
     rl = stage.config.rl
@@ -234,6 +259,7 @@ def open_session(
         record=record,
         allow_config_change=allow_config_change,
         on_change=lambda: discard_index_versions_after(run_folder, stage.config),
+        trackers=listeners.trackers,
     )
     with closing(run):
         run.save_tokenizer(stage.model.tokenizer)
@@ -241,4 +267,4 @@ def open_session(
         first = latest_valid_checkpoint(run_folder)
         checkpoints = CheckpointWriter(run_folder, keep=rl.keep, keep_every=rl.keep_every)
         with StopRequest() as request, closing(checkpoints):
-            yield RlSession(stage, run, checkpoints, request, first, on_step)
+            yield RlSession(stage, run, checkpoints, request, first, listeners)

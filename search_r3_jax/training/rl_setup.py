@@ -24,7 +24,7 @@ from search_r3_jax.rollout.encoder import Encoder, ReasonedEncoder
 from search_r3_jax.rollout.sampler import Sampler
 from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training.development import Development
-from search_r3_jax.training.optimizer import make_optimizer
+from search_r3_jax.training.optimizer import learning_rates, make_optimizer
 from search_r3_jax.training.rl_step import Scorer, Update, make_scorer, make_update
 from search_r3_jax.training.state import TrainState, committed, init_state, state_shardings
 
@@ -40,6 +40,7 @@ class RlStage:
         log_probs: log-probabilities of a batch's replies under given parameters.
         update: one update on a batch.
         development: evaluation on the development queries; None where there are none.
+        rates: the learning rate of each update.
     """
 
     config: RunConfig
@@ -55,6 +56,7 @@ class RlStage:
     log_probs: Scorer
     update: Update
     development: Development | None
+    rates: np.ndarray
 
     @cached_property
     def known(self) -> tuple[dict[int, int], ...]:
@@ -110,6 +112,7 @@ def make_stage(config: RunConfig, data: TrainingSet, model: LoadedModel) -> tupl
         log_probs=make_scorer(graph, prompter, rl, shardings),
         update=make_update(graph, prompter, optimizer, rl, shardings, donate=donate),
         development=_make_development(config, data, full_graph, prompter, model.mesh),
+        rates=learning_rates(rl.optimizer, rl.steps * rl.inner_epochs),
     )
     try:
         stage.encode_queries([data.train.queries[0].body])

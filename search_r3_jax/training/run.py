@@ -6,13 +6,12 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 import jax
-from tensorboardX import SummaryWriter
 from transformers import PreTrainedTokenizerBase
 
 from search_r3_jax.compile_cache import keep_programs_with_run
@@ -24,7 +23,9 @@ from search_r3_jax.files import append_json_line, hold_lock, read_json_lines, wr
 from search_r3_jax.hub.checkpoint_reader import latest_checkpoint, read_run
 from search_r3_jax.hub.load_model import LoadedModel, pinned_step, with_recorded_prompts
 from search_r3_jax.text.prompts import Prompter
-from search_r3_jax.training.config_changes import changes_of, describe_changes
+from search_r3_jax.training.config_changes import change_table, changes_of, describe_changes, longer_run
+from search_r3_jax.training.development import Embeddings
+from search_r3_jax.training.trackers import Tracker, open_trackers, sample_tag, sample_text
 
 LOCK, HISTORY = "trainer.lock", "changes"
 PROMPT_RECORD = ("prompts", "end_ids")
@@ -36,7 +37,8 @@ class Run:
 
     Of several processes only process 0 writes. Raises UserError for a bucket, when another trainer has the
     directory open, or when it holds a run whose config differs in more than harmless fields. With
-    `allow_change` such differences are accepted, after a call of `on_change`.
+    `allow_config_change` such differences are accepted, after a call of `on_change`. `trackers` are the names
+    of what shows the run beside its files.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Run:
         record: dict[str, Any] | None = None,
         allow_config_change: bool = False,
         on_change: Callable[[], object] = lambda: None,
+        trackers: Sequence[str] = ("tensorboard",),
     ):
         if path.parts and path.parts[0].endswith(":"):
             # Path turns gs://BUCKET/… into gs:/BUCKET/…, a local folder.
@@ -58,7 +61,8 @@ class Run:
         self.path = path
         self._first = jax.process_index() == 0
         self._metrics, self._samples = path / "metrics.jsonl", path / "samples.jsonl"
-        self._board: SummaryWriter | None = None
+        self._tracker_names, self._trackers = trackers, list[Tracker]()
+        self._config = dataclasses.asdict(config)
         self._lock: TextIO | None = None
         if self._first:
             path.mkdir(parents=True, exist_ok=True)
@@ -97,22 +101,23 @@ class Run:
         # Runs of older versions recorded no prompts; from now on they do.
         added = {key: record[key] for key in PROMPT_RECORD if key in record and key not in before}
         changes = changes_of(before | added, record)
-        harmful = [change for change in changes if not change.harmless]
+        done = latest_checkpoint(self.path) or 0
+        longer = longer_run(changes, record, done)
+        harmful = [change for change in changes if not change.harmless and change not in longer.harmless]
         if harmful and not allow_config_change:
             raise UserError(
-                f"{file}: this run was made with other values ({describe_changes(harmful)}); "
-                "give another --run, or --allow-config-change to go on with these"
+                f"{file}: this run was made with other values; give another --run, or --allow-config-change "
+                "to go on with these",
+                table=[*change_table(harmful), *longer.explained],
             )
-        harmless = [change for change in changes if change.harmless]
+        harmless = [change for change in changes if change not in harmful]
         if harmless:
             logger.info(f"changed since this run was started, harmless: {describe_changes(harmless)}")
         if harmful:
             logger.info(f"changed since this run was started, as allowed: {describe_changes(harmful)}")
             # Before the change is written: a run interrupted here compares again.
             on_change()
-        history += [
-            {"step": latest_checkpoint(self.path) or 0, **dataclasses.asdict(change)} for change in changes
-        ]
+        history += [{"step": done, **dataclasses.asdict(change)} for change in changes]
         if changes or added:
             write_json(file, record | ({HISTORY: history} if history else {}))
 
@@ -126,21 +131,38 @@ class Run:
         for file in (self._metrics, self._samples):
             if file.is_file():
                 write_json_lines(file, [each for each in read_json_lines(file) if each["step"] < step])
-        self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=max(step, 0))
+        self._trackers = open_trackers(self._tracker_names, self.path, self._config, max(step, 0))
 
     def log(self, step: int, scalars: dict[str, float]) -> None:
-        """Append one step's scalars to `metrics.jsonl` and TensorBoard."""
+        """Append one step's scalars to `metrics.jsonl`, and show them."""
         if not self._first:
             return
         self._append(self._metrics, {"step": step, **scalars})
-        if self._board is not None:
-            for name, value in scalars.items():
-                self._board.add_scalar(name, value, step)
+        for tracker in self._trackers:
+            tracker.scalars(step, scalars)
 
-    def sample(self, record: dict[str, Any]) -> None:
-        """Append one search, with its `step`, to `samples.jsonl`."""
-        if self._first:
+    def sample(self, records: Sequence[dict[str, Any]]) -> None:
+        """Append searches, each with its `step`, to `samples.jsonl`, and show those of a step together."""
+        if not self._first:
+            return
+        texts: dict[tuple[int, str], list[str]] = {}
+        for record in records:
             self._append(self._samples, record)
+            if self._trackers:
+                texts.setdefault((max(record["step"], 0), sample_tag(record)), []).append(sample_text(record))
+        for (step, tag), of_tag in texts.items():
+            for tracker in self._trackers:
+                tracker.text(step, tag, "\n\n---\n\n".join(of_tag))
+
+    def show_embeddings(self, step: int, embeddings: Embeddings) -> None:
+        """Show vectors of an evaluation where the trackers can."""
+        for tracker in self._trackers:
+            tracker.embeddings(step, embeddings)
+
+    def last(self, name: str) -> float | None:
+        """The last value of a scalar in `metrics.jsonl`, if any."""
+        lines = read_json_lines(self._metrics) if self._metrics.is_file() else []
+        return next((line[name] for line in reversed(lines) if name in line), None)
 
     def save_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Save the tokenizer beside the checkpoints, with `<|embed_token|>` in it."""
@@ -161,10 +183,12 @@ class Run:
 
     def close(self) -> None:
         """Flush the buffers, and release the lock."""
-        if self._board is not None:
-            self._board.close()
-        if self._lock is not None:
-            self._lock.close()
+        try:
+            for tracker in self._trackers:
+                tracker.close()
+        finally:
+            if self._lock is not None:
+                self._lock.close()
 
     def _append(self, file: Path, record: dict[str, Any]) -> None:
         try:

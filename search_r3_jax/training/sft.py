@@ -15,7 +15,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from search_r3_jax.config import RunConfig, check_ranges
+from search_r3_jax.compile_time import announce_compiling
+from search_r3_jax.config import RunConfig, TrackerName, check_ranges
 from search_r3_jax.data.collection import Collection
 from search_r3_jax.data.development import TrainingSet
 from search_r3_jax.data.mixture import Mixture
@@ -27,15 +28,17 @@ from search_r3_jax.hub.load_model import LoadedModel
 from search_r3_jax.models.lora import trainable_filter
 from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training import sharding
-from search_r3_jax.training.development import Development
+from search_r3_jax.training.development import Development, Evaluated, OnEvaluation
 from search_r3_jax.training.loading import load_sft_data, load_training_model
-from search_r3_jax.training.optimizer import make_optimizer
+from search_r3_jax.training.optimizer import learning_rates, make_optimizer, updates_made
 from search_r3_jax.training.run import Run, data_version, prompt_record, recorded_prompts, with_absolute_paths
 from search_r3_jax.training.self_generated_reasoning import with_self_generated_reasoning
 from search_r3_jax.training.sft_step import make_step
 from search_r3_jax.training.state import TrainState, committed, init_state, state_shardings
 from search_r3_jax.training.stopping import StopRequest
 from search_r3_jax.training.throughput import Throughput, peak_flops
+from search_r3_jax.training.time_left import TimeLeft
+from search_r3_jax.training.trackers import check_trackers
 
 BEST_BY = "dev_direct_ndcg@10"
 OnStep = Callable[[int, int, dict[str, float]], object]
@@ -49,6 +52,8 @@ class _Stage:
     Attributes:
         reference: starting values of the trainable parameters, for the KL of full fine-tuning; else None.
         development: evaluation on the development queries; None where there are none.
+        on_evaluation: gets the progress of each evaluation.
+        rates: the learning rate of each update.
     """
 
     config: RunConfig
@@ -59,6 +64,10 @@ class _Stage:
     mesh: Mesh | None
     throughput: Throughput
     development: Development | None
+    time_left: TimeLeft
+    on_evaluation: OnEvaluation
+    rates: np.ndarray
+    has_evaluated: bool = False
 
     def evaluates(self, done: int) -> bool:
         """Whether the development queries are evaluated after `done` steps."""
@@ -74,23 +83,28 @@ def train_sft(
     sets: Sequence[TrainingSet] | None = None,
     model: LoadedModel | None = None,
     on_step: OnStep = lambda done, total, metrics: None,
+    on_evaluation: OnEvaluation = lambda what, done, total: None,
+    trackers: Sequence[TrackerName] = ("tensorboard",),
     allow_config_change: bool = False,
 ) -> nnx.State:
     """Run stage 1 to its last step; a second call with the same folder resumes from the last checkpoint.
 
     `sets` and `model` are loaded as the config says where they are not given. `on_step(steps done, steps in
-    all, metrics)`. `allow_config_change` resumes a run with other settings. Returns the trained parameters.
+    all, metrics)`; beside what is logged these have `seconds_each` and `seconds_left`. `on_evaluation(what,
+    done, in all)`. `trackers` show the run beside its files. `allow_config_change` resumes a run with other
+    settings. Returns the trained parameters.
     Raises UserError for settings that cannot work and when too many steps in a row were not finite, and
     StoppedError on a stop signal, saved.
     """
     # 1. Build the stage.
     check_ranges(config, "sft")
+    check_trackers(trackers)
     config, run_folder, sft = with_absolute_paths(config), Path(run_folder), config.sft
     sets = load_sft_data(config) if sets is None else sets
     _check(config, sets)
     model = recorded_prompts(model or load_training_model(config), run_folder)
-    stage, state = _make_stage(config, sets, model)
-    with _open_run(config, run_folder, sets, model, allow_config_change) as opened:
+    stage, state = _make_stage(config, sets, model, on_evaluation)
+    with _open_run(config, run_folder, sets, model, trackers, allow_config_change) as opened:
         run, checkpoints, request, first = opened
         # 2. Restore the last checkpoint.
         if sft.reasoning == "self":
@@ -98,9 +112,11 @@ def train_sft(
         state, skipped = _begin(stage, state, first, run, checkpoints)
         # 3. The loop.
         batch, save_seconds = stage.pipeline.batch(min(first, sft.steps - 1)), 0.0
+        stage.time_left.start()
         for step in range(first, sft.steps):
             done = step + 1
-            state, metrics, next_batch = _train_step(stage, state, batch, step)
+            with announce_compiling("the step", when=step == first):
+                state, metrics, next_batch = _train_step(stage, state, batch, step)
             in_a_row = int(metrics.pop("skipped_in_a_row"))
             skipped += in_a_row > 0
             # Seconds that the loop was blocked by the save before this step.
@@ -110,15 +126,16 @@ def train_sft(
             if evaluated:
                 metrics |= _evaluate(stage, state, done, run)
             run.log(step, metrics)
-            on_step(done, sft.steps, metrics)
+            stage.time_left.step_ended()
+            on_step(done, sft.steps, metrics | stage.time_left.metrics(done))
             stop_requested, failed = request.asked(), in_a_row >= sft.max_skipped
             should_save = evaluated or done % sft.save_every == 0 or done == sft.steps
             if should_save or stop_requested or failed:
-                started = time.perf_counter()
-                run.make_durable()
-                meta = {"skipped": skipped, "skipped_in_a_row": in_a_row}
-                checkpoints.save(done, state.params, state.optimizer, meta, score=metrics.get(BEST_BY))
-                save_seconds = time.perf_counter() - started
+                with stage.time_left.aside("save"):
+                    run.make_durable()
+                    meta = {"skipped": skipped, "skipped_in_a_row": in_a_row}
+                    checkpoints.save(done, state.params, state.optimizer, meta, score=metrics.get(BEST_BY))
+                save_seconds = stage.time_left.last("save")
             if failed:
                 raise UserError(
                     f"sft.optimizer.learning_rate: step {step}: {in_a_row} steps in a row were not finite; "
@@ -132,7 +149,7 @@ def train_sft(
 
 
 def _make_stage(
-    config: RunConfig, sets: Sequence[TrainingSet], model: LoadedModel
+    config: RunConfig, sets: Sequence[TrainingSet], model: LoadedModel, on_evaluation: OnEvaluation
 ) -> tuple[_Stage, TrainState]:
     sft = config.sft
     prompter = model.prompter()
@@ -153,7 +170,12 @@ def _make_stage(
         throughput=Throughput(
             model=model.decoder.config, lora=config.lora, peak=peak_flops(), with_base=sft.kl_weight > 0
         ),
-        development=_make_development(config, sets, model, prompter),
+        development=(development := _make_development(config, sets, model, prompter)),
+        time_left=TimeLeft(
+            sft.steps, eval_every=sft.eval_every if development else 0, save_every=sft.save_every
+        ),
+        on_evaluation=on_evaluation,
+        rates=learning_rates(sft.optimizer, sft.steps),
     )
     return stage, init_state(params, optimizer, shardings, copy=donate)
 
@@ -164,13 +186,21 @@ def _open_run(
     run_folder: Path,
     sets: Sequence[TrainingSet],
     model: LoadedModel,
+    trackers: Sequence[TrackerName],
     allow_config_change: bool,
 ) -> Iterator[tuple[Run, CheckpointWriter, StopRequest, int]]:
     record = {
         "data_version": [data_version(each.train) for each in sets],
         **prompt_record(model.prompter()),
     }
-    run = Run(run_folder, config, stage="sft", record=record, allow_config_change=allow_config_change)
+    run = Run(
+        run_folder,
+        config,
+        stage="sft",
+        record=record,
+        allow_config_change=allow_config_change,
+        trackers=trackers,
+    )
     with closing(run):
         run.save_tokenizer(model.tokenizer)
         # Before the writer is made, which lists the steps: damaged checkpoints are moved aside here.
@@ -191,10 +221,13 @@ def _begin(
         in_a_row = jax.device_put(np.int32(restored.meta["skipped_in_a_row"]), state.skipped.sharding)
         state = TrainState(restored.params, restored.optimizer, in_a_row)
         logger.info(f"going on from step {first}")
-    elif stage.development is not None:
-        scalars, _ = stage.development.evaluate(nnx.merge_state(state.params, stage.frozen), 0, run.path)
-        logger.info(f"before training: {_summary(scalars)}")
-    run.start_at(first)
+        run.start_at(first)
+        stage.time_left.expect("evaluation", run.last("evaluation_seconds"))
+        return state, skipped
+    run.start_at(0)
+    if stage.development is not None:
+        evaluated = _develop(stage, stage.development, state, 0, run)
+        logger.info(f"before training: {_summary(evaluated.scalars)}")
     return state, skipped
 
 
@@ -203,14 +236,14 @@ def _train_step(
 ) -> tuple[TrainState, dict[str, float], PairBatch]:
     """Make one update: the new state, its metrics, and the next batch, packed while the device computes."""
     started = time.perf_counter()
-    config = stage.config
+    config, rate = stage.config, float(stage.rates[min(updates_made(state.optimizer), len(stage.rates) - 1)])
     key = jax.random.fold_in(jax.random.key(config.seed), step) if config.lora.dropout > 0 else None
     placed = sharding.put_batch(batch, stage.mesh)
     state, scalars = stage.step(state, stage.frozen, placed, stage.reference, key)
     next_batch = stage.pipeline.batch(step + 1) if step + 1 < config.sft.steps else batch
     metrics = {name: float(value) for name, value in scalars.items()}
     seconds = time.perf_counter() - started
-    metrics |= {"padding_share": batch.padding_share(), "seconds": seconds}
+    metrics |= {"learning_rate": rate, "padding_share": batch.padding_share(), "seconds": seconds}
     metrics |= stage.throughput.of(batch.queries, batch.documents, seconds)
     return state, metrics, next_batch
 
@@ -219,12 +252,21 @@ def _evaluate(stage: _Stage, state: TrainState, done: int, run: Run) -> dict[str
     """Metrics of the development queries; a few searches go to the run's samples."""
     if stage.development is None:
         return {}
-    params = nnx.merge_state(state.params, stage.frozen)
-    scalars, searches = stage.development.evaluate(params, done, run.path)
-    for search in searches:
-        run.sample({"step": done - 1, **search})
-    logger.info(f"step {done}: {_summary(scalars)}")
-    return scalars
+    evaluated = _develop(stage, stage.development, state, done, run)
+    run.sample([{"step": done - 1, **search} for search in evaluated.samples])
+    logger.info(f"step {done}: {_summary(evaluated.scalars)}")
+    return evaluated.scalars | {"evaluation_seconds": stage.time_left.last("evaluation")}
+
+
+def _develop(stage: _Stage, development: Development, state: TrainState, done: int, run: Run) -> Evaluated:
+    """One evaluation, whose time is no step's."""
+    announced = announce_compiling("the first evaluation", when=not stage.has_evaluated)
+    with announced, stage.time_left.aside("evaluation"):
+        params = nnx.merge_state(state.params, stage.frozen)
+        evaluated = development.evaluate(params, done, run.path, stage.on_evaluation)
+        run.show_embeddings(done, evaluated.embeddings)
+    stage.has_evaluated = True
+    return evaluated
 
 
 def _check(config: RunConfig, sets: Sequence[TrainingSet]) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from search_r3_jax.chips import chip_of
@@ -14,26 +12,14 @@ from search_r3_jax.config import LoraConfig, ModelConfig
 from search_r3_jax.data.pipeline import TextChunks
 from search_r3_jax.models.flops import head_flops, layers_flops, training_flops
 
-PROBE_SIZE = 1536
 
+def peak_flops() -> float | None:
+    """Published peak of all devices together, FLOP/s; None where none is published, as of a CPU.
 
-def peak_flops() -> float:
-    """Peak of all devices together, FLOP/s.
-
-    Published for a TPU; elsewhere measured now, by a float32 matrix product.
+    A peak that is measured is as high as the machine is quiet at that moment.
     """
     chip = chip_of(jax.devices()[0].device_kind)
-    if chip is not None:
-        return chip.flops * jax.device_count()
-    matrix = jnp.ones((PROBE_SIZE, PROBE_SIZE), jnp.float32)
-    product = jax.jit(jnp.dot)
-    product(matrix, matrix).block_until_ready()
-    seconds = []
-    for _ in range(5):
-        started = time.perf_counter()
-        product(matrix, matrix).block_until_ready()
-        seconds.append(time.perf_counter() - started)
-    return 2.0 * PROBE_SIZE**3 / min(seconds)
+    return None if chip is None else chip.flops * jax.device_count()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,17 +27,17 @@ class Throughput:
     """Counts the necessary work of a step: no padding, shared prefixes or recomputation.
 
     Attributes:
-        peak: of all devices together, FLOP/s.
+        peak: of all devices together, FLOP/s; None where it is not known.
         with_base: the frozen base reads the queries too, for the KL term.
     """
 
     model: ModelConfig
     lora: LoraConfig
-    peak: float
+    peak: float | None
     with_base: bool
 
     def of(self, queries: TextChunks, documents: TextChunks, seconds: float) -> dict[str, float]:
-        """Throughput of a step: `tokens_per_second`, `tflops` and `mfu`.
+        """Throughput of a step: `tokens_per_second`, `tflops`, and `mfu` where the peak is known.
 
         `tflops` are model FLOPs a second in 10¹²; `mfu` is their share of the peak, in [0, 1].
         """
@@ -68,8 +54,5 @@ class Throughput:
                 self.model, int(real.sum()), int(np.sum(queries.positions[real].astype(np.int64) + 1))
             )
             flops += head_flops(self.model, read)
-        return {
-            "tokens_per_second": tokens / seconds,
-            "tflops": flops / seconds / 1e12,
-            "mfu": flops / seconds / self.peak,
-        }
+        found = {"tokens_per_second": tokens / seconds, "tflops": flops / seconds / 1e12}
+        return found if self.peak is None else found | {"mfu": flops / seconds / self.peak}

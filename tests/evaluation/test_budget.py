@@ -262,3 +262,17 @@ def test_the_command_line(words: Path, tmp_path: Path) -> None:
     shown = search_r3_here("budget", *flags, "--budgets", "4", "-1")
     assert (shown.returncode, shown.stdout, shown.stderr.count("\n")) == (2, "", 1)
     assert "--budgets: -1 is below 0" in shown.stderr
+
+
+def test_labels_of_points_close_together_are_one(
+    record: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pyplot, "close", lambda *_: None)
+    # The model stops by itself: larger budgets are written no further.
+    budgets = []
+    for allowed, tokens, milliseconds in ((0, 5.0, 20), (8, 12.0, 31), (16, 12.1, 32), (64, 12.3, 30)):
+        point = dict(record["budgets"][0])
+        point |= {"max_think_tokens": allowed, "reply_tokens": tokens, "milliseconds_per_query": milliseconds}
+        budgets.append(point)
+    draw_budget(record | {"budgets": budgets}, tmp_path / "b.png")
+    assert [text.get_text() for text in pyplot.gcf().axes[0].texts] == ["0\n20 ms", "8–64\n30–32 ms"]

@@ -1,14 +1,7 @@
 """`search-r3 report`: its numbers are those of the files, and hostile texts stay texts."""
 
-import base64
-import html
-import itertools
 import json
-import os
 import re
-import shutil
-import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -25,63 +18,14 @@ from helpers.report_inputs import (
     write_lines,
     write_run,
 )
+from helpers.report_page import Page
 from helpers.tiny_models import word_collection
-from matplotlib import pyplot
 
 from search_r3_jax.data.dataset import build_dataset
 from search_r3_jax.evaluation.compare import compare_results, read_result
-from search_r3_jax.evaluation.page import SHOWN_ROLLOUTS, write_report
+from search_r3_jax.evaluation.page import write_report
 from search_r3_jax.evaluation.report import SAMPLES, run_evaluation
 from search_r3_jax.evaluation.settings import EvalSettings
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-
-
-class Page(HTMLParser):
-    """The tables of a page by their titles, the texts of its searches, and all tags with their attributes."""
-
-    def __init__(self, file: Path) -> None:
-        super().__init__()
-        self.tables: dict[str, list[list[str]]] = {}
-        self.sections: list[str] = []
-        self.texts: dict[str, list[str]] = {"query": [], "reply": []}
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self._title, self._open, self._cell = "", "", ""
-        self.text = file.read_text(encoding="utf-8")
-        self.feed(self.text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        attributes = dict(attrs)
-        self.tags.append((tag, attributes))
-        self._open = attributes.get("class") or tag
-        if tag == "section":
-            self.sections.append(str(attributes["id"]))
-        if tag == "table":
-            self.tables[self._title] = []
-        if tag == "tr":
-            self.tables[self._title].append([])
-        if tag in ("td", "th"):
-            self._cell = ""
-        # The interval below a value.
-        if self._open == "small":
-            self._cell += "|"
-        if self._open in self.texts:
-            self.texts[self._open].append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in ("td", "th"):
-            self.tables[self._title][-1].append(self._cell)
-        self._open = ""
-
-    def handle_data(self, data: str) -> None:
-        if self._open == "h3":
-            self._title = data
-        self._cell += data
-        if self._open in self.texts:
-            self.texts[self._open][-1] += data
-
-    def row(self, table: str, name: str) -> list[str]:
-        return next(row[1:] for row in self.tables[table] if row[0] == name)
 
 
 def percentile_interval(values: np.ndarray) -> tuple[float, float]:
@@ -214,102 +158,6 @@ def test_the_budget_is_drawn_and_its_numbers_stand_below(tmp_path: Path) -> None
         assert row[3:] == ["50.0%", f"{point['reply_tokens']:.1f}", f"{point['milliseconds_per_query']:.1f}"]
 
 
-def test_runs_of_a_stage_are_drawn_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    metrics = [write_run(tmp_path / str(seed) / "rl", "rl", seed=seed, steps=30) for seed in range(2)]
-    before = json.loads((tmp_path / "0/rl/eval/dev_000000.json").read_text())["results"]["words"]["direct"][
-        "ndcg@10"
-    ]
-    # Kept open, so that what was drawn can be read.
-    monkeypatch.setattr(pyplot, "close", lambda *_: None)
-    monkeypatch.setitem(pyplot.rcParams, "figure.max_open_warning", 0)
-    others = set(pyplot.get_fignums())
-    write_report([tmp_path / "0/rl", tmp_path / "1/rl"], [], tmp_path / "report.html", tmp_path / "pictures")
-    drawn = {
-        figure.axes[0].get_title(loc="left"): figure
-        for figure in map(pyplot.figure, set(pyplot.get_fignums()) - others)
-    }
-    monkeypatch.undo()
-    pyplot.close("all")
-
-    rewards = np.array([line["reward"] for line in metrics[0]])
-    pale, strong, *_ = drawn["reward"].axes[0].get_lines()
-    np.testing.assert_allclose(np.asarray(pale.get_xydata()), np.stack([np.arange(1, 31), rewards], axis=1))
-    np.testing.assert_allclose(
-        np.asarray(strong.get_ydata()), [rewards[max(0, i - 4) : i + 1].mean() for i in range(30)]
-    )
-    assert [text.get_text() for text in drawn["reward"].legends[0].get_texts()] == [
-        "0/rl",
-        "1/rl",
-        "mean",
-        "best of a group",
-    ]
-    # The evaluation before the first step stands in no line of the metrics.
-    direct = np.asarray(drawn["nDCG@10, development queries"].axes[0].get_lines()[0].get_xydata())
-    np.testing.assert_allclose(
-        direct, [[0, before], *([at, metrics[0][at - 1]["dev_direct_ndcg@10"]] for at in (15, 30))]
-    )
-
-    pictures = {file.name for file in (tmp_path / "pictures").iterdir()}
-    assert {"rl-reward.png", "rl-dev-ndcg.png", "index-index-age.png", "index-drift.png"} <= pictures
-    assert all((tmp_path / "pictures" / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
-    images = [attributes for tag, attributes in Page(tmp_path / "report.html").tags if tag == "img"]
-    assert len(images) == len(pictures) == len(drawn)
-    assert all(base64.b64decode(str(image["src"]).split(",")[1]).startswith(b"<?xml") for image in images)
-    told = next(str(image["alt"]) for image in images if str(image["alt"]).startswith("reward:"))
-    assert f"0/rl, mean: from {rewards[:5].mean():.4g} to {rewards[-5:].mean():.4g}" in told
-
-
-def test_facts_of_stage_2_stand_side_by_side(tmp_path: Path) -> None:
-    metrics = [write_run(tmp_path / str(seed) / "rl", "rl", seed=seed, steps=30) for seed in range(2)]
-    write_report([tmp_path / "0/rl", tmp_path / "1/rl"], [], tmp_path / "report.html")
-    page = Page(tmp_path / "report.html")
-    assert page.sections == ["rl", "index", "samples"]
-
-    def column(scalar: str) -> list[np.ndarray]:
-        return [np.array([line[scalar] for line in lines if scalar in line]) for lines in metrics]
-
-    title = "Settings and outcome"
-    assert page.tables[title][0] == ["", "0/rl", "1/rl"]
-    assert page.row(title, "seed") == ["0", "1"]
-    assert page.row(title, "data") == ["words (train)"] * 2
-    assert page.row(title, "steps") == ["30 of 1000"] * 2
-    assert page.row(title, "time in steps") == ["1 h 0 min"] * 2
-    assert page.row(title, "reward, last quarter") == [
-        f"{values[-7:].mean():.4f}" for values in column("reward")
-    ]
-    title = "How stale the index was"
-    assert page.row(title, "age in steps, mean") == [f"{values.mean():.1f}" for values in column("index_age")]
-    swaps = [
-        sum(before != now for before, now in itertools.pairwise(values)) for values in column("index_step")
-    ]
-    assert page.row(title, "new versions taken in") == [str(count) for count in swaps]
-    least = [f"{values.min():.3f}" for values in column("drift_cosine")]
-    assert page.row(title, "drift since the last checkpoint, least cosine") == least
-
-
-def test_facts_and_losses_of_stage_1(tmp_path: Path) -> None:
-    metrics = write_run(tmp_path / "sft", "sft", steps=40)
-    for name in ("a.html", "b.html"):
-        write_report([tmp_path / "sft"], [], tmp_path / name)
-    # The same files give the same page.
-    assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
-    page, title = Page(tmp_path / "a.html"), "Settings and outcome"
-    assert page.sections == ["sft", "samples"]
-    assert page.row(title, "skipped updates") == ["2"]
-    assert page.row(title, "time in steps") == ["1.7 min"]
-    assert page.row(title, "loss, last quarter") == [
-        f"{np.mean([line['loss'] for line in metrics[-10:]]):.4f}"
-    ]
-    scores = {at: metrics[at - 1]["dev_reason_ndcg@10"] for at in (20, 40)}
-    best = max(scores, key=lambda at: scores[at])
-    assert page.row(title, "dev nDCG@10, reasoned") == [
-        f"{scores[best]:.4f} at step {best}; last {scores[40]:.4f}"
-    ]
-    drawn = [str(attributes["alt"]).split(":")[0] for tag, attributes in page.tags if tag == "img"]
-    assert {"loss", "InfoNCE", "gradient norm"} <= set(drawn)
-    assert "triplet margin loss" not in drawn
-
-
 def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
     run = tmp_path / "_<b>$x^{$ rl"
     write_run(run, "rl", steps=3)
@@ -393,26 +241,6 @@ def test_missing_pieces_are_left_out(tmp_path: Path) -> None:
     assert drawn == ["loss: sft: from 0.75 to 0.75", "in-batch accuracy: sft: from 0 to 0"]
 
 
-@pytest.mark.filterwarnings("error")
-def test_an_index_that_is_always_new_is_drawn_without_a_word(tmp_path: Path) -> None:
-    metrics = write_run(tmp_path / "rl", "rl", steps=3)
-    write_lines(
-        tmp_path / "rl" / "metrics.jsonl",
-        [line | {"index_age": 0.0, "reencoded_share": 0.0} for line in metrics],
-    )
-    write_report([tmp_path / "rl"], [], tmp_path / "report.html")
-    assert Page(tmp_path / "report.html").row("How stale the index was", "age in steps, largest") == ["0"]
-
-
-def test_only_some_of_many_rollouts_are_shown(tmp_path: Path) -> None:
-    write_run(tmp_path / "rl", "rl", steps=50)
-    write_report([tmp_path / "rl"], [], tmp_path / "report.html")
-    shown = [text for text in Page(tmp_path / "report.html").texts["query"] if text.startswith("how to")]
-    assert len(shown) == SHOWN_ROLLOUTS
-    assert shown[0].endswith("(0)")
-    assert shown[-1].endswith("(49)")
-
-
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_run(tmp_path / "sft", "sft", steps=3)
     write_json(tmp_path / "e.json", eval_record({"direct": np.array([0.5])}, model="m"))
@@ -426,63 +254,3 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown.returncode == 2
     assert re.fullmatch(r"search-r3: nowhere/config\.json: not the config of a run .*\n", shown.stderr)
     assert not (tmp_path / "other.html").exists()
-
-
-@pytest.mark.parametrize("width", [390, 1280])
-def test_a_browser_shows_it_without_scrolling_sideways(tmp_path: Path, width: int) -> None:
-    browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
-    if browser is None:
-        pytest.skip(f"none of {', '.join(BROWSERS)} is installed")
-    long = "a_very_long_name_of_a_function_without_any_place_to_break_" * 6
-    for seed in range(3):
-        write_run(tmp_path / str(seed) / "rl", "rl", seed=seed, steps=20)
-    rollout = rollout_sample(0, np.random.default_rng(0)) | {
-        "query": long,
-        "reply": long,
-        "top": [{"document": long, "relevant": True}],
-    }
-    write_lines(tmp_path / "0" / "rl" / "samples.jsonl", [rollout])
-    values = np.random.default_rng(0).random(8)
-    files = [
-        write_json(
-            tmp_path / "e.json", eval_record({"direct": values, "reason": values}, model=long, name=long)
-        )
-    ]
-    files.append(write_json(tmp_path / "b.json", budget_record(np.random.default_rng(0), model=long)))
-    write_report([tmp_path / str(seed) / "rl" for seed in range(3)], files, tmp_path / "report.html")
-
-    # In a frame, because a browser's window cannot be made as narrow as a phone; only the frame around the
-    # page has a script.
-    page = html.escape((tmp_path / "report.html").read_text(encoding="utf-8"))
-    script = """onload = () => { const page = document.querySelector("iframe").contentDocument;
-    const root = page.documentElement;
-        const shown = [...page.images].filter((image) => image.complete && image.naturalWidth > 0).length;
-        document.title = [root.scrollWidth, root.clientWidth, page.images.length, shown].join(" "); }"""
-    frame = (
-        f'<iframe style="border: 0; width: {width}px; height: 800px" '
-        f'srcdoc="{page}"></iframe><script>{script}</script>'
-    )
-    (tmp_path / "frame.html").write_text(f"<!DOCTYPE html><title>not loaded</title>{frame}", encoding="utf-8")
-    command = [
-        browser,
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--no-first-run",
-        "--disable-background-networking",
-    ]
-    command += ["--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'browser'}"]
-    command += ["--window-size=1400,900", "--dump-dom", (tmp_path / "frame.html").as_uri()]
-    dumped = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=os.environ | {"HOME": str(tmp_path)},
-        check=True,
-    )
-    scroll_width, client_width, images, shown = map(
-        int, re.findall("<title>(.*?)</title>", dumped.stdout)[0].split()
-    )
-    assert scroll_width <= client_width <= width
-    assert shown == images > 10

@@ -154,7 +154,7 @@ def test_a_changed_config_goes_on_where_that_is_allowed(runs: Runs) -> None:
     )
     with pytest.raises(
         UserError,
-        match=r"config\.sft\.temperature was 0\.05, is 0\.1\); give another --run, or --allow-config-change",
+        match=r"give another --run, or --allow-config-change(?s:.*)sft\.temperature +0\.05 +0\.1",
     ):
         runs.train("run", config=changed)
     _, said = runs.train("run", config=changed, allow_config_change=True)
@@ -166,3 +166,21 @@ def test_a_changed_config_goes_on_where_that_is_allowed(runs: Runs) -> None:
         ("config.sft.temperature", 4),
         ("config.sft.save_every", 4),
     }
+
+
+@pytest.mark.slow
+def test_a_run_that_is_made_longer_is_the_longer_run(runs: Runs) -> None:
+    """Where the learning rate is constant, to the last bit; without a flag."""
+    optimizer = dataclasses.replace(runs.config.sft.optimizer, schedule="constant")
+    configs = [
+        dataclasses.replace(
+            runs.config, sft=dataclasses.replace(runs.config.sft, steps=steps, optimizer=optimizer)
+        )
+        for steps in (STEPS, STEPS // 2)
+    ]
+    whole, _ = runs.train("whole", config=configs[0])
+    runs.train("grown", config=configs[1])
+    grown, said = runs.train("grown", config=configs[0])
+    assert "changed since this run was started, harmless: config.sft.steps was 4, is 8" in said
+    jax.tree.map(np.testing.assert_array_equal, whole, grown)
+    assert runs.losses("grown") == runs.losses("whole")

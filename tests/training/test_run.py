@@ -23,6 +23,11 @@ def opened(path: Path, config: RunConfig = CONFIG, **settings: Any) -> Run:
     return Run(path, config, stage="sft", **settings)
 
 
+def sample_of(step: int, query: str) -> dict[str, Any]:
+    search = {"set": "words", "mode": "direct", "reasoning": "", "ndcg@10": 0.5, "top": []}
+    return {"step": step, "query": query, **search}
+
+
 def interrupted() -> None:
     raise InterruptedError
 
@@ -55,7 +60,7 @@ def test_every_step_stands_once_after_any_number_of_restarts(tmp_path: Path) -> 
         run = opened(tmp_path / "run")
         run.start_at(first)
         for step in range(first, first + 4):
-            run.sample({"step": step, "query": f"{first} ä"})
+            run.sample([sample_of(step, f"{first} ä")])
             run.log(step, {"loss": first + step / 3})
         run.close()
         # Killed within a line.
@@ -68,7 +73,7 @@ def test_every_step_stands_once_after_any_number_of_restarts(tmp_path: Path) -> 
     starts = [0, 1, 1, 1, 4, 4, 4, 4]
     assert lines == [{"step": step, "loss": first + step / 3} for step, first in enumerate(starts)]
     samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
-    assert samples == [{"step": step, "query": f"{first} ä"} for step, first in enumerate(starts)]
+    assert samples == [sample_of(step, f"{first} ä") for step, first in enumerate(starts)]
 
 
 def test_harmless_changes_are_named_and_taken_over(
@@ -111,14 +116,16 @@ def test_harmful_changes_are_refused_all_at_once_and_leave_the_record(
     changed = dataclasses.replace(
         CONFIG, seed=1, lora=LoraConfig(rank=8), sft=SftConfig(optimizer=OptimizerConfig(learning_rate=0.5))
     )
-    with pytest.raises(
-        UserError,
-        match=r"config\.lora\.rank was 16, is 8; config\.seed was 0, is 1; .*learning_rate was 0\.0001, is "
-        r"0\.5\)",
-    ):
+    with pytest.raises(UserError) as refused:
         opened(path, changed)
+    rows = [row.split() for row in refused.value.table[1:]]
+    assert rows == [
+        ["lora.rank", "16", "8"],
+        ["seed", "0", "1"],
+        ["sft.optimizer.learning_rate", "0.0001", "0.5"],
+    ]
     assert (path / "config.json").read_bytes() == before
-    with pytest.raises(UserError, match=r"data_version was nothing, is \["):
+    with pytest.raises(UserError, match=r"data_version +nothing +\{"):
         opened(path, record={"data_version": [{"corpus_hash": "x"}]})
     said = log_lines
     with pytest.raises(InterruptedError):
@@ -138,7 +145,7 @@ def test_a_setting_that_is_newer_than_the_run_has_its_default(tmp_path: Path) ->
     del record["config"]["sft"]["temperature"]
     (path / "config.json").write_text(json.dumps(record))
     opened(path).close()
-    with pytest.raises(UserError, match=r"config\.sft\.temperature was 0\.05, is 0\.1"):
+    with pytest.raises(UserError, match=r"sft\.temperature +0\.05 +0\.1"):
         opened(path, dataclasses.replace(CONFIG, sft=SftConfig(temperature=0.1)))
 
 

@@ -55,5 +55,10 @@ def test_the_base_reads_the_queries_alone() -> None:
     assert with_base["mfu"] - without["mfu"] == pytest.approx(queries_alone["mfu"] / 3)
 
 
-def test_a_measured_peak_is_what_a_product_reaches() -> None:
-    assert 1e9 < peak_flops() < 1e14
+def test_of_a_device_without_a_published_peak_no_share_is_told() -> None:
+    # What a matrix product reaches on a CPU says how busy the machine was just then.
+    assert peak_flops() is None
+    found = Throughput(model=CONFIG, lora=LoraConfig(rank=0), peak=None, with_base=False).of(
+        chunks([5], 0, 1), chunks([9], 0, 0), 1.0
+    )
+    assert found.keys() == {"tokens_per_second", "tflops"}

@@ -11,7 +11,7 @@ from helpers.tiny_models import word_collection
 
 from search_r3_jax.config import RunConfig
 from search_r3_jax.data.collection import Collection
-from search_r3_jax.evaluation.evaluate import EmbeddedQueries, ModeResult, exact_index, search_result
+from search_r3_jax.evaluation.evaluate import EmbeddedQueries, OnProgress
 from search_r3_jax.hub.load_model import LoadedModel
 from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training import development
@@ -24,14 +24,17 @@ class RandomVectors:
     def __init__(self, *_: object, **__: object):
         self._generator = np.random.default_rng(0)
 
-    def documents(self, state: nnx.State, collection: Collection) -> np.ndarray:
+    def documents(self, state: nnx.State, collection: Collection, on_progress: OnProgress) -> np.ndarray:
+        on_progress(len(collection.documents))
         vectors = self._generator.standard_normal((len(collection.documents), 8))
         return unit_vectors(vectors.astype(np.float32), str)
 
-    def direct(self, state: nnx.State, collection: Collection, documents_ne: np.ndarray) -> ModeResult:
-        vectors = self.documents(state, collection)[: len(collection.queries)]
-        queries = EmbeddedQueries(vectors=vectors, seconds=1.0, warm_seconds=1.0)
-        return search_result(collection, exact_index(collection, documents_ne), queries)
+    def direct_queries(
+        self, state: nnx.State, collection: Collection, on_progress: OnProgress
+    ) -> EmbeddedQueries:
+        on_progress(len(collection.queries))
+        vectors = self.documents(state, collection, lambda _: None)[: len(collection.queries)]
+        return EmbeddedQueries(vectors=vectors, seconds=1.0, warm_seconds=1.0)
 
 
 def test_sets_of_one_name_are_told_apart(
@@ -43,8 +46,18 @@ def test_sets_of_one_name_are_told_apart(
     sets = [small, dataclasses.replace(small, name="other"), large]
     prompter = Prompter(tiny_model.tokenizer)
     evaluated = development.Development(RunConfig(), sets, graph, prompter, reasoned=False)
-    _, samples = evaluated.evaluate(state, 3, tmp_path)
+    told: list[tuple[str, int, int]] = []
+    found = evaluated.evaluate(state, 3, tmp_path, lambda *said: told.append(said))
     results = json.loads((tmp_path / "eval" / "dev_000003.json").read_text())["results"]
     assert list(results) == ["words 1", "other", "words 2"]
     assert results["words 1"]["direct"]["ndcg@10"] > results["words 2"]["direct"]["ndcg@10"]
-    assert {sample["set"] for sample in samples} == set(results)
+    assert {sample["set"] for sample in found.samples} == set(results)
+    # A bar of each part, from nothing to all.
+    assert told[:4] == [
+        ("words 1: documents", 0, 2),
+        ("words 1: documents", 2, 2),
+        ("words 1: queries", 0, 2),
+        ("words 1: queries", 2, 2),
+    ]
+    assert [kind for kind, _ in found.embeddings.labels] == ["query"] * 2 + ["document"] * 2
+    assert found.embeddings.vectors.shape == (4, 8)
