@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import re
 import time
@@ -23,6 +24,7 @@ from search_r3_jax.planning.stages import LoweredStage, Stage, lower_stage
 
 # Share of a chip's memory that must stay free.
 SPARE = 0.05
+logger = logging.getLogger(__name__)
 _TOPOLOGY = re.compile(r"(v4|v5e|v5p|v6e):(\d+x\d+(?:x\d+)?)")
 _SLICE = re.compile(r"(v4|v5e|v5p|v6e)-(\d+)")
 # Shapes of available slices, by number of chips.
@@ -99,6 +101,17 @@ def _shaped(topology: str) -> str:
     return f"{generation}:{shapes[count]}"
 
 
+# What makes a stage smaller, where it does not fit.
+_REMEDIES: dict[Stage, str] = {
+    "sft": "lower sft.encode_chunk (--largest finds the largest that fits), take more chips, or adapters "
+    "(--lora.rank 16)",
+    "rl": "lower rl.micro_queries (--largest finds the largest that fits), take more chips, or adapters "
+    "(--lora.rank 16)",
+    "decode": "lower rl.global_queries or rl.group_size, or take more chips",
+    "encode": "shard the weights over more chips (--mesh.fsdp), or take larger ones",
+}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
     """Needs and limits of a stage: bytes, FLOPs and seconds of one run, per chip unless stated otherwise.
@@ -169,8 +182,10 @@ def make_plan(
     Raises UserError when the mesh does not fit, or when the compiler runs out of memory.
     """
     mesh = make_mesh(**dataclasses.asdict(mesh_config or config.mesh), devices=slices.devices)
+    logger.info(f"{stage} of {config.model} on {slices.topology}: tracing the program of {mesh.size} chips …")
     lowered = lower_stage(config, stage, mesh)
     started = time.perf_counter()
+    logger.info("compiling it for these chips, which takes a minute or more …")
     try:
         compiled = lowered.lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -183,9 +198,11 @@ def make_plan(
             else "more"
         )
         raise UserError(
-            f"{stage} on {slices.topology}: needs {amount} of {slices.chip.hbm / 2**30:.2f} GiB a chip"
+            f"{stage} on {slices.topology}: needs {amount} of {slices.chip.hbm / 2**30:.2f} GiB a chip; "
+            f"{_REMEDIES[stage]}"
         ) from None
     seconds = time.perf_counter() - started
+    logger.info(f"compiled in {seconds:.0f} s")
     return _plan(config, stage, slices, mesh, lowered, compiled, seconds)
 
 

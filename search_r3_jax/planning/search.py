@@ -15,6 +15,8 @@ from search_r3_jax.planning.stages import Stage
 
 # With more chips per layer, tensor parallelism exchanges more than it computes.
 _MOST_TENSOR = 8
+# The setting that bounds what a stage holds at a time.
+_CHUNK = {"sft": "sft.encode_chunk", "rl": "rl.micro_queries"}
 logger = logging.getLogger(__name__)
 
 
@@ -33,7 +35,7 @@ def largest_chunk(config: RunConfig, stage: Stage, slices: Slice) -> Plan:
         plan = _tried(changed(sizes[middle]), stage, slices)
         fits = plan is not None and plan.fits
         logger.info(
-            f"{sizes[middle]}: "
+            f"{_CHUNK[stage]} {sizes[middle]}: "
             + (
                 "too large"
                 if plan is None
@@ -46,7 +48,7 @@ def largest_chunk(config: RunConfig, stage: Stage, slices: Slice) -> Plan:
             high = middle - 1
     if best is None:
         raise UserError(
-            f"{stage} on {slices.topology}: not even a chunk of {sizes[0]} fits; take more chips, or "
+            f"{stage} on {slices.topology}: not even {_CHUNK[stage]} {sizes[0]} fits; take more chips, or "
             "adapters (--lora.rank 16)"
         )
     return best

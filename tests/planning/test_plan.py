@@ -215,7 +215,7 @@ def test_where_nothing_fits_the_remedy_is_said(monkeypatch: pytest.MonkeyPatch) 
         raise UserError("sft on v5e:2x2: needs 99 GiB of 15.75 GiB a chip")
 
     monkeypatch.setattr(search, "make_plan", too_large)
-    with pytest.raises(UserError, match=r"not even a chunk of 1 fits; take more chips, or adapters"):
+    with pytest.raises(UserError, match=r"not even sft.encode_chunk 1 fits; take more chips, or adapters"):
         largest_chunk(CONFIG, "sft", open_slice("v5e:2x2"))
     with pytest.raises(UserError, match=r"--largest: encode has no chunk to find"):
         largest_chunk(CONFIG, "encode", open_slice("v5e:2x2"))
