@@ -197,8 +197,9 @@ def _end_after(error: OSError) -> NoReturn:
         if error.errno == errno.EPIPE:
             # The reader has had enough, as `head` has.
             sys.exit(128 + signal.SIGPIPE)
-    if error.errno == errno.EPIPE:
-        raise error
+    if error.errno == errno.EPIPE and error.filename is None:
+        # The line that the reader of standard output did not want is lost already.
+        sys.exit(128 + signal.SIGPIPE)
     print_line(f"search-r3: {where}: cannot be written ({error.strerror or error}); make room", sys.stderr)
     sys.exit(2)
 

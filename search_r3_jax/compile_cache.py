@@ -18,12 +18,18 @@ _SETTINGS = {
 }
 
 
-def user_folder() -> Path:
+def user_folder() -> Path | None:
     """The user's folder of programs for this kind of processor, within `XDG_CACHE_HOME` or `~/.cache`.
 
-    A program may use instructions that another processor lacks, and home folders are shared.
+    A program may use instructions that another processor lacks, and home folders are shared. None for a user
+    without a home.
     """
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        return None
+    if not caches.is_absolute():
+        return None
     return caches / "search-r3" / f"programs-{platform.machine()}-{_instructions()}"
 
 
@@ -42,6 +48,8 @@ def keep_programs(keep: bool = True) -> None:
     ):
         return
     folder = user_folder()
+    if folder is None:
+        return
     try:
         # What lies here is run: nobody else may write it.
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -60,7 +68,8 @@ def keep_programs_with_run(folder: Path) -> None:
     Of several processes only the first writes. JAX_COMPILATION_CACHE_DIR, if the user has set it, names
     another folder.
     """
-    if os.environ.get(_FOLDER, str(user_folder())) != str(user_folder()):
+    named = os.environ.get(_FOLDER)
+    if named is not None and named != str(user_folder()):
         return
     import jax
     from jax.experimental.compilation_cache import compilation_cache

@@ -27,15 +27,15 @@ from search_r3_jax.hub.load_model import LoadedModel, load_model, resolve
 from search_r3_jax.hub.model_hash import model_hash
 from search_r3_jax.hub.weights import parameter_hash
 from search_r3_jax.models.kv_block import KVBlock
-from search_r3_jax.precision import PRECISIONS, Precision, quantize
+from search_r3_jax.precision import Precision, quantize
 from search_r3_jax.rollout.encoder import Encoder, text_name
 from search_r3_jax.rollout.sampler import Sampler
+from search_r3_jax.text.arguments import Kind, check_arguments, check_whole_numbers
 from search_r3_jax.text.inputs import text_list
 from search_r3_jax.text.packing import PACKED_ROW, SHORTEST_ROW
 from search_r3_jax.text.prompts import Mode
 from search_r3_jax.vectors import require_directions, unit_vectors
 
-Kind = Literal["query", "document"]
 Texts = Iterable[str]
 """Texts as callers have them: a list, a generator, a NumPy array, a column of pandas."""
 MAX_THINK_TOKENS = SamplerConfig().max_think_tokens
@@ -90,8 +90,7 @@ class Embedder:
         room = max_text_tokens(prompter, positions)
         if room < 1:
             raise UserError(f"model: max_positions: {positions} leave no room for a text beside the prompt")
-        if max_tokens < 1:
-            raise UserError(f"max_tokens: {max_tokens}: give 1 or more")
+        check_whole_numbers(max_tokens=(max_tokens, 1))
         self._graph, self._state = nnx.split(model.decoder)
         self._encoder = Encoder(self._graph, prompter, mesh=model.mesh)
         self._prompter, self._config, self._mesh = prompter, model.decoder.config, model.mesh
@@ -180,7 +179,10 @@ class Embedder:
         documents are embedded directly, for what is no text, and naming the first text whose embedding is
         not finite or zero.
         """
-        self._check(kind, mode, truncate_dim, precision, max_think_tokens, batch_size)
+        check_arguments(
+            kind, mode, self.dimension, truncate_dim, precision, max_think_tokens=max_think_tokens
+        )
+        check_whole_numbers(batch_size=(batch_size, 1))
         if isinstance(texts, str):
             if precision in ("int8", "uint8"):
                 raise UserError(f"precision: {precision}: one vector has no range; see `quantize`")
@@ -215,7 +217,7 @@ class Embedder:
 
         A thought may be read without a use for its vector; here the vector is asked for.
         """
-        self._check("query", "reason", truncate_dim, precision, None, None)
+        check_arguments("query", "reason", self.dimension, truncate_dim, precision)
         vectors = np.array([thought.vector for thought in thoughts], np.float32).reshape(-1, self.dimension)
         require_directions(vectors, lambda row: text_name(row, texts))
         return _finished(vectors, texts, truncate_dim, precision)
@@ -261,13 +263,15 @@ class Embedder:
 
         `max_think_tokens` is another budget for this call; `batch_size` bounds those that think together.
         """
-        self._check("query", "reason", None, "float32", max_think_tokens, batch_size)
+        check_whole_numbers(max_think_tokens=(max_think_tokens, 0), batch_size=(batch_size, 1))
         listed = text_list([texts] if isinstance(texts, str) else texts)
-        lengths = [len(ids) for ids in self._text_ids(listed)]
+        budget = self._max_think_tokens if max_think_tokens is None else max_think_tokens
+        most_tokens = self._thinking_room(budget)
+        lengths = [len(ids) for ids in self._text_ids(listed, most_tokens)]
         # Sorted by length, so that batches need little padding.
         order = sorted(range(len(listed)), key=lambda i: -lengths[i])
         seeds = np.random.SeedSequence(seed).generate_state(len(listed))
-        sampler = self._sampler(self._max_think_tokens if max_think_tokens is None else max_think_tokens)
+        sampler = self._sampler(budget)
         suffix = len(self._prompter.reason.suffix)
         most = batch_size or THINK_ROWS[-1]
         thoughts_by_row: dict[int, Thought] = {}
@@ -280,9 +284,10 @@ class Embedder:
                     self._state,
                     [listed[i] for i in filled],
                     seeds[filled][:, None],
-                    max_tokens=self.max_tokens,
+                    max_tokens=most_tokens,
                     prompt_tokens=_filled(lengths[rows[0]] + suffix, PROMPT_TOKENS),
                     shared=self._reason_prefix,
+                    name=lambda row, filled=filled: text_name(filled[row], listed),
                 )
                 for at, (i, reply) in enumerate(zip(rows, rollout.replies(), strict=False)):
                     thoughts_by_row[i] = Thought(
@@ -297,7 +302,13 @@ class Embedder:
         return thoughts[0] if isinstance(texts, str) else thoughts
 
     def similarity(self, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
-        """Cosines [Q,N] float32 of unit vectors [Q,E] and [N,E]; a single vector [E] counts as one row."""
+        """Cosines [Q,N] float32 of unit vectors [Q,E] and [N,E]; a single vector [E] counts as one row.
+
+        Raises UserError for vectors of fewer bits, whose products are no cosines.
+        """
+        for name, vectors in (("queries", queries), ("documents", documents)):
+            if not np.issubdtype(np.asarray(vectors).dtype, np.floating):
+                raise UserError(f"{name}: {np.asarray(vectors).dtype}: give vectors of precision float32")
         return np.atleast_2d(queries) @ np.atleast_2d(documents).T
 
     def parameter_hash(self) -> str:
@@ -309,26 +320,37 @@ class Embedder:
         return model_hash(self._state, self._config, self._prompter)
 
     def _encode_directly(self, texts: Sequence[str], most: int, progress: bool | None) -> np.ndarray:
-        rows = self._prompter.with_tail(self._text_ids(texts))
+        rows = self._prompter.with_tail(self._text_ids(texts, self.max_tokens))
         with _bar("texts", len(texts), progress) as bar:
             parts = [
                 self._encoder.encode_rows(
                     self._state,
                     rows[start : start + most],
                     bar.advance if bar is not None else None,
-                    texts=texts[start : start + most],
+                    name=lambda row, start=start: text_name(start + row, texts),
                     shared=self._direct_prefix,
                 )
                 for start in range(0, len(texts), most)
             ]
         return np.concatenate([np.zeros((0, self.dimension), np.float32), *parts])
 
-    def _text_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, cut to `max_tokens`, which is said."""
-        ids = self._prompter.text_ids(texts, self.max_tokens + 1)
-        if cut := sum(len(row) > self.max_tokens for row in ids):
-            logger.warning(f"{cut} of {len(texts)} texts cut to {self.max_tokens} tokens (max_tokens)")
-        return [row[: self.max_tokens] for row in ids]
+    def _text_ids(self, texts: Sequence[str], most: int) -> list[list[int]]:
+        """Token ids of each text, cut to `most`, which is said."""
+        ids = self._prompter.text_ids(texts, most + 1)
+        if cut := sum(len(row) > most for row in ids):
+            logger.warning(f"{cut} of {len(texts)} texts cut to {most} tokens (max_tokens)")
+        return [row[:most] for row in ids]
+
+    def _thinking_room(self, budget: int) -> int:
+        """Most tokens of a query that is thought about: the model's positions hold prompt and reply too."""
+        reason, positions = self._prompter.reason, self._config.max_positions
+        room = positions - len(reason.prefix) - len(reason.suffix) - budget - len(reason.closing)
+        if room < 1:
+            raise UserError(
+                f"max_think_tokens: {budget}: with the prompt, no room for a query is left of the model's "
+                f"{positions} positions; give less"
+            )
+        return min(self.max_tokens, room)
 
     @functools.cached_property
     def _direct_prefix(self) -> KVBlock:
@@ -345,33 +367,6 @@ class Embedder:
             )
             self._samplers[max_think_tokens] = Sampler(self._graph, self._prompter, sampling, mesh=self._mesh)
         return self._samplers[max_think_tokens]
-
-    def _check(
-        self,
-        kind: Kind,
-        mode: Mode,
-        truncate_dim: int | None,
-        precision: Precision,
-        max_think_tokens: int | None,
-        batch_size: int | None,
-    ) -> None:
-        """Raise UserError for an argument that cannot be, before the work."""
-        if kind not in ("query", "document"):
-            raise UserError(f"kind: {kind!r} is neither 'query' nor 'document'")
-        if mode not in ("direct", "reason"):
-            raise UserError(f"mode: {mode!r} is neither 'direct' nor 'reason'")
-        if kind == "document" and mode == "reason":
-            raise UserError("mode: documents are embedded directly; give mode 'direct', or kind 'query'")
-        if truncate_dim is not None and not 0 < truncate_dim <= self.dimension:
-            raise UserError(
-                f"truncate_dim: {truncate_dim} is not within 1 and the model's {self.dimension} dimensions"
-            )
-        if precision not in PRECISIONS:
-            raise UserError(f"precision: {precision!r}: give one of {', '.join(PRECISIONS)}")
-        if mode == "direct" and max_think_tokens is not None:
-            raise UserError("max_think_tokens: nothing is thought in mode 'direct'; give mode 'reason'")
-        if batch_size is not None and batch_size < 1:
-            raise UserError(f"batch_size: {batch_size}: give 1 or more, or leave it out")
 
 
 def _finished(

@@ -9,7 +9,8 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,12 +19,21 @@ from search_r3_jax.files import is_written_in_place, replacing, target_of
 
 # Enough to see that a disk is full: a file without content needs no block.
 PROBE_BYTES = 4096
+# Files of models, runs and data sets, and folders in them of which everything is read.
+_INPUT_FILES = (
+    *("config.json", "generation_config.json", "adapter_config.json", "search_r3.json", "*.safetensors*"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "*.jinja"),
+    *("corpus.jsonl*", "queries.jsonl*", "dataset_info.json", "features.json", "*.array_record*"),
+    *("metrics.jsonl", "samples.jsonl"),
+)
+_INPUT_FOLDERS = frozenset({"checkpoints", "index", "qrels", "neg"})
 
 
-def check_outputs(*outputs: tuple[str, Path | None]) -> None:
+def check_outputs(*outputs: tuple[str, Path | None], inputs: Sequence[Path | str | None] = ()) -> None:
     """Raise UserError, before any work, if one of the files, each with its flag, cannot be written.
 
-    Also when two of them are one file.
+    Also when two of them are one file, and when one would replace what the command reads: one of `inputs`, or
+    a file of such a folder. A name that is no path, such as of a model, is no input.
     """
     flag_of: dict[Path, str] = {}
     for flag, path in outputs:
@@ -32,8 +42,22 @@ def check_outputs(*outputs: tuple[str, Path | None]) -> None:
         check_output(flag, path)
         if path.exists() and is_written_in_place(path):
             continue
+        for source in inputs:
+            if source is not None and path.is_file() and _is_read(path, Path(source)):
+                raise UserError(f"{flag}: {path}: is read by this command; name another file")
         if (other := flag_of.setdefault(target_of(path), flag)) != flag:
             raise UserError(f"{flag}: {path}: is {other} too; name another file")
+
+
+def _is_read(path: Path, source: Path) -> bool:
+    """Whether an existing file is `source`, or one that readers of the folder `source` look for."""
+    if source.is_file():
+        return path.samefile(source)
+    target, folder = path.resolve(), source.resolve()
+    if not (source.is_dir() and target.is_relative_to(folder)):
+        return False
+    *within, name = target.relative_to(folder).parts
+    return not _INPUT_FOLDERS.isdisjoint(within) or any(fnmatch(name, pattern) for pattern in _INPUT_FILES)
 
 
 def check_output(flag: str, path: Path | None, *, size: int = PROBE_BYTES) -> None:

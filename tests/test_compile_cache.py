@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from search_r3_jax.compile_cache import MOST_BYTES, user_folder
+from search_r3_jax.compile_cache import MOST_BYTES, keep_programs, user_folder
 
 HEARD = """
 import json, sys
@@ -129,9 +129,24 @@ def test_a_run_keeps_its_programs_itself(tmp_path: Path) -> None:
 def test_the_folder_names_the_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     here = user_folder()
+    assert here is not None
     assert here.parent == tmp_path / "search-r3"
     monkeypatch.setattr("search_r3_jax.compile_cache._instructions", lambda: "others")
     assert user_folder() != here
+
+
+def test_who_has_no_home_has_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setattr(Path, "home", refuse)
+    assert user_folder() is None
+    keep_programs()
+    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert user_folder() is None
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """What callers hand to the library, and what they can ask of it."""
 
 import logging
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -60,6 +61,10 @@ def test_texts_may_come_in_any_form(
         (None, "texts: NoneType: give a string"),
         (4, "texts: int: give a string"),
         ({"text": "a"}, "texts: dict: give a string"),
+        ({"a", "b"}, "texts: set: give a string"),
+        (pandas.DataFrame({"text": ["a"]}), "texts: DataFrame: give a string, or a list or one column"),
+        (np.array("abc"), "texts: ndarray: give a string"),
+        (np.array([["a"]]), "texts: ndarray: give a string"),
         (["a", "b \ud83d"], r"text 2: '\\ud83d' at character 3: half of a surrogate pair"),
     ],
 )
@@ -67,6 +72,63 @@ def test_texts_may_come_in_any_form(
 def test_what_is_no_text_is_named(embedder: Embedder, call: str, texts: Any, said: str) -> None:
     with pytest.raises(UserError, match=said):
         getattr(embedder, call)(texts)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"truncate_dim": 8.0}, "truncate_dim: 8.0: give a whole number, 1 or more"),
+        ({"truncate_dim": True}, "truncate_dim: True: give a whole number"),
+        ({"truncate_dim": 0}, "truncate_dim: 0: give a whole number, 1 or more"),
+        ({"batch_size": "8"}, "batch_size: '8': give a whole number"),
+        (
+            {"mode": "reason", "max_think_tokens": 2.5},
+            "max_think_tokens: 2.5: give a whole number",
+        ),
+        (
+            {"mode": "reason", "max_think_tokens": 10**6},
+            "max_think_tokens: 1000000: with the prompt",
+        ),
+    ],
+)
+def test_arguments_are_checked(embedder: Embedder, arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        embedder.encode(TEXTS, **arguments)
+
+
+def test_a_query_leaves_room_for_the_thought(tiny_model: LoadedModel) -> None:
+    """Within the positions that the model knows."""
+    positions = tiny_model.decoder.config.max_positions
+    reason = tiny_model.prompter().reason
+    embedder = Embedder(tiny_model, max_tokens=10**6, max_think_tokens=20)
+    around = len(reason.prefix) + len(reason.suffix) + len(reason.closing) + 20
+    long = "a" * (2 * positions)
+    np.testing.assert_array_equal(
+        embedder.think(long).vector, embedder.think(long[: positions - around]).vector
+    )
+
+
+def test_vectors_of_fewer_bits_have_no_cosines(embedder: Embedder) -> None:
+    signs = embedder.encode(TEXTS, precision="binary")
+    with pytest.raises(UserError, match="queries: int8: give vectors of precision float32"):
+        embedder.similarity(signs, signs)
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_size": 4}, {"mode": "reason"}])
+def test_the_text_without_an_embedding_is_named_by_its_place(
+    tiny_folders: dict[str, Path], options: dict[str, Any]
+) -> None:
+    broken = load_model(tiny_folders["qwen2"])
+    token = broken.prompter().text_ids(["Z"], 9)[0][-1]
+    broken.decoder.embedding.set_value(broken.decoder.embedding[...].at[token].set(np.nan))
+    texts = [f"text {i} " + "a" * (i % 7) for i in range(20)]
+    texts[12] = "bad Z here"
+    with pytest.raises(UserError) as caught:
+        Embedder(broken, max_tokens=40, max_think_tokens=2).encode(texts, **options)
+    number = int(re.match(r"text (\d+)", str(caught.value))[1])  # type: ignore[index]
+    assert repr(texts[number - 1])[1:8] in str(caught.value)
+    if options.get("mode") != "reason":
+        assert number == 13
 
 
 def test_half_of_a_surrogate_pair_alone_is_named(embedder: Embedder) -> None:
@@ -88,7 +150,7 @@ def test_a_batch_size_bounds_what_is_read_together(embedder: Embedder) -> None:
         np.testing.assert_allclose(
             embedder.encode(texts, mode=mode, batch_size=4), embedder.encode(texts, mode=mode), atol=1e-6
         )
-    with pytest.raises(UserError, match="batch_size: 0: give 1 or more"):
+    with pytest.raises(UserError, match="batch_size: 0: give a whole number, 1 or more"):
         embedder.encode(texts, batch_size=0)
 
 

@@ -126,3 +126,33 @@ def test_people_read_standard_error_where_standard_output_is_the_result(
     print("result", file=message_stream(None, Path("file")))
     print("message", file=message_stream(Path("file"), Path("/dev/stdout")))
     assert capsys.readouterr() == ("result\n", "message\n")
+
+
+@pytest.mark.parametrize(
+    ("source", "out"),
+    [
+        ("t.txt", "t.txt"),
+        ("data", "data/corpus.jsonl"),
+        ("data", "data/qrels/test.tsv"),
+        ("model", "model/config.json"),
+        ("model", "model/checkpoints/3/params"),
+        ("t.txt", "link.txt"),
+    ],
+)
+def test_what_a_command_reads_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, out: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("t.txt", "data/corpus.jsonl", "data/qrels/test.tsv", "model/config.json"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text("read")
+    Path("model/checkpoints/3").mkdir(parents=True)
+    Path("model/checkpoints/3/params").write_text("read")
+    Path("link.txt").symlink_to("t.txt")
+    with pytest.raises(UserError, match=r"--out: .*: is read by this command; name another file"):
+        check_outputs(("--out", Path(out)), inputs=[source, None, "smollm2"])
+    # A result of before within such a folder may be replaced.
+    Path("model/eval.json").write_text("{}")
+    check_outputs(
+        ("--out", Path("model/eval.json")), ("--picture", Path("new.png")), inputs=["model", "data"]
+    )

@@ -130,7 +130,7 @@ class Embed:
         from search_r3_jax.outputs import check_output, check_outputs, message_stream, write_result
 
         self._check()
-        check_outputs(("--out", self.out), ("--thoughts", self.thoughts))
+        check_outputs(("--out", self.out), ("--thoughts", self.thoughts), inputs=[self.input, self.model])
         listed = read_texts(self.input, self.kind)
         write = writer_of(self.out, listed.ids)
         if self.precision in ("int8", "uint8") and len(listed.texts) == 1:

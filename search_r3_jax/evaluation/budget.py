@@ -159,7 +159,9 @@ def _price(crowd: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _check(settings: BudgetSettings) -> None:
-    check_outputs(("--out", settings.out), ("--picture", settings.picture))
+    check_outputs(
+        ("--out", settings.out), ("--picture", settings.picture), inputs=[settings.model, settings.data]
+    )
     if not settings.budgets:
         raise UserError("--budgets: none given; name at least one number of tokens")
     for at, budget in enumerate(settings.budgets):

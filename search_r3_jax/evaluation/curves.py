@@ -29,7 +29,7 @@ def draw_curves(runs: Sequence[Path], out: Path) -> None:
 
     One column per run. Raises UserError for a folder that is no run.
     """
-    check_outputs(("--out", out))
+    check_outputs(("--out", out), inputs=runs)
     if not runs:
         raise UserError("curves: no runs; name one or more folders that sft or rl wrote")
     pyplot = open_pyplot("curves")

@@ -91,7 +91,7 @@ def write_report(
         raise UserError(
             "report: nothing to report; name run directories, or files of eval and budget with --eval"
         )
-    check_outputs(("--out", out))
+    check_outputs(("--out", out), inputs=[*runs, *results])
     check_output_folder("--pictures", pictures)
     run_files, (evaluations, budgets) = read_runs(runs), read_results(results)
     if run_files or budgets:

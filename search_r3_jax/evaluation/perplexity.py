@@ -130,7 +130,7 @@ def measure_perplexity(
 
     Raises UserError for bad input.
     """
-    check_outputs(("--out", out))
+    check_outputs(("--out", out), inputs=[model, data])
     if max_documents < 1 or max_tokens < 2:
         raise UserError("--max-documents, --max-tokens: give at least 1 document and 2 tokens")
     whole = load_collection(data, split)

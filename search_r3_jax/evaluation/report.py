@@ -138,7 +138,11 @@ def _trec_files(settings: EvalSettings) -> dict[Path, QueryMode | None]:
 
 def check_evaluation(settings: EvalSettings) -> None:
     """Raise UserError for contradictory settings, or for files that cannot be written."""
-    check_outputs(("--out", settings.out), *(("--run-file", file) for file in _trec_files(settings)))
+    check_outputs(
+        ("--out", settings.out),
+        *(("--run-file", file) for file in _trec_files(settings)),
+        inputs=[settings.model, settings.data],
+    )
     check_limits(settings)
     if settings.max_think_tokens < 0:
         raise UserError(

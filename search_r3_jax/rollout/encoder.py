@@ -161,14 +161,14 @@ class RowEncoder:
         rows: Sequence[Sequence[int]],
         on_progress: Callable[[int], object] | None = None,
         *,
-        texts: Sequence[str] = (),
+        name: Callable[[int], str] = lambda row: f"text {row + 1}",
         shared: KVBlock | None = None,
     ) -> np.ndarray:
         """Unit vectors [N,E] float32 of token rows, each with one embed token.
 
         `on_progress` gets the number of finished rows; `shared` is `prefix` of the same parameters. Raises
-        UserError, with the one of `texts` that a row is from, as soon as an embedding is not finite or zero,
-        and ValueError for a row without exactly one embed token.
+        UserError, with the `name` of a row, as soon as its embedding is not finite or zero, and ValueError
+        for a row without exactly one embed token.
         """
         vectors = np.zeros((len(rows), nnx.merge(self._graph, state).config.hidden_size), np.float32)
         if not rows:
@@ -181,7 +181,7 @@ class RowEncoder:
             there = each.texts >= 0
             at, found = each.texts[there], np.asarray(encoded)[there]
             if not has_direction(found).all():
-                self._name_the_first(state, prefix, rows, at, texts)
+                self._name_the_first(state, prefix, rows, at, name)
             vectors[at] = found
             if on_progress is not None:
                 on_progress(len(at))
@@ -200,7 +200,7 @@ class RowEncoder:
         prefix: KVBlock,
         rows: Sequence[Sequence[int]],
         numbers: np.ndarray,
-        texts: Sequence[str],
+        name: Callable[[int], str],
     ) -> None:
         """Raise UserError for the first of some texts whose embedding, made alone, is not finite or zero.
 
@@ -209,7 +209,7 @@ class RowEncoder:
         for number in sorted(numbers.tolist()):
             for alone in self._passes([rows[number]]):
                 vector = np.asarray(self._encode(state, prefix, *self._put(alone)))[0, :1]
-                require_directions(vector, lambda _, number=number: text_name(number, texts))
+                require_directions(vector, lambda _, number=number: name(number))
         raise AssertionError("texts embed alone that did not together")
 
     def _passes(self, rows: Sequence[Sequence[int]]) -> Iterator[EncodingPass]:
@@ -264,7 +264,7 @@ class Encoder(RowEncoder):
     ) -> np.ndarray:
         """Unit vectors [N,E] float32 in the order of `texts`; `on_progress` gets the number finished."""
         rows = self._prompter.direct_rows(texts, max_tokens)
-        return self.encode_rows(state, rows, on_progress, texts=texts)
+        return self.encode_rows(state, rows, on_progress, name=lambda row: text_name(row, texts))
 
 
 class ReasonedEncoder(RowEncoder):
@@ -309,4 +309,4 @@ class ReasonedEncoder(RowEncoder):
             if not reply or reply[-1] != embed_id or list(reply).count(embed_id) != 1:
                 raise ValueError(f"reply {n} does not end with its only embed token")
         rows = self._prompter.replied_rows(texts, replies, max_tokens)
-        return self.encode_rows(state, rows, on_progress, texts=texts)
+        return self.encode_rows(state, rows, on_progress, name=lambda row: text_name(row, texts))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,13 +170,14 @@ class Sampler:
         max_tokens: int,
         prompt_tokens: int | None = None,
         shared: KVBlock | None = None,
+        name: Callable[[int], str] | None = None,
     ) -> Rollout:
         """Sample replies to each text [Q] under the seeds [Q,G] (uint32).
 
         The same seed and text give the same reply, whatever else is sampled. The loop runs as long as the
         longest reply. Prompts are padded to `prompt_tokens`, by default what `max_tokens` allows, so one
         shape is compiled. `shared` is `prefix` of the same parameters. Raises UserError naming the first text
-        whose embedding is not finite.
+        whose embedding is not finite, by its `name(number)`.
         """
         rows = self._prompter.reason_rows(texts, max_tokens)
         length = prompt_tokens or self.prompt_tokens(max_tokens)
@@ -184,7 +185,8 @@ class Sampler:
         replies = self._sample(state, prompt_ids, prompt_lengths, seeds_qg.astype(np.uint32), shared)
         arrays = {name: np.asarray(array) for name, array in replies._asdict().items()}
         group = seeds_qg.shape[1]
-        require_finite(arrays["vectors"], lambda row: text_name(row // group, texts))
+        named = name or (lambda number: text_name(number, texts))
+        require_finite(arrays["vectors"], lambda row: named(row // group))
         return Rollout(prompt_ids=prompt_ids, prompt_lengths=prompt_lengths, **arrays)
 
 

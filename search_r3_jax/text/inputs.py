@@ -15,8 +15,12 @@ def text_list(texts: Iterable[Any]) -> list[str]:
     None, NaN and numbers are no texts: turned into strings they would be embedded as words. Half of a
     surrogate pair is no character, and no tokenizer can read it.
     """
-    if isinstance(texts, bytes | Mapping) or not isinstance(texts, Iterable):
-        raise UserError(f"texts: {type(texts).__name__}: give a string, or a list or column of strings")
+    # A table gives the names of its columns, a set an order by chance.
+    one_column = getattr(texts, "ndim", 1) == 1
+    if isinstance(texts, bytes | Mapping | set | frozenset) or not (
+        isinstance(texts, Iterable) and one_column
+    ):
+        raise UserError(f"texts: {type(texts).__name__}: give a string, or a list or one column of strings")
     checked = list[str]()
     for number, text in enumerate(texts, 1):
         if not isinstance(text, str):

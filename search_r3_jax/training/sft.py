@@ -278,6 +278,17 @@ def _check(config: RunConfig, sets: Sequence[TrainingSet]) -> None:
             f"sft.global_batch: {sft.global_batch}: there are {pairs} pairs to train on; give that many or "
             "fewer"
         )
+    if sft.global_batch == 1 and not sft.negatives and (sft.infonce_weight or sft.triplet_weight):
+        raise UserError(
+            "sft.global_batch: 1: a pair alone has nothing to be told apart from; give 2 or more, or "
+            "sft.negatives"
+        )
+    if len(set(config.data.sets)) < len(config.data.sets):
+        raise UserError(
+            "data.sets: the same one is there twice; name each once, and weigh it by data.weights"
+        )
+    if len(set(sft.matryoshka)) < len(sft.matryoshka):
+        raise UserError(f"sft.matryoshka: {' '.join(map(str, sft.matryoshka))}: name each once")
     if sft.encode_chunk and sft.global_batch % sft.encode_chunk:
         raise UserError(
             f"sft.encode_chunk: {sft.encode_chunk}: does not divide sft.global_batch {sft.global_batch}; 0 "
