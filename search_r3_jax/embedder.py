@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -57,7 +57,7 @@ class Thought:
     """
 
     text: str
-    vector: np.ndarray
+    vector: np.ndarray = field(repr=False)
     valid: bool
     tokens: int
 

@@ -36,6 +36,11 @@ def read_texts(source: Path, kind: Literal["query", "document"]) -> Texts:
     """
     if source.is_dir():
         return _beir_texts(source, kind)
+    if source.suffix.lower() in (".csv", ".tsv", ".parquet"):
+        raise UserError(
+            f"--input: {source}: is a table; give a .jsonl, or a text a line (`data build` makes a data set "
+            "of a table)"
+        )
     is_json = source.name.lower().removesuffix(".gz").endswith(".jsonl")
     problems = Problems()
     lines = (
@@ -76,9 +81,13 @@ def writer_of(path: Path, ids: Sequence[str]) -> Callable[[Path, np.ndarray], No
     """What writes vectors [N,E] to a file of the kind that `path` ends in: .npy where it names none of these.
 
     `.npz` has `ids` and `vectors`; `.parquet` columns `id` and `vector`; `.jsonl` an object a line. Raises
-    UserError without pyarrow for `.parquet`.
+    UserError without pyarrow for `.parquet`, and for kinds that others would take for text.
     """
     suffix = path.suffix.lower()
+    if suffix in (".csv", ".tsv", ".txt", ".json"):
+        raise UserError(
+            f"--out: {path}: no vectors are written as {suffix}; give .npy, .npz, .parquet or .jsonl"
+        )
     if suffix == ".npz":
         return lambda file, vectors: _write_npz(file, ids, vectors)
     if suffix == ".jsonl":

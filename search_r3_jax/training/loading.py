@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 
-from search_r3_jax.config import RunConfig
+from search_r3_jax.config import RunConfig, TextConfig
+from search_r3_jax.data.collection import Collection
 from search_r3_jax.data.development import TrainingSet, for_stage_2, load_training_sets
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub.load_model import LoadedModel, load_model, with_lora
 from search_r3_jax.mesh import mesh_from_config
+from search_r3_jax.text.prompts import Prompter
 
+# Texts that stand for all when it is told how many are cut.
+SAMPLE = 200
 logger = logging.getLogger(__name__)
 
 
@@ -53,6 +58,21 @@ def load_training_model(config: RunConfig, *, step: int | None = None) -> Loaded
         mesh=mesh_from_config(config.mesh),
     )
     return with_lora(model, config.lora, seed=config.seed)
+
+
+def log_cut_texts(prompter: Prompter, text: TextConfig, collection: Collection) -> None:
+    """Log which share of the first queries and documents is longer than what training reads of a text."""
+    queries = [query.body for query in itertools.islice(collection.queries, SAMPLE)]
+    documents = [document.body for document in itertools.islice(collection.documents, SAMPLE)]
+    for what, setting, texts, most in (
+        ("queries", "text.max_query_tokens", queries, text.max_query_tokens),
+        ("documents", "text.max_document_tokens", documents, text.max_document_tokens),
+    ):
+        if cut := sum(len(ids) > most for ids in prompter.text_ids(texts, most + 1)):
+            logger.info(
+                f"{collection.name}: {cut / len(texts):.0%} of the {what} are longer than {setting} {most}; "
+                "the rest of each is not read"
+            )
 
 
 def _development(data: TrainingSet) -> str:

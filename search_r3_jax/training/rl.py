@@ -18,7 +18,7 @@ from search_r3_jax.training.development import OnEvaluation
 from search_r3_jax.training.live_index import (
     LiveIndex,
 )
-from search_r3_jax.training.loading import load_rl_data, load_training_model
+from search_r3_jax.training.loading import load_rl_data, load_training_model, log_cut_texts
 from search_r3_jax.training.rl_acts import sample, score, update
 from search_r3_jax.training.rl_session import Listeners, OnStep, open_session
 from search_r3_jax.training.rl_setup import check_settings, make_stage
@@ -85,6 +85,7 @@ def train_rl(
     check_settings(config, data.train)
     record = record or rl_record(run_folder, config)
     model = recorded_prompts(model or load_training_model(config, step=record.start_step), run_folder)
+    log_cut_texts(model.prompter(), config.text, data.train)
     stage, state = make_stage(config, data, model)
     described = record.to_json(data.train, replay) | prompt_record(stage.prompter)
     listeners = Listeners(on_step=on_step, on_evaluation=on_evaluation, trackers=trackers)

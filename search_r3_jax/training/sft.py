@@ -29,7 +29,7 @@ from search_r3_jax.models.lora import trainable_filter
 from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training import sharding
 from search_r3_jax.training.development import Development, Evaluated, OnEvaluation
-from search_r3_jax.training.loading import load_sft_data, load_training_model
+from search_r3_jax.training.loading import load_sft_data, load_training_model, log_cut_texts
 from search_r3_jax.training.optimizer import learning_rates, make_optimizer, updates_made
 from search_r3_jax.training.run import Run, data_version, prompt_record, recorded_prompts, with_absolute_paths
 from search_r3_jax.training.self_generated_reasoning import with_self_generated_reasoning
@@ -103,6 +103,8 @@ def train_sft(
     sets = load_sft_data(config) if sets is None else sets
     _check(config, sets)
     model = recorded_prompts(model or load_training_model(config), run_folder)
+    for each in sets:
+        log_cut_texts(model.prompter(), config.text, each.train)
     stage, state = _make_stage(config, sets, model, on_evaluation)
     with _open_run(config, run_folder, sets, model, trackers, allow_config_change) as opened:
         run, checkpoints, request, first = opened

@@ -117,6 +117,8 @@ def test_embed_writes_ids_and_thoughts(tiny_folders: dict[str, Path], tmp_path: 
         ({"mode": "reason", "max_think_tokens": -1}, "--max-think-tokens: -1: give 0 or more"),
         ({"mode": "reason", "thoughts": Path("out.npy")}, "--thoughts: out.npy: is --out too"),
         ({"precision": "int8"}, "--precision: int8: one text has no range"),
+        ({"out": Path("out.csv")}, r"--out: out\.csv: no vectors are written as \.csv"),
+        ({"input": Path("faq.csv")}, r"--input: faq\.csv: is a table"),
     ],
 )
 def test_mistakes_are_found_before_any_model_is_loaded(
@@ -125,7 +127,7 @@ def test_mistakes_are_found_before_any_model_is_loaded(
     monkeypatch.chdir(tmp_path)
     Path("texts.txt").write_text("a text\n")
     with pytest.raises(UserError, match=named):
-        Embed(model="nowhere", input=Path("texts.txt"), out=Path("out.npy"), **options).run()
+        Embed(**({"model": "nowhere", "input": Path("texts.txt"), "out": Path("out.npy")} | options)).run()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["texts.txt"]
 
 

@@ -5,6 +5,7 @@ import json
 import tempfile
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
@@ -139,6 +140,7 @@ def test_any_beir_folder(
         check(build_beir, folder, Path(place) / "set", skip)
 
 
+@pytest.mark.slow
 @PLENTY
 @given(content=PAIRS, zipped=st.booleans(), cut=st.integers(0, 9), skip=st.booleans())
 def test_any_jsonl_file(content: bytes, zipped: bool, cut: int, skip: bool) -> None:

@@ -190,6 +190,7 @@ def check(fields: Fields, layout: Fields, tokenizer: Fields) -> None:
         shutil.rmtree(folder)
 
 
+@pytest.mark.slow
 @few
 @given(configs(), LAYOUTS, TOKENIZERS)
 def test_a_folder_embeds_as_in_transformers_or_is_refused(

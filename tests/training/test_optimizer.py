@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from flax import nnx
 from helpers.tiny_models import CONFIG
 
@@ -57,6 +58,7 @@ def test_schedules() -> None:
     np.testing.assert_allclose(rates("wsd", warmup=5), [t / 5 for t in range(5)] + rates("wsd"), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_only_matrices_decay() -> None:
     model = Decoder(CONFIG, rngs=nnx.Rngs(0), lora=LoraConfig(rank=2), embed_id=3)
     params = nnx.state(model, nnx.Param)

@@ -78,6 +78,7 @@ def plain_log_probs(decoder: Decoder, prepared: Prepared) -> list[jax.Array]:
     return found
 
 
+@pytest.mark.slow
 def test_step_zero_ratio_is_one_on_every_token(prepared: Prepared) -> None:
     model, prompter, rollout, batch = prepared
     graph, params, frozen = nnx.split(model.decoder, LoraParam, ...)
@@ -146,6 +147,7 @@ def assert_same_gradient(found: nnx.State, expected: nnx.State) -> None:
     assert float(optax.tree.norm(jax.tree.map(jnp.subtract, found, expected))) < 1e-5 * norm
 
 
+@pytest.mark.slow
 def test_gradient_equals_one_row_at_a_time(prepared: Prepared) -> None:
     """Shared prompts, compaction and groups against a loop over whole rows through the same decoder."""
     config = dataclasses.replace(RL, beta=0.0, infonce=InfoNceConfig(weight=0.0))
@@ -183,6 +185,7 @@ def test_micro_batches_change_nothing(prepared: Prepared, variant: Any) -> None:
         batch_of(prepared.rollout, micro_queries=2)
 
 
+@pytest.mark.slow
 def test_the_auxiliary_loss_counts_every_relevant_document(prepared: Prepared) -> None:
     config = dataclasses.replace(RL, beta=0.0, infonce=InfoNceConfig(weight=1.0, temperature=0.1))
     _, scalars = gradient_of(prepared, config, prepared.batch, reference=False)

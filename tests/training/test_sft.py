@@ -76,6 +76,7 @@ def test_a_batch_may_be_of_one_set(tiny_folders: dict[str, Path]) -> None:
     assert {len(found) for found in of_steps["mixed"]} == {3}
 
 
+@pytest.mark.slow
 def test_all_four_losses_equal_one_text_at_a_time(tiny_folders: dict[str, Path]) -> None:
     """Packed behind shared prefixes in chunks, against whole rows through merged and untouched weights, in
     NumPy."""
@@ -220,6 +221,7 @@ def test_it_learns_and_a_resumed_run_is_bit_equal(tiny_folders: dict[str, Path],
     ]
 
 
+@pytest.mark.slow
 def test_a_run_directory_is_a_model(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
     folder = tiny_folders["llama"]
     config = config_of(folder, 6)
@@ -236,6 +238,7 @@ def test_a_run_directory_is_a_model(tiny_folders: dict[str, Path], tmp_path: Pat
     )
 
 
+@pytest.mark.slow
 def test_another_config_in_the_same_folder_is_refused(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
 
     folder = tiny_folders["llama"]

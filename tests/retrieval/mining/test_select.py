@@ -139,6 +139,7 @@ def texts_of(collection: Collection, selection: Selection) -> list[list[str]]:
 limits = st.one_of(st.none(), st.floats(0.0, 1.0))
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 2**16),
