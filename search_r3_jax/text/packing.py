@@ -13,7 +13,7 @@ SHORTEST_SHARE = 0.75
 # A pass that needs one row only is as short as a power of two allows: few shapes serve small calls.
 PACKED_ROW, SHORTEST_ROW = 256, 16
 # A row holds a text for every so many tokens, at most: each is a vector that every pass brings back.
-_TOKENS_PER_TEXT, _TOKENS_PER_LONG_TEXT = 8, 64
+_TOKENS_PER_TEXT, _TOKENS_PER_LONG_TEXT = 20, 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +142,7 @@ def row_length(text_tokens: int) -> int:
 
 def texts_of_row(length: int) -> int:
     """Most texts of a row."""
-    return length // (_TOKENS_PER_TEXT if length <= PACKED_ROW else _TOKENS_PER_LONG_TEXT)
+    return max(1, length // (_TOKENS_PER_TEXT if length <= PACKED_ROW else _TOKENS_PER_LONG_TEXT))
 
 
 def rows_of_pass(length: int, tokens: int) -> int:
@@ -208,8 +208,11 @@ def _fitting_count(waiting: int, most: int, shares: int) -> int:
 
 def _short_length(rows: Sequence[Sequence[int]], taken: Sequence[Sequence[int]]) -> int:
     """The least power of two that holds each row's texts, and has room for as many."""
-    needed = max(max(sum(len(rows[i]) for i in texts), len(texts) * _TOKENS_PER_TEXT) for texts in taken)
-    return max(SHORTEST_ROW, 1 << (needed - 1).bit_length())
+    needed = max(sum(len(rows[i]) for i in texts) for texts in taken)
+    length = max(SHORTEST_ROW, 1 << (needed - 1).bit_length())
+    while texts_of_row(length) < max(map(len, taken)):
+        length *= 2
+    return length
 
 
 def _encoding_pass(
