@@ -183,27 +183,18 @@ class Embedder:
             kind, mode, self.dimension, truncate_dim, precision, max_think_tokens=max_think_tokens
         )
         check_whole_numbers(batch_size=(batch_size, 1))
-        if isinstance(texts, str):
-            if precision in ("int8", "uint8"):
-                raise UserError(f"precision: {precision}: one vector has no range; see `quantize`")
-            return self.encode(
-                [texts],
-                kind=kind,
-                mode=mode,
-                truncate_dim=truncate_dim,
-                precision=precision,
-                max_think_tokens=max_think_tokens,
-                batch_size=batch_size,
-                progress=progress,
-            )[0]
-        listed = text_list(texts)
+        listed = text_list([texts] if isinstance(texts, str) else texts)
+        if precision in ("int8", "uint8") and len(listed) == 1:
+            raise UserError(f"precision: {precision}: one vector has no range; see `quantize`")
         if mode == "reason":
             thoughts = self.think(
                 listed, max_think_tokens=max_think_tokens, batch_size=batch_size, progress=progress
             )
-            return self.vectors_of(thoughts, listed, truncate_dim=truncate_dim, precision=precision)
-        vectors = self._encode_directly(listed, batch_size or max(1, len(listed)), progress)
-        return _finished(vectors, listed, truncate_dim, precision)
+            vectors = self.vectors_of(thoughts, listed, truncate_dim=truncate_dim, precision=precision)
+        else:
+            encoded = self._encode_directly(listed, batch_size or max(1, len(listed)), progress)
+            vectors = _finished(encoded, listed, truncate_dim, precision)
+        return vectors[0] if isinstance(texts, str) else vectors
 
     def vectors_of(
         self,

@@ -125,7 +125,9 @@ def test_the_text_without_an_embedding_is_named_by_its_place(
     texts[12] = "bad Z here"
     with pytest.raises(UserError) as caught:
         Embedder(broken, max_tokens=40, max_think_tokens=2).encode(texts, **options)
-    number = int(re.match(r"text (\d+)", str(caught.value))[1])  # type: ignore[index]
+    named = re.match(r"text (\d+)", str(caught.value))
+    assert named is not None
+    number = int(named[1])
     assert repr(texts[number - 1])[1:8] in str(caught.value)
     if options.get("mode") != "reason":
         assert number == 13

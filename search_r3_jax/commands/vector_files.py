@@ -81,7 +81,7 @@ def writer_of(path: Path, ids: Sequence[str]) -> Callable[[Path, np.ndarray], No
     """What writes vectors [N,E] to a file of the kind that `path` ends in: .npy where it names none of these.
 
     `.npz` has `ids` and `vectors`; `.parquet` columns `id` and `vector`; `.jsonl` an object a line. Raises
-    UserError without pyarrow for `.parquet`, and for kinds that others would take for text.
+    UserError for kinds that others would take for text.
     """
     suffix = path.suffix.lower()
     if suffix in (".csv", ".tsv", ".txt", ".json"):
@@ -93,7 +93,6 @@ def writer_of(path: Path, ids: Sequence[str]) -> Callable[[Path, np.ndarray], No
     if suffix == ".jsonl":
         return lambda file, vectors: _write_jsonl(file, ids, vectors)
     if suffix == ".parquet":
-        _pyarrow_is_there()
         return lambda file, vectors: _write_parquet(file, ids, vectors)
     return save_array
 
@@ -118,10 +117,3 @@ def _write_parquet(file: Path, ids: Sequence[str], vectors: np.ndarray) -> None:
     flat = pyarrow.array(vectors.reshape(-1))
     column = pyarrow.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
     parquet.write_table(pyarrow.table({"id": pyarrow.array(ids, pyarrow.string()), "vector": column}), file)
-
-
-def _pyarrow_is_there() -> None:
-    try:
-        import pyarrow  # noqa: F401
-    except ImportError:
-        raise UserError("--out: .parquet needs pyarrow; run: pip install pyarrow, or write .npz") from None

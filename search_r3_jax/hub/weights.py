@@ -21,6 +21,7 @@ from search_r3_jax.mesh import param_shardings
 from search_r3_jax.models.attention import Backend
 from search_r3_jax.models.decoder import Decoder
 from search_r3_jax.models.families import layer_tensors
+from search_r3_jax.text.tokenizer import EmbedToken
 
 EMBEDDING, _FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 # Tables that older versions of `transformers` stored; they follow from the config.
@@ -51,9 +52,7 @@ def build_decoder(
     source: TensorSource,
     *,
     where: str,
-    vocab_size: int,
-    embed_id: int,
-    fresh: bool,
+    embed: EmbedToken,
     compute_dtype: str,
     remat: str,
     attention: Backend = "xla",
@@ -62,8 +61,8 @@ def build_decoder(
 ) -> Decoder:
     """A decoder with its parameters read from a checkpoint straight onto the devices of `mesh`.
 
-    Matrices are of `param_dtype`, norms and biases float32. The tables have `vocab_size` rows. The row of a
-    `fresh` embed token, or of one that is absent or zero, starts at the mean of the existing rows (method,
+    Matrices are of `param_dtype`, norms and biases float32. The tables have `embed.vocab_size` rows. The row
+    of a fresh embed token, or of one that is absent or zero, starts at the mean of the existing rows (method,
     Model). Raises UserError listing all tensors that are missing, misshapen or unknown.
     """
     _check_sizes(config, source, where)
@@ -73,10 +72,15 @@ def build_decoder(
         config = replace(config, tied_embeddings=False)
 
     def make() -> Decoder:
-        grown = replace(config, vocab_size=vocab_size)
+        grown = replace(config, vocab_size=embed.vocab_size)
         dtype = jnp.dtype(compute_dtype)
         return Decoder(
-            grown, rngs=nnx.Rngs(0), embed_id=embed_id, compute_dtype=dtype, remat=remat, attention=attention
+            grown,
+            rngs=nnx.Rngs(0),
+            embed_id=embed.embed_id,
+            compute_dtype=dtype,
+            remat=remat,
+            attention=attention,
         )
 
     decoder = nnx.eval_shape(make)
@@ -86,10 +90,10 @@ def build_decoder(
         array = _Staging(variable.shape, _at(shardings, path)).put(fill)
         variable.set_value(array.astype(param_dtype if array.ndim > 1 else "float32"))
 
-    place(decoder.embedding, ("embedding",), _table(source, EMBEDDING, embed_id, fresh))
+    place(decoder.embedding, ("embedding",), _table(source, EMBEDDING, embed))
     place(decoder.final_norm.scale, ("final_norm", "scale"), functools.partial(_copy, source, _FINAL_NORM))
     if decoder.head is not None:
-        table = _table(source, HEAD, embed_id, fresh)
+        table = _table(source, HEAD, embed)
         place(decoder.head, ("head",), lambda out, index: table(out.T, index[::-1]))
     for (module, parameter), (name, transposed) in layer_tensors(config).items():
         variable = getattr(getattr(decoder.layers, module), parameter)
@@ -225,11 +229,12 @@ def _at(shardings: dict[str, Any] | None, path: tuple[str, ...]) -> NamedShardin
     return sharding
 
 
-def _table(source: TensorSource, name: str, embed_id: int, fresh: bool) -> Fill:
+def _table(source: TensorSource, name: str, embed: EmbedToken) -> Fill:
     """Fill rows [V,D]: those of the file, zeros after them, and the embed token's."""
     V, D = source.shapes[name]
-    row = None
-    if fresh or embed_id >= V or not np.any(source.read(name, (slice(embed_id, embed_id + 1), slice(0, D)))):
+    embed_id, row = embed.embed_id, None
+    at_token = slice(embed_id, embed_id + 1), slice(0, D)
+    if embed.fresh or embed_id >= V or not np.any(source.read(name, at_token)):
         total = np.zeros(D, np.float64)
         for rows in _row_chunks(slice(0, V), D):
             total += source.read(name, (rows, slice(0, D))).sum(axis=0, dtype=np.float64)

@@ -21,7 +21,7 @@ from search_r3_jax.models.lora import trainable_filter
 from search_r3_jax.planning.models import planned_model
 from search_r3_jax.rollout.encoder import PASS_TOKENS, Encoder
 from search_r3_jax.rollout.sampler import Rollout, Sampler
-from search_r3_jax.text.packing import PACKED_ROW, bucket_length
+from search_r3_jax.text.packing import bucket_length
 from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training import rl_step, sharding
 from search_r3_jax.training.optimizer import make_optimizer
@@ -218,8 +218,7 @@ def _encode(config: RunConfig, mesh: Mesh) -> LoweredStage:
         state, text_tokens=text_tokens, pass_tokens=PASS_TOKENS
     )
     rows, length = lowered.in_avals[0][2].shape
-    # Short texts of any length share rows, which are full but for a few tokens; a long one has a row.
-    texts = rows * length // text_tokens if length == PACKED_ROW else rows
+    texts = rows * (length // text_tokens)
     flops = layers_flops(
         model.decoder.config, texts * text_tokens, texts * _attended_pairs(len(prompt.prefix), text_tokens)
     )

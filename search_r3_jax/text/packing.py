@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,8 @@ SHORTEST_SHARE = 0.75
 # Texts that are encoded share rows of this length; those that are longer have rows of their `bucket_length`.
 # A pass that needs one row only is as short as a power of two allows: few shapes serve small calls.
 PACKED_ROW, SHORTEST_ROW = 256, 16
+# From so many passes on, rows whose length fits the texts are worth more shapes, if they need so much less.
+MANY_PASSES, FITTED_SHARE = 8, 0.9
 # A row holds a text for every so many tokens, at most: each is a vector that every pass brings back.
 _TOKENS_PER_TEXT, _TOKENS_PER_LONG_TEXT = 20, 64
 
@@ -135,9 +137,15 @@ class EncodingPass:
     texts: np.ndarray
 
 
-def row_length(text_tokens: int) -> int:
-    """Length of the rows in which texts of so many tokens are encoded, when there are many."""
-    return PACKED_ROW if text_tokens <= PACKED_ROW else bucket_length(text_tokens)
+def row_length(text_tokens: int, *, fitted: bool = True) -> int:
+    """Length of the rows in which texts of so many tokens are encoded.
+
+    Where that is `fitted`, the `bucket_length` of as many texts as `PACKED_ROW` holds: those that are cut to
+    one length would leave a part of each row empty. Otherwise `PACKED_ROW`.
+    """
+    if text_tokens > PACKED_ROW:
+        return bucket_length(text_tokens)
+    return bucket_length(PACKED_ROW // text_tokens * text_tokens) if fitted else PACKED_ROW
 
 
 def texts_of_row(length: int) -> int:
@@ -163,7 +171,7 @@ def encoding_passes(
 
     The state of text i is read at its `columns[i]`. Texts are packed best-fit, longest first.
     """
-    packed = _fullest_rows([len(row) for row in rows])
+    packed = _packed([len(row) for row in rows], tokens, shares)
     for length in sorted(packed, reverse=True):
         waiting = packed[length]
         while waiting:
@@ -173,7 +181,28 @@ def encoding_passes(
             yield _encoding_pass(rows, columns, taken, shape, first_position, pad_id)
 
 
-def _fullest_rows(lengths: Sequence[int]) -> dict[int, list[list[int]]]:
+def _packed(lengths: Sequence[int], tokens: int, shares: int) -> dict[int, list[list[int]]]:
+    """Texts of each row, by the length of rows: fitted to the texts where that pays for more shapes."""
+    plain = _fullest_rows(lengths, fitted=False)
+    if sum(lengths) < MANY_PASSES * tokens * shares:
+        return plain
+    fitted = _fullest_rows(lengths, fitted=True)
+    padded, plainly = (_padded_tokens(packed, tokens, shares) for packed in (fitted, plain))
+    return fitted if padded < FITTED_SHARE * plainly else plain
+
+
+def _padded_tokens(packed: Mapping[int, Sequence[object]], tokens: int, shares: int) -> int:
+    """Tokens of all passes, padding included."""
+    total = 0
+    for length, rows in packed.items():
+        waiting = len(rows)
+        while waiting > 0:
+            count = _fitting_count(waiting, rows_of_pass(length, tokens) * shares, shares)
+            total, waiting = total + count * length, waiting - count
+    return total
+
+
+def _fullest_rows(lengths: Sequence[int], *, fitted: bool) -> dict[int, list[list[int]]]:
     """Texts of each row, by the length of rows: each text goes to the row that it leaves least room in."""
     by_length: dict[int, list[list[int]]] = {}
     # The rows with so much room; bit n of `rooms` says that there are some with n.
@@ -188,7 +217,7 @@ def _fullest_rows(lengths: Sequence[int]) -> dict[int, list[list[int]]]:
             if not with_room[room]:
                 rooms &= ~(1 << room)
         else:
-            room = length = row_length(size)
+            room = length = row_length(size, fitted=fitted)
             texts = list[int]()
             by_length.setdefault(length, []).append(texts)
         texts.append(i)

@@ -17,7 +17,7 @@ from search_r3_jax.data.collection import Document
 from search_r3_jax.data.dataset import load_collections
 from search_r3_jax.files import file_sha256, write_json
 from search_r3_jax.models.flops import layers_flops
-from search_r3_jax.retrieval.store.corpus_vectors import EncodeTexts, encode_corpus
+from search_r3_jax.retrieval.store.corpus_vectors import EncodeTexts, EncodingSettings, encode_corpus
 
 MINILM_TOKENS, MINILM_DIMENSION = 32, 384
 
@@ -92,17 +92,17 @@ def encode(
     texts: Sequence[str],
     queries: Sequence[str],
     folder: Path,
-    **facts: Any,
+    settings: EncodingSettings,
 ) -> Embedded:
     """Both through `encode_corpus`, which keeps them; the queries' time does not count."""
     documents, asked = (
         [Document(doc_id=str(i), title="", text=text) for i, text in enumerate(some)]
         for some in (texts, queries)
     )
-    vectors = encode_corpus(encoder, documents, folder / "documents", **facts)
+    vectors = encode_corpus(encoder, documents, folder / "documents", settings)
     return Embedded(
         vectors=vectors,
-        queries=encode_corpus(plain, asked, folder / "queries", **facts),
+        queries=encode_corpus(plain, asked, folder / "queries", settings),
         encoding=encoder.rates(),
     )
 
@@ -137,9 +137,9 @@ def embed_real(folders: Sequence[Path], work: Path, *, vectors: int, queries: in
     folder = work / f"minilm_{vectors}_{queries}"
     folder.mkdir(exist_ok=True)
     weights = file_sha256(minilm_folder() / "model.safetensors")
-    facts = {"model_hash": weights, "max_tokens": MINILM_TOKENS, "dimension": MINILM_DIMENSION}
+    settings = EncodingSettings(model_hash=weights, max_tokens=MINILM_TOKENS, dimension=MINILM_DIMENSION)
     return encode(
-        TimedEncoder(embed, lengths, folder / "encoding.json"), embed, found, asked, folder, **facts
+        TimedEncoder(embed, lengths, folder / "encoding.json"), embed, found, asked, folder, settings
     )
 
 
@@ -176,9 +176,11 @@ def embed_decoder(
     model_hash = parameter_hash(state)
     folder = work / f"decoder_{model_hash[:8]}_{data.name}_{len(found)}_{len(asked)}_{limit}"
     folder.mkdir(exist_ok=True)
-    facts = {"model_hash": model_hash, "max_tokens": limit, "dimension": model.decoder.config.hidden_size}
+    settings = EncodingSettings(
+        model_hash=model_hash, max_tokens=limit, dimension=model.decoder.config.hidden_size
+    )
     embedded = encode(
-        TimedEncoder(embed, lengths, folder / "encoding.json"), embed, found, asked, folder, **facts
+        TimedEncoder(embed, lengths, folder / "encoding.json"), embed, found, asked, folder, settings
     )
     prompt = {
         "prefix_tokens": len(prompter.direct.prefix),

@@ -99,9 +99,11 @@ def test_passes_of_passages_waste_little_and_need_few_shapes(tokens: int) -> Non
     assert len(set(shapes)) <= 3
 
 
-def test_long_texts_of_one_length_waste_little() -> None:
-    shapes = [each.ids.shape for each in passes_of([[1] * 520] * 50)]
-    assert sum(rows * length for rows, length in shapes) < 1.15 * 50 * 520
+@pytest.mark.parametrize("length", [24, 38, 70, 102, 134, 166, 200, 262, 300, 390, 520])
+def test_texts_that_are_cut_to_one_length_waste_little(length: int) -> None:
+    shapes = [each.ids.shape for each in passes_of([[1] * length] * 1000)]
+    assert sum(rows * length for rows, length in shapes) < 1.15 * 1000 * length
+    assert len(set(shapes)) <= 3
 
 
 def test_small_calls_have_shapes_of_one_small_set() -> None:

@@ -40,6 +40,7 @@ from search_r3_jax.retrieval.store.corpus_vectors import (
     RECORD,
     SHARD_DOCUMENTS,
     WAIT_SECONDS,
+    EncodingSettings,
     Share,
     encode_corpus,
 )
@@ -248,12 +249,14 @@ class IndexWorker:
             encode,
             documents,
             self._shards / str(step),
-            model_hash=of_parameters,
-            max_tokens=config.text.max_document_tokens,
-            dimension=decoder.config.hidden_size,
-            dtype=config.index.vector_dtype,
-            shard_documents=SHARD_DOCUMENTS,
-            documents_hash=self._corpus_hash,
+            EncodingSettings(
+                model_hash=of_parameters,
+                max_tokens=config.text.max_document_tokens,
+                dimension=decoder.config.hidden_size,
+                dtype=config.index.vector_dtype,
+                shard_documents=SHARD_DOCUMENTS,
+                documents_hash=self._corpus_hash,
+            ),
             share=Share(
                 process=self._process,
                 processes=self._processes,

@@ -26,7 +26,11 @@ from search_r3_jax.outputs import check_output_folder
 from search_r3_jax.retrieval.index.build import build_index
 from search_r3_jax.retrieval.index.protocol import IndexKind
 from search_r3_jax.retrieval.mining.select import MiningOptions, Selection, distinct_texts, mine_negatives
-from search_r3_jax.retrieval.store.corpus_vectors import SHARD_DOCUMENTS, encode_corpus
+from search_r3_jax.retrieval.store.corpus_vectors import (
+    SHARD_DOCUMENTS,
+    EncodingSettings,
+    encode_corpus,
+)
 from search_r3_jax.rollout.encoder import Encoder
 
 
@@ -167,10 +171,12 @@ class _Vectors:
                 partial(self._encoder.encode, self._state, max_tokens=room),
                 documents,
                 self._work / what,
-                model_hash=self.model_hash,
-                max_tokens=room,
-                dimension=self.dimension,
-                shard_documents=self._shard_documents,
+                EncodingSettings(
+                    model_hash=self.model_hash,
+                    max_tokens=room,
+                    dimension=self.dimension,
+                    shard_documents=self._shard_documents,
+                ),
                 on_progress=bar.advance,
             )
 

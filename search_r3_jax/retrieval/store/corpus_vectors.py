@@ -43,6 +43,41 @@ class EncodeTexts(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EncodingSettings:
+    """What the vectors of a corpus depend on, beside its documents.
+
+    Attributes:
+        model_hash: stands for the weights, the tokenizer and the prompt.
+        max_tokens: limit of a text, which the encoder has too.
+        dimension: E of the vectors.
+        dtype: of the stored vectors.
+        shard_documents: documents of a shard; they are sliced a shard at a time.
+        documents_hash: the documents' `corpus_hash`, where that is known.
+    """
+
+    model_hash: str
+    max_tokens: int
+    dimension: int
+    dtype: VectorDtype = "float32"
+    shard_documents: int = SHARD_DOCUMENTS
+    documents_hash: str | None = None
+
+    def description(self, documents: Sequence[Document]) -> dict[str, Any]:
+        """The content of `corpus.json`."""
+        known = self.documents_hash
+        return {
+            "format_version": 1,
+            "corpus_hash": corpus_hash(documents) if known is None else known,
+            "documents": len(documents),
+            "model_hash": self.model_hash,
+            "max_tokens": self.max_tokens,
+            "dimension": self.dimension,
+            "dtype": self.dtype,
+            "shard_documents": self.shard_documents,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
 class Share:
     """The part of the encoding that a process does: every `processes`-th shard, from `process` on.
 
@@ -64,22 +99,15 @@ def encode_corpus(
     encode: EncodeTexts,
     documents: Sequence[Document],
     folder: Path,
+    settings: EncodingSettings,
     *,
-    model_hash: str,
-    max_tokens: int,
-    dimension: int,
-    dtype: VectorDtype = "float32",
-    shard_documents: int = SHARD_DOCUMENTS,
-    documents_hash: str | None = None,
     share: Share = Share(),
     on_progress: Callable[[int], object] | None = None,
 ) -> np.ndarray:
-    """Encode the bodies of documents: vectors [N,E], E = `dimension`, of `dtype`, memory-mapped.
+    """Encode the bodies of documents: vectors [N,E] of the settings' dtype, memory-mapped.
 
-    `folder` keeps them as `shard-00000.npy` and so on, and joined as `vectors.npy`. `corpus.json` identifies
-    them: `model_hash` stands for the weights, the tokenizer and the prompt, `max_tokens` is the limit of
-    `encode`, `documents_hash` is the documents' `corpus_hash` where that is known. Documents are sliced a
-    shard at a time. `on_progress` gets the number of finished documents, existing shards included. After an
+    `folder` keeps them as `shard-00000.npy` and so on, and joined as `vectors.npy`; `corpus.json` identifies
+    them. `on_progress` gets the number of finished documents, existing shards included. After an
     interruption, the same call resumes.
 
     Several processes that share `folder` each encode their `share`; process 0 joins the shards, and all
@@ -88,20 +116,11 @@ def encode_corpus(
     document whose vector is not finite or zero.
     """
     process, wait_seconds = share.process, share.wait_seconds
-    description = {
-        "format_version": 1,
-        "corpus_hash": corpus_hash(documents) if documents_hash is None else documents_hash,
-        "documents": len(documents),
-        "model_hash": model_hash,
-        "max_tokens": max_tokens,
-        "dimension": dimension,
-        "dtype": dtype,
-        "shard_documents": shard_documents,
-    }
-    shards = _shards(folder, len(documents), dimension, shard_documents, share.processes)
+    dimension, dtype = settings.dimension, settings.dtype
+    shards = _shards(folder, len(documents), dimension, settings.shard_documents, share.processes)
     if process > 0:
         _wait(partial(_present, folder / RECORD), folder / RECORD, 0, wait_seconds)
-    _claim(folder, description, write=process == 0)
+    _claim(folder, settings.description(documents), write=process == 0)
     for shard in shards[process :: share.processes]:
         if shard.read(dtype) is None:
             encoded = documents[shard.start : shard.stop]

@@ -20,13 +20,13 @@ from helpers.tiny_models import word_collection
 from search_r3_jax.data.collection import Document
 from search_r3_jax.errors import EmbeddingError, UserError
 from search_r3_jax.hub.load_model import LoadedModel
-from search_r3_jax.retrieval.store.corpus_vectors import Share, encode_corpus
+from search_r3_jax.retrieval.store.corpus_vectors import EncodingSettings, Share, encode_corpus
 from search_r3_jax.rollout.encoder import Encoder
 from search_r3_jax.text.prompts import Prompter
 
 E = 6
 DOCUMENTS = word_collection(documents=23, queries=1).documents
-SETTINGS: dict[str, Any] = {"model_hash": "m", "max_tokens": 9, "dimension": E, "shard_documents": 5}
+SETTINGS = EncodingSettings(model_hash="m", max_tokens=9, dimension=E, shard_documents=5)
 
 
 class Counted:
@@ -58,7 +58,7 @@ EXPECTED = vectors_of([document.body for document in DOCUMENTS])
 
 def test_vectors_in_order_from_shards_that_add_up(tmp_path: Path) -> None:
     encode, heard = Counted(), []
-    found = encode_corpus(encode, DOCUMENTS, tmp_path / "deep" / "work", on_progress=heard.append, **SETTINGS)
+    found = encode_corpus(encode, DOCUMENTS, tmp_path / "deep" / "work", SETTINGS, on_progress=heard.append)
     np.testing.assert_array_equal(found, EXPECTED)
     assert (found.dtype, [len(call) for call in encode.calls]) == (np.float32, [5, 5, 5, 5, 3])
     assert sum(heard) == len(DOCUMENTS)
@@ -67,7 +67,7 @@ def test_vectors_in_order_from_shards_that_add_up(tmp_path: Path) -> None:
 
     heard = []
     found = encode_corpus(
-        Counted(stop_before=0), DOCUMENTS, tmp_path / "deep" / "work", on_progress=heard.append, **SETTINGS
+        Counted(stop_before=0), DOCUMENTS, tmp_path / "deep" / "work", SETTINGS, on_progress=heard.append
     )
     np.testing.assert_array_equal(found, EXPECTED)
     assert sum(heard) == len(DOCUMENTS)
@@ -75,15 +75,15 @@ def test_vectors_in_order_from_shards_that_add_up(tmp_path: Path) -> None:
 
 def test_an_interrupted_call_goes_on_where_it_was(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        encode_corpus(Counted(stop_before=2), DOCUMENTS, tmp_path, **SETTINGS)
+        encode_corpus(Counted(stop_before=2), DOCUMENTS, tmp_path, SETTINGS)
     encode = Counted()
-    np.testing.assert_array_equal(encode_corpus(encode, DOCUMENTS, tmp_path, **SETTINGS), EXPECTED)
+    np.testing.assert_array_equal(encode_corpus(encode, DOCUMENTS, tmp_path, SETTINGS), EXPECTED)
     assert [text for call in encode.calls for text in call] == [document.body for document in DOCUMENTS[10:]]
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "pickled", "shape", "dtype", "nan", "gone"])
 def test_a_damaged_shard_is_encoded_again(tmp_path: Path, damage: str) -> None:
-    encode_corpus(Counted(), DOCUMENTS, tmp_path, **SETTINGS)
+    encode_corpus(Counted(), DOCUMENTS, tmp_path, SETTINGS)
     file = tmp_path / "shard-00001.npy"
     if damage in ("cut", "empty"):
         file.write_bytes(file.read_bytes()[: 150 if damage == "cut" else 0])
@@ -99,7 +99,7 @@ def test_a_damaged_shard_is_encoded_again(tmp_path: Path, damage: str) -> None:
         }
         np.save(file, damaged[damage], allow_pickle=True)
     encode = Counted()
-    np.testing.assert_array_equal(encode_corpus(encode, DOCUMENTS, tmp_path, **SETTINGS), EXPECTED)
+    np.testing.assert_array_equal(encode_corpus(encode, DOCUMENTS, tmp_path, SETTINGS), EXPECTED)
     assert encode.calls == [[document.body for document in DOCUMENTS[5:10]]]
 
 
@@ -119,9 +119,9 @@ def test_a_damaged_shard_is_encoded_again(tmp_path: Path, damage: str) -> None:
 def test_vectors_of_something_else_are_refused(
     tmp_path: Path, documents: Sequence[Document], changed: dict[str, Any], named: str
 ) -> None:
-    encode_corpus(Counted(), DOCUMENTS, tmp_path, **SETTINGS)
+    encode_corpus(Counted(), DOCUMENTS, tmp_path, SETTINGS)
     with pytest.raises(UserError, match=rf"differs in {named}\); remove ") as caught:
-        encode_corpus(Counted(), documents, tmp_path, **(SETTINGS | changed))
+        encode_corpus(Counted(), documents, tmp_path, dataclasses.replace(SETTINGS, **changed))
     assert "\n" not in str(caught.value)
 
 
@@ -130,21 +130,21 @@ def test_vectors_of_something_else_are_refused(
     [(None, "missing, so nothing says"), ("{", "not valid JSON"), ("[]", "holds other vectors")],
 )
 def test_shards_that_nothing_describes_are_refused(tmp_path: Path, record: str | None, named: str) -> None:
-    encode_corpus(Counted(), DOCUMENTS, tmp_path, **SETTINGS)
+    encode_corpus(Counted(), DOCUMENTS, tmp_path, SETTINGS)
     (tmp_path / "corpus.json").unlink() if record is None else (tmp_path / "corpus.json").write_text(record)
     with pytest.raises(UserError, match=named):
-        encode_corpus(Counted(), DOCUMENTS, tmp_path, **SETTINGS)
+        encode_corpus(Counted(), DOCUMENTS, tmp_path, SETTINGS)
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        encode_corpus(Counted(), DOCUMENTS, tmp_path / "file" / "work", **SETTINGS)
+        encode_corpus(Counted(), DOCUMENTS, tmp_path / "file" / "work", SETTINGS)
 
 
 def test_bfloat16_takes_half_the_room(tmp_path: Path) -> None:
     encode = Counted()
-    found = encode_corpus(encode, DOCUMENTS, tmp_path, **SETTINGS, dtype="bfloat16")
+    found = encode_corpus(encode, DOCUMENTS, tmp_path, dataclasses.replace(SETTINGS, dtype="bfloat16"))
     np.testing.assert_array_equal(found, EXPECTED.astype(ml_dtypes.bfloat16))
     np.testing.assert_array_equal(
         np.asarray(found[3:9], np.float32), EXPECTED[3:9].astype(ml_dtypes.bfloat16).astype(np.float32)
@@ -154,7 +154,7 @@ def test_bfloat16_takes_half_the_room(tmp_path: Path) -> None:
     np.save(tmp_path / "shard-00001.npy", EXPECTED[5:10])
     again = Counted()
     np.testing.assert_array_equal(
-        encode_corpus(again, DOCUMENTS, tmp_path, **SETTINGS, dtype="bfloat16"), found
+        encode_corpus(again, DOCUMENTS, tmp_path, dataclasses.replace(SETTINGS, dtype="bfloat16")), found
     )
     assert [len(call) for call in again.calls] == [5]
 
@@ -187,11 +187,9 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
         encode,
         Endless(rows, shard),
         tmp_path,
-        model_hash="m",
-        max_tokens=9,
-        dimension=dim,
-        shard_documents=shard,
-        documents_hash="h",
+        EncodingSettings(
+            model_hash="m", max_tokens=9, dimension=dim, shard_documents=shard, documents_hash="h"
+        ),
     )
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -210,7 +208,7 @@ def test_the_first_document_without_an_embedding_is_named(tmp_path: Path, value:
         return vectors
 
     with pytest.raises(EmbeddingError, match=f"document {DOCUMENTS[1].doc_id}: its embedding"):
-        encode_corpus(encode, DOCUMENTS, tmp_path, **SETTINGS)
+        encode_corpus(encode, DOCUMENTS, tmp_path, SETTINGS)
     assert not list(tmp_path.glob("*.npy"))
 
 
@@ -226,9 +224,9 @@ def test_processes_share_the_shards(tmp_path: Path, processes: int) -> None:
             encoders[process],
             DOCUMENTS,
             tmp_path,
+            SETTINGS,
             share=Share(process=process, processes=processes, wait_seconds=20),
             on_progress=heard[process].append,
-            **SETTINGS,
         )
 
     with ThreadPoolExecutor(processes) as pool:
@@ -245,17 +243,17 @@ def test_a_process_that_does_not_come_is_missed(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"corpus.json: has not come for 0\.1 seconds; see that process 0 runs"
     ):
-        encode_corpus(Counted(), DOCUMENTS, tmp_path, share=one, **SETTINGS)
+        encode_corpus(Counted(), DOCUMENTS, tmp_path, SETTINGS, share=one)
     with pytest.raises(UserError, match=r"shard-00001\.npy: has not come .* process 1 runs"):
-        encode_corpus(Counted(), DOCUMENTS, tmp_path, share=zero, **SETTINGS)
+        encode_corpus(Counted(), DOCUMENTS, tmp_path, SETTINGS, share=zero)
     assert not (tmp_path / "vectors.npy").exists()
     with pytest.raises(UserError, match=r"vectors\.npy: has not come .* process 0 runs"):
-        encode_corpus(Counted(), DOCUMENTS, tmp_path, share=one, **SETTINGS)
+        encode_corpus(Counted(), DOCUMENTS, tmp_path, SETTINGS, share=one)
     np.testing.assert_array_equal(
-        encode_corpus(Counted(stop_before=0), DOCUMENTS, tmp_path, share=zero, **SETTINGS), EXPECTED
+        encode_corpus(Counted(stop_before=0), DOCUMENTS, tmp_path, SETTINGS, share=zero), EXPECTED
     )
     np.testing.assert_array_equal(
-        encode_corpus(Counted(stop_before=0), DOCUMENTS, tmp_path, share=one, **SETTINGS), EXPECTED
+        encode_corpus(Counted(stop_before=0), DOCUMENTS, tmp_path, SETTINGS, share=one), EXPECTED
     )
     assert not list(tmp_path.glob(".*"))
     with pytest.raises(ValueError, match="process 2 of 2"):
@@ -265,11 +263,9 @@ def test_a_process_that_does_not_come_is_missed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("at", [0, 5, 9])
 def test_a_full_disk_is_one_line_and_the_next_call_goes_on(tmp_path: Path, at: int) -> None:
     with failing(at, DISK_FULL, writes_only=True), pytest.raises(UserError, match="No space left on device"):
-        encode_corpus(Counted(), DOCUMENTS, tmp_path / "work", **SETTINGS)
+        encode_corpus(Counted(), DOCUMENTS, tmp_path / "work", SETTINGS)
     assert not list(tmp_path.rglob(".*.tmp"))
-    np.testing.assert_array_equal(
-        encode_corpus(Counted(), DOCUMENTS, tmp_path / "work", **SETTINGS), EXPECTED
-    )
+    np.testing.assert_array_equal(encode_corpus(Counted(), DOCUMENTS, tmp_path / "work", SETTINGS), EXPECTED)
 
 
 def test_shards_of_a_model_are_its_vectors(tiny_model: LoadedModel, tmp_path: Path) -> None:
@@ -280,9 +276,8 @@ def test_shards_of_a_model_are_its_vectors(tiny_model: LoadedModel, tmp_path: Pa
         return encoder.encode(state, texts, max_tokens=9, on_progress=on_progress)
 
     titled = [dataclasses.replace(document, title=f"title {row}") for row, document in enumerate(DOCUMENTS)]
-    found = encode_corpus(
-        encode, titled, tmp_path, model_hash="m", max_tokens=9, dimension=64, shard_documents=8
-    )
+    settings = EncodingSettings(model_hash="m", max_tokens=9, dimension=64, shard_documents=8)
+    found = encode_corpus(encode, titled, tmp_path, settings)
     # In other batches the products are summed up in another order.
     np.testing.assert_allclose(found, encode([document.body for document in titled]), atol=1e-6)
     assert json.loads((tmp_path / "corpus.json").read_text())["documents"] == 23
