@@ -49,9 +49,9 @@ class PairBatch(NamedTuple):
     """B queries and P documents: of each chunk its queries' positives, then their negatives.
 
     Attributes:
-        document_ids: [P] int32, equal for documents of equal text, −1 for a missing negative.
-        known_ids: [B,K] int32, documents known to be relevant to a query or to another one of the same text,
-            padded with −1; `known_relevance` [B,K] float32.
+        document_ids: [P] int32, numbers through the documents of all sets, −1 for a missing negative.
+        known_ids: [B,K] int32, documents of the batch that are known to be relevant to a query, or to another
+            one of the same text, or copies of such; padded with −1. `known_relevance` [B,K] float32.
         mined: [B,n] int32, rows of P that hold the negatives of each query, −1 where there are too few.
     """
 
@@ -183,10 +183,13 @@ class PairPipeline:
 
     @cached_property
     def _most_known(self) -> int:
-        return max(len(grades) for of_set in self._known for grades in of_set)
+        """K: as many known documents, with their copies, as any query has, or as a batch holds."""
+        copies = np.bincount(self._first_copy)
+        most = max(int(copies[list(grades)].sum()) for of_set in self._known for grades in of_set)
+        return min(most, self.global_batch * (1 + self.negatives))
 
-    def _number(self, number: int, row: int) -> int:
-        """The number of a set's document in `document_ids`."""
+    def _copy_number(self, number: int, row: int) -> int:
+        """The number of the first copy of a set's document."""
         return int(self._first_copy[self._first_document[number] + row])
 
     def _negatives(self, pair: Pair) -> list[int]:
@@ -196,7 +199,7 @@ class PairPipeline:
         """
         collection, relevant = self.mixture.collections[pair.set], self._known[pair.set][pair.query]
         rows = [collection.row_of[doc_id] for doc_id in collection.queries[pair.query].negatives]
-        rows = [row for row in rows if self._number(pair.set, row) not in relevant]
+        rows = [row for row in rows if self._copy_number(pair.set, row) not in relevant]
         if len(rows) > self.negatives:
             rows = [
                 rows[i]
@@ -241,22 +244,36 @@ class PairPipeline:
         return [(pair.set, pair.document) for pair in chunk] + negatives
 
     def _judgements(self, chunks: list[list[Pair]]) -> dict[str, np.ndarray]:
-        document_ids, known_ids, relevance, mined = [], [], [], []
+        document_ids, mined = list[int](), list[list[int]]()
         for chunk in chunks:
             first_row = len(document_ids)
-            documents = self._documents(chunk)
-            document_ids += [self._number(number, row) if row != PAD else PAD for number, row in documents]
-            for i, pair in enumerate(chunk):
-                grades = self._known[pair.set][pair.query]
-                fill = [PAD] * (self._most_known - len(grades))
-                known_ids.append([*grades, *fill])
-                relevance.append([*grades.values(), *[0] * len(fill)])
-                mined_rows = first_row + len(chunk) + i * self.negatives + np.arange(self.negatives)
+            document_ids += [
+                self._first_document[number] + row if row != PAD else PAD
+                for number, row in self._documents(chunk)
+            ]
+            for i in range(len(chunk)):
+                mined_rows = range(
+                    first_row + len(chunk) + i * self.negatives,
+                    first_row + len(chunk) + (i + 1) * self.negatives,
+                )
                 mined.append([row if document_ids[row] != PAD else PAD for row in mined_rows])
+        # What is known of documents elsewhere decides nothing: a text may have thousands of copies.
+        present: dict[int, list[int]] = {}
+        for document in dict.fromkeys(document_ids):
+            if document != PAD:
+                present.setdefault(int(self._first_copy[document]), []).append(document)
+        K = self._most_known
+        known_ids = np.full((self.global_batch, K), PAD, np.int32)
+        relevance = np.zeros((self.global_batch, K), np.float32)
+        for b, pair in enumerate(pair for chunk in chunks for pair in chunk):
+            grades = self._known[pair.set][pair.query]
+            known = {row: grade for copy, grade in grades.items() for row in present.get(copy, ())}
+            known_ids[b, : len(known)] = list(known)
+            relevance[b, : len(known)] = list(known.values())
         return {
             "document_ids": np.array(document_ids, np.int32),
-            "known_ids": np.array(known_ids, np.int32),
-            "known_relevance": np.array(relevance, np.float32),
+            "known_ids": known_ids,
+            "known_relevance": relevance,
             "mined": np.array(mined, np.int32).reshape(self.global_batch, self.negatives),
         }
 

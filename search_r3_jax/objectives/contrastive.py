@@ -22,7 +22,7 @@ def exclusions(document_ids_p: jax.Array, known_positive_ids_bk: jax.Array) -> j
     """Excluded [B,P] bool: rows that hold a known positive of the query, and padded rows.
 
     `document_ids_p` int32 is −1 at padding; `known_positive_ids_bk` int32 holds all known positives of a
-    query, padded with −1. Copies of a known positive have the same id.
+    query among them, copies included, padded with −1.
     """
     known_bp = jnp.any(known_positive_ids_bk[:, :, None] == document_ids_p, axis=1)
     return known_bp | (document_ids_p < 0)

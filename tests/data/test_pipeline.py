@@ -141,7 +141,9 @@ def test_chunks_hold_the_texts_of_the_batch_in_order(chunk: int) -> None:
             for row, grade in zip(batch.known_ids[b], batch.known_relevance[b], strict=True)
             if row >= 0
         }
-        assert known == query.positives
+        in_batch = {collection.documents[row].doc_id for row in batch.document_ids if row != PAD}
+        assert known == {doc_id: grade for doc_id, grade in query.positives.items() if doc_id in in_batch}
+        assert collection.documents[pair.document].doc_id in known
         place = b // chunk * chunk * 3 + b % chunk
         assert batch.document_ids[place] == pair.document
         mined = [
@@ -194,14 +196,15 @@ def test_known_positives_are_no_negatives_under_another_id() -> None:
         for pair, row in zip(made.pairs(0), batch.known_ids.tolist(), strict=True)
     }
     assert known[0] == known[1] == {ids[0], ids[1]}
-    assert known[4] == known[5] == {ids[4]} == {ids[5]}
+    assert ids[4] != ids[5]
+    assert known[4] == known[5] == {ids[4], ids[5]}
     assert all(known[i] == {ids[i]} for i in (2, 3, 6, 7))
     mined = {pair.query: row for pair, row in zip(made.pairs(0), batch.mined.tolist(), strict=True)}
     assert [batch.document_ids[row] if row != PAD else PAD for row in mined[2]] == [8, PAD]
-    # With other instructions they are other queries.
+    # With other instructions they are other queries; the two copies of a document are still one text.
     queries[1] = dataclasses.replace(queries[1], instruction="find code")
     batch = pipeline((dataclasses.replace(collection, queries=tuple(queries)),)).batch(0)
-    assert (batch.known_ids >= 0).sum() == 8
+    assert (batch.known_ids >= 0).sum() == 8 + 2
 
 
 def test_an_instruction_stands_before_the_query() -> None:
@@ -220,17 +223,27 @@ def test_an_instruction_stands_before_the_query() -> None:
     assert not np.array_equal(batches[0].queries.ids, batches[1].queries.ids)
 
 
-@pytest.mark.parametrize("copied", [False, True])
-def test_two_sets_share_the_numbers_of_documents_with_one_text(copied: bool) -> None:
-    first = second = judged_collection()
-    if not copied:
-        documents = tuple(dataclasses.replace(each, title="other") for each in second.documents)
-        second = dataclasses.replace(second, documents=documents)
+def test_a_text_of_two_sets_is_known_in_both() -> None:
+    first, second = word_collection(documents=4, queries=4), word_collection(documents=6, queries=4)
     made = pipeline((first, second))
     pairs, batch = made.pairs(0), made.batch(0)
     assert {pair.set for pair in pairs} == {0, 1}
-    for pair, number in zip(pairs, batch.document_ids, strict=True):
-        assert number == (0 if copied else 40 * pair.set) + pair.document
+    bodies = [document.body for document in (*first.documents, *second.documents)]
+    for pair, number, known in zip(pairs, batch.document_ids, batch.known_ids.tolist(), strict=False):
+        assert number == 4 * pair.set + pair.document
+        # The same query in the other set has the same text, and so has its document.
+        same = {int(other) for other in batch.document_ids if bodies[other] == bodies[number]}
+        assert set(known) - {PAD} == same
+    assert any(len(set(known) - {PAD}) > 1 for known in batch.known_ids.tolist())
+
+
+def test_a_text_of_many_copies_makes_no_row_longer_than_the_batch() -> None:
+    plain = word_collection(documents=100, queries=8)
+    documents = [dataclasses.replace(each, text="Deleted.") for each in plain.documents[:90]]
+    collection = dataclasses.replace(plain, documents=(*documents, *plain.documents[90:]))
+    batch = pipeline((collection,)).batch(0)
+    assert batch.known_ids.shape == (8, 8)
+    assert all(set(known) == set(batch.document_ids.tolist()) for known in batch.known_ids.tolist())
 
 
 @pytest.mark.parametrize("name", ["cosqa", "medquad", "scifact", "squad_sent", "strategyqa"])

@@ -17,7 +17,7 @@ from search_r3_jax.training.optimizer import make_optimizer
 from search_r3_jax.training.rl_step import make_batch, make_scorer, make_update
 from search_r3_jax.training.state import init_state
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimised")]
 TEXTS = [
     "how do plants make sugar",
     "sort a list of tuples by their second element in python",
