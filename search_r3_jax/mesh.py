@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from search_r3_jax.config import MeshConfig, ModelConfig
 from search_r3_jax.errors import UserError
@@ -212,6 +212,15 @@ def use_mesh(mesh: Mesh | None) -> AbstractContextManager[Any]:
 def axis_size(mesh: Mesh | AbstractMesh, axes: str | tuple[str, ...] | None) -> int:
     """Number of shards of a dimension that is sharded over these mesh axes."""
     return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+
+
+def placed(x: Any, sharding: Sharding) -> jax.Array:
+    """An array on the devices of a sharding; a local one has the same values in every process."""
+    if sharding.is_fully_addressable or not getattr(x, "is_fully_addressable", True):
+        return jax.device_put(x, sharding)
+    # `device_put` would leave an array whose parts of this process cannot be read.
+    host = np.asarray(x)
+    return jax.make_array_from_callback(host.shape, sharding, host.__getitem__)
 
 
 def check_divisible(config: ModelConfig, mesh: Mesh | AbstractMesh) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from search_r3_jax.commands.options import Common, CommonOptions
-from search_r3_jax.config import Step, TextConfig
+from search_r3_jax.config import InferenceConfig, Step, TextConfig
 from search_r3_jax.console import print_line
 from search_r3_jax.errors import UserError
 
@@ -114,7 +114,7 @@ class DataBuild:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataMine:
+class DataMine(InferenceConfig):
     """Write a data set with hard negatives: the nearest documents that are not known to be relevant.
 
     Attributes:
@@ -182,6 +182,7 @@ class DataMine:
             max_query_tokens=self.max_query_tokens,
             max_document_tokens=self.max_document_tokens,
             step=self.step,
+            inference=self,
         )
         print(f"{counts.queries} queries of split {self.split}, {counts.documents} different documents")
         print(f"{counts.mined} negatives mined; {counts.short} queries have fewer than {self.num_negatives}")

@@ -8,8 +8,9 @@ from pathlib import Path
 import tyro
 
 from search_r3_jax.commands.options import Common, CommonOptions
-from search_r3_jax.config import Step
+from search_r3_jax.config import InferenceConfig, Step
 from search_r3_jax.console import print_line
+from search_r3_jax.distributed.spec import Cluster
 from search_r3_jax.evaluation.settings import BudgetSettings, EvalSettings, MtebSettings
 from search_r3_jax.extras import require
 
@@ -19,16 +20,20 @@ class Eval(EvalSettings):
     """Measure a model or a baseline on a data set: nDCG@10, recall, MRR, MAP and what it costs.
 
     Attributes:
+        cluster: Processes that share the model.
         common: Options of every command.
     """
 
+    cluster: Cluster = field(default_factory=Cluster)
     common: Common = field(default_factory=CommonOptions)
 
     def run(self) -> None:
         """Run the subcommand."""
+        from search_r3_jax.distributed.runtime import join_cluster
         from search_r3_jax.evaluation.report import run_evaluation
 
-        run_evaluation(self)
+        with join_cluster(self.cluster):
+            run_evaluation(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,16 +41,20 @@ class Budget(BudgetSettings):
     """Measure what thinking gains and costs: budgets of thinking tokens, and direct search.
 
     Attributes:
+        cluster: Processes that share the model.
         common: Options of every command.
     """
 
+    cluster: Cluster = field(default_factory=Cluster)
     common: Common = field(default_factory=CommonOptions)
 
     def run(self) -> None:
         """Run the subcommand."""
+        from search_r3_jax.distributed.runtime import join_cluster
         from search_r3_jax.evaluation.budget import run_budget
 
-        run_budget(self)
+        with join_cluster(self.cluster):
+            run_budget(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +106,7 @@ class Compare:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Perplexity:
+class Perplexity(InferenceConfig):
     """Measure how well a model writes plain text: the perplexity of documents.
 
     Attributes:
@@ -130,6 +139,7 @@ class Perplexity:
         result = measure_perplexity(
             self.model,
             self.data,
+            self,
             split=self.split,
             max_documents=self.max_documents,
             max_tokens=self.max_tokens,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from search_r3_jax.commands.options import Common, CommonOptions
-from search_r3_jax.config import Step
+from search_r3_jax.config import InferenceConfig, Step
 from search_r3_jax.console import print_line
 from search_r3_jax.errors import UserError
 
@@ -59,7 +59,8 @@ class Export:
         from search_r3_jax.hub.load_model import load_model
 
         check_replaceable(self.out, marker=EXPORT_MANIFEST)
-        print_line(str(export_model(load_model(source, step=self.step), self.out, dtype=self.dtype)))
+        loaded = load_model(source, step=self.step)
+        print_line(str(export_model(loaded, self.out, dtype=self.dtype)))
 
     def _source(self) -> str:
         if (self.model is None) == (self.run_folder is None):
@@ -89,7 +90,7 @@ class Export:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Embed:
+class Embed(InferenceConfig):
     """Embed texts: write their vectors, with their ids.
 
     Attributes:
@@ -182,7 +183,7 @@ class Embed:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Think:
+class Think(InferenceConfig):
     """Show what a model thinks of queries before it embeds them.
 
     Attributes:
@@ -227,6 +228,14 @@ def _embedder(options: Embed | Think) -> Embedder:
     from search_r3_jax.embedder import MAX_THINK_TOKENS, Embedder
 
     budget = MAX_THINK_TOKENS if options.max_think_tokens is None else options.max_think_tokens
+    from search_r3_jax.mesh import mesh_from_config
+
     return Embedder.load(
-        options.model, step=options.step, max_tokens=options.max_tokens, max_think_tokens=budget
+        options.model,
+        step=options.step,
+        max_tokens=options.max_tokens,
+        max_think_tokens=budget,
+        compute_dtype=options.compute_dtype,
+        param_dtype=options.param_dtype,
+        mesh=mesh_from_config(options.mesh),
     )

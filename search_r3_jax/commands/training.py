@@ -122,6 +122,7 @@ class Rl:
             start from: a run of stage 1.
         run_folder: Run folder. Created where it does not exist.
         settings: The experiment's settings.
+        cluster: Processes that train together.
         replay: Run whose schedule of index versions to repeat: with the same settings, the same losses to the
             last bit.
         tracker: What shows the run beside its own files: tensorboard, wandb (pip install wandb;
@@ -134,6 +135,7 @@ class Rl:
     config: str
     run_folder: Annotated[Path, tyro.conf.arg(name="run")]
     settings: Annotated[RunConfig, tyro.conf.arg(name="")]
+    cluster: Cluster = field(default_factory=Cluster)
     replay: Path | None = None
     tracker: tuple[TrackerName, ...] = ("tensorboard",)
     allow_config_change: bool = False
@@ -141,11 +143,18 @@ class Rl:
 
     def run(self) -> None:
         """Run the subcommand."""
+        from search_r3_jax.distributed.runtime import join_cluster
+
+        with join_cluster(self.cluster):
+            self._train()
+
+    def _train(self) -> None:
         from search_r3_jax.compile_time import compile_seconds
         from search_r3_jax.console import Stages
+        from search_r3_jax.distributed.runtime import is_first
         from search_r3_jax.training.rl import train_rl
 
-        console = Stages(1)
+        console = Stages(1, silent=not is_first())
         with console.log(), console.bar("steps", self.settings.rl.steps, aside=compile_seconds) as bar:
 
             def on_step(done: int, total: int, metrics: dict[str, float]) -> None:

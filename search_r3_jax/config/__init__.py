@@ -2,6 +2,7 @@
 
 from search_r3_jax.config.data import DataConfig, FunctionsConfig, TextConfig
 from search_r3_jax.config.index import IndexConfig
+from search_r3_jax.config.inference import InferenceConfig
 from search_r3_jax.config.mesh import MeshConfig
 from search_r3_jax.config.model import EMBED_TOKEN, LoraConfig, ModelConfig, RopeScaling
 from search_r3_jax.config.ranges import check_ranges
@@ -24,6 +25,7 @@ __all__ = [
     "Direction",
     "FunctionsConfig",
     "IndexConfig",
+    "InferenceConfig",
     "InfoNceConfig",
     "LoraConfig",
     "MeshConfig",

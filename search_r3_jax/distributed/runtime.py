@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 
@@ -21,7 +22,12 @@ from search_r3_jax.errors import StoppedError, UserError
 SILENT_SECONDS = 60
 # Exit status of a process that stops because another has died; a launcher then restarts all.
 STATUS = 75
-DONE = b"done"
+# That of a user's mistake: started again, the command would fail again.
+USER_STATUS = 2
+# What a process says before it ends: that it is done, or that it met a user's mistake.
+DONE, MISTAKE = b"done", b"user"
+# A mistake that all processes meet is reported by each; one that does not meet it ends after so long.
+MISTAKE_SECONDS = 10.0
 
 
 @contextmanager
@@ -29,8 +35,8 @@ def join_cluster(cluster: Cluster, environment: Mapping[str, str] = os.environ) 
     """Join the other processes, if there are any, before JAX is used.
 
     The cluster comes from flags, the environment, SLURM or a TPU's metadata. While the context is open, this
-    process exits with `STATUS` soon after another has died or has left with an error. Raises UserError for
-    incomplete settings.
+    process exits with `STATUS` soon after another has died, and with `USER_STATUS` soon after another has
+    left with a UserError. Raises UserError for incomplete settings.
     """
     named = explicit_cluster(cluster, environment)
     try:
@@ -46,14 +52,17 @@ def join_cluster(cluster: Cluster, environment: Mapping[str, str] = os.environ) 
         ) from error
     host = _local_address() if named is None else named.coordinator.rsplit(":", 1)[0]
     connections = _connections(host) if jax.process_count() > 1 else {}
-    for number, connection in connections.items():
-        threading.Thread(target=_exit_when_lost, args=(number, connection), daemon=True).start()
+    for number in connections:
+        threading.Thread(target=_exit_when_lost, args=(number, connections), daemon=True).start()
     try:
         yield
     except StoppedError:
-        _say_done(connections)
+        _say(DONE, connections)
         raise
-    _say_done(connections)
+    except UserError:
+        _say(MISTAKE, connections)
+        raise
+    _say(DONE, connections)
 
 
 def is_first() -> bool:
@@ -104,28 +113,33 @@ def _connections(host: str) -> dict[int, socket.socket]:
             ) from error
 
 
-def _say_done(connections: Mapping[int, socket.socket]) -> None:
-    """Tell the other processes that this one ends normally."""
+def _say(word: bytes, connections: Mapping[int, socket.socket]) -> None:
+    """Tell the other processes how this one ends."""
     for connection in connections.values():
         # The other process may already have ended.
         with suppress(OSError):
-            connection.sendall(DONE)
+            connection.sendall(word)
 
 
-def _exit_when_lost(number: int, connection: socket.socket) -> None:
+def _exit_when_lost(number: int, connections: Mapping[int, socket.socket]) -> None:
+    """Wait for what process `number` says last, and end this process unless that is `DONE`."""
     try:
-        received = connection.recv(len(DONE))
+        received = connections[number].recv(len(DONE), socket.MSG_WAITALL)
     except OSError:
         received = b""
     if received == DONE:
         return
+    status, why, then = STATUS, "is gone", "The same command, on all processes, goes on"
+    if received == MISTAKE:
+        # Mostly all meet the same mistake; each says so itself, and ends.
+        time.sleep(MISTAKE_SECONDS)
+        status, why, then = USER_STATUS, "met a mistake", "Its output says which"
+        # Process 0 alone hears of it.
+        _say(MISTAKE, {other: each for other, each in connections.items() if other != number})
     # Not an exception: the main thread may wait for ever in a collective with the dead process.
-    message = (
-        f"search-r3: process {number} is gone; process {jax.process_index()} stops too. The same "
-        "command, on all processes, goes on\n"
-    )
+    message = f"search-r3: process {number} {why}; process {jax.process_index()} stops too. {then}\n"
     os.write(sys.stderr.fileno(), message.encode())
-    os._exit(STATUS)
+    os._exit(status)
 
 
 def _local_address() -> str:

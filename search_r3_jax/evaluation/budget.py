@@ -18,6 +18,7 @@ from rich.text import Text
 
 from search_r3_jax.console import TextConsole, printable
 from search_r3_jax.data.collection import Collection
+from search_r3_jax.distributed.runtime import is_first
 from search_r3_jax.errors import UserError
 from search_r3_jax.evaluation.curves import open_pyplot
 from search_r3_jax.evaluation.evaluate import ModeResult
@@ -58,10 +59,11 @@ COLUMNS = (
 def run_budget(settings: BudgetSettings) -> dict[str, Any]:
     """Evaluate each budget, print the table, write JSON and picture; return the JSON content.
 
-    Raises UserError before any model is loaded.
+    Of several processes all compute, and process 0 prints and writes. Raises UserError before any model is
+    loaded.
     """
     _check(settings)
-    notes = TextConsole(sys.stderr)
+    notes = TextConsole(sys.stderr, quiet=not is_first())
     collection, subset = open_collection(settings, notes)
     system = DecoderSystem(settings.evaluation())
     result = system.evaluate_budgets(collection, settings.budgets, notes)
@@ -69,6 +71,8 @@ def run_budget(settings: BudgetSettings) -> dict[str, Any]:
     content = common_content(settings, identity, collection, subset, result.document_seconds) | _curve(
         settings, collection, result
     )
+    if not is_first():
+        return content
     writes = [partial(write_json_result, "--out", settings.out, content)]
     if settings.picture is not None:
         writes.append(partial(draw_budget, content, settings.picture))

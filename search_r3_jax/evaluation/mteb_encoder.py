@@ -13,10 +13,11 @@ from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ModelMeta, ScoringFunction
 from mteb.types import PromptType
 
-from search_r3_jax.config import Step
+from search_r3_jax.config import InferenceConfig, Step
 from search_r3_jax.data.collection import Document
 from search_r3_jax.embedder import MAX_THINK_TOKENS, Embedder
 from search_r3_jax.files import digest_of
+from search_r3_jax.mesh import mesh_from_config
 from search_r3_jax.text.prompts import Mode
 
 
@@ -45,6 +46,7 @@ class MtebEncoder(AbsEncoder):
         max_think_tokens: int = MAX_THINK_TOKENS,
         prompts: Mapping[str, str] | None = None,
         instruction_template: str | None = None,
+        inference: InferenceConfig | None = None,
     ):
         """Open whatever `Embedder.load` opens; raises UserError when it cannot be read.
 
@@ -52,8 +54,15 @@ class MtebEncoder(AbsEncoder):
         "Instruct: {instruction}\\nQuery: ". The protocol also passes `revision` and `device`; both are
         ignored: the model's content defines the revision, and JAX chooses devices.
         """
+        inference = inference or InferenceConfig()
         self.model = Embedder.load(
-            model_name, step=step, max_tokens=max_tokens, max_think_tokens=max_think_tokens
+            model_name,
+            step=step,
+            max_tokens=max_tokens,
+            max_think_tokens=max_think_tokens,
+            param_dtype=inference.param_dtype,
+            compute_dtype=inference.compute_dtype,
+            mesh=mesh_from_config(inference.mesh),
         )
         self._mode: Mode = mode
         self.model_prompts = self.validate_task_to_prompt_name(dict(prompts)) if prompts else None
@@ -61,6 +70,8 @@ class MtebEncoder(AbsEncoder):
         settings: dict[str, Any] = {"mode": mode, "max_tokens": self.model.max_tokens}
         given = {
             "max_think_tokens": max_think_tokens if mode == "reason" else None,
+            "param_dtype": _other_than_float32(inference.param_dtype),
+            "compute_dtype": _other_than_float32(inference.compute_dtype),
             "prompts": self.model_prompts,
             "instruction_template": instruction_template,
         }
@@ -141,3 +152,7 @@ def _documents(batch: Mapping[str, Any]) -> Sequence[str]:
         Document(doc_id="", title=title, text=text).body
         for title, text in zip(batch["title"], batch["body"], strict=True)
     ]
+
+
+def _other_than_float32(dtype: str) -> str | None:
+    return None if dtype == "float32" else dtype

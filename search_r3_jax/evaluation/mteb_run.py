@@ -125,6 +125,7 @@ def run_mteb(settings: MtebSettings) -> list[TaskScores]:
         max_tokens=settings.max_tokens,
         max_think_tokens=settings.max_think_tokens,
         instruction_template=settings.instruction_template,
+        inference=settings,
     )
     scores_of_tasks: list[TaskScores] = []
     cache = _Results(settings.out)

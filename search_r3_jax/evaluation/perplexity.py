@@ -16,13 +16,13 @@ import numpy as np
 from flax import nnx
 from transformers import PreTrainedTokenizerBase
 
-from search_r3_jax.config import Step
+from search_r3_jax.config import InferenceConfig, Step
 from search_r3_jax.console import TextConsole, progress_bar
 from search_r3_jax.data.dataset import load_collection
 from search_r3_jax.data.subsample import sample_corpus, unordered_documents_hash
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub.checkpoint_reader import read_run
-from search_r3_jax.hub.load_model import load_model, pinned_step, resolve
+from search_r3_jax.hub.load_model import load_for_inference, pinned_step, resolve
 from search_r3_jax.models.decoder import Decoder, positions_from_lengths
 from search_r3_jax.objectives.language import cross_entropy, token_log_probs
 from search_r3_jax.outputs import check_outputs, write_json_result
@@ -118,6 +118,7 @@ def _batch_nats(
 def measure_perplexity(
     model: str,
     data: Path,
+    inference: InferenceConfig,
     *,
     split: str,
     max_documents: int,
@@ -138,7 +139,7 @@ def measure_perplexity(
     collection, sample = sample_corpus(dataclasses.replace(whole, queries=()), max_documents, seed=seed)
     pinned = pinned_step(model, step)
     run_config = None if pinned is None else read_run(resolve(model))[1]["config"]
-    loaded = load_model(model, step=pinned)
+    loaded = load_for_inference(model, inference, step=pinned)
     limit = min(max_tokens, loaded.decoder.config.max_positions)
     rows = text_rows(loaded.tokenizer, [document.body for document in collection.documents], limit)
     usable = sum(len(row) > 1 for row in rows)

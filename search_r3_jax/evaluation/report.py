@@ -27,6 +27,7 @@ from search_r3_jax.data.subsample import (
     unordered_documents_hash,
     unordered_queries_hash,
 )
+from search_r3_jax.distributed.runtime import is_first
 from search_r3_jax.errors import UserError
 from search_r3_jax.evaluation.controls import CONTROLS
 from search_r3_jax.evaluation.evaluate import DEPTH, ModeResult, QueryMode
@@ -77,12 +78,13 @@ class Subset(NamedTuple):
 def run_evaluation(settings: EvalSettings) -> dict[str, Any]:
     """Evaluate, print the table and write the requested files; return the content of the result file.
 
-    Raises UserError before any long work where it can.
+    Of several processes all compute, and process 0 prints and writes. Raises UserError before any long work
+    where it can.
     """
     check_evaluation(settings)
     check_installed(settings.model)
     # Bars and notes go to standard error: standard output is the table.
-    notes = TextConsole(sys.stderr)
+    notes = TextConsole(sys.stderr, quiet=not is_first())
     collection, subset = open_collection(settings, notes)
     if settings.run_file is not None:
         check_trec_ids("--run-file", collection)
@@ -94,6 +96,8 @@ def run_evaluation(settings: EvalSettings) -> dict[str, Any]:
     system = open_system(settings)
     result = system.evaluate(collection, MODES[settings.mode], notes)
     content = _eval_content(settings, system.identity(), collection, subset, result)
+    if not is_first():
+        return content
     try:
         # Before the table: a result must not be lost with the reader of standard output.
         _write_files(settings, content, collection, result.modes)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from search_r3_jax.config import Step, TextConfig
+from search_r3_jax.config import InferenceConfig, Step, TextConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalSettings:
+class EvalSettings(InferenceConfig):
     """One system on one split of one collection.
 
     Attributes:
@@ -68,7 +68,7 @@ class EvalSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BudgetSettings:
+class BudgetSettings(InferenceConfig):
     """One model on one split of one collection, at several budgets of thinking.
 
     Attributes:
@@ -123,11 +123,14 @@ class BudgetSettings:
             max_document_tokens=self.max_document_tokens,
             max_think_tokens=max(self.budgets),
             step=self.step,
+            param_dtype=self.param_dtype,
+            compute_dtype=self.compute_dtype,
+            mesh=self.mesh,
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class MtebSettings:
+class MtebSettings(InferenceConfig):
     """One model on tasks of MTEB, and on collections of this machine as tasks of it.
 
     Attributes:
@@ -175,4 +178,7 @@ class MtebSettings:
             seed=self.seed,
             max_think_tokens=self.max_think_tokens,
             step=self.step,
+            param_dtype=self.param_dtype,
+            compute_dtype=self.compute_dtype,
+            mesh=self.mesh,
         )

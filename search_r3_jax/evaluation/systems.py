@@ -38,7 +38,7 @@ from search_r3_jax.extras import require
 from search_r3_jax.files import file_sha256
 from search_r3_jax.hub.checkpoint_reader import read_run
 from search_r3_jax.hub.export import max_text_tokens
-from search_r3_jax.hub.load_model import load_model, pinned_step, resolve
+from search_r3_jax.hub.load_model import load_for_inference, pinned_step, resolve
 from search_r3_jax.hub.weights import parameter_hash
 from search_r3_jax.retrieval.index.build import build_index
 from search_r3_jax.retrieval.index.protocol import LocalIndex
@@ -239,7 +239,7 @@ class DecoderSystem:
         self._settings = settings
         self._step = pinned_step(settings.model, settings.step)
         self._run_config = None if self._step is None else read_run(resolve(settings.model))[1]["config"]
-        model = load_model(settings.model, step=self._step)
+        model = load_for_inference(settings.model, settings, step=self._step)
         self._prompter = model.prompter()
         positions = model.decoder.config.max_positions
         room = max_text_tokens(self._prompter, positions)
@@ -255,6 +255,7 @@ class DecoderSystem:
             max_document_tokens=min(requested.max_document_tokens, room),
         )
         self._graph, self._state = nnx.split(model.decoder)
+        self._mesh = model.mesh
 
     def identity(self) -> dict[str, Any]:
         """Kind, weights and settings that identify this system."""
@@ -265,6 +266,7 @@ class DecoderSystem:
             "max_query_tokens": self._text.max_query_tokens,
             "max_document_tokens": self._text.max_document_tokens,
             "max_think_tokens": self._settings.max_think_tokens,
+            **_precision(self._settings),
             "parameter_hash": parameter_hash(self._state),
             "run_config": self._run_config,
         }
@@ -322,7 +324,11 @@ class DecoderSystem:
 
     def _evaluator(self, max_think_tokens: int) -> Evaluator:
         return Evaluator(
-            self._graph, self._prompter, self._text, SamplerConfig(max_think_tokens=max_think_tokens)
+            self._graph,
+            self._prompter,
+            self._text,
+            SamplerConfig(max_think_tokens=max_think_tokens),
+            mesh=self._mesh,
         )
 
     def _build_index(
@@ -336,6 +342,12 @@ class DecoderSystem:
         return build_index(
             self._settings.index, vectors, [document.doc_id for document in collection.documents], 0
         ), seconds
+
+
+def _precision(settings: EvalSettings) -> dict[str, str]:
+    """What is not float32: other precisions find other documents."""
+    named = {"param_dtype": settings.param_dtype, "compute_dtype": settings.compute_dtype}
+    return {name: dtype for name, dtype in named.items() if dtype != "float32"}
 
 
 @contextmanager

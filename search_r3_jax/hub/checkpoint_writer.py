@@ -167,30 +167,32 @@ def latest_valid_checkpoint(run: Path) -> int | None:
 
     Damaged steps are renamed to `damaged-<step>` and logged. Raises UserError when all steps are damaged.
     """
-    valid: int | None = None
-    if jax.process_index() == 0:
-        steps = checkpoint_steps(run)
-        for step in reversed(steps):
-            folder = checkpoint_folder(run) / str(step)
-            damage = verify_checkpoint(folder)
-            if damage is None:
-                valid = step
-                break
-            aside = folder.with_name(f"damaged-{step}")
-            shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
-            logger.info(
-                f"checkpoint {step} is damaged: {damage}; it is renamed to {aside.name}; the one "
-                "before is used"
-            )
-        if steps and valid is None:
-            raise UserError(f"{checkpoint_folder(run)}: all checkpoints are damaged; give another --run")
+    valid = newest_valid_checkpoint(run) if jax.process_index() == 0 else None
     if jax.process_count() > 1:
         # Collectives carry numbers: −1 is no step.
         sent = np.array(-1 if valid is None else valid, np.int32)
         received = int(multihost_utils.broadcast_one_to_all(sent))
         valid = None if received < 0 else received
     return valid
+
+
+def newest_valid_checkpoint(run: Path) -> int | None:
+    """`latest_valid_checkpoint`, in this process alone."""
+    steps = checkpoint_steps(run)
+    for step in reversed(steps):
+        folder = checkpoint_folder(run) / str(step)
+        damage = verify_checkpoint(folder)
+        if damage is None:
+            return step
+        aside = folder.with_name(f"damaged-{step}")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+        logger.info(
+            f"checkpoint {step} is damaged: {damage}; it is renamed to {aside.name}; the one before is used"
+        )
+    if steps:
+        raise UserError(f"{checkpoint_folder(run)}: all checkpoints are damaged; give another --run")
+    return None
 
 
 class _PreservationPolicy:

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from search_r3_jax.config import LoraConfig, ModelConfig, Step
+from search_r3_jax.config import InferenceConfig, LoraConfig, ModelConfig, Step
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub.checkpoint_reader import (
     read_checkpoint,
@@ -29,7 +29,7 @@ from search_r3_jax.hub.checkpoint_reader import (
 from search_r3_jax.hub.gguf import GgufFile
 from search_r3_jax.hub.safetensors_folder import SafetensorsFolder, read_json
 from search_r3_jax.hub.weights import EMBEDDING, HEAD, build_decoder, torch_tensors
-from search_r3_jax.mesh import param_shardings
+from search_r3_jax.mesh import mesh_from_config, param_shardings, placed
 from search_r3_jax.models.attention import Backend
 from search_r3_jax.models.decoder import Decoder
 from search_r3_jax.models.hf_config import config_from_hf
@@ -40,6 +40,7 @@ from search_r3_jax.text.tokenizer import add_embed_token, tokenizer_from_folder,
 __all__ = [
     "LoadedModel",
     "build_decoder",
+    "load_for_inference",
     "load_model",
     "model_config",
     "pinned_step",
@@ -146,6 +147,17 @@ def load_model(
     )
 
 
+def load_for_inference(name: str | Path, inference: InferenceConfig, *, step: Step = None) -> LoadedModel:
+    """`load_model` with the precision and on the devices that `inference` names."""
+    return load_model(
+        name,
+        step=step,
+        compute_dtype=inference.compute_dtype,
+        param_dtype=inference.param_dtype,
+        mesh=mesh_from_config(inference.mesh),
+    )
+
+
 def pinned_step(model: str | Path, step: Step, *, flag: str = "--step") -> int | None:
     """The number of the checkpoint that `step` means now, before the run writes another; None for no run.
 
@@ -209,7 +221,7 @@ def _on_mesh(decoder: Decoder, mesh: Mesh | None) -> Decoder:
     if mesh is not None:
         params = nnx.state(decoder, nnx.Param)
         nnx.replace_by_pure_dict(
-            params, jax.device_put(nnx.to_pure_dict(params), param_shardings(decoder, mesh))
+            params, jax.tree.map(placed, nnx.to_pure_dict(params), param_shardings(decoder, mesh))
         )
         nnx.update(decoder, params)
     return decoder

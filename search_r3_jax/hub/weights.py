@@ -116,7 +116,23 @@ def torch_tensors(decoder: Decoder) -> Iterator[tuple[str, np.ndarray]]:
         yield HEAD, _gather(decoder.head[...], transposed=True)
 
 
+def _everywhere(array: jax.Array) -> jax.Array:
+    """The array, of which this process can read everything; all processes call it together."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return array
+    mesh: Any = array.sharding
+    return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh.mesh, PartitionSpec()))(array)
+
+
 def _gather(array: jax.Array, *, layer: int | None = None, transposed: bool = False) -> np.ndarray:
+    """A tensor in this process's memory; of an array over several processes all call it together."""
+    if not array.is_fully_addressable and layer is not None:
+        array, layer = array[layer], None
+    array = _everywhere(array)
+    if array.is_fully_replicated:
+        whole = np.asarray(array if layer is None else _layer(array.addressable_shards[0].data, layer))
+        whole = np.asarray(whole, np.float32)
+        return np.ascontiguousarray(whole.T) if transposed else whole
     shape = array.shape if layer is None else array.shape[1:]
     gathered = np.empty(shape[::-1] if transposed else shape, np.float32)
     ours = gathered.T if transposed else gathered
@@ -340,9 +356,9 @@ def _write_layer(stack: jax.Array, layer: jax.Array, i: int, sharding: NamedShar
 
 
 def parameter_hash(params: nnx.State) -> str:
-    """sha256 over every array's path and bytes."""
+    """sha256 over every array's path and bytes; of arrays over several processes all call it together."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(params)):
         digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.asarray(leaf).tobytes())
+        digest.update(np.asarray(_everywhere(leaf)).tobytes())
     return digest.hexdigest()

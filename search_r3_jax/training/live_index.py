@@ -8,16 +8,16 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from etils import epath
-from flax import nnx
 
 from search_r3_jax.config import RunConfig
 from search_r3_jax.data.collection import Collection
 from search_r3_jax.errors import UserError
-from search_r3_jax.hub.checkpoint_reader import checkpoint_steps, pin_checkpoints, read_checkpoint, read_run
-from search_r3_jax.hub.checkpoint_writer import latest_valid_checkpoint
+from search_r3_jax.hub.checkpoint_reader import checkpoint_steps, pin_checkpoints, read_run
+from search_r3_jax.hub.checkpoint_writer import newest_valid_checkpoint
 from search_r3_jax.retrieval.environment.drift import measure_drift, probe_rows
 from search_r3_jax.retrieval.environment.environment import EncodeDocuments, Environment
 from search_r3_jax.retrieval.index.protocol import Index
@@ -45,6 +45,23 @@ class IndexStatistics:
     swaps: tuple[tuple[int, int], ...] = ()
     versions: tuple[Mapping[str, float], ...] = ()
 
+    def to_json(self) -> dict[str, Any]:
+        """The statistics as JSON."""
+        return {
+            "index_version": self.version,
+            "swaps": [list(swap) for swap in self.swaps],
+            "index_versions": [dict(version) for version in self.versions],
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> IndexStatistics:
+        """The inverse of `to_json`."""
+        return cls(
+            version=values["index_version"],
+            swaps=tuple((int(at), int(version)) for at, version in values["swaps"]),
+            versions=tuple(values["index_versions"]),
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class IndexStart:
@@ -64,7 +81,10 @@ class IndexStart:
 
 
 class LiveIndex:
-    """Decides before each step which index version it uses; owns follower, schedule, pins, statistics."""
+    """Decides before each step which index version it uses; owns follower, schedule, pins, statistics.
+
+    Of several processes only process 0 has one; `LedIndex` tells the others.
+    """
 
     def __init__(
         self,
@@ -91,7 +111,6 @@ class LiveIndex:
             probe_rows(rows, self._config.drift_documents) if drift_every else np.zeros(0, np.int32)
         )
         self._probe: np.ndarray | None = None
-        self._checkpoint: tuple[int, nnx.State] | None = None
         self._warned_version: int | None = None
         self._started, self._stalled = time.perf_counter(), 0.0
         # Scheduled versions that are not published, or have no checkpoint in this run: a replay reaches the
@@ -211,13 +230,6 @@ class LiveIndex:
         far = drift.cosine < self._config.drift_cosine or drift.overlap < self._config.drift_overlap
         return far, {"drift_cosine": drift.cosine, "drift_overlap": drift.overlap}
 
-    def checkpoint_params(self, like: nnx.State) -> nnx.State:
-        """The trainable parameters, shaped like `like`, that the index in use was built from."""
-        version = self.environment.index.version
-        if self._checkpoint is None or self._checkpoint[0] != version:
-            self._checkpoint = version, read_checkpoint(self._run, version, like)
-        return self._checkpoint[1]
-
     def check(self) -> None:
         """Restart a dead indexer, and raise errors of the background thread; call between steps."""
         self._follower.check()
@@ -293,7 +305,7 @@ def load_or_copy_schedule(run: Path, step: int, *, replay: Path | None) -> Index
 
 def discard_index_versions_after(run: Path, config: RunConfig) -> None:
     """Discard schedule and versions after the newest checkpoint: other settings make another run."""
-    step = latest_valid_checkpoint(run) or 0
+    step = newest_valid_checkpoint(run) or 0
     IndexSchedule(run).truncate(step)
     root = index_folder(run, config.index.folder)
     for version in list_versions(root):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -13,20 +12,19 @@ from flax import nnx
 from search_r3_jax.compile_time import announce_compiling
 from search_r3_jax.config import RunConfig, TrackerName, check_ranges
 from search_r3_jax.data.development import TrainingSet
+from search_r3_jax.distributed.lockstep import Team
 from search_r3_jax.hub.load_model import LoadedModel
 from search_r3_jax.training.development import OnEvaluation
-from search_r3_jax.training.live_index import (
-    LiveIndex,
-)
+from search_r3_jax.training.led_index import LedIndex
 from search_r3_jax.training.loading import load_rl_data, load_training_model, log_cut_texts
 from search_r3_jax.training.rl_acts import sample, score, update
 from search_r3_jax.training.rl_session import Listeners, OnStep, open_session
 from search_r3_jax.training.rl_setup import check_settings, make_stage
 from search_r3_jax.training.run import (
     RlRecord,
+    led_record,
     prompt_record,
     recorded_prompts,
-    rl_record,
     with_absolute_paths,
 )
 from search_r3_jax.training.trackers import check_trackers
@@ -68,32 +66,36 @@ def train_rl(
 ) -> RlResult:
     """Run stage 2 to its last step; a second call with the same folder resumes from the last checkpoint.
 
-    `data`, `model` and `record` come from the config where they are not given; the model is also the
-    reference of the KL. `on_step(steps done, steps in all, metrics)`; beside what is logged these have
-    `seconds_each` and `seconds_left`. `on_evaluation(what, done, in all)`. `trackers` show the run beside its
-    files. `replay` is a run whose schedule of index versions a new run repeats. `allow_config_change` resumes
-    a run with other settings.
+    Each process of a cluster calls it; process 0 owns the run folder and the index. `data`, `model` and
+    `record` come from the config where they are not given; the model is also the reference of the KL.
+    `on_step(steps done, steps in all, metrics)`; beside what is logged these have `seconds_each` and
+    `seconds_left`. `on_evaluation(what, done, in all)`. `trackers` show the run beside its files. `replay` is
+    a run whose schedule of index versions a new run repeats. `allow_config_change` resumes a run with other
+    settings.
 
     Raises UserError for settings that cannot work, before the first step, when the replies collapse, and
     when too many updates in a row are not finite; StoppedError on a stop signal. The last checkpoint is kept.
     """
     # Act 1: what stage 2 is made of.
+    team = Team()
     check_ranges(config, "rl")
     check_trackers(trackers)
     config, run_folder, rl = with_absolute_paths(config), Path(run_folder), config.rl
     data = data or load_rl_data(config)
     check_settings(config, data.train)
-    record = record or rl_record(run_folder, config)
-    model = recorded_prompts(model or load_training_model(config, step=record.start_step), run_folder)
+    record = record or led_record(team, run_folder, config)
+    model = recorded_prompts(model or load_training_model(config, step=record.start_step), run_folder, team)
     log_cut_texts(model.prompter(), config.text, data.train)
     stage, state = make_stage(config, data, model)
     described = record.to_json(data.train, replay) | prompt_record(stage.prompter)
+    team.require_same("data.sets, model", described)
     listeners = Listeners(on_step=on_step, on_evaluation=on_evaluation, trackers=trackers)
-    with open_session(stage, run_folder, described, allow_config_change, listeners) as session:
+    with open_session(stage, team, run_folder, described, allow_config_change, listeners) as session:
         # Act 2: where to begin, and the index in use there.
         state, progress, start = session.begin(state, replay, allow_other_version=allow_config_change)
         stage.current = stage.merged(state.params)
-        index = LiveIndex.open(
+        index = LedIndex.open(
+            team,
             run_folder,
             config,
             data.train,
@@ -107,15 +109,12 @@ def train_rl(
             first = progress.step
             session.time_left.start()
             while not progress.finished(rl):
-                with session.time_left.aside("wait"):
-                    stalls = index.before_step(
-                        progress.step, functools.partial(session.save_for_index, state, progress, index)
-                    )
+                stalls = session.before_step(state, progress, index)
                 with announce_compiling("the rollout", when=progress.step == first):
                     sampled = sample(stage, progress.step)
                 with announce_compiling("the update", when=progress.step == first):
                     scored = score(stage, state, sampled, index, progress.step)
-                    state, metrics = update(stage, state, sampled, scored, index)
+                    state, metrics = update(stage, state, sampled, scored)
                 session.finish_step(state, progress, sampled, scored, metrics | stalls, index)
             # Act 4: the last checkpoint.
             session.save_last(state, progress, index)

@@ -12,16 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from search_r3_jax.config import RlConfig
 from search_r3_jax.data.collection import Query
 from search_r3_jax.data.mixture import shuffled
+from search_r3_jax.distributed.lockstep import Message
 from search_r3_jax.objectives.policy_gradient import group_advantages
-from search_r3_jax.retrieval.environment.environment import StepResult
+from search_r3_jax.retrieval.environment.environment import Environment, StepResult
 from search_r3_jax.retrieval.environment.negatives import drop_near_duplicates, infonce_document_rows
 from search_r3_jax.rollout.encoder import ReasonedEncoder
 from search_r3_jax.rollout.sampler import Rollout, rollout_seeds
-from search_r3_jax.training.live_index import (
-    LiveIndex,
-)
+from search_r3_jax.training.led_index import LedIndex, result_message, result_of
 from search_r3_jax.training.optimizer import updates_made
 from search_r3_jax.training.rl_report import step_scalars
 from search_r3_jax.training.rl_setup import RlStage
@@ -51,9 +51,19 @@ class Sampled:
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """What the replies earned, and the seconds that took."""
+    """What the replies earned, and what InfoNCE contrasts their queries with.
+
+    Attributes:
+        advantages: [B] float32.
+        rows: [P] int32 of the corpus.
+        documents: their unit vectors [P,E] float32.
+        seconds: it took.
+    """
 
     result: StepResult
+    advantages: np.ndarray
+    rows: np.ndarray
+    documents: np.ndarray
     seconds: float
 
 
@@ -79,7 +89,7 @@ def sample(stage: RlStage, step: int) -> Sampled:
     )
 
 
-def score(stage: RlStage, state: TrainState, sampled: Sampled, index: LiveIndex, step: int) -> Scored:
+def score(stage: RlStage, state: TrainState, sampled: Sampled, index: LedIndex, step: int) -> Scored:
     """Rewards: candidates from the index, ranked under the parameters that `index.scoring` names."""
     started = time.perf_counter()
     config, rollout = stage.config, sampled.rollout
@@ -91,24 +101,41 @@ def score(stage: RlStage, state: TrainState, sampled: Sampled, index: LiveIndex,
             stage.reasoned_encoder, params, sampled.texts, rollout, config.text.max_query_tokens
         )
     needs_direct = config.rl.reward.variant == "gain_over_direct"
-    result = index.environment.score(
-        step,
-        sampled.positives,
-        vectors.reshape(Q, G, -1),
-        rollout.valid.reshape(Q, G),
-        tokens=rollout.lengths.reshape(Q, G),
-        direct=stage.encode_queries(sampled.texts, params) if needs_direct else None,
+    direct = stage.encode_queries(sampled.texts, params) if needs_direct else None
+
+    def ask(environment: Environment) -> Message:
+        result = environment.score(
+            step,
+            sampled.positives,
+            vectors.reshape(Q, G, -1),
+            rollout.valid.reshape(Q, G),
+            tokens=rollout.lengths.reshape(Q, G),
+            direct=direct,
+        )
+        rows = _contrasted_rows(stage, sampled, result, environment)
+        return result_message(result) | {
+            "advantages": _advantages(result.rewards, config.rl),
+            "rows": rows,
+            "documents": environment.vectors_of(rows),
+        }
+
+    told = index.ask(ask)
+    return Scored(
+        result=result_of(told),
+        advantages=told["advantages"],
+        rows=told["rows"],
+        documents=told["documents"],
+        seconds=time.perf_counter() - started,
     )
-    return Scored(result=result, seconds=time.perf_counter() - started)
 
 
 def update(
-    stage: RlStage, state: TrainState, sampled: Sampled, scored: Scored, index: LiveIndex
+    stage: RlStage, state: TrainState, sampled: Sampled, scored: Scored
 ) -> tuple[TrainState, dict[str, float]]:
     """`rl.inner_epochs` updates on the rollout, and the step's metrics."""
     started = time.perf_counter()
     rl, rollout, frozen = stage.config.rl, sampled.rollout, stage.frozen
-    batch = _make_batch(stage, sampled, scored.result, index)
+    batch = _make_batch(stage, sampled, scored)
     reference = None
     if rl.beta != 0:
         # Under LoRA the reference is the frozen base, else the parameters that stage 2 started from.
@@ -151,24 +178,33 @@ def reencode_rollout(
     return vectors
 
 
-def _make_batch(stage: RlStage, sampled: Sampled, result: StepResult, index: LiveIndex) -> RlBatch:
-    """The update's arrays: advantages, and the documents that InfoNCE contrasts the queries with."""
-    rl, environment = stage.config.rl, index.environment
-    Q, G = result.rewards.shape
+def _advantages(rewards_qg: np.ndarray, rl: RlConfig) -> np.ndarray:
+    """Advantages [B] float32 of rewards [Q,G]."""
+    Q, G = rewards_qg.shape
     group_id = jnp.repeat(jnp.arange(Q), G)
-    rewards = jnp.asarray(result.rewards).reshape(-1)
-    advantages, _ = group_advantages(rewards, group_id, groups=Q, scale=rl.scale_rewards)
-    candidates = result.candidates
-    if rl.infonce.near_duplicate_cosine < 1:
-        candidates = drop_near_duplicates(
-            environment.vectors_of,
-            sampled.positives,
-            candidates,
-            max_cosine=rl.infonce.near_duplicate_cosine,
-        )
-    rows = infonce_document_rows(
-        sampled.positives, candidates, rl.infonce.negatives, rows=len(stage.collection.documents)
+    advantages, _ = group_advantages(
+        jnp.asarray(rewards_qg).reshape(-1), group_id, groups=Q, scale=rl.scale_rewards
     )
+    return np.asarray(advantages, np.float32)
+
+
+def _contrasted_rows(
+    stage: RlStage, sampled: Sampled, result: StepResult, environment: Environment
+) -> np.ndarray:
+    """The rows [P] of the documents that InfoNCE contrasts the queries with: first each query's own."""
+    infonce, candidates = stage.config.rl.infonce, result.candidates
+    if infonce.near_duplicate_cosine < 1:
+        candidates = drop_near_duplicates(
+            environment.vectors_of, sampled.positives, candidates, max_cosine=infonce.near_duplicate_cosine
+        )
+    return infonce_document_rows(
+        sampled.positives, candidates, infonce.negatives, rows=len(stage.collection.documents)
+    )
+
+
+def _make_batch(stage: RlStage, sampled: Sampled, scored: Scored) -> RlBatch:
+    """The update's arrays, on the mesh."""
+    rl, rows, Q = stage.config.rl, scored.rows, len(sampled.queries)
     relevance_qp = np.array(
         [[grades.get(row, 0) for row in rows.tolist()] for grades in sampled.positives], np.float32
     )
@@ -178,8 +214,8 @@ def _make_batch(stage: RlStage, sampled: Sampled, result: StepResult, index: Liv
         trained = tokenize_documents(stage.prompter, bodies, stage.config.text.max_document_tokens)
     batch = make_batch(
         sampled.rollout,
-        np.asarray(advantages),
-        environment.vectors_of(rows),
+        scored.advantages,
+        scored.documents,
         relevance_qp,
         trained=trained,
         micro_queries=rl.micro_queries,

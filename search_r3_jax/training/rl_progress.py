@@ -47,9 +47,7 @@ class RlProgress:
     def to_meta(self) -> dict[str, Any]:
         """The counters as a checkpoint keeps them; `step` is left out, being the checkpoint's."""
         return {
-            "index_version": self.index.version,
-            "swaps": [list(swap) for swap in self.index.swaps],
-            "index_versions": [dict(version) for version in self.index.versions],
+            **self.index.to_json(),
             "reencoded": self.reencoded,
             "valid": list(self.valid_rates),
             "skipped": self.skipped,
@@ -60,12 +58,9 @@ class RlProgress:
     @classmethod
     def from_meta(cls, step: int, meta: Mapping[str, Any]) -> RlProgress:
         """The inverse of `to_meta`."""
-        swaps = tuple((int(at), int(version)) for at, version in meta["swaps"])
         return cls(
             step=step,
-            index=IndexStatistics(
-                version=meta["index_version"], swaps=swaps, versions=tuple(meta["index_versions"])
-            ),
+            index=IndexStatistics.from_json(meta),
             reencoded=meta["reencoded"],
             valid_rates=list(meta["valid"]),
             skipped=meta["skipped"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -14,12 +15,14 @@ import numpy as np
 
 from search_r3_jax.compile_time import announce_compiling
 from search_r3_jax.config import TrackerName
+from search_r3_jax.distributed.lockstep import Message, Team
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub.checkpoint_writer import CheckpointWriter, latest_valid_checkpoint
+from search_r3_jax.mesh import placed
 from search_r3_jax.training.development import OnEvaluation
+from search_r3_jax.training.led_index import LedIndex
 from search_r3_jax.training.live_index import (
     IndexStart,
-    LiveIndex,
     discard_index_versions_after,
     load_or_copy_schedule,
 )
@@ -34,6 +37,8 @@ from search_r3_jax.training.stopping import StopRequest
 from search_r3_jax.training.time_left import TimeLeft
 
 BEST_BY = "dev_reason_ndcg@10"
+# While training waits, how often the processes tell each other whether one was asked to stop.
+ASK_SECONDS = 1.0
 OnStep = Callable[[int, int, dict[str, float]], object]
 logger = logging.getLogger(__name__)
 
@@ -53,6 +58,7 @@ class RlSession:
     def __init__(
         self,
         stage: RlStage,
+        team: Team,
         run: Run,
         checkpoints: CheckpointWriter,
         request: StopRequest,
@@ -60,7 +66,9 @@ class RlSession:
         listeners: Listeners,
     ):
         rl = stage.config.rl
-        self._stage, self._run, self._checkpoints, self._request = stage, run, checkpoints, request
+        self._stage, self._team, self._run = stage, team, run
+        self._checkpoints, self._request = checkpoints, request
+        self._stop_asked = team.together("stop asked", request.asked)
         self._first, self._listeners = first, listeners
         evaluates = stage.development is not None
         self.time_left = TimeLeft(
@@ -71,30 +79,33 @@ class RlSession:
             valid_below=rl.collapse.valid_rate, entropy_below=rl.collapse.entropy, steps=rl.collapse.steps
         )
         self._constant_terms = ConstantTerms()
-        self._save_seconds = 0.0
+        self._save_seconds, self._ask_at = 0.0, 0.0
 
     def begin(
         self, state: TrainState, replay: Path | None, *, allow_other_version: bool
     ) -> tuple[TrainState, RlProgress, IndexStart]:
         """State and progress of the last valid checkpoint; without one, of step 0, evaluated and saved."""
         first = self._first
-        load_or_copy_schedule(self._run.path, first or 0, replay=replay if first is None else None)
+
+        def prepare_schedule() -> Message:
+            load_or_copy_schedule(self._run.path, first or 0, replay=replay if first is None else None)
+            return {}
+
+        self._team.lead(prepare_schedule)
         # A run that has not saved yet evaluates step 0 again.
         self._run.start_at(-1 if first is None else first)
         progress, arrays = RlProgress(), {}
         if first:
             restored = self._checkpoints.restore(first, state.params, state.optimizer)
             progress, arrays = RlProgress.from_meta(first, restored.meta), restored.arrays
-            in_a_row = jax.device_put(np.int32(progress.skipped_in_a_row), state.skipped.sharding)
+            in_a_row = placed(np.int32(progress.skipped_in_a_row), state.skipped.sharding)
             state = TrainState(restored.params, restored.optimizer, in_a_row)
             self._guard.restore(progress.guard)
             logger.info("going on from step %d", first)
             self.time_left.expect("evaluation", self._run.last("evaluation_seconds"))
         if first is None:
             metrics = self._evaluate(state, 0)
-            self._checkpoints.save(
-                0, state.params, state.optimizer, progress.to_meta(), score=metrics.get(BEST_BY)
-            )
+            self._save(state, progress, {}, metrics)
             self._checkpoints.wait()
         start = IndexStart(
             step=progress.step,
@@ -105,39 +116,67 @@ class RlSession:
         return state, progress, start
 
     def stop_waiting(self, step: int) -> None:
-        """Stop here if asked to: training waits at a step that is saved."""
-        self._request.stop_waiting(self._run.path, step)
+        """Stop here if any process was asked to: training waits at a step that is saved."""
+        if time.monotonic() < self._ask_at:
+            return
+        if self._stop_asked():
+            self._request.stop(self._run.path, step)
+        self._ask_at = time.monotonic() + (ASK_SECONDS if jax.process_count() > 1 else 0)
+
+    def before_step(self, state: TrainState, progress: RlProgress, index: LedIndex) -> dict[str, float]:
+        """Swap in the index version of the next step; the seconds that training waited for it."""
+
+        def save() -> None:
+            index.checkpoint_saved()
+            self.save(state, progress, index)
+            self._checkpoints.wait()
+
+        save_together = self._team.together("save", save)
+
+        def save_if_new() -> None:
+            if progress.step != self._checkpoints.latest():
+                save_together()
+
+        try:
+            with self.time_left.aside("wait"):
+                return index.before_step(progress.step, save_if_new)
+        finally:
+            # Or it would keep the state in memory that the step replaces.
+            self._team.forget("save")
 
     def save(
         self,
         state: TrainState,
         progress: RlProgress,
-        index: LiveIndex,
+        index: LedIndex,
         metrics: Mapping[str, float] | None = None,
     ) -> None:
         """Begin to save a checkpoint of this step."""
-        self._run.make_durable()
         progress.index = index.statistics
+        self._save(state, progress, index.checkpoint_arrays(), metrics or {})
+
+    def save_last(self, state: TrainState, progress: RlProgress, index: LedIndex) -> None:
+        """Save the last step, where a finished run was called again with fewer steps between checkpoints."""
+        if progress.step > self._team.lead(lambda: {"latest": self._checkpoints.latest() or 0})["latest"]:
+            self.save(state, progress, index)
+
+    def _save(
+        self,
+        state: TrainState,
+        progress: RlProgress,
+        arrays: Mapping[str, np.ndarray],
+        metrics: Mapping[str, float],
+    ) -> None:
+        self._run.make_durable()
+        told = self._team.lead(lambda: {"meta": progress.to_meta(), "score": metrics.get(BEST_BY)})
         self._checkpoints.save(
             progress.step,
             state.params,
             state.optimizer,
-            progress.to_meta(),
-            arrays=index.checkpoint_arrays(),
-            score=(metrics or {}).get(BEST_BY),
+            told["meta"],
+            arrays=arrays,
+            score=told["score"],
         )
-
-    def save_for_index(self, state: TrainState, progress: RlProgress, index: LiveIndex) -> None:
-        """Commit a checkpoint of this step, if there is none, for the indexer."""
-        if progress.step != self._checkpoints.latest():
-            index.checkpoint_saved()
-            self.save(state, progress, index)
-            self._checkpoints.wait()
-
-    def save_last(self, state: TrainState, progress: RlProgress, index: LiveIndex) -> None:
-        """Save the last step, where a finished run was called again with fewer steps between checkpoints."""
-        if progress.step > (self._checkpoints.latest() or 0):
-            self.save(state, progress, index)
 
     def finish_step(
         self,
@@ -146,7 +185,7 @@ class RlSession:
         sampled: Sampled,
         scored: Scored,
         metrics: dict[str, float],
-        index: LiveIndex,
+        index: LedIndex,
     ) -> None:
         """Count, log, evaluate and save a step; raises UserError where the run cannot go on, StoppedError."""
         rl, step = self._stage.config.rl, progress.step
@@ -170,7 +209,9 @@ class RlSession:
         self._run.log(step, metrics)
         self.time_left.step_ended()
         self._listeners.on_step(done, rl.steps, metrics | self.time_left.metrics(done))
-        problem = self._reason_to_stop(step, metrics, progress)
+        problem = self._team.lead(lambda: {"problem": self._reason_to_stop(step, metrics, progress)})[
+            "problem"
+        ]
         stop_requested, self._save_seconds = self._request.asked(), 0.0
         should_save = evaluated or drifted or done % rl.save_every == 0 or done == rl.steps
         if should_save:
@@ -245,6 +286,7 @@ class RlSession:
 @contextmanager
 def open_session(
     stage: RlStage,
+    team: Team,
     run_folder: Path,
     record: dict[str, Any],
     allow_config_change: bool,
@@ -267,4 +309,4 @@ def open_session(
         first = latest_valid_checkpoint(run_folder)
         checkpoints = CheckpointWriter(run_folder, keep=rl.keep, keep_every=rl.keep_every)
         with StopRequest() as request, closing(checkpoints):
-            yield RlSession(stage, run, checkpoints, request, first, listeners)
+            yield RlSession(stage, team, run, checkpoints, request, first, listeners)

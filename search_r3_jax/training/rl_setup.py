@@ -128,8 +128,6 @@ def check_settings(config: RunConfig, collection: Collection) -> None:
     """Raise UserError where the settings are out of range, or do not fit each other or the data."""
     check_ranges(config, "rl")
     rl, index = config.rl, config.index
-    if jax.process_count() > 1:
-        raise UserError(f"rl: {jax.process_count()} processes: stage 2 runs in one, over all of its devices")
     check_rewards(
         documents=len(collection.documents),
         candidates=index.candidates,

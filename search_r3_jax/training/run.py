@@ -18,6 +18,7 @@ from search_r3_jax.compile_cache import keep_programs_with_run
 from search_r3_jax.config import RunConfig
 from search_r3_jax.data.collection import Collection
 from search_r3_jax.data.dataset import ordered_queries_hash
+from search_r3_jax.distributed.lockstep import Message, Team
 from search_r3_jax.errors import UserError
 from search_r3_jax.files import append_json_line, hold_lock, read_json_lines, write_json, write_json_lines
 from search_r3_jax.hub.checkpoint_reader import latest_checkpoint, read_run
@@ -243,6 +244,11 @@ def rl_record(run: Path, config: RunConfig) -> RlRecord:
     return RlRecord(data=config.data.sets[0], split=config.data.split, start=start, start_step=step)
 
 
+def led_record(team: Team, run: Path, config: RunConfig) -> RlRecord:
+    """`rl_record` as process 0 finds it."""
+    return RlRecord(**team.lead(lambda: dataclasses.asdict(rl_record(run, config))))
+
+
 def with_absolute_paths(config: RunConfig) -> RunConfig:
     """The config with absolute paths, so that a run can be opened from any directory."""
     sets = tuple(str(Path(folder).resolve()) for folder in config.data.sets)
@@ -255,11 +261,14 @@ def prompt_record(prompter: Prompter) -> dict[str, Any]:
     return {"prompts": prompter.prompts.to_json(), "end_ids": list(prompter.end_ids)}
 
 
-def recorded_prompts(model: LoadedModel, run: Path) -> LoadedModel:
+def recorded_prompts(model: LoadedModel, run: Path, team: Team) -> LoadedModel:
     """The model with the prompts that a run recorded when it was started; unchanged for a new run."""
-    if not (run / "config.json").is_file():
-        return model
-    return with_recorded_prompts(model, run, read_run(run)[1])
+
+    def read() -> Message:
+        record = read_run(run)[1] if (run / "config.json").is_file() else {}
+        return {key: record[key] for key in PROMPT_RECORD if key in record}
+
+    return with_recorded_prompts(model, run, team.lead(read))
 
 
 def data_version(collection: Collection) -> dict[str, str]:

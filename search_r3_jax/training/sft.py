@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,9 +23,11 @@ from search_r3_jax.data.development import TrainingSet
 from search_r3_jax.data.mixture import Mixture
 from search_r3_jax.data.pipeline import PairBatch, PairPipeline
 from search_r3_jax.data.tfidf_reasoning import TfidfReasoning
+from search_r3_jax.distributed.lockstep import Team
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub.checkpoint_writer import CheckpointWriter, latest_valid_checkpoint
 from search_r3_jax.hub.load_model import LoadedModel
+from search_r3_jax.mesh import placed
 from search_r3_jax.models.lora import trainable_filter
 from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training import sharding
@@ -102,11 +105,14 @@ def train_sft(
     config, run_folder, sft = with_absolute_paths(config), Path(run_folder), config.sft
     sets = load_sft_data(config) if sets is None else sets
     _check(config, sets)
-    model = recorded_prompts(model or load_training_model(config), run_folder)
+    team = Team()
+    model = recorded_prompts(model or load_training_model(config), run_folder, team)
     for each in sets:
         log_cut_texts(model.prompter(), config.text, each.train)
     stage, state = _make_stage(config, sets, model, on_evaluation)
-    with _open_run(config, run_folder, sets, model, trackers, allow_config_change) as opened:
+    record = {"data_version": [data_version(each.train) for each in sets], **prompt_record(model.prompter())}
+    team.require_same("data.sets, model", record)
+    with _open_run(config, run_folder, record, model, trackers, allow_config_change) as opened:
         run, checkpoints, request, first = opened
         # 2. Restore the last checkpoint.
         if sft.reasoning == "self":
@@ -186,15 +192,11 @@ def _make_stage(
 def _open_run(
     config: RunConfig,
     run_folder: Path,
-    sets: Sequence[TrainingSet],
+    record: dict[str, Any],
     model: LoadedModel,
     trackers: Sequence[TrackerName],
     allow_config_change: bool,
 ) -> Iterator[tuple[Run, CheckpointWriter, StopRequest, int]]:
-    record = {
-        "data_version": [data_version(each.train) for each in sets],
-        **prompt_record(model.prompter()),
-    }
     run = Run(
         run_folder,
         config,
@@ -220,7 +222,7 @@ def _begin(
     if first:
         restored = checkpoints.restore(first, state.params, state.optimizer)
         skipped = restored.meta["skipped"]
-        in_a_row = jax.device_put(np.int32(restored.meta["skipped_in_a_row"]), state.skipped.sharding)
+        in_a_row = placed(np.int32(restored.meta["skipped_in_a_row"]), state.skipped.sharding)
         state = TrainState(restored.params, restored.optimizer, in_a_row)
         logger.info(f"going on from step {first}")
         run.start_at(first)

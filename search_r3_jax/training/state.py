@@ -10,6 +10,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from search_r3_jax.mesh import placed
 from search_r3_jax.training import sharding
 
 
@@ -57,9 +58,8 @@ def init_state(
     def start(params: nnx.State) -> tuple[Any, jax.Array]:
         return optimizer.init(params), jnp.zeros((), jnp.int32)
 
-    return TrainState(
-        jax.device_put(start_params, shardings.params), *jax.jit(start, out_shardings=shardings[1:])(params)
-    )
+    params_there = jax.tree.map(placed, start_params, shardings.params)
+    return TrainState(params_there, *jax.jit(start, out_shardings=shardings[1:])(params))
 
 
 def committed(tree: Any) -> Any:

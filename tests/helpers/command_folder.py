@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from helpers.tiny_models import word_collection
 
 from search_r3_jax.config import LoraConfig
 from search_r3_jax.data.dataset import build_dataset
-from search_r3_jax.hub.checkpoint_reader import read_checkpoint
+from search_r3_jax.hub.checkpoint_reader import checkpoint_folder, checkpoint_steps, read_checkpoint
 from search_r3_jax.hub.load_model import load_model, with_lora
 from search_r3_jax.models.lora import trainable_filter
 
@@ -163,3 +164,10 @@ def until(found: Callable[[], bool], process: subprocess.Popen[bytes], *, second
 def equal(ours: Any, theirs: Any) -> None:
     """Two trees of arrays are equal to the last bit."""
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def back_to(run: Path, step: int) -> None:
+    """As if the run had been killed right after it saved `step`."""
+    for later in checkpoint_steps(run):
+        if later > step:
+            shutil.rmtree(checkpoint_folder(run) / str(later))

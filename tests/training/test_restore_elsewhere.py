@@ -3,14 +3,11 @@ the losses stay."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.command_folder import Place
-
-from search_r3_jax.hub.checkpoint_reader import checkpoint_folder, checkpoint_steps
+from helpers.command_folder import Place, back_to
 
 STEPS = 8
 # Adapters alone, and all parameters with their moments.
@@ -25,13 +22,6 @@ MOVES: dict[str, list[tuple[int, int, dict[str, int]]]] = {
         (6, 1, BACK),
     ],
 }
-
-
-def back_to(run: Path, step: int) -> None:
-    """As if the run had been killed right after it saved `step`."""
-    for later in checkpoint_steps(run):
-        if later > step:
-            shutil.rmtree(checkpoint_folder(run) / str(later))
 
 
 def check(lines: list[dict[str, Any]], whole: list[dict[str, Any]]) -> None:

@@ -9,10 +9,8 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Protocol
 
-import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
 from search_r3_jax.config import IndexConfig
 from search_r3_jax.errors import UserError
@@ -32,7 +30,6 @@ from search_r3_jax.retrieval.store.versions import (
 )
 
 POLL_SECONDS = 0.5
-NOT_YET, OPEN, FAILED = 0, 1, 2
 logger = logging.getLogger(__name__)
 
 
@@ -86,7 +83,7 @@ class IndexFollower:
     """Finds, checks and opens new versions of a run's index in the background; implements `Follower`.
 
     Opening reads a whole version, which takes seconds; swapping to one that is open takes none. Of several
-    processes, process 0 proposes the version; `LiveIndex` asks for it, before each step.
+    processes only process 0 follows the index.
     """
 
     def __init__(
@@ -110,19 +107,15 @@ class IndexFollower:
         self._roots = [*([] if replayed is None else [replayed]), self._root]
         self._versions_to_keep = versions_to_keep
         self._corpus_hash, self._embed_id = corpus_hash, embed_id
-        self._first = jax.process_index() == 0
         self._process = IndexerProcess(
             run,
-            local=self._settings.local and self._first,
+            local=self._settings.local,
             silent_seconds=self._settings.silent_seconds,
             command=command,
         )
         # Shared with the background thread, under the lock.
         self._lock = threading.Lock()
         self._open: dict[int, Index] = {}
-        self._failed: set[int] = set()
-        self._proposed: int | None = None
-        self._wanted: int | None = None
         self._current: int | None = None
         self._last_logged = ""
         self._error: BaseException | None = None
@@ -146,32 +139,16 @@ class IndexFollower:
         self._raise_background_error()
 
     def newer_than(self, version: int | None, *, at_most: int) -> Index | None:
-        """Return a newer index than `version`, open on all processes, or None; never waits.
+        """Return a newer index than `version` that is open, or None; never waits.
 
         A version of a later step than `at_most` is left for later: a run that went back to an earlier
-        checkpoint will reach it again. Every process calls this at the same step, with the same versions.
+        checkpoint will reach it again.
         """
         self._raise_background_error()
-        # Process 0 proposes one version until all processes have opened it, or one has failed to.
         with self._lock:
-            if self._proposed not in self._open:
-                self._proposed = max((step for step in self._open if step <= at_most), default=None)
-        chosen = self._proposed_by_first()
-        if chosen is None or (version is not None and chosen <= version):
-            return None
-        with self._lock:
-            if not self._first and chosen not in (*self._open, *self._failed):
-                self._wanted = chosen
-            here = OPEN if chosen in self._open else FAILED if chosen in self._failed else NOT_YET
-        everywhere = self._of_all(here)
-        if FAILED in everywhere:
-            with self._lock:
-                self._failed.add(chosen)
-                self._open.pop(chosen, None)
-            return None
-        if NOT_YET in everywhere:
-            return None
-        with self._lock:
+            chosen = max((step for step in self._open if step <= at_most), default=None)
+            if chosen is None or (version is not None and chosen <= version):
+                return None
             index = self._open[chosen]
             self._set_current(chosen)
         self._process.succeeded()
@@ -257,8 +234,7 @@ class IndexFollower:
 
     def _wait(self, on_wait: Callable[[], object]) -> None:
         self.check()
-        if self._first:
-            self._process.raise_if_failing()
+        self._process.raise_if_failing()
         on_wait()
         time.sleep(0.1)
 
@@ -276,16 +252,13 @@ class IndexFollower:
 
     def _next(self) -> int | None:
         """The version to open next, or None."""
-        if not self._first:
-            with self._lock:
-                return None if self._wanted in (*self._open, *self._failed) else self._wanted
         try:
             newest = current_version(self._root)
         except IndexVersionError as error:
             self._log_once(f"keeping the index in use: {error}")
             return None
         with self._lock:
-            if newest is None or not self._is_newer(newest) or newest in (*self._open, *self._failed):
+            if newest is None or not self._is_newer(newest) or newest in self._open:
                 return None
         return None if self._rejected == (newest, self._manifest_text(newest)) else newest
 
@@ -300,11 +273,8 @@ class IndexFollower:
         except IndexVersionError as error:
             self._log_once(f"keeping the index in use: {error}")
             self._rejected = (step, text)
-            if self._first and current_version(self._root) == step:
+            if current_version(self._root) == step:
                 mark_rejected(self._root, step)
-            if not self._first:
-                with self._lock:
-                    self._failed.add(step)
             return
         # Warm up: load pages and compile before the first step searches it.
         index.search(index.take(np.zeros(1, np.int32)), 1)
@@ -325,10 +295,9 @@ class IndexFollower:
         self._current = version
 
     def _pin(self, *opening: int) -> None:
-        if self._first:
-            with self._lock:
-                used = {*self._open} if self._current is None else {self._current, *self._open}
-                pin_versions(self._root, {*used, *opening, *self.versions_to_keep()})
+        with self._lock:
+            used = {*self._open} if self._current is None else {self._current, *self._open}
+            pin_versions(self._root, {*used, *opening, *self.versions_to_keep()})
 
     def _manifest_text(self, step: int) -> str:
         try:
@@ -348,18 +317,3 @@ class IndexFollower:
             error, self._error = self._error, None
         if error is not None:
             raise error
-
-    def _proposed_by_first(self) -> int | None:
-        """Process 0's proposal, on every process."""
-        if jax.process_count() == 1:
-            return self._proposed
-        # Collectives need a number: −1 stands for None.
-        sent = np.array(-1 if self._proposed is None else self._proposed, np.int32)
-        received = int(multihost_utils.broadcast_one_to_all(sent))
-        return None if received < 0 else received
-
-    def _of_all(self, mine: int) -> list[int]:
-        """The value of each process."""
-        if jax.process_count() == 1:
-            return [mine]
-        return np.atleast_1d(multihost_utils.process_allgather(np.array(mine, np.int32))).tolist()

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from search_r3_jax.config import Step
+from search_r3_jax.config import InferenceConfig, Step
 from search_r3_jax.console import TextConsole, progress_bar
 from search_r3_jax.data.collection import Collection, Document
 from search_r3_jax.data.dataset import build_dataset, load_collections, ordered_queries_hash
 from search_r3_jax.errors import UserError
 from search_r3_jax.files import target_of
 from search_r3_jax.hub.export import max_text_tokens
-from search_r3_jax.hub.load_model import load_model, pinned_step, resolve
+from search_r3_jax.hub.load_model import load_for_inference, pinned_step, resolve
 from search_r3_jax.hub.model_hash import model_hash
 from search_r3_jax.outputs import check_output_folder
 from search_r3_jax.retrieval.index.build import build_index
@@ -68,6 +68,7 @@ def mine_dataset(
     max_query_tokens: int,
     max_document_tokens: int,
     step: Step = None,
+    inference: InferenceConfig | None = None,
     shard_documents: int = SHARD_DOCUMENTS,
 ) -> MiningCounts:
     """Build `out` from the data set or BEIR folder `data`, with negatives mined by `model`.
@@ -95,7 +96,7 @@ def mine_dataset(
             f"--split: {data} has no split {split!r}; splits found: {', '.join(sorted(collections))}"
         )
     collection = collections[split]
-    encoder = _Vectors(model, step, work, shard_documents)
+    encoder = _Vectors(model, step, inference or InferenceConfig(), work, shard_documents)
     texts = distinct_texts(collection)
     if not work.is_dir():
         # Float32 vectors, in shards and joined.
@@ -150,16 +151,18 @@ class _Vectors:
         model_hash: of everything that a vector depends on beside its text and the limit of tokens.
     """
 
-    def __init__(self, model: str, step: Step, work: Path, shard_documents: int):
+    def __init__(self, model: str, step: Step, inference: InferenceConfig, work: Path, shard_documents: int):
         self.step = pinned_step(model, step)
-        loaded = load_model(model, step=self.step)
+        loaded = load_for_inference(model, inference, step=self.step)
         self.name = resolve(model).resolve().name if Path(model).exists() else model
         self._prompter = loaded.prompter()
         graph, self._state = nnx.split(loaded.decoder)
-        self._encoder = Encoder(graph, self._prompter)
+        self._encoder = Encoder(graph, self._prompter, mesh=loaded.mesh)
         self._config = loaded.decoder.config
         self.dimension = self._config.hidden_size
         self.model_hash = model_hash(self._state, self._config, self._prompter)
+        if inference.compute_dtype != "float32":
+            self.model_hash += f"-{inference.compute_dtype}"
         self._work, self._shard_documents = work, shard_documents
 
     def encode(self, what: str, documents: Sequence[Document], max_tokens: int) -> np.ndarray:

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.fake_bucket import fake_bucket
-from helpers.jax_processes import run_processes
 from helpers.stage2_run import SOURCES, IndexedRun, until
 
 from search_r3_jax.config import IndexConfig
@@ -104,15 +103,6 @@ def test_versions_in_a_bucket(
     np.testing.assert_allclose(index.take(np.arange(40)), run.vectors(2), atol=tolerance)
     assert [line.split(":")[0] for line in log_lines] == ["index v0", "index v2"]
     assert not (run.path / "index").exists()
-
-
-@pytest.mark.slow
-def test_trainers_of_two_processes_take_in_the_same_versions_at_the_same_steps(tmp_path: Path) -> None:
-    program = Path(__file__).parents[2] / "helpers" / "two_followers.py"
-    first, second = run_processes(program, [str(tmp_path)], processes=2, devices=1, timeout=180)
-    assert first["taken"] == second["taken"]
-    assert [version for _, version in first["taken"]] == [1, 3]
-    assert any("cannot be read here" in line for line in second["said"])
 
 
 @pytest.mark.slow

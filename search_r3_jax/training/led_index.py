@@ -1,0 +1,165 @@
+"""The index of stage 2 in every process: process 0 holds it, the others learn what it found and decided."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from search_r3_jax.config import RunConfig
+from search_r3_jax.data.collection import Collection
+from search_r3_jax.distributed.lockstep import Message, Team
+from search_r3_jax.hub.checkpoint_reader import read_checkpoint
+from search_r3_jax.retrieval.environment.environment import EncodeDocuments, Environment, StepResult
+from search_r3_jax.training.live_index import IndexStart, IndexStatistics, LiveIndex
+
+_TERM = "term "
+
+
+class LedIndex:
+    """What a `LiveIndex` in process 0 decides, in every process; each calls the same methods in turn."""
+
+    def __init__(
+        self,
+        team: Team,
+        live: LiveIndex | None,
+        run: Path,
+        statistics: IndexStatistics,
+        *,
+        drift_every: int,
+    ):
+        """`live` is the index in process 0, None in the others; `drift_every` is that of its config."""
+        self._team, self._live, self._run, self._statistics = team, live, run, statistics
+        self._drift_every = drift_every
+        self._checkpoint: tuple[int, nnx.State] | None = None
+
+    @classmethod
+    def open(
+        cls,
+        team: Team,
+        run: Path,
+        config: RunConfig,
+        collection: Collection,
+        encode: EncodeDocuments,
+        *,
+        embed_id: int,
+        start: IndexStart,
+        on_wait: Callable[[int], object],
+    ) -> LedIndex:
+        """Open the index in use at `start`, as `LiveIndex.open`; `on_wait` is called in process 0."""
+        opened: list[LiveIndex] = []
+        encode = team.together("encode documents", encode)
+
+        def work() -> Message:
+            live = LiveIndex.open(
+                run, config, collection, encode, embed_id=embed_id, start=start, on_wait=on_wait
+            )
+            opened.append(live)
+            return live.statistics.to_json()
+
+        statistics = IndexStatistics.from_json(team.lead(work))
+        live = opened[0] if opened else None
+        return cls(team, live, run, statistics, drift_every=config.index.drift_every)
+
+    @property
+    def statistics(self) -> IndexStatistics:
+        """Version in use, swaps and versions up to now."""
+        return self._statistics
+
+    def before_step(self, step: int, save: Callable[[], object]) -> dict[str, float]:
+        """Swap in the version that this step uses, as `LiveIndex.before_step`.
+
+        `save` is called in process 0.
+        """
+
+        def work() -> Message:
+            stalls = self._of_leader().before_step(step, save)
+            return {"stalls": stalls, **self._of_leader().statistics.to_json()}
+
+        told = self._team.lead(work)
+        self._statistics = IndexStatistics.from_json(told)
+        return dict(told["stalls"])
+
+    def ask(self, work: Callable[[Environment], Message]) -> Message:
+        """What `work` makes of the environment, which process 0 has; see `Team.lead`."""
+        return self._team.lead(lambda: work(self._of_leader().environment))
+
+    def checkpoint_arrays(self) -> dict[str, np.ndarray]:
+        """Arrays for a checkpoint, as `LiveIndex.checkpoint_arrays`."""
+        return dict(self._team.lead(lambda: self._of_leader().checkpoint_arrays()))
+
+    def checkpoint_saved(self) -> None:
+        """Restart the drift measurement: a checkpoint of the current parameters was saved."""
+        if not self._drift_every:
+            return
+
+        def work() -> Message:
+            self._of_leader().checkpoint_saved()
+            return {}
+
+        self._team.lead(work)
+
+    def drifted(self, step: int) -> tuple[bool, dict[str, float]]:
+        """Whether the corpus has drifted far enough for another checkpoint, and how far."""
+        if not self._drift_every:
+            return False, {}
+
+        def work() -> Message:
+            drifted, drift = self._of_leader().drifted(step)
+            return {"drifted": drifted, "drift": drift}
+
+        told = self._team.lead(work)
+        return told["drifted"], dict(told["drift"])
+
+    def checkpoint_params(self, like: nnx.State) -> nnx.State:
+        """The trainable parameters, shaped like `like`, that the index in use was built from."""
+        version = self._statistics.version
+        if self._checkpoint is None or self._checkpoint[0] != version:
+            self._checkpoint = version, read_checkpoint(self._run, version, like)
+        return self._checkpoint[1]
+
+    def check(self) -> None:
+        """Restart a dead indexer, and raise errors of the background thread; call between steps."""
+
+        def work() -> Message:
+            self._of_leader().check()
+            return {}
+
+        self._team.lead(work)
+
+    def close(self) -> None:
+        """Stop the indexer and the background thread."""
+        if self._live is not None:
+            self._live.close()
+
+    def _of_leader(self) -> LiveIndex:
+        if self._live is None:
+            raise RuntimeError("only process 0 has the index")
+        return self._live
+
+
+def result_message(result: StepResult) -> dict[str, Any]:
+    """A step's result as a message."""
+    return {
+        "rewards": result.rewards,
+        **{f"{_TERM}{name}": term for name, term in result.terms.items()},
+        "top_rows": result.top_rows,
+        "candidates": np.concatenate(result.candidates),
+        "candidate_counts": np.array([len(rows) for rows in result.candidates], np.int32),
+        "stats": result.stats,
+    }
+
+
+def result_of(message: Message) -> StepResult:
+    """The inverse of `result_message`."""
+    ends = np.cumsum(message["candidate_counts"])
+    return StepResult(
+        rewards=message["rewards"],
+        terms={name.removeprefix(_TERM): value for name, value in message.items() if name.startswith(_TERM)},
+        top_rows=message["top_rows"],
+        candidates=np.split(message["candidates"], ends[:-1]),
+        stats=dict(message["stats"]),
+    )
