@@ -139,13 +139,13 @@ class Perplexity(InferenceConfig):
         result = measure_perplexity(
             self.model,
             self.data,
-            self,
             split=self.split,
             max_documents=self.max_documents,
             max_tokens=self.max_tokens,
             step=self.step,
             seed=self.seed,
             out=self.out,
+            inference=self,
         )
         print_line(
             f"{self.model}: perplexity {result['perplexity']:.4f} of {result['tokens']} tokens in "

@@ -118,7 +118,6 @@ def _batch_nats(
 def measure_perplexity(
     model: str,
     data: Path,
-    inference: InferenceConfig,
     *,
     split: str,
     max_documents: int,
@@ -126,6 +125,7 @@ def measure_perplexity(
     step: Step,
     seed: int,
     out: Path | None,
+    inference: InferenceConfig | None = None,
 ) -> dict[str, Any]:
     """Perplexity of a model on random documents of a collection; writes and returns the result.
 
@@ -139,7 +139,7 @@ def measure_perplexity(
     collection, sample = sample_corpus(dataclasses.replace(whole, queries=()), max_documents, seed=seed)
     pinned = pinned_step(model, step)
     run_config = None if pinned is None else read_run(resolve(model))[1]["config"]
-    loaded = load_for_inference(model, inference, step=pinned)
+    loaded = load_for_inference(model, inference or InferenceConfig(), step=pinned)
     limit = min(max_tokens, loaded.decoder.config.max_positions)
     rows = text_rows(loaded.tokenizer, [document.body for document in collection.documents], limit)
     usable = sum(len(row) > 1 for row in rows)
