@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,20 +120,25 @@ class Place:
         return text
 
     def cluster(
-        self, command: list[str], *, processes: int, devices: int = 1
+        self,
+        command: list[str],
+        *,
+        processes: int,
+        devices: int = 1,
+        commands: Sequence[list[str]] = (),
     ) -> list[subprocess.Popen[bytes]]:
-        """The command in several processes, which find each other by flags."""
+        """The command in several processes, or one of `commands` in each, which find each other by flags."""
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         flags = ["--cluster.coordinator", f"localhost:{port}", "--cluster.processes", str(processes)]
         return [
             self.start(
-                [*command, *flags, "--cluster.process", str(process)],
+                [*each, *flags, "--cluster.process", str(process)],
                 devices=devices,
                 log=f"out-{process}.txt",
             )
-            for process in range(processes)
+            for process, each in enumerate(commands or [command] * processes)
         ]
 
     def lines(self, run: str) -> list[dict[str, Any]]:

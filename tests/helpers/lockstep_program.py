@@ -30,7 +30,7 @@ def main(process: int, processes: int, port: int) -> None:
     together = team.together("double", double)
 
     def inner() -> Message:
-        return {"sum": together(np.arange(3)).sum()}
+        return {"sum": int(together(np.arange(3)).sum())}
 
     def nested() -> int:
         ran.append("nested")
