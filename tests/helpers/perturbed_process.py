@@ -1,5 +1,5 @@
-"""A program for tests: `search-r3` on an odd machine. Its searches differ in the last bit, its clock is an hour
-off, and the files of the run appear five seconds late.
+"""A program for tests: `search-r3` on an odd machine. Its searches differ in the last bit, its clock is an
+hour off, and the files of the run appear five seconds late.
 
 Arguments: those of `search-r3`.
 """

@@ -63,7 +63,12 @@ def said(place: Place) -> str:
 
 
 @pytest.mark.parametrize(
-    ("kind", "processes", "devices"), [("lora exact", 2, 2), ("full scann", 4, 1), ("lora stale", 2, 1)]
+    ("kind", "processes", "devices"),
+    [
+        ("lora exact", 2, 2),
+        pytest.param("full scann", 4, 1, marks=pytest.mark.exhaustive),
+        pytest.param("lora stale", 2, 1, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_several_processes_compute_what_one_computes(
     place: Place, kind: str, processes: int, devices: int
@@ -78,6 +83,7 @@ def test_several_processes_compute_what_one_computes(
     check_same(place.lines("all"), one)
 
 
+@pytest.mark.exhaustive
 def test_one_process_repeats_the_run_of_two(place: Place) -> None:
     settings = SETTINGS | KINDS["lora exact"]
     finish_all(place, place.command("rl", "two", **settings), processes=2)
@@ -102,7 +108,7 @@ def test_a_clock_a_search_and_late_files_of_another_process_change_nothing(place
         }
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(12, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.exhaustive)])
 def test_any_process_may_be_killed(place: Place, kills: int) -> None:
     generator = np.random.default_rng(3)
     settings = SETTINGS | KINDS["lora exact"] | {"rl__steps": 6 * kills, "rl__save_every": 2}
@@ -134,6 +140,7 @@ def wait_for_steps(place: Place, run: str, processes: list[subprocess.Popen[byte
     assert all(process.poll() is None for process in processes), said(place)
 
 
+@pytest.mark.exhaustive
 def test_a_run_goes_on_in_another_number_of_processes(place: Place, tmp_path: Path) -> None:
     settings = SETTINGS | KINDS["lora exact"] | {"rl__save_every": 2}
     command = place.command("rl", "run", **settings)
@@ -148,7 +155,7 @@ def test_a_run_goes_on_in_another_number_of_processes(place: Place, tmp_path: Pa
         check_same(place.lines("run"), one)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.exhaustive), 1])
 def test_a_signal_to_one_ends_all_while_they_wait(place: Place, rank: int) -> None:
     """Nobody builds an index: all wait for the first one."""
     command = place.command("rl", "waiting", "--index.no-local", **SETTINGS | KINDS["lora exact"])

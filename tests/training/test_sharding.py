@@ -143,7 +143,12 @@ def check(report: dict[str, Any], meshes: list[dict[str, int]], *, devices: int 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("family", "kind", "sizes"), [("qwen2", "lora", {"fsdp": 2, "tensor": 2}), ("llama", "full", {"fsdp": 4})]
+    ("family", "kind", "sizes"),
+    [
+        # Two processes with adapters are also in `test_restore_elsewhere`.
+        pytest.param("qwen2", "lora", {"fsdp": 2, "tensor": 2}, marks=pytest.mark.exhaustive),
+        ("llama", "full", {"fsdp": 4}),
+    ],
 )
 def test_two_processes_of_two_devices_compute_what_one_computes(
     tiny_folders: dict[str, Path], family: str, kind: str, sizes: dict[str, int]
