@@ -27,11 +27,13 @@ from search_r3_jax.commands.training import Indexer, Quickstart, Rl, Sft
 from search_r3_jax.compile_cache import keep_programs
 from search_r3_jax.config import RunConfig, renamed_flags
 from search_r3_jax.configs import load_config
-from search_r3_jax.console import prepare_streams, print_line
-from search_r3_jax.errors import StoppedError, UserError
+from search_r3_jax.console import prepare_streams, print_line, show_mistake
+from search_r3_jax.errors import StoppedError, TransientError, UserError
 from search_r3_jax.runtime_env import configure_libraries
 
 INTERRUPTED = 130
+# What a launcher starts again.
+TRY_AGAIN = 75
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.EPIPE)
 
 DESCRIPTION = (
@@ -47,7 +49,8 @@ DataCommand = (
 def main() -> None:
     """Parse the command line and run one subcommand.
 
-    Exit status 2 for a user's mistake, 130 when interrupted before training began.
+    Exit status 2 for a user's mistake, 75 for what passes by itself, 130 when interrupted before training
+    began.
     """
     configure_libraries()
     prepare_streams()
@@ -60,10 +63,11 @@ def main() -> None:
     except UserError as error:
         if "--debug" in sys.argv:
             raise
-        print_line(f"search-r3: {error.line}", sys.stderr)
-        for row in error.table:
-            print_line(row, sys.stderr)
+        show_mistake(error)
         sys.exit(2)
+    except TransientError as error:
+        print_line(f"search-r3: {error}; try again", sys.stderr)
+        sys.exit(TRY_AGAIN)
     except StoppedError as stopped:
         print_line(f"search-r3: {stopped}")
     except OSError as error:

@@ -24,6 +24,7 @@ from rich.progress import (
 from rich.segment import Segment
 from rich.text import Text
 
+from search_r3_jax.errors import UserError
 from search_r3_jax.pace import Pace
 
 PLAIN_LINE_SECONDS = 10.0
@@ -39,6 +40,14 @@ def printable(text: str) -> str:
 def print_line(text: str, stream: TextIO | None = None) -> None:
     """Print a line that may hold foreign text to a stream, by default standard output."""
     print(printable(" ".join(text.splitlines())), file=stream)
+
+
+def show_mistake(error: UserError) -> None:
+    """Print a user's mistake to standard error: its line, and its table below."""
+    print_line(f"search-r3: {error.line}", sys.stderr)
+    for row in error.table:
+        print_line(row, sys.stderr)
+    sys.stderr.flush()
 
 
 class TextConsole(Console):

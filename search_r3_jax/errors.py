@@ -14,6 +14,10 @@ class UserError(Exception):
         self.line, self.table = line, tuple(table)
 
 
+class TransientError(Exception):
+    """What passes by itself, such as a network that is down: the command line says so and exits with 75."""
+
+
 class StoppedError(Exception):
     """Training ended early because it was asked to, and has saved where it was; the command line says so and
     exits with 0."""

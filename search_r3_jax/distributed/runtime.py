@@ -7,15 +7,17 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from typing import NoReturn
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from search_r3_jax.console import show_mistake
 from search_r3_jax.distributed.spec import Cluster, explicit_cluster, is_detectable
-from search_r3_jax.errors import StoppedError, UserError
+from search_r3_jax.errors import StoppedError, TransientError, UserError
 
 # JAX takes a process without heartbeat for this long as dead and ends the others: the only signal when a
 # whole machine is lost.
@@ -26,8 +28,10 @@ STATUS = 75
 USER_STATUS = 2
 # What a process says before it ends: that it is done, or that it met a user's mistake.
 DONE, MISTAKE = b"done", b"user"
+# Set when this process ends by a mistake of its own.
+_ENDING = threading.Event()
 # A mistake that all processes meet is reported by each; one that does not meet it ends after so long.
-MISTAKE_SECONDS = 10.0
+MISTAKE_SECONDS = 5.0
 
 
 @contextmanager
@@ -35,8 +39,9 @@ def join_cluster(cluster: Cluster, environment: Mapping[str, str] = os.environ) 
     """Join the other processes, if there are any, before JAX is used.
 
     The cluster comes from flags, the environment, SLURM or a TPU's metadata. While the context is open, this
-    process exits with `STATUS` soon after another has died, and with `USER_STATUS` soon after another has
-    left with a UserError. Raises UserError for incomplete settings.
+    process exits with `STATUS` soon after another has died, and with `USER_STATUS` soon after it or another
+    has left with a UserError. Raises UserError for incomplete settings, and TransientError where the
+    processes do not find each other.
     """
     named = explicit_cluster(cluster, environment)
     try:
@@ -47,21 +52,26 @@ def join_cluster(cluster: Cluster, environment: Mapping[str, str] = os.environ) 
         elif is_detectable(environment):
             jax.distributed.initialize(heartbeat_timeout_seconds=SILENT_SECONDS)
     except (RuntimeError, ValueError) as error:
-        raise UserError(
+        raise TransientError(
             f"cluster: the processes did not find each other ({' '.join(str(error).split())[:300]})"
         ) from error
     host = _local_address() if named is None else named.coordinator.rsplit(":", 1)[0]
     connections = _connections(host) if jax.process_count() > 1 else {}
-    for number in connections:
-        threading.Thread(target=_exit_when_lost, args=(number, connections), daemon=True).start()
+    watchers = [
+        threading.Thread(target=_exit_when_lost, args=(number, connections), daemon=True)
+        for number in connections
+    ]
+    for watcher in watchers:
+        watcher.start()
     try:
         yield
     except StoppedError:
         _say(DONE, connections)
         raise
-    except UserError:
-        _say(MISTAKE, connections)
-        raise
+    except UserError as error:
+        if not connections:
+            raise
+        _leave(error, connections, watchers)
     _say(DONE, connections)
 
 
@@ -121,18 +131,38 @@ def _say(word: bytes, connections: Mapping[int, socket.socket]) -> None:
             connection.sendall(word)
 
 
+def _leave(
+    error: UserError, connections: Mapping[int, socket.socket], watchers: Sequence[threading.Thread]
+) -> NoReturn:
+    """End this process after a UserError, and so the others.
+
+    At a normal exit JAX waits for the others, which may wait for this one in a collective.
+    """
+    _ENDING.set()
+    _say(MISTAKE, connections)
+    show_mistake(error)
+    if is_first():
+        # The others need process 0's service until they have ended.
+        end = time.monotonic() + 2 * MISTAKE_SECONDS
+        for watcher in watchers:
+            watcher.join(max(0.0, end - time.monotonic()))
+    os._exit(USER_STATUS)
+
+
 def _exit_when_lost(number: int, connections: Mapping[int, socket.socket]) -> None:
     """Wait for what process `number` says last, and end this process unless that is `DONE`."""
     try:
         received = connections[number].recv(len(DONE), socket.MSG_WAITALL)
     except OSError:
         received = b""
-    if received == DONE:
+    if received == DONE or _ENDING.is_set():
         return
     status, why, then = STATUS, "is gone", "The same command, on all processes, goes on"
     if received == MISTAKE:
         # Mostly all meet the same mistake; each says so itself, and ends.
         time.sleep(MISTAKE_SECONDS)
+        if _ENDING.is_set():
+            return
         status, why, then = USER_STATUS, "met a mistake", "Its output says which"
         # Process 0 alone hears of it.
         _say(MISTAKE, {other: each for other, each in connections.items() if other != number})

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from search_r3_jax.config import InferenceConfig, LoraConfig, ModelConfig, Step
-from search_r3_jax.errors import UserError
+from search_r3_jax.errors import TransientError, UserError
 from search_r3_jax.hub.checkpoint_reader import (
     read_checkpoint,
     read_run,
@@ -51,6 +51,8 @@ __all__ = [
 ]
 
 PACKAGED = "smollm2"
+# What the hub answers when it is asked too often, or is ill.
+PASSING = {429, 500, 502, 503, 504}
 EXPORT_MANIFEST = "search_r3.json"
 logger = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -286,6 +288,10 @@ def _from_hub(repo: str) -> Path:
         return Path(snapshot_download(repo, allow_patterns=_HUB_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())
+        if isinstance(error, HfHubHTTPError) and error.response.status_code in PASSING:
+            raise TransientError(
+                f"model: {repo}: the hub is busy (status {error.response.status_code}: {reason[:200]})"
+            ) from None
         raise UserError(
             f"model: {repo}: no such folder, and neither in the local Hugging Face cache nor on the hub "
             f"({reason[:200]}); check the name"
