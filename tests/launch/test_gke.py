@@ -379,7 +379,9 @@ def test_the_container_ends_as_the_run_did(
 ) -> None:
     cluster.program("search-r3", f"printf '%s\\0' \"$@\" >{tmp_path}/arguments\n{program}")
     command = ["bash", str(LAUNCH / "gke/entry.sh"), *ODD]
-    process = subprocess.Popen(command, env=cluster.environment(), stdout=subprocess.PIPE, text=True)
+    # Asked to stop, it waits for nothing.
+    environment = cluster.environment({"SEARCH_R3_PAUSE": "300" if signal else "0"})
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "hello\n"
     if signal:

@@ -165,6 +165,7 @@ def test_an_environment_file_is_taken_as_it_stands(cloud: StandIns, tmp_path: Pa
         (["rl", "--index.no-lokal"], "--index.no-lokal: search-r3 rl has no such option"),
         # Of another section, and of no section.
         (["rl", "--sft.micro-queries", "8"], "--sft.micro-queries: search-r3 rl has no such option"),
+        (["rl", "--rl.sampler.top", "1"], "--rl.sampler.top: search-r3 rl has no such option"),
         (["rl", "--rl.top-p=0.9"], "--rl.top-p: search-r3 rl has no such option"),
         (["rl", "--micro-queries", "8"], "--micro-queries: search-r3 rl has no such option"),
         (["rl", "--no-index.local"], "--no-index.local: search-r3 rl has no such option"),
