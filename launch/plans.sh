@@ -49,7 +49,7 @@ stages() {
     local name="$1/$2" slice="$2" config="$3" pairs="$4" queries="$5"
     shift 5
     plan "$name/sft" "$slice" sft --config "$config" --sft.global-batch "$pairs" --sft.encode-chunk "$pairs" "$@"
-    plan "$name/rl" "$slice" rl --config "$config" --rl.global-queries "$queries" "$@"
+    plan "$name/rl" "$slice" rl --config "$config" --rl.global-queries "$queries" --rl.micro-queries 0 "$@"
     plan "$name/decode" "$slice" decode --config "$config" "$@"
     plan "$name/encode" "$slice" encode --config "$config" "$@"
 }
@@ -66,14 +66,38 @@ stages Qwen3-8B v5e-16 qwen3_8b 32 16
 stages Qwen3-8B v5p-16 qwen3_8b 128 32
 stages Qwen3-8B v6e-16 qwen3_8b 64 32
 
-# The experiments as they are, through GradCache where they say so.
-plan experiments/qwen25_1p5b v5e-16 sft --config qwen25_1p5b
-plan experiments/qwen25_7b v5p-16 sft --config qwen25_7b
-plan experiments/qwen25_7b_lora v5e-16 sft --config qwen25_7b_lora
-plan experiments/qwen3_8b v5p-16 sft --config qwen3_8b
+# experiment NAME SLICE ARGUMENT…: the updates of both stages as it says, in the parts that it says.
+experiment() {
+    local name="experiments/$1/$2" slice="$2" config="$1"
+    shift 2
+    plan "$name/sft" "$slice" sft --config "$config" "$@"
+    plan "$name/rl" "$slice" rl --config "$config" "$@"
+}
+
+# stage_2 NAME SLICE ARGUMENT…: the programs of stage 2, where they are not those of the published model above.
+stage_2() {
+    local name="experiments/$1/$2" slice="$2" config="$1" stage
+    shift 2
+    for stage in rl decode encode; do
+        plan "$name/$stage" "$slice" "$stage" --config "$config" "$@"
+    done
+}
+
+experiment qwen25_1p5b v5e-16
+experiment qwen25_7b v5p-16
+experiment qwen25_7b_lora v5e-16
+experiment qwen3_8b v5p-16
+# On the eight chips of one host.
+stage_2 qwen25_1p5b v5e-8 --rl.micro-queries 16
 # Made for a laptop; on the smallest slice that there is.
-plan experiments/smollm2 v5e-1 sft --config smollm2
-plan experiments/quickstart v5e-1 sft --config quickstart
+for name in smollm2 quickstart; do
+    plan "experiments/$name/v5e-1/sft" v5e-1 sft --config "$name"
+    stage_2 "$name" v5e-1
+done
+
+# The indexer: each host of its slices, of whatever size, is a world of its own with four chips.
+plan Qwen2.5-1.5B/v5e-4/encode v5e-4 encode --config qwen25_1p5b
+plan Qwen2.5-7B/v5e-4/encode v5e-4 encode --config qwen25_7b_lora
 
 if [ "$made" -eq 0 ]; then
     fail "${names[*]}: no such plan; --dry-run lists them"

@@ -18,7 +18,8 @@ launch/slurm.sh [FLAGS] -- ARGUMENTS OF search-r3
   --time LIMIT        time limit (what the cluster gives); 180 s before it the run saves, stops, and is queued again
   --partition P, --account A
   --sbatch OPTION     any other option of sbatch, as often as needed: --sbatch=--constraint=a100
-  --attempts N        how often it is started within one job while a process dies (3)
+  --attempts N        how often it is started within one job while a process dies, or it ends with 75 (3)
+  --pause SECONDS     before the second of these starts (10); doubled each time, up to five minutes
   --dry-run           print the commands, run nothing
 
 `sbatch OPTIONS launch/slurm.sh -- ARGUMENTS` does the same. The job has the environment it was submitted from: HF_TOKEN comes that way,
@@ -62,17 +63,19 @@ run_step() {
         act "${step[@]}"
         return
     fi
-    # A run that stopped ends with 0 as a finished one does; only its last line tells them apart.
+    # A run that stopped ends with 0 as a finished one does; only its last line tells them apart. Of several processes
+    # srun tells the highest status, which hides the 2 of the one with a mistake behind the 75 of the others.
     "${step[@]}" 2>&1 | awk -v stopped="$STOPPED" '
         { print; fflush() }
         /: stopped and saved at step / { status = stopped }
-        END { exit status }' || statuses=("${PIPESTATUS[@]}")
-    [ "${statuses[0]}" -ne 0 ] || return "${statuses[1]}"
+        /^srun: error: .*: Exited with exit code 2$/ { mistake = 1 }
+        END { exit mistake ? 2 : status }' || statuses=("${PIPESTATUS[@]}")
+    [ "${statuses[0]}" -ne 0 ] && [ "${statuses[1]}" -ne 2 ] || return "${statuses[1]}"
     return "${statuses[0]}"
 }
 
 in_job() {
-    local attempt status
+    local attempt status seconds
     need srun scontrol search-r3
     if [ "${SLURM_NTASKS_PER_NODE:-1}" = 1 ] && [ "${SLURM_GPUS_ON_NODE:-0}" -gt 0 ]; then
         # Under SLURM JAX takes a process to drive one GPU, unless it is told which.
@@ -82,17 +85,34 @@ in_job() {
     for ((attempt = 1; ; attempt++)); do
         status=0
         run_step "$@" || status=$?
-        # 75: another process has died; 128 and more: the one that did, by a signal.
+        # 75: it passes by itself, or another process has died; 128 and more: the one that did, by a signal.
         if [ "$status" -ne 75 ] && [ "$status" -lt 128 ] || [ "$attempt" -ge "$attempts" ]; then
             break
         fi
-        echo "slurm.sh: a process has died (status $status); all start again"
+        seconds="$(pause_before "$pause" "$attempt")"
+        if [[ "${SLURM_JOB_END_TIME:-}" =~ ^[0-9]+$ ]] && ((SLURM_JOB_END_TIME - $(date +%s) < seconds + 180)); then
+            # The time limit's signal would find nobody: the next job goes on.
+            status="$STOPPED"
+            break
+        fi
+        echo "slurm.sh: status $status; all start again in $seconds s"
+        sleep "$seconds"
     done
     if [ "$status" -eq "$STOPPED" ]; then
         act scontrol requeue "$SLURM_JOB_ID"
         return
     fi
+    [ "$status" -ne 2 ] || echo "slurm.sh: status 2: what it says above is to be mended, and is not tried again"
     return "$status"
+}
+
+# pause_before FIRST TRY: seconds until then: FIRST, doubled from try to try, up to five minutes.
+pause_before() {
+    local seconds="$1" try
+    for ((try = 1; try < $2 && seconds < 300; try++)); do
+        seconds=$((2 * seconds))
+    done
+    echo $((seconds < 300 ? seconds : 300))
 }
 
 submit() {
@@ -104,6 +124,7 @@ submit() {
     check_count --nodes "$nodes"
     check_count --gpus "$gpus"
     check_count --attempts "$attempts"
+    check_count --pause "$pause"
     case "$tasks" in
     node) ;;
     # Not --gpus-per-task: each process has to see all GPUs of its node, and takes the one of its own number.
@@ -117,19 +138,21 @@ submit() {
     [ -z "$partition" ] || options+=("--partition=$partition")
     [ -z "$account" ] || options+=("--account=$account")
     [ -n "$dry_run" ] || need sbatch "call this where jobs are submitted"
-    act sbatch "${options[@]}" ${more[@]+"${more[@]}"} "$here/slurm.sh" --attempts "$attempts" -- "$@"
+    act sbatch "${options[@]}" ${more[@]+"${more[@]}"} "$here/slurm.sh" --attempts "$attempts" \
+        --pause "$pause" -- "$@"
     if [ -n "$dry_run" ]; then
         echo "# and then, in the job:"
         SLURM_CPUS_PER_TASK="$cpus" run_step "$@"
     fi
 }
 
-nodes=1 gpus=1 tasks=node cpus='' time='' partition='' account='' attempts=3 dry_run='' more=()
+nodes=1 gpus=1 tasks=node cpus='' time='' partition='' account='' attempts=3 pause=10 dry_run='' more=()
 while [ $# -gt 0 ]; do
     case "$1" in
     --) break ;;
     --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
-    --nodes | --gpus | --tasks | --cpus | --time | --partition | --account | --attempts | --sbatch)
+    --nodes | --gpus | --tasks | --cpus | --time | --partition | --account | --attempts | --pause | \
+        --sbatch)
         [ $# -ge 2 ] || fail "$1: a value is missing"
         if [ "$1" = --sbatch ]; then
             more+=("$2")

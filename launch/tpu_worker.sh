@@ -54,14 +54,47 @@ start() {
     echo started
 }
 
+# metadata NAME: what the machine is told about its slice.
+metadata() {
+    curl --fail --silent --show-error --retry 5 --header 'Metadata-Flavor: Google' \
+        "http://metadata.google.internal/computeMetadata/v1/instance/attributes/$1"
+}
+
+# line_of NAME DEFAULT: of the slice's description in `tpu_env`, whose lines are NAME: 'value'.
+line_of() {
+    local value
+    value="$(sed -n "s/^ *$1: *'\(.*\)' *\$/\1/p" <<<"$tpu_env")"
+    printf '%s' "${value:-$2}"
+}
+
+# as_indexer ARGUMENT…: into `arguments`: this worker's share of the work, on its own chips.
+as_indexer() {
+    local tpu_env endpoints hosts number
+    tpu_env="$(metadata tpu-env)"
+    endpoints="$(metadata worker-network-endpoints)"
+    endpoints="${endpoints//[^,]/}"
+    hosts=$((${#endpoints} + 1))
+    number=$(($(line_of MEGASCALE_SLICE_ID 0) * hosts + $(metadata agent-worker-number)))
+    arguments=("$@" --process "$number" --processes $((hosts * $(line_of MEGASCALE_NUM_SLICES 1))))
+    a_world_of_its_own "$(line_of CHIPS_PER_HOST_BOUNDS 2,2,1)"
+}
+
 # attempt ARGUMENT…: within that session: one run, and how it ended.
 attempt() {
-    local before status=0 ended
+    local before status=0 ended arguments=("$@")
     before="$(wc -l <"$state/log.txt")"
     [ ! -e "$secrets" ] || read_environment "$secrets"
     PATH="$root/.venv/bin:$PATH"
     cd "$HOME"
-    search-r3 "$@" &
+    if [ "$1" = indexer ]; then
+        as_indexer "$@"
+        {
+            wait_for_run "$(value_in --run "$@")"
+            exec search-r3 "${arguments[@]}"
+        } &
+    else
+        search-r3 "${arguments[@]}" &
+    fi
     printf '%s' "$!" >"$state/process"
     wait "$!" || status=$?
     ended="ended $status"

@@ -1,6 +1,8 @@
-"""Stage 1 of Qwen2.5-1.5B-Instruct, all parameters, batches of 4,096 pairs through GradCache; a v5e-16.
+"""Qwen2.5-1.5B-Instruct, all parameters, for a v5e-16: batches of 4,096 pairs through GradCache, then of 128
+queries in parts.
 
-search-r3 sft --config qwen25_1p5b --run SHARED/runs/qwen25_1p5b --data.sets DATA/…
+search-r3 sft --config qwen25_1p5b --run SHARED/runs/sft --data.sets DATA/…
+search-r3 rl --config qwen25_1p5b --run SHARED/runs/rl --model SHARED/runs/sft --data.sets DATA/…
 """
 
 from search_r3_jax.config import (
@@ -37,6 +39,8 @@ config = RunConfig(
     rl=RlConfig(
         steps=1000,
         global_queries=128,
+        # All at once would not fit a v5e-16.
+        micro_queries=32,
         group_size=16,
         # Without a penalty no reference is read.
         beta=0.0,

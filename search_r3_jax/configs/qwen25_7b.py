@@ -1,7 +1,8 @@
-"""Stage 1 of Qwen2.5-7B-Instruct, all parameters, batches of 1,024 pairs through GradCache; a v5p-16 (8
-chips).
+"""Qwen2.5-7B-Instruct, all parameters, for a v5p-16 (8 chips): batches of 1,024 pairs through GradCache, then
+of 128 queries in parts.
 
-search-r3 sft --config qwen25_7b --run SHARED/runs/qwen25_7b --data.sets DATA/…
+search-r3 sft --config qwen25_7b --run SHARED/runs/sft --data.sets DATA/…
+search-r3 rl --config qwen25_7b --run SHARED/runs/rl --model SHARED/runs/sft --data.sets DATA/…
 """
 
 import dataclasses
@@ -17,4 +18,5 @@ config = dataclasses.replace(
         encode_chunk=64,
         optimizer=dataclasses.replace(smaller.sft.optimizer, learning_rate=1e-5),
     ),
+    rl=dataclasses.replace(smaller.rl, micro_queries=64),
 )

@@ -1,6 +1,8 @@
-"""Stage 1 of Qwen2.5-7B-Instruct with adapters, batches of 1,024 pairs through GradCache; a v5e-16.
+"""Qwen2.5-7B-Instruct with adapters, for a v5e-16: batches of 1,024 pairs through GradCache, then of 128
+queries in parts.
 
-search-r3 sft --config qwen25_7b_lora --run SHARED/runs/qwen25_7b_lora --data.sets DATA/…
+search-r3 sft --config qwen25_7b_lora --run SHARED/runs/sft --data.sets DATA/…
+search-r3 rl --config qwen25_7b_lora --run SHARED/runs/rl --model SHARED/runs/sft --data.sets DATA/…
 """
 
 import dataclasses
@@ -17,6 +19,8 @@ config = dataclasses.replace(
         optimizer=dataclasses.replace(qwen25_7b.sft.optimizer, learning_rate=1e-4, weight_decay=0.0),
     ),
     rl=dataclasses.replace(
-        qwen25_7b.rl, optimizer=dataclasses.replace(qwen25_7b.rl.optimizer, learning_rate=1e-5)
+        qwen25_7b.rl,
+        micro_queries=16,
+        optimizer=dataclasses.replace(qwen25_7b.rl.optimizer, learning_rate=1e-5),
     ),
 )

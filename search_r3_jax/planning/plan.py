@@ -55,7 +55,7 @@ def open_slice(topology: str, slices: int = 1) -> Slice:
 
     Raises UserError for an unknown name, and if the TPU compiler is not installed.
     """
-    shaped = _shaped(topology)
+    shaped = slice_shape(topology)
     generation = shaped.split(":")[0]
     # Plans are for other machines: the compiler must not query this one.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -81,7 +81,8 @@ def open_slice(topology: str, slices: int = 1) -> Slice:
     return Slice(CHIPS[generation], shaped, slices, list(description.devices))
 
 
-def _shaped(topology: str) -> str:
+def slice_shape(topology: str) -> str:
+    """A slice's name as a shape: `v5p-16` is `v5p:2x2x2`. Raises UserError for an unknown name."""
     if _TOPOLOGY.fullmatch(topology):
         return topology
     named = _SLICE.fullmatch(topology)
@@ -237,7 +238,7 @@ def _plan(
         model=config.model,
         topology=slices.topology,
         slices=slices.slices,
-        settings=_settings(config, stage),
+        settings=stage_settings(config, stage),
         chips=chips,
         mesh=dict(mesh.shape),
         fits=used <= (1 - SPARE) * chip.hbm,
@@ -274,7 +275,8 @@ def _plan(
     )
 
 
-def _settings(config: RunConfig, stage: Stage) -> dict[str, Any]:
+def stage_settings(config: RunConfig, stage: Stage) -> dict[str, Any]:
+    """The settings that determine the size of a stage; two configs that agree in them have the same plan."""
     settings: dict[str, Any] = {
         "text": dataclasses.asdict(config.text),
         "lora_rank": config.lora.rank,
@@ -285,10 +287,9 @@ def _settings(config: RunConfig, stage: Stage) -> dict[str, Any]:
         names = ("global_batch", "encode_chunk", "negatives", "reasoned_share", "kl_weight")
         settings |= {name: getattr(config.sft, name) for name in names}
     if stage in ("rl", "decode"):
-        settings |= {
-            name: getattr(config.rl, name)
-            for name in ("global_queries", "group_size", "micro_queries", "beta", "inner_epochs")
-        }
+        names = ("global_queries", "group_size")
+        names += ("micro_queries", "beta", "inner_epochs") if stage == "rl" else ()
+        settings |= {name: getattr(config.rl, name) for name in names}
         settings["max_think_tokens"] = config.rl.sampler.max_think_tokens
     return settings
 

@@ -11,6 +11,8 @@ import pytest
 import yaml
 from helpers.fake_cloud_tools import LAUNCH, StandIns, shown
 
+from search_r3_jax.cli import parse
+
 FLAGS = ["--image", "us-docker.pkg.dev/p/r/search-r3:1", "--claim", "runs"]
 ODD = [
     "sft",
@@ -90,6 +92,16 @@ def test_a_trainer_on_every_host_of_one_slice(cluster: StandIns) -> None:
     assert container["image"] == FLAGS[1]
     assert container["resources"] == {"limits": {"google.com/tpu": 4}}
     assert expanded(container["args"]) == ODD
+    assert "command" not in container
+    assert container["env"] == [
+        {"name": "SEARCH_R3_PAUSE", "value": "10"},
+        {
+            "name": "SEARCH_R3_ATTEMPT",
+            "valueFrom": {
+                "fieldRef": {"fieldPath": "metadata.annotations['jobset.sigs.k8s.io/restart-attempt']"}
+            },
+        },
+    ]
     assert spec["volumes"] == [{"name": "runs", "persistentVolumeClaim": {"claimName": "runs"}}]
     assert container["volumeMounts"] == [{"name": "runs", "mountPath": "/mnt/search-r3"}]
 
@@ -99,7 +111,7 @@ def test_settings_reach_their_places(cluster: StandIns) -> None:
         "--name own --bucket 12345 --mount /gcs --accelerator tpu-v5p-slice --topology 2x2x4 --spot "
         "--secret hf --account me"
     )
-    more = "--namespace team --restarts 7 --grace 300 --image i"
+    more = "--namespace team --restarts 7 --pause 0 --grace 300 --image i --node-pool np"
     (trainer,) = submitted(cluster, *flags.split(), *more.split(), "--", "sft", "--run=/gcs/r")
     assert trainer["metadata"]["name"] == "own"
     assert trainer["metadata"]["namespace"] == "team"
@@ -113,7 +125,9 @@ def test_settings_reach_their_places(cluster: StandIns) -> None:
         "cloud.google.com/gke-tpu-accelerator": "tpu-v5p-slice",
         "cloud.google.com/gke-tpu-topology": "2x2x4",
         "cloud.google.com/gke-spot": "true",
+        "cloud.google.com/gke-nodepool": "np",
     }
+    assert spec["containers"][0]["env"][0] == {"name": "SEARCH_R3_PAUSE", "value": "0"}
     assert spec["tolerations"][0]["value"] == "true"
     assert spec["containers"][0]["envFrom"] == [{"secretRef": {"name": "hf", "optional": False}}]
     (volume,) = spec["volumes"]
@@ -128,7 +142,7 @@ def test_the_indexer_is_a_job_of_its_own(cluster: StandIns) -> None:
         "rl",
         "--run",
         "/mnt/search-r3/$x",
-        "--no-index.local",
+        "--index.no-local",
     ]
     assert (indexer["apiVersion"], indexer["kind"], indexer["metadata"]["name"]) == (
         "batch/v1",
@@ -141,17 +155,111 @@ def test_the_indexer_is_a_job_of_its_own(cluster: StandIns) -> None:
         indexer["spec"]["parallelism"],
     ) == ("Indexed", 2, 2)
     (container,) = pod(indexer)["containers"]
-    assert container["command"] == ["search-r3", "indexer"]
-    run = container["args"][1]
-    assert container["args"] == ["--run", run, "--process", "$(JOB_COMPLETION_INDEX)", "--processes", "2"]
+    asked = ["indexer", "--run", "/mnt/search-r3/$x", "--process", "$(JOB_COMPLETION_INDEX)"]
+    assert container["args"] == [*asked, "--processes", "2"]
+    assert "command" not in container
     assert pod(indexer)["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "2x2"
     assert container["resources"] == {"limits": {"google.com/tpu": 4}}
     assert pod(indexer)["volumes"] == pod(trainer)["volumes"]
+    # A mistake ends it; a process that ended is replaced by itself, one whose machine is gone for nothing.
+    assert indexer["spec"]["backoffLimit"] == 200
+    assert pod(indexer)["restartPolicy"] == "Never"
+    assert indexer["spec"]["podFailurePolicy"]["rules"] == [
+        {"action": "FailJob", "onExitCodes": {"containerName": "indexer", "operator": "In", "values": [2]}},
+        {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]},
+    ]
     # Neither twice nor for a trainer that has none.
     trainer, _ = submitted(
-        cluster, *FLAGS, "--indexers=1", "--", "rl", "--no-index.local", "--run=/mnt/search-r3/r"
+        cluster, *FLAGS, "--indexers=1", "--", "rl", "--index.no-local", "--run=/mnt/search-r3/r"
     )
-    assert pod(trainer)["containers"][0]["args"].count("--no-index.local") == 1
+    assert pod(trainer)["containers"][0]["args"].count("--index.no-local") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "topology", "chips", "bounds", "processes"),
+    [
+        ("--indexers 2", "2x2", 4, "2,2,1", 2),
+        ("--indexers 1 --indexer-topology 4x4 --indexer-pool own", "4x4", 4, "2,2,1", 4),
+        ("--indexers 3 --indexer-topology 4x8", "4x8", 4, "2,2,1", 24),
+        ("--indexers 1 --indexer-topology 2x4 --indexer-chips 8", "2x4", 8, "2,4,1", 1),
+        ("--indexers 1 --indexer-topology 1x1", "1x1", 1, "1,1,1", 1),
+        ("--indexers 2 --accelerator tpu-v5p-slice", "2x2x1", 4, "2,2,1", 2),
+        ("--indexers 1 --indexer-accelerator tpu-v5p-slice --indexer-topology 2x2x4", "2x2x4", 4, "2,2,1", 4),
+    ],
+)
+def test_each_host_of_the_indexers_slices_is_a_process(
+    cluster: StandIns, flags: str, topology: str, chips: int, bounds: str, processes: int
+) -> None:
+    _, indexer = submitted(cluster, *FLAGS, *flags.split(), "--", "rl", "--run", "/mnt/search-r3/r")
+    spec = indexer["spec"]
+    assert (spec["parallelism"], spec["completions"]) == (processes, processes)
+    selector = pod(indexer)["nodeSelector"]
+    assert selector["cloud.google.com/gke-tpu-topology"] == topology
+    deep = "x1" in topology[2:] or topology.count("x") == 2
+    assert (selector["cloud.google.com/gke-tpu-accelerator"] == "tpu-v5p-slice") == deep
+    assert selector.get("cloud.google.com/gke-nodepool") == ("own" if "own" in flags else None)
+    (container,) = pod(indexer)["containers"]
+    assert container["args"][-1] == str(processes)
+    assert container["resources"] == {"limits": {"google.com/tpu": chips}}
+    assert container["env"] == [{"name": "SEARCH_R3_BOUNDS", "value": bounds}]
+
+
+def test_several_slices_are_one_jobset_with_a_mesh_over_them(cluster: StandIns) -> None:
+    (trainer,) = submitted(cluster, *FLAGS, "--slices", "3", "--", "sft", "--run", "/mnt/search-r3/r")
+    (job,) = trainer["spec"]["replicatedJobs"]
+    assert (job["replicas"], job["template"]["spec"]["completions"]) == (3, 4)
+    assert pod(trainer)["containers"][0]["args"] == ["sft", "--run", "/mnt/search-r3/r", "--mesh.slice", "3"]
+    (trainer,) = submitted(cluster, *FLAGS, "--accelerator", "tpu-v5p-slice", "--", "sft")
+    (job,) = trainer["spec"]["replicatedJobs"]
+    assert (job["replicas"], job["template"]["spec"]["completions"]) == (1, 2)
+    assert pod(trainer)["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "2x2x2"
+
+
+def test_the_flag_that_is_added_is_one_of_search_r3() -> None:
+    added = parse(
+        ["rl", "--config", "smollm2", "--run", "r", "--index.no-local", "--mesh.slice", "3"]
+    ).settings
+    assert (added.index.local, added.mesh.slice) == (False, 3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            "--indexers 1 --indexer-topology 2x2x1",
+            "--indexer-topology: '2x2x1': slices of tpu-v5-lite-podslice",
+        ),
+        (
+            "--accelerator tpu-v5p-slice --topology 2x2",
+            "--topology: '2x2': slices of tpu-v5p-slice have three sizes",
+        ),
+        (
+            "--indexers 1 --indexer-topology 4x4",
+            "--indexer-topology: 4x4 is the trainer's, too; --indexer-pool",
+        ),
+        ("--indexers 1 --indexer-topology 2x4 --indexer-chips 3", "--indexer-topology: 2x4 has 8 chips"),
+        ("--indexers 1 --indexer-topology 2x4 --indexer-chips 2", "--indexer-chips: 2: hosts have 1, 4 or 8"),
+        ("--slices 2 --topology 2x4 --chips 8", "--slices: GKE joins slices of several hosts only"),
+        ("--slices 2 --node-pool p", "--node-pool: a node pool is one slice"),
+        ("--slices 0", "--slices: at least 1"),
+        (
+            "--slices 2 -- rl --mesh.slice 4 --run /mnt/search-r3/r",
+            "--mesh.slice: 4: it has to be the number of",
+        ),
+        (
+            "--indexers 1 -- rl --index.local --run /mnt/search-r3/r",
+            "--index.local: --indexers starts the indexer",
+        ),
+    ],
+)
+def test_slices_that_there_are_not_are_refused(cluster: StandIns, flags: str, message: str) -> None:
+    words = (
+        flags.split() if "--" in flags.split() else [*flags.split(), "--", "rl", "--run", "/mnt/search-r3/r"]
+    )
+    done = cluster.run("gke/submit.sh", *FLAGS, *words)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert done.stderr.startswith(f"submit.sh: {message}")
+    assert cluster.calls("kubectl") == []
 
 
 @pytest.mark.parametrize(
@@ -232,11 +340,12 @@ def test_the_same_by_way_of_xpk(cluster: StandIns, tmp_path: Path) -> None:
             "--project=p",
             "--zone=z",
             f"--tpu-type={kind}",
+            "--num-slices=1",
             "--docker-image=i",
             "--storage=s",
         ]
-        assert words[:10] == ["xpk", "workload", "create", *where]
-        assert words[10:13] == ["--spot", "--max-restarts=100", "--restart-on-exit-codes=1,3-126"]
+        assert words[:11] == ["xpk", "workload", "create", *where]
+        assert words[11:14] == ["--spot", "--max-restarts=100", "--restart-on-exit-codes=1,3-126"]
         # xpk puts it into a shell script.
         command = words[-1].removeprefix("--command=")
         read = subprocess.run(
@@ -254,7 +363,7 @@ def test_the_same_by_way_of_xpk(cluster: StandIns, tmp_path: Path) -> None:
     ("program", "signal", "status"),
     [
         ("echo hello; exit 0", False, 0),
-        ("echo hello; exit 2", False, 2),
+        ("echo hello; exit 75", False, 75),
         ("echo hello; kill -9 $$", False, 137),
         (
             f"trap 'sleep 0.2; echo \"{SAVED}\"; exit 0' TERM; echo hello; for ((left = 500; left; left--)); "
@@ -268,21 +377,72 @@ def test_the_same_by_way_of_xpk(cluster: StandIns, tmp_path: Path) -> None:
 def test_the_container_ends_as_the_run_did(
     cluster: StandIns, tmp_path: Path, program: str, signal: bool, status: int
 ) -> None:
-    (trainer,) = submitted(cluster, *FLAGS, "--", *ODD)
-    (container,) = pod(trainer)["containers"]
-    command = [
-        part.replace("/tmp/output", str(tmp_path / "output"))
-        for part in expanded([*container["command"], *container["args"]])
-    ]
     cluster.program("search-r3", f"printf '%s\\0' \"$@\" >{tmp_path}/arguments\n{program}")
-    process = subprocess.Popen(command, env=cluster.environment(), stdout=subprocess.PIPE, text=True)
+    command = ["bash", str(LAUNCH / "gke/entry.sh"), *ODD]
+    # Asked to stop, it waits for nothing.
+    environment = cluster.environment({"SEARCH_R3_PAUSE": "300" if signal else "0"})
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "hello\n"
     if signal:
         process.terminate()
     assert process.wait(timeout=30) == status
     assert (tmp_path / "arguments").read_text().split("\0")[:-1] == ODD
-    assert (process.stdout.read() == SAVED + "\n") == (status == 75)
+    assert (process.stdout.read() == SAVED + "\n") == (signal and status == 75)
+    # What it wrote is not kept beside what was shown.
+    assert list(tmp_path.glob("tmp.*")) == []
+
+
+@pytest.mark.parametrize(
+    ("attempt", "first", "pause"),
+    [("", "10", "10"), ("0", "10", "10"), ("3", "10", "80"), ("40", "10", "300"), ("3", "0", None)],
+)
+def test_a_container_waits_before_it_ends_with_75(
+    cluster: StandIns, tmp_path: Path, attempt: str, first: str, pause: str | None
+) -> None:
+    cluster.program("sleep", f'echo "$1" >>{tmp_path}/sleeps')
+    cluster.program("search-r3", "exit 75")
+    done = cluster.run("gke/entry.sh", "sft", SEARCH_R3_ATTEMPT=attempt, SEARCH_R3_PAUSE=first)
+    assert done.returncode == 75
+    sleeps = (tmp_path / "sleeps").read_text().split() if (tmp_path / "sleeps").exists() else []
+    assert sleeps == ([] if pause is None else [pause])
+    assert ("passes by itself; it starts again in" in done.stdout) == (pause is not None)
+
+
+def test_a_container_ends_at_once_with_2_or_when_it_is_stopped(cluster: StandIns, tmp_path: Path) -> None:
+    cluster.program("search-r3", "echo wrong >&2; exit 2")
+    done = cluster.run("gke/entry.sh", "sft", SEARCH_R3_PAUSE="300")
+    assert done.returncode == 2
+    assert done.stdout.splitlines()[0] == "wrong"
+    assert "status 2: what it says above is to be mended, and is not tried again" in done.stdout
+    # A signal ends the pause, too.
+    cluster.program("search-r3", "exit 75")
+    command = ["bash", str(LAUNCH / "gke/entry.sh"), "sft"]
+    environment = cluster.environment({"SEARCH_R3_PAUSE": "300"})
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert "starts again in 300 s" in process.stdout.readline()
+    process.terminate()
+    assert process.wait(timeout=30) == 75
+
+
+def test_an_indexer_waits_for_its_run_with_its_own_chips(cluster: StandIns, tmp_path: Path) -> None:
+    cluster.program(
+        "search-r3", 'echo "$TPU_PROCESS_BOUNDS $TPU_CHIPS_PER_PROCESS_BOUNDS $TPU_VISIBLE_CHIPS" "$@"'
+    )
+    run = tmp_path / "rl"
+    command = ["bash", str(LAUNCH / "gke/entry.sh"), "indexer", "--run", str(run), "--process", "1"]
+    environment = cluster.environment({"SEARCH_R3_BOUNDS": "2,2,1", "TPU_WORKER_HOSTNAMES": "a,b"})
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("waiting for ")
+    run.mkdir()
+    (run / "config.json").touch()
+    assert process.stdout.readline() == f"1,1,1 2,2,1 0,1,2,3 indexer --run {run} --process 1\n"
+    assert process.wait(timeout=30) == 0
+    # Others see what the cluster tells them.
+    cluster.program("search-r3", 'echo "[$TPU_PROCESS_BOUNDS] $TPU_WORKER_HOSTNAMES"')
+    assert cluster.run("gke/entry.sh", "sft", TPU_WORKER_HOSTNAMES="a,b").stdout == "[] a,b\n"
 
 
 def test_a_template_with_a_value_that_is_missing_is_refused(cluster: StandIns) -> None:

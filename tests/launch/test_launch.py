@@ -64,10 +64,12 @@ def test_shellcheck_finds_nothing(script: str) -> None:
 def test_help_names_every_flag(cloud: StandIns, script: str) -> None:
     done = cloud.run(script, "--help")
     assert (done.returncode, done.stderr) == (0, "")
-    known = (LAUNCH / script).read_text().split('case "$1" in')[-1].split("esac")[0]
+    known = (
+        (LAUNCH / script).read_text().split("while [ $# -gt 0 ]")[1].split('case "$1" in')[1].split("esac")[0]
+    )
     flags = {
         word.rstrip("=*").strip()
-        for line in known.splitlines()
+        for line in known.replace("\\\n", " ").splitlines()
         if ")" in line
         for word in line.split(")")[0].split("|")
         if "--" in word
@@ -160,7 +162,13 @@ def test_an_environment_file_is_taken_as_it_stands(cloud: StandIns, tmp_path: Pa
         (["sft", "--config", "nope"], "--config: nope: no such experiment; there are quickstart,"),
         (["sft", "--config=../x"], "--config: ../x: no such experiment"),
         (["sft", "--sft.gloabl-batch", "8"], "--sft.gloabl-batch: search-r3 sft has no such option;"),
-        (["rl", "--no-index.lokal"], "--no-index.lokal: search-r3 rl has no such option"),
+        (["rl", "--index.no-lokal"], "--index.no-lokal: search-r3 rl has no such option"),
+        # Of another section, and of no section.
+        (["rl", "--sft.micro-queries", "8"], "--sft.micro-queries: search-r3 rl has no such option"),
+        (["rl", "--rl.sampler.top", "1"], "--rl.sampler.top: search-r3 rl has no such option"),
+        (["rl", "--rl.top-p=0.9"], "--rl.top-p: search-r3 rl has no such option"),
+        (["rl", "--micro-queries", "8"], "--micro-queries: search-r3 rl has no such option"),
+        (["rl", "--no-index.local"], "--no-index.local: search-r3 rl has no such option"),
         (["sft", "--.*", "8"], "--.*: search-r3 sft has no such option"),
     ],
 )
@@ -197,6 +205,7 @@ def test_every_option_that_there_is_passes(cloud: StandIns, command: str) -> Non
             *options,
             "--rl.floor-gap",
             "0.1",
+            "--index.when_old=wait",
         ],
         env=cloud.environment(),
         capture_output=True,

@@ -19,6 +19,7 @@ from helpers.tiny_models import word_collection
 
 from search_r3_jax.config import MeshConfig
 from search_r3_jax.data.dataset import build_dataset
+from search_r3_jax.distributed.spec import Cluster, explicit_cluster
 from search_r3_jax.errors import UserError
 from search_r3_jax.mesh import mesh_from_config
 
@@ -132,10 +133,74 @@ def test_the_status_is_that_of_the_process_that_failed(
 ) -> None:
     cases = "".join(f"{process}) {text} ;;\n" for process, text in ends.items())
     machine.program("search-r3", f'case "$SEARCH_R3_PROCESS" in\n{cases}esac\nsleep 0.5; echo waited for')
-    done = machine.run("local.sh", "--processes", "3", "--", "sft")
+    done = machine.run("local.sh", "--processes", "3", "--restarts", "0", "--", "sft")
     assert done.returncode == status
     # The others end by themselves.
     assert "[2] waited for" in done.stdout
+
+
+def test_what_passes_by_itself_is_tried_again(machine: StandIns, tmp_path: Path) -> None:
+    machine.program("sleep", f'[ "$1" = 0.1 ] || echo "$1" >>{tmp_path}/sleeps')
+    # Process 1 ends with 75 twice, then all is well.
+    machine.program(
+        "search-r3",
+        'echo "$SEARCH_R3_COORDINATOR" >>"started-$SEARCH_R3_PROCESS"\n'
+        '[ "$SEARCH_R3_PROCESS" = 1 ] || exit 0\n'
+        "[ $(wc -l <started-1) -gt 2 ] || exit 75",
+    )
+    done = machine.run("local.sh", "--", "sft")
+    assert done.returncode == 0
+    assert (tmp_path / "sleeps").read_text().split() == ["10", "20"]
+    assert done.stderr.splitlines() == [
+        "local.sh: status 75, which passes by itself; all start again in 10 s (1 of 5)",
+        "local.sh: status 75, which passes by itself; all start again in 20 s (2 of 5)",
+    ]
+    # All of them, together.
+    first, second = ((tmp_path / f"started-{number}").read_text().split() for number in range(2))
+    assert first == second
+    assert len(first) == 3
+    machine.program("search-r3", "exit 75")
+    (tmp_path / "sleeps").unlink()
+    assert machine.run("local.sh", "--restarts", "3", "--pause=100", "--", "sft").returncode == 75
+    assert (tmp_path / "sleeps").read_text().split() == ["100", "200", "300"]
+
+
+def test_a_mistake_ends_all_of_them(machine: StandIns, tmp_path: Path) -> None:
+    machine.program(
+        "search-r3",
+        '[ "$SEARCH_R3_PROCESS" = 0 ] || { echo wrong >&2; exit 2; }\n'
+        "trap 'echo heard >>heard; exit 75' TERM\nfor ((left = 500; left; left--)); do sleep 0.02; done",
+    )
+    done = machine.run("local.sh", "--", "sft")
+    assert done.returncode == 2
+    assert (tmp_path / "heard").read_text() == "heard\n"
+    assert "[1] wrong" in done.stdout
+    assert done.stderr == "local.sh: status 2: what it says above is to be mended, and is not tried again\n"
+
+
+def test_a_signal_ends_the_pause(machine: StandIns) -> None:
+    machine.program("search-r3", "echo over; exit 75")
+    process = background(machine, "--processes", "1", "--pause", "300", "--", "sft")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "over\n"
+    time.sleep(0.5)
+    process.terminate()
+    assert process.wait(timeout=30) == 75
+
+
+@pytest.mark.parametrize("command", ["sft", "rl"])
+def test_every_process_gets_what_stands_behind_the_dashes(
+    machine: StandIns, tmp_path: Path, command: str
+) -> None:
+    words = [command, "--config", "smollm2", "--run", "r", "--mesh.fsdp", "4"]
+    assert machine.run("local.sh", "--processes", "4", "--", *words).returncode == 0
+    clusters = [started(tmp_path, process) for process in range(4)]
+    assert [each[1:4] for each in clusters] == [["4", str(process), "cpu"] for process in range(4)]
+    assert [each[6:] for each in clusters] == [words] * 4
+    # It is what search-r3 takes for its cluster.
+    for process, (coordinator, *_) in enumerate(clusters):
+        found = explicit_cluster(Cluster(), dict(zip(NAMES, clusters[process], strict=False)))
+        assert found == Cluster(coordinator=coordinator, processes=4, process=process)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

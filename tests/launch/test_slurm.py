@@ -3,6 +3,7 @@ limit has stopped it."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -34,12 +35,14 @@ def test_it_submits_itself(cluster: StandIns) -> None:
         script,
         "--attempts",
         "3",
+        "--pause",
+        "10",
         "--",
         *ODD,
     ]
     flags = (
         "--nodes 2 --gpus=8 --tasks gpu --cpus 6 --time 1-00:00 --partition gpu --account a --attempts 5 "
-        "--sbatch=--constraint=a100"
+        "--pause 2 --sbatch=--constraint=a100"
     )
     assert cluster.run("slurm.sh", *flags.split(), "--sbatch", "--comment=a b", "--", *ODD).returncode == 0
     asked = [
@@ -58,6 +61,8 @@ def test_it_submits_itself(cluster: StandIns) -> None:
         script,
         "--attempts",
         "5",
+        "--pause",
+        "2",
         "--",
         *ODD,
     ]
@@ -90,13 +95,32 @@ def test_a_stopped_run_is_queued_again(cluster: StandIns) -> None:
     [((75, 137, 0), 3, 0), ((75, 75, 75), 3, 75), ((1,), 1, 1), ((2,), 1, 2)],
 )
 def test_a_process_that_died_starts_all_of_them_again(
-    cluster: StandIns, statuses: tuple[int, ...], starts: int, status: int
+    cluster: StandIns, tmp_path: Path, statuses: tuple[int, ...], starts: int, status: int
 ) -> None:
+    cluster.program("sleep", f'echo "$1" >>{tmp_path}/sleeps')
     for each in statuses:
         cluster.answer("srun", "", status=each)
-    assert cluster.run("slurm.sh", "--", *ODD, **JOB).returncode == status
+    done = cluster.run("slurm.sh", "--", *ODD, **JOB)
+    assert done.returncode == status
     assert cluster.calls("srun") == [[*STEP, *ODD]] * starts
     assert cluster.calls("scontrol") == []
+    sleeps = (tmp_path / "sleeps").read_text().split() if starts > 1 else []
+    assert sleeps == ["10", "20"][: starts - 1]
+    assert ("status 2: what it says above is to be mended" in done.stdout) == (status == 2)
+
+
+def test_a_mistake_of_one_process_is_not_hidden_by_the_others(cluster: StandIns) -> None:
+    cluster.answer("srun", "", err="srun: error: node1: task 3: Exited with exit code 2\n", status=75)
+    assert cluster.run("slurm.sh", "--", *ODD, **JOB).returncode == 2
+    assert len(cluster.calls("srun")) == 1
+
+
+def test_a_pause_that_outlasts_the_job_is_left_to_the_next_one(cluster: StandIns) -> None:
+    cluster.answer("srun", "", status=75)
+    end = str(int(time.time()) + 185)
+    assert cluster.run("slurm.sh", "--", *ODD, **JOB, SLURM_JOB_END_TIME=end).returncode == 0
+    assert len(cluster.calls("srun")) == 1
+    assert cluster.calls("scontrol") == [["requeue", "17"]]
 
 
 def test_a_process_drives_the_gpus_that_are_its_own(cluster: StandIns) -> None:

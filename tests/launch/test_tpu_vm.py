@@ -15,7 +15,7 @@ import pytest
 from helpers.fake_cloud_tools import LAUNCH, StandIns, shown
 
 PLACE = ["--project=p", "--zone=us-east5-a", "--quiet"]
-FLAGS = ["--project", "p", "--zone", "us-east5-a", "--poll", "0"]
+FLAGS = ["--project", "p", "--zone", "us-east5-a", "--poll", "0", "--pause", "0"]
 ODD = [
     "sft",
     "--run",
@@ -62,12 +62,11 @@ def report(*states: str) -> str:
 
 def verbs(cloud: StandIns) -> list[str]:
     """What was done, in short."""
-    return [
-        words[3]
-        if words[2] == "queued-resources"
-        else next(w for w in words if w in ("ssh", "scp", "describe"))
-        for words in cloud.calls("gcloud")
-    ]
+    return [words[3] for words in cloud.calls("gcloud")]
+
+
+def command_of(words: list[str]) -> str:
+    return next(word for word in words if word.startswith("--command="))
 
 
 def starts(cloud: StandIns) -> int:
@@ -109,7 +108,7 @@ def test_a_slice_is_asked_for_by_type(cloud: StandIns) -> None:
 def test_arguments_reach_the_worker_as_they_are(cloud: StandIns, tmp_path: Path) -> None:
     assert cloud.run("tpu_vm.sh", "run", *FLAGS, "--", *ODD).returncode == 0
     *head, command = [word for word in cloud.calls("gcloud")[-1] if word not in PLACE]
-    assert head == ["compute", "tpus", "tpu-vm", "ssh", "search-r3", "--worker=all"]
+    assert head == ["compute", "tpus", "queued-resources", "ssh", "search-r3", "--node=all", "--worker=all"]
     # gcloud takes the command apart at spaces, ssh joins it again, and a shell reads it.
     text = " ".join(command.removeprefix("--command=").split(" "))
     read = subprocess.run(
@@ -152,10 +151,10 @@ def test_sources_and_secrets_are_copied_not_told(cloud: StandIns, tmp_path: Path
         ".",
     ]
     sources, unpack, environment, install = cloud.calls("gcloud")
-    scp = ["compute", "tpus", "tpu-vm", "scp"]
-    assert sources == [*scp, packed[1], "search-r3:search_r3_jax.tar.gz", "--worker=all", *PLACE]
-    assert environment == [*scp, str(secrets), "search-r3:.search_r3.env", "--worker=all", *PLACE]
-    ssh = ["compute", "tpus", "tpu-vm", "ssh", "search-r3", "--worker=all"]
+    scp, everywhere = ["compute", "tpus", "queued-resources", "scp"], ["--node=all", "--worker=all"]
+    assert sources == [*scp, packed[1], "search-r3:search_r3_jax.tar.gz", *everywhere, *PLACE]
+    assert environment == [*scp, str(secrets), "search-r3:.search_r3.env", *everywhere, *PLACE]
+    ssh = ["compute", "tpus", "queued-resources", "ssh", "search-r3", *everywhere]
     assert unpack == [
         *ssh,
         "--command=mkdir -p search_r3_jax && tar -xzf search_r3_jax.tar.gz -C search_r3_jax",
@@ -195,7 +194,7 @@ def test_up_goes_all_the_way(cloud: StandIns) -> None:
     assert "delete" not in verbs(cloud)
     assert "step 1\nstep 2\n  done\n" in done.stdout
     # Each line is asked for once.
-    asked = [words[6].split()[-1] for words in cloud.calls("gcloud") if LOG in " ".join(words)]
+    asked = [command_of(words).split()[-1] for words in cloud.calls("gcloud") if LOG in " ".join(words)]
     assert asked == ["0", "3", "4"]
 
 
@@ -236,7 +235,7 @@ def test_a_slice_that_was_taken_away_is_asked_for_again(cloud: StandIns, gone: s
     ]
     assert DELETE in cloud.calls("gcloud")
     # The same command, word for word.
-    commands = [words[6] for words in cloud.calls("gcloud") if START in " ".join(words)]
+    commands = [command_of(words) for words in cloud.calls("gcloud") if START in " ".join(words)]
     assert len(commands) == 2
     assert commands[0] == commands[1]
 
@@ -264,7 +263,7 @@ def test_a_run_of_which_a_process_died_starts_again_on_all_workers(cloud: StandI
 
 @pytest.mark.parametrize(
     ("states", "status", "count"),
-    [(("ended 2", "ended 75"), 2, 1), (("ended 1", "finished"), 1, 1), (("ended 75",) * 2, 75, 3)],
+    [(("ended 1", "finished"), 1, 1), (("ended 75",) * 2, 75, 3)],
 )
 def test_what_another_start_does_not_mend_ends_it(
     cloud: StandIns, states: tuple[str, ...], status: int, count: int
@@ -275,6 +274,133 @@ def test_what_another_start_does_not_mend_ends_it(
     assert done.returncode == status
     assert starts(cloud) == count
     assert states[0] in done.stdout
+
+
+def test_a_mistake_stops_the_other_workers_and_is_told(cloud: StandIns) -> None:
+    cloud.answer("gcloud", STATE, out="ACTIVE")
+    cloud.answer("gcloud", STATUS, out=report("idle", "idle"))
+    # The other one waits for the one that has gone.
+    cloud.answer("gcloud", STATUS, out=report("ended 2", "running"))
+    done = cloud.run("tpu_vm.sh", "up", *FLAGS, "--", "sft")
+    assert done.returncode == 2
+    assert starts(cloud) == 1
+    assert "status 2: what it says above is to be mended, and is not tried again" in done.stdout
+    assert command_of(cloud.calls("gcloud")[-1]).endswith("tpu_worker.sh stop")
+
+
+def test_pauses_double_up_to_five_minutes(cloud: StandIns, tmp_path: Path) -> None:
+    cloud.program("sleep", f'echo "$1" >>{tmp_path}/sleeps')
+    cloud.answer("gcloud", STATE, out="ACTIVE")
+    cloud.answer("gcloud", STATUS, out=report("ended 75", "ended 75"))
+    flags = ["--project", "p", "--zone", "z", "--poll", "0", "--restarts", "7"]
+    assert cloud.run("tpu_vm.sh", "up", *flags, "--", "sft").returncode == 75
+    assert starts(cloud) == 8
+    pauses = [line for line in (tmp_path / "sleeps").read_text().splitlines() if line != "0"]
+    assert pauses == ["10", "20", "40", "80", "160", "300", "300"]
+
+
+def test_network_and_account_reach_create_and_ssh(cloud: StandIns, tmp_path: Path) -> None:
+    flags = (
+        "--network projects/p/global/networks/n --subnetwork s --internal-ips --tunnel-through-iap "
+        "--service-account r3@p.iam.gserviceaccount.com --boot-disk kms-key=k,size=200 --reserved"
+    )
+    options = [*flags.split(), "--create-option=--tags=a,b", "--create-option", "--scopes=cloud-platform"]
+    cloud.run("tpu_vm.sh", "create", *FLAGS, *options)
+    assert cloud.calls("gcloud")[-1] == [
+        *CREATE,
+        "--accelerator-type=v5litepod-16",
+        "--runtime-version=v2-alpha-tpuv5-lite",
+        "--network=projects/p/global/networks/n",
+        "--subnetwork=s",
+        "--internal-ips",
+        "--service-account=r3@p.iam.gserviceaccount.com",
+        "--boot-disk=kms-key=k,size=200",
+        "--reserved",
+        "--tags=a,b",
+        "--scopes=cloud-platform",
+        "--async",
+        *PLACE,
+    ]
+    (tmp_path / "e.env").write_text("A=1\n")
+    for reach in ("--tunnel-through-iap", "--internal-ip"):
+        cloud.add("gcloud")
+        (tmp_path / "gcloud.calls").unlink()
+        for action in ("install", "status", "stop", "logs"):
+            cloud.run("tpu_vm.sh", action, *FLAGS, reach, "--env-file", "e.env")
+        cloud.run("tpu_vm.sh", "run", *FLAGS, reach, "--", "sft")
+        called = cloud.calls("gcloud")
+        assert [words[3] for words in called] == ["scp", "ssh", "scp", "ssh", "describe", *["ssh"] * 4]
+        assert all((reach in words) == (words[3] != "describe") for words in called)
+
+
+def test_several_slices_are_one_run(cloud: StandIns) -> None:
+    cloud.answer("gcloud", STATE, err="NOT_FOUND", status=1)
+    cloud.answer("gcloud", STATE, out="ACTIVE")
+    cloud.answer("gcloud", STATUS, out=report("idle", "idle"))
+    # Of the second slice the machines are gone.
+    cloud.answer("gcloud", STATUS, out=report("ended 75"), status=255)
+    cloud.answer("gcloud", "describe search-r3-0", out="READY")
+    cloud.answer("gcloud", "describe search-r3-1", out="PREEMPTED")
+    cloud.answer("gcloud", "describe search-r3-1", out="READY")
+    cloud.answer("gcloud", STATUS, out=report("finished", "finished"))
+    done = cloud.run("tpu_vm.sh", "up", *FLAGS, "--slices", "2", "--", "sft", "--run", "r")
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = next(words for words in cloud.calls("gcloud") if "create" in words)
+    assert made[5:7] == ["--node-count=2", "--node-prefix=search-r3"]
+    assert "FAILED" in done.stdout
+    started = [command_of(words) for words in cloud.calls("gcloud") if START in " ".join(words)]
+    assert started[0].endswith("start sft --run r --mesh.slice 2")
+    cloud.run("tpu_vm.sh", "logs", *FLAGS, "--slices", "2", "--slice", "1", "--worker", "3")
+    assert cloud.calls("gcloud")[-1][5:7] == ["--node=1", "--worker=3"]
+    # What the mesh says already is not said again; nothing of it belongs to other commands.
+    for words in (["rl", "--mesh.slice=2"], ["rl", "--mesh.slice", "2"], ["indexer", "--run", "r"]):
+        cloud.run("tpu_vm.sh", "run", *FLAGS, "--slices", "2", "--", *words)
+        assert command_of(cloud.calls("gcloud")[-1]).endswith(f"start {' '.join(words)}")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["create", "--internal-ips"], "--internal-ips: ssh needs a way in; add --tunnel-through-iap"),
+        (["create", "--spot", "--reserved"], "--reserved: --spot is given, too"),
+        (["create", "--tunnel-through-iap", "--internal-ip"], "--internal-ip: --tunnel-through-iap is given"),
+        (["create", "--boot-disk", "large"], "--boot-disk: 'large': KEY=VALUE"),
+        (["create", "--create-option", "tags"], "--create-option: 'tags': an option of gcloud"),
+        (["create", "--network", "a b"], "--network: 'a b'"),
+        (["create", "--service-account=-x"], "--service-account: '-x'"),
+        (["create", "--slices", "0"], "--slices: at least 1"),
+        (["create", "--pause", "x"], "--pause: 'x': not a whole number"),
+        (["logs", "--slices", "2", "--slice", "2"], "--slice: 2: there are 2, from 0 on"),
+        (
+            ["up", "--slices", "2", "--", "sft", "--mesh.slice", "4"],
+            "--mesh.slice: 4: it has to be the number",
+        ),
+        (["up", "--", "rl", "--mesh.slice=2"], "--mesh.slice: 2: it has to be the number of slices, 1"),
+        (["up", "--", "indexer"], "--run: missing; the run that the indexer follows"),
+        (["up", "--", "indexer", "--run", "r", "--processes=4"], "--processes: each host of the slices gets"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_anything_is_rented(
+    cloud: StandIns, words: list[str], message: str
+) -> None:
+    done = cloud.run("tpu_vm.sh", words[0], *FLAGS, *words[1:])
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith(f"tpu_vm.sh: {message}")
+    assert cloud.calls("gcloud") == []
+
+
+def test_of_an_indexer_the_worker_that_died_starts_again(cloud: StandIns) -> None:
+    cloud.answer("gcloud", STATE, out="ACTIVE")
+    cloud.answer("gcloud", STATUS, out=report("idle", "idle"))
+    # Once while it is followed, once before it is started: the other one has never stopped.
+    for states in (("running", "running"), ("lost", "running"), ("lost", "running")):
+        cloud.answer("gcloud", STATUS, out=report(*states))
+    cloud.answer("gcloud", STATUS, out=report("ended 2", "running"))
+    done = cloud.run("tpu_vm.sh", "up", *FLAGS, "--", "indexer", "--run", "r")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert starts(cloud) == 2
+    # The sources of those that run stay as they are.
+    assert verbs(cloud).count("scp") == 1
 
 
 def test_a_run_that_is_under_way_is_taken_up_as_it_is(cloud: StandIns) -> None:
@@ -418,6 +544,46 @@ def test_a_run_that_was_stopped_or_lost_is_not_finished(cloud: StandIns, tmp_pat
     workers.trains("exit 0")
     cloud.run("tpu_vm.sh", "run", *FLAGS, "--", "sft")
     assert workers.states(until="running") == ["finished", "finished"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a worker is a Linux machine")
+def test_each_worker_of_an_indexer_is_a_world_of_its_own(cloud: StandIns, tmp_path: Path) -> None:
+    workers = Workers(cloud, tmp_path)
+    names = (
+        "TPU_PROCESS_BOUNDS",
+        "TPU_CHIPS_PER_PROCESS_BOUNDS",
+        "TPU_VISIBLE_CHIPS",
+        "TPU_PROCESS_ADDRESSES",
+    )
+    workers.trains(f"echo {' '.join(f'${name}' for name in names)} >~/world")
+    # Two slices of two hosts each; these are the second host of the first and the first of the second.
+    description = "ACCELERATOR_TYPE: 'v5litepod-16'\nCHIPS_PER_HOST_BOUNDS: '{}'\nMEGASCALE_NUM_SLICES: '2'\n"
+    for home, slice_id, worker, bounds in zip(workers.homes, "01", "10", ("2,2,1", "2,4,1"), strict=True):
+        text = description.format(bounds) + f"MEGASCALE_SLICE_ID: '{slice_id}'\n"
+        (home / "tpu-env").write_text(text)
+        (home / "agent-worker-number").write_text(worker)
+        (home / "worker-network-endpoints").write_text("a:1:10.0.0.1,b:2:10.0.0.2")
+    cloud.program("curl", 'for last; do :; done; cat "$HOME/${last##*/}"')
+    run = tmp_path / "share/rl"
+    assert cloud.run("tpu_vm.sh", "run", *FLAGS, "--", "indexer", "--run", run).returncode == 0
+    # The trainer has not made it yet.
+    for _ in range(100):
+        logs = [home / "search_r3_run/log.txt" for home in workers.homes]
+        if all(log.exists() and "waiting for" in log.read_text() for log in logs):
+            break
+        time.sleep(0.05)
+    assert workers.states() == ["running", "running"]
+    assert not any((home / "arguments").exists() for home in workers.homes)
+    run.mkdir(parents=True)
+    (run / "config.json").touch()
+    assert workers.states(until="running") == ["finished", "finished"]
+    arguments = [(home / "arguments").read_text().split("\0")[:-1] for home in workers.homes]
+    asked = ["indexer", "--run", str(run), "--process"]
+    assert arguments == [[*asked, "1", "--processes", "4"], [*asked, "2", "--processes", "4"]]
+    assert [(home / "world").read_text() for home in workers.homes] == [
+        "1,1,1 2,2,1 0,1,2,3 localhost:8476\n",
+        "1,1,1 2,4,1 0,1,2,3,4,5,6,7 localhost:8476\n",
+    ]
 
 
 def test_a_worker_installs_with_a_python_that_is_new_enough(cloud: StandIns, tmp_path: Path) -> None:

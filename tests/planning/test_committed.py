@@ -2,6 +2,8 @@
 compiler still says the same."""
 
 import json
+import math
+import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 from search_r3_jax.chips import CHIPS
 from search_r3_jax.configs import config_names
 from search_r3_jax.planning.models import PUBLISHED
+from search_r3_jax.planning.plan import slice_shape
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 PLANS = {
@@ -19,6 +22,15 @@ PLANS = {
 }
 MODELS, SLICES = ("Qwen2.5-1.5B", "Qwen2.5-7B", "Qwen3-8B"), ("v5e-16", "v5p-16", "v6e-16")
 STAGES = ("sft", "rl", "decode", "encode")
+# The slice that each experiment is made for.
+SLICE_OF = {
+    "qwen25_1p5b": "v5e-16",
+    "qwen25_7b": "v5p-16",
+    "qwen25_7b_lora": "v5e-16",
+    "qwen3_8b": "v5p-16",
+    "smollm2": "v5e-1",
+    "quickstart": "v5e-1",
+}
 # As their publishers count them.
 PARAMETERS = {
     "smollm2": 134_515_008,
@@ -33,7 +45,18 @@ ONE_PASS = [name for name in UPDATES if not name.startswith("experiments/")]
 
 def test_every_stage_has_a_plan_and_so_has_every_experiment() -> None:
     named = {f"{model}/{slice_name}/{stage}" for model in MODELS for slice_name in SLICES for stage in STAGES}
-    assert set(PLANS) == named | {f"experiments/{name}" for name in config_names()}
+    experiments = {f"experiments/{name}/{SLICE_OF[name]}" for name in config_names()}
+    assert named | {f"{each}/{stage}" for each in experiments for stage in ("sft", "rl")} <= set(PLANS)
+
+
+def test_every_plan_can_be_made_again_and_is_of_what_its_name_says() -> None:
+    done = subprocess.run([LAUNCH / "plans.sh", "--dry-run"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    made = [shlex.split(line) for line in done.stdout.splitlines() if line.startswith("search-r3 plan")]
+    assert {words[-1] for words in made} == {str(LAUNCH / "plans" / f"{name}.json") for name in PLANS}
+    for name, plan in PLANS.items():
+        slice_name, stage = name.split("/")[-2:]
+        assert (plan["stage"], plan["topology"]) == (stage, slice_shape(slice_name)), name
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -43,7 +66,7 @@ def test_what_is_planned_fits_with_room_to_spare(name: str) -> None:
     assert plan["fits"]
     assert plan["hbm_limit"] == chip.hbm
     assert sum(plan["hbm"].values()) <= 0.95 * chip.hbm
-    assert plan["chips"] == {"v5e:4x4": 16, "v6e:4x4": 16, "v5p:2x2x2": 8, "v5e:1x1": 1}[plan["topology"]]
+    assert plan["chips"] == math.prod(int(size) for size in plan["topology"].split(":")[1].split("x"))
 
 
 @pytest.mark.parametrize("name", ONE_PASS)
