@@ -240,22 +240,7 @@ class Quickstart:
     def _export(self, result: dict[str, Any]) -> dict[str, Any]:
         run = self._out / "rl"
         facts = card_facts(str(run), resolve_step(run, None), self._final)
-        scores = [
-            Score(
-                data=self._test.name,
-                split=self._test.split,
-                mode=mode,
-                queries=len(self._test.queries),
-                documents=len(self._test.documents),
-                ndcg_at_10=result[mode]["ndcg@10"],
-                low=result[mode]["ndcg@10_interval"]["low"],
-                high=result[mode]["ndcg@10_interval"]["high"],
-            )
-            for mode in ("direct", "reason")
-            # A folder of an older version has none.
-            if "ndcg@10_interval" in result[mode]
-        ]
-        facts = dataclasses.replace(facts, scores=[*scores, *facts.scores])
+        facts = dataclasses.replace(facts, scores=[*scores_of(self._test, result), *facts.scores])
         return {"folder": str(export_model(self._final, self._out / "export", facts=facts))}
 
     # The summary and the example.
@@ -331,6 +316,24 @@ class Quickstart:
             f"\nmodel    {summary['export']}\nsummary  {self._out / 'summary.json'}\nruns     "
             f"{self._out / 'sft'}, {self._out / 'rl'}"
         )
+
+
+def scores_of(test: Collection, result: dict[str, Any]) -> list[Score]:
+    """The scores of an evaluation on `test`, for the card; none where an older version kept no interval."""
+    return [
+        Score(
+            data=test.name,
+            split=test.split,
+            mode=mode,
+            queries=len(test.queries),
+            documents=len(test.documents),
+            ndcg_at_10=result[mode]["ndcg@10"],
+            low=result[mode]["ndcg@10_interval"]["low"],
+            high=result[mode]["ndcg@10_interval"]["high"],
+        )
+        for mode in ("direct", "reason")
+        if "ndcg@10_interval" in result[mode]
+    ]
 
 
 def _merged(model: LoadedModel, params: nnx.State) -> LoadedModel:

@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 from helpers.exported_models import adapted, write_run
 from helpers.report_inputs import eval_record, write_json
+from helpers.tiny_models import word_collection
 from huggingface_hub import ModelCard
 
 from search_r3_jax.commands.models import Export
@@ -17,6 +18,7 @@ from search_r3_jax.evaluation.significance import bootstrap_interval
 from search_r3_jax.hub.load_model import load_model
 from search_r3_jax.hub.model_facts import TrainingData
 from search_r3_jax.hub.weights import parameter_hash
+from search_r3_jax.quickstart import scores_of
 
 VALUES = {mode: np.random.default_rng(seed).random(30) for seed, mode in enumerate(("direct", "reason"))}
 WATCHED = {"direct": [0.5, 0.25, 1.0], "reason": [0.0, 0.5, 0.5]}
@@ -112,6 +114,17 @@ def test_adapters_may_name_their_base(run: Path, tmp_path: Path) -> None:
     assert told["base_model"] == "some/Base"
     record = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert record["base_model_name_or_path"] == "some/Base"
+
+
+def test_the_quickstarts_card_has_its_last_evaluation() -> None:
+    test = word_collection(documents=9, queries=4, split="test")
+    older = {"ndcg@10": 0.5}
+    measured = older | {"ndcg@10_interval": {"mean": 0.5, "low": 0.25, "high": 0.75}}
+    (score,) = scores_of(test, {"direct": measured, "reason": older, "example": {}})
+    assert vars(score) == {
+        **{"data": "words", "split": "test", "mode": "direct", "queries": 4, "documents": 9},
+        **{"ndcg_at_10": 0.5, "low": 0.25, "high": 0.75, "development": False},
+    }
 
 
 def test_files_that_are_no_results_are_passed_over(run: Path, tmp_path: Path) -> None:
