@@ -19,9 +19,10 @@ import tyro
 from search_r3_jax import __version__
 from search_r3_jax.commands.data import DataBuild, DataMine
 from search_r3_jax.commands.evaluation import Budget, Compare, Curves, Eval, Mteb, Perplexity, Report
-from search_r3_jax.commands.mistyped import explain_mistyped
+from search_r3_jax.commands.mistyped import command_words, explain_mistyped
 from search_r3_jax.commands.models import Embed, Export, Think
 from search_r3_jax.commands.planning import Plan
+from search_r3_jax.commands.refusals import one_line
 from search_r3_jax.commands.settings import plan_settings, rl_settings, sft_settings
 from search_r3_jax.commands.training import Indexer, Quickstart, Rl, Sft
 from search_r3_jax.compile_cache import keep_programs
@@ -49,14 +50,18 @@ DataCommand = (
 def main() -> None:
     """Parse the command line and run one subcommand.
 
-    Exit status 2 for a user's mistake, 75 for what passes by itself, 130 when interrupted before training
-    began.
+    Exit status 2 for a user's mistake, 75 for what passes by itself, 130 when a signal ended it; 0 when
+    training has saved before it ended by a signal (`training/stopping.py`).
     """
     configure_libraries()
     prepare_streams()
-    signal.signal(signal.SIGTERM, _interrupt)
+    # As Ctrl-C does, until training takes these signals for requests to save.
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _interrupt)
+    trains = False
     try:
         command = parse(sys.argv[1:])
+        trains = isinstance(command, Quickstart | Sft | Rl)
         keep_programs(command.common.compile_cache)
         command.run()
         sys.stdout.flush()
@@ -75,7 +80,8 @@ def main() -> None:
             raise
         _end_after(error)
     except KeyboardInterrupt:
-        print("search-r3: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        what_then = "; the same command starts, or goes on from the last checkpoint" if trains else ""
+        print_line(f"search-r3: interrupted{what_then}", sys.stderr)
         sys.stderr.flush()
         # Library threads may still run and would block a normal exit; all our files are written.
         os._exit(INTERRUPTED)
@@ -84,7 +90,7 @@ def main() -> None:
 def parse(arguments: Sequence[str]) -> Any:
     """The subcommand that the arguments name, with its flags."""
     if list(arguments) == ["--version"]:
-        print(f"search-r3 {__version__}")
+        print(f"search-r3 {__version__}", flush=True)
         sys.exit(0)
     arguments, notes = renamed_flags(arguments)
     for note in notes:
@@ -95,12 +101,17 @@ def parse(arguments: Sequence[str]) -> Any:
         with contextlib.redirect_stderr(shown):
             return _parsed(arguments, arguments)
     except SystemExit as ended:
-        if ended.code == 2 and (mistake := explain_mistyped(arguments, partial(_help_of, arguments))):
+        if ended.code == 2:
             shown = io.StringIO()
-            raise UserError(mistake) from None
+            if mistake := explain_mistyped(arguments, partial(_help_of, arguments)):
+                raise UserError(mistake) from None
+            command = " ".join(["search-r3", *command_words(arguments)])
+            print_line(one_line(_refusal_of(arguments), command), sys.stderr)
         raise
     finally:
         sys.stderr.write(shown.getvalue())
+        # Here a reader who has had enough is no error; at the interpreter's end it would be.
+        sys.stdout.flush()
 
 
 def _parsed(arguments: Sequence[str], for_settings: Sequence[str]) -> Any:
@@ -111,6 +122,21 @@ def _parsed(arguments: Sequence[str], for_settings: Sequence[str]) -> Any:
         args=arguments,
         config=(tyro.conf.OmitSubcommandPrefixes,),
     )
+
+
+def _refusal_of(arguments: Sequence[str]) -> str:
+    """What the parser prints about arguments that it refuses, in lines that no terminal breaks."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "100000"
+    try:
+        with contextlib.redirect_stderr(io.StringIO()) as shown, contextlib.suppress(SystemExit):
+            _parsed(arguments, arguments)
+    finally:
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before
+    return shown.getvalue()
 
 
 def _help_of(arguments: Sequence[str], words: Sequence[str]) -> str:

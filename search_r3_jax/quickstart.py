@@ -23,11 +23,15 @@ from search_r3_jax.data.development import TrainingSet
 from search_r3_jax.data.python_functions import python_functions
 from search_r3_jax.errors import UserError
 from search_r3_jax.evaluation.bm25 import bm25_run
+from search_r3_jax.evaluation.card_facts import card_facts
 from search_r3_jax.evaluation.evaluate import Evaluator, ModeResult
 from search_r3_jax.evaluation.metrics import evaluate_run
+from search_r3_jax.evaluation.report import ndcg_interval
 from search_r3_jax.files import write_json
+from search_r3_jax.hub.checkpoint_reader import resolve_step
 from search_r3_jax.hub.export import export_model
 from search_r3_jax.hub.load_model import LoadedModel, load_model, with_lora
+from search_r3_jax.hub.model_facts import Score
 from search_r3_jax.models.lora import merge_lora
 from search_r3_jax.training.rl import train_rl
 from search_r3_jax.training.run import RlRecord
@@ -64,7 +68,7 @@ class Quickstart:
         after_sft = self._step("after_sft", "evaluate after stage 1", lambda: self._evaluate(self._tuned))
         rl = self._step("rl", "stage 2: reinforcement learning against a moving index", self._stage_2)
         after_rl = self._step("after_rl", "evaluate after stage 2", lambda: self._evaluate(self._final))
-        self._step("export", "export to a Hugging Face folder", self._export)
+        self._step("export", "export to a Hugging Face folder", lambda: self._export(after_rl))
         summary = self._summary(data, before, after_sft, rl, after_rl)
         write_json(self._out / "summary.json", summary)
         self._show(summary, before, after_rl)
@@ -168,7 +172,11 @@ class Quickstart:
             f"nDCG@10 direct {direct.metrics.ndcg_at_10:.3f}, reasoned {reason.metrics.ndcg_at_10:.3f}"
         )
         self._stages.say(f"wrote the embed token by itself: {reason.valid_rate:.0%} of the queries")
-        return {"direct": direct.as_dict(), "reason": reason.as_dict(), "example": self._example(reason)}
+        numbers = {
+            mode: result.as_dict() | {"ndcg@10_interval": ndcg_interval(self._test, result, seed=0)}
+            for mode, result in (("direct", direct), ("reason", reason))
+        }
+        return {**numbers, "example": self._example(reason)}
 
     def _example(self, result: ModeResult) -> dict[str, Any]:
         """The first test query, whatever its result, because choosing one would bias the picture."""
@@ -229,8 +237,11 @@ class Quickstart:
             "index_versions": result.index_versions,
         }
 
-    def _export(self) -> dict[str, Any]:
-        return {"folder": str(export_model(self._final, self._out / "export"))}
+    def _export(self, result: dict[str, Any]) -> dict[str, Any]:
+        run = self._out / "rl"
+        facts = card_facts(str(run), resolve_step(run, None), self._final)
+        facts = dataclasses.replace(facts, scores=[*scores_of(self._test, result), *facts.scores])
+        return {"folder": str(export_model(self._final, self._out / "export", facts=facts))}
 
     # The summary and the example.
 
@@ -305,6 +316,24 @@ class Quickstart:
             f"\nmodel    {summary['export']}\nsummary  {self._out / 'summary.json'}\nruns     "
             f"{self._out / 'sft'}, {self._out / 'rl'}"
         )
+
+
+def scores_of(test: Collection, result: dict[str, Any]) -> list[Score]:
+    """The scores of an evaluation on `test`, for the card; none where an older version kept no interval."""
+    return [
+        Score(
+            data=test.name,
+            split=test.split,
+            mode=mode,
+            queries=len(test.queries),
+            documents=len(test.documents),
+            ndcg_at_10=result[mode]["ndcg@10"],
+            low=result[mode]["ndcg@10_interval"]["low"],
+            high=result[mode]["ndcg@10_interval"]["high"],
+        )
+        for mode in ("direct", "reason")
+        if "ndcg@10_interval" in result[mode]
+    ]
 
 
 def _merged(model: LoadedModel, params: nnx.State) -> LoadedModel:

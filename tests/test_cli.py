@@ -4,7 +4,9 @@ import dataclasses
 import json
 import os
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,9 @@ import search_r3_jax
 from search_r3_jax import cli
 from search_r3_jax.cli import parse
 from search_r3_jax.commands.data import DataBuild
+from search_r3_jax.commands.evaluation import Compare
 from search_r3_jax.commands.options import CommonOptions
-from search_r3_jax.commands.training import Indexer
+from search_r3_jax.commands.training import Indexer, Sft
 from search_r3_jax.configs import config_names, load_config
 from search_r3_jax.data.dataset import build_dataset
 from search_r3_jax.errors import UserError
@@ -332,6 +335,46 @@ def test_a_standard_output_that_takes_nothing_is_one_line(
     else:
         message = "search-r3: standard output: cannot be written (No space left on device); make room\n"
         assert (ended.value.code, shown) == (2, message)
+
+
+@pytest.mark.parametrize("argument", ["--help", "--version"])
+def test_help_into_a_pipe_that_nobody_reads_is_quiet(argument: str) -> None:
+    """As of `search-r3 --help | head -1`, whose reader may be gone before the first line."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream:
+        shown = subprocess.run(
+            [sys.executable, "-m", "search_r3_jax", argument],
+            stdout=stream,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=100,
+        )
+    assert (shown.returncode, shown.stderr) == (128 + signal.SIGPIPE, "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_before_training_ends_with_130(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training that has saved ends with 0: tests/training/test_stopping.py."""
+
+    def be_interrupted(command: object) -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(10)
+
+    def exit_now(status: int) -> None:
+        raise SystemExit(status)
+
+    monkeypatch.setattr(os, "_exit", exit_now)
+    for kind, arguments, then in (
+        (Sft, ["sft", "--config", "smollm2", "--run", "r"], "; the same command starts, or goes on"),
+        (Compare, ["compare", "a", "b"], "\n"),
+    ):
+        monkeypatch.setattr(kind, "run", be_interrupted)
+        shown = search_r3_here(*arguments)
+        assert (shown.returncode, shown.stdout, shown.stderr.count("\n")) == (130, "", 1)
+        assert shown.stderr.startswith(f"search-r3: interrupted{then}")
 
 
 def test_a_message_is_one_line_that_cannot_steer_a_terminal(

@@ -20,6 +20,7 @@ from search_r3_jax.errors import UserError
 from search_r3_jax.hub.load_model import LoadedModel, load_model
 from search_r3_jax.mesh import make_mesh
 from search_r3_jax.precision import quantize
+from search_r3_jax.text.prompts import Mode
 
 TEXTS = ["a query", "another, much longer query about something", "x"]
 
@@ -234,22 +235,50 @@ def test_devices_share_the_texts(tiny_folders: dict[str, Path], embedder: Embedd
         )
 
 
+LISTS = (2, 3, 5, 12, 24)
+
+
+Call = tuple[Mode, list[str]]
+
+
+def mixed_calls(direct: int, listed: int, thought: int, *, seed: int) -> list[Call]:
+    """Calls in a random order: `direct` single texts of 1 to 64 words, `listed` lists of each of `LISTS`, a
+    third of them thought about, and `thought` single queries."""
+    generator = np.random.default_rng(seed)
+
+    def texts(count: int) -> list[str]:
+        return [" ".join(["word"] * int(generator.integers(1, 65))) for _ in range(count)]
+
+    modes: tuple[Mode, ...] = ("direct", "direct", "reason")
+    calls: list[Call] = [("direct", [" ".join(["word"] * n)]) for n in range(1, direct + 1)]
+    calls.extend((modes[i % 3], texts(size)) for size in LISTS for i in range(listed))
+    calls.extend(("reason", texts(1)) for _ in range(thought))
+    return [calls[i] for i in generator.permutation(len(calls))]
+
+
 @pytest.mark.slow
 def test_mixed_calls_need_few_programs(tiny_folders: dict[str, Path]) -> None:
-    generator = np.random.default_rng(0)
     embedder = Embedder.load(tiny_folders["llama"], max_tokens=200, max_think_tokens=3, warm_up=True)
-
-    def call() -> None:
-        texts = ["word " * generator.integers(1, 65) for _ in range(generator.integers(1, 25))]
-        mode = "direct" if generator.random() < 0.5 else "reason"
-        embedder.encode(texts, mode=mode)
-
     with lowered_programs() as single:
         embedder.encode("a single text " * 3)
         embedder.encode(["some", "texts of this and that"])
         embedder.think("a single query")
     assert single == []
     with lowered_programs() as names:
-        for _ in range(60):
-            call()
+        for mode, texts in mixed_calls(16, 3, 4, seed=0):
+            embedder.encode(texts, mode=mode)
     assert len(names) <= 7
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_150_mixed_calls_of_the_packaged_model_need_few_programs(optimised: None) -> None:
+    # A short budget: the programs are as many, and end sooner.
+    embedder = Embedder.load("smollm2", max_think_tokens=4, warm_up=True)
+    calls = mixed_calls(64, 12, 26, seed=0)
+    assert len(calls) == 150
+    with lowered_programs() as names:
+        for mode, texts in calls:
+            embedder.encode(texts, mode=mode)
+    print(f"{len(names)} programs: {sorted(names)}")
+    assert len(names) <= 12

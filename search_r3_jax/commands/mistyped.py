@@ -39,6 +39,16 @@ def explain_mistyped(arguments: Sequence[str], help_of: Callable[[Sequence[str]]
     return None
 
 
+def command_words(arguments: Sequence[str]) -> tuple[str, ...]:
+    """The words at the beginning that choose a command."""
+    words = ()
+    for argument in arguments:
+        if words not in GROUPS or argument.startswith("-"):
+            break
+        words = (*words, argument)
+    return words
+
+
 def _similar(option: str, known: Iterable[str]) -> list[str]:
     """Options whose last part is this one, then those that look like it."""
     known = sorted(known)

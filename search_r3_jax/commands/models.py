@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,13 +55,17 @@ class Export:
             return
         if self.base is not None:
             raise UserError("--base: names the checkpoint of adapters; give --peft with it, or leave it out")
+        from search_r3_jax.evaluation.card_facts import card_facts
         from search_r3_jax.hub.export import EXPORT_MANIFEST, export_model
         from search_r3_jax.hub.folders import check_replaceable
-        from search_r3_jax.hub.load_model import load_model
+        from search_r3_jax.hub.load_model import load_model, pinned_step
 
         check_replaceable(self.out, marker=EXPORT_MANIFEST)
-        loaded = load_model(source, step=self.step)
-        print_line(str(export_model(loaded, self.out, dtype=self.dtype)))
+        # Chosen once: a run that is still training saves others meanwhile.
+        step = pinned_step(source, self.step)
+        model = load_model(source, step=step)
+        facts = card_facts(source, step, model)
+        print_line(str(export_model(model, self.out, dtype=self.dtype, facts=facts)))
 
     def _source(self) -> str:
         if (self.model is None) == (self.run_folder is None):
@@ -72,6 +77,9 @@ class Export:
         return self.model or str(self.run_folder)
 
     def _export_adapters(self, run: Path) -> Path:
+        from search_r3_jax.evaluation.card_facts import card_facts
+        from search_r3_jax.hub.base_model import renamed_base
+        from search_r3_jax.hub.checkpoint_reader import resolve_step
         from search_r3_jax.hub.export import EXPORT_MANIFEST
         from search_r3_jax.hub.folders import check_replaceable
         from search_r3_jax.hub.peft import export_peft, load_stages
@@ -79,14 +87,18 @@ class Export:
         check_replaceable(self.out, marker=EXPORT_MANIFEST)
         if not (run / "checkpoints").is_dir():
             raise UserError(f"--peft: {run}: is no run, so it has no adapters; give a run directory")
-        stages, start = load_stages(run, step=self.step)
+        step = resolve_step(run, self.step)
+        stages, start = load_stages(run, step=step)
         base = self.base or start
         if self.base is None and not Path(start).is_dir():
             raise UserError(
                 f"--base: the run starts from {start!r}, which PEFT cannot open; name the Hugging Face "
                 "checkpoint it came from"
             )
-        return export_peft(stages[-1], self.out, base=base, earlier=stages[:-1])
+        facts = card_facts(str(run), step, stages[-1])
+        if self.base is not None:
+            facts = dataclasses.replace(facts, base=renamed_base(facts.base, self.base))
+        return export_peft(stages[-1], self.out, base=base, earlier=stages[:-1], facts=facts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,12 +108,13 @@ class Embed(InferenceConfig):
     Attributes:
         model: Run folder, Hugging Face folder, GGUF file, or `smollm2`.
         input: What to embed: a text file, one text per line; a .jsonl file, objects with `text`, perhaps
-            `title` and `_id`; a BEIR folder, its corpus or with `--kind query` its queries; `-`, lines of
-            standard input. Files may be gzipped (.gz).
+            `title` and `_id`; a BEIR folder or a built data set, its queries or with `--kind document` its
+            corpus; `-`, lines of standard input. Files may be gzipped (.gz).
         out: File to write: .npy, vectors [texts, dimension]; .npz, `ids` and `vectors`; .parquet, columns
             `id` and `vector`; .jsonl, objects with `id` and `vector`. Any other name: .npy format.
         mode: `reason`: the model thinks before it embeds (queries only). `direct`: it does not.
         kind: What the texts are. Documents are embedded directly.
+        split: Of a BEIR folder or a built data set: the split to read. None: all that is there.
         truncate_dim: Keep this many dimensions and normalise again. None: all.
         precision: float32; int8 or uint8, 256 steps between the least and the greatest value of each
             dimension over these texts; binary or ubinary, the signs, eight to a byte.
@@ -117,6 +130,7 @@ class Embed(InferenceConfig):
     out: Path
     mode: Literal["direct", "reason"] = "direct"
     kind: Literal["query", "document"] = "query"
+    split: str | None = None
     truncate_dim: int | None = None
     precision: Literal["float32", "int8", "uint8", "binary", "ubinary"] = "float32"
     max_tokens: int | None = None
@@ -128,11 +142,13 @@ class Embed(InferenceConfig):
     def run(self) -> None:
         """Run the subcommand."""
         from search_r3_jax.commands.vector_files import read_texts, writer_of
+        from search_r3_jax.hub.load_model import check_model_name
         from search_r3_jax.outputs import check_output, check_outputs, message_stream, write_result
 
         self._check()
         check_outputs(("--out", self.out), ("--thoughts", self.thoughts), inputs=[self.input, self.model])
-        listed = read_texts(self.input, self.kind)
+        check_model_name(self.model)
+        listed = read_texts(self.input, self.kind, self.split)
         write = writer_of(self.out, listed.ids)
         if self.precision in ("int8", "uint8") and len(listed.texts) == 1:
             raise UserError(f"--precision: {self.precision}: one text has no range; give more, or float32")

@@ -13,6 +13,7 @@ import numpy as np
 
 from search_r3_jax.data.beir import read_documents, read_query_texts
 from search_r3_jax.data.collection import Document
+from search_r3_jax.data.dataset import MANIFEST, load_collection, load_collections
 from search_r3_jax.errors import UserError
 from search_r3_jax.files import save_array
 from search_r3_jax.lines import LineError, Problems, parse_object, read_lines, read_stream, string_field
@@ -29,13 +30,18 @@ class Texts:
     texts: Sequence[str]
 
 
-def read_texts(source: Path, kind: Literal["query", "document"]) -> Texts:
-    """The texts of a BEIR folder, of a .jsonl file, of a file with one a line, or of standard input (`-`).
+def read_texts(source: Path, kind: Literal["query", "document"], split: str | None = None) -> Texts:
+    """The texts of a data set, of a .jsonl file, of a file with one a line, or of standard input (`-`).
 
-    Title and text are joined as in evaluation. Raises UserError naming file and line.
+    A data set is a BEIR folder or a built one; `split` chooses a split of it. Texts are joined with titles
+    and instructions as in evaluation. Raises UserError naming file and line.
     """
     if source.is_dir():
-        return _beir_texts(source, kind)
+        if split is None and not (source / MANIFEST).is_file():
+            return _beir_texts(source, kind)
+        return _texts_of_splits(source, kind, split)
+    if split is not None:
+        raise UserError(f"--split: {source} has no splits; leave it out, or give a data set")
     if source.suffix.lower() in (".csv", ".tsv", ".parquet"):
         raise UserError(
             f"--input: {source}: is a table; give a .jsonl, or a text a line (`data build` makes a data set "
@@ -75,6 +81,25 @@ def _beir_texts(folder: Path, kind: str) -> Texts:
         return Texts(ids=list(queries), texts=list(queries.values()))
     documents = read_documents(folder, problems)
     return Texts(ids=list(documents), texts=[document.body for document in documents.values()])
+
+
+def _texts_of_splits(folder: Path, kind: str, split: str | None) -> Texts:
+    """The texts of one split or of all; splits may share texts."""
+    collections = load_collections(folder) if split is None else {split: load_collection(folder, split)}
+    texts: dict[str, str] = {}
+    for collection in collections.values():
+        named = (
+            ((query.query_id, query.body) for query in collection.queries)
+            if kind == "query"
+            else ((document.doc_id, document.body) for document in collection.documents)
+        )
+        for text_id, text in named:
+            if texts.setdefault(text_id, text) != text:
+                raise UserError(
+                    f"--input: {folder}: id {text_id!r} names one text in a split and another in the next; "
+                    f"choose one with --split ({', '.join(collections)})"
+                )
+    return Texts(ids=list(texts), texts=list(texts.values()))
 
 
 def writer_of(path: Path, ids: Sequence[str]) -> Callable[[Path, np.ndarray], None]:

@@ -34,6 +34,7 @@ from search_r3_jax.evaluation.report import (
 from search_r3_jax.evaluation.settings import BudgetSettings
 from search_r3_jax.evaluation.significance import bootstrap_interval
 from search_r3_jax.evaluation.systems import BudgetResult, DecoderSystem, is_baseline
+from search_r3_jax.hub.load_model import check_model_name
 from search_r3_jax.outputs import (
     check_outputs,
     message_stream,
@@ -178,6 +179,7 @@ def _check(settings: BudgetSettings) -> None:
     check_limits(settings)
     if is_baseline(settings.model):
         raise UserError(f"--model: {settings.model} writes no reasoning; give a model of ours")
+    check_model_name(settings.model)
     if settings.picture is not None:
         open_pyplot("budget")
 

@@ -22,7 +22,7 @@ from search_r3_jax.data.dataset import load_collection
 from search_r3_jax.data.subsample import sample_corpus, unordered_documents_hash
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub.checkpoint_reader import read_run
-from search_r3_jax.hub.load_model import load_for_inference, pinned_step, resolve
+from search_r3_jax.hub.load_model import check_model_name, load_for_inference, pinned_step, resolve
 from search_r3_jax.models.decoder import Decoder, positions_from_lengths
 from search_r3_jax.objectives.language import cross_entropy, token_log_probs
 from search_r3_jax.outputs import check_outputs, write_json_result
@@ -134,6 +134,7 @@ def measure_perplexity(
     check_outputs(("--out", out), inputs=[model, data])
     if max_documents < 1 or max_tokens < 2:
         raise UserError("--max-documents, --max-tokens: give at least 1 document and 2 tokens")
+    check_model_name(model)
     whole = load_collection(data, split)
     # Without queries no document counts as judged, so all are drawn at random.
     collection, sample = sample_corpus(dataclasses.replace(whole, queries=()), max_documents, seed=seed)

@@ -34,8 +34,9 @@ from search_r3_jax.evaluation.evaluate import DEPTH, ModeResult, QueryMode
 from search_r3_jax.evaluation.metrics import check_trec_ids, qrels_text, run_text
 from search_r3_jax.evaluation.settings import BudgetSettings, EvalSettings
 from search_r3_jax.evaluation.significance import bootstrap_interval
-from search_r3_jax.evaluation.systems import SystemResult, check_installed, open_system
+from search_r3_jax.evaluation.systems import SystemResult, check_installed, is_baseline, open_system
 from search_r3_jax.files import is_written_in_place
+from search_r3_jax.hub.load_model import check_model_name
 from search_r3_jax.outputs import (
     check_outputs,
     message_stream,
@@ -148,6 +149,8 @@ def check_evaluation(settings: EvalSettings) -> None:
         inputs=[settings.model, settings.data],
     )
     check_limits(settings)
+    if not is_baseline(settings.model):
+        check_model_name(settings.model)
     if settings.max_think_tokens < 0:
         raise UserError(
             f"--max-think-tokens: {settings.max_think_tokens} is below 0; 0 forces the embed token at once"
@@ -195,7 +198,9 @@ def _eval_content(
     result: SystemResult,
 ) -> dict[str, Any]:
     modes: dict[str, dict[str, Any]] = {
-        mode: each.as_dict() | {"per_query": per_query(collection, each)}
+        mode: each.as_dict()
+        | {"ndcg@10_interval": ndcg_interval(collection, each, settings.seed)}
+        | {"per_query": per_query(collection, each)}
         for mode, each in result.modes.items()
     }
     if result.controls:
@@ -239,6 +244,13 @@ def query_values(collection: Collection, result: ModeResult) -> np.ndarray:
     return np.array([result.of_query[query.query_id].ndcg_at_10 for query in collection.queries], np.float64)
 
 
+def ndcg_interval(collection: Collection, result: ModeResult, seed: int) -> dict[str, float]:
+    """Mean of nDCG@10 with the ends of its bootstrap interval over queries."""
+    return dataclasses.asdict(
+        bootstrap_interval(query_values(collection, result), samples=SAMPLES, seed=seed)
+    )
+
+
 def _controls(
     collection: Collection, controls: Mapping[str, ModeResult], seed: int
 ) -> dict[str, dict[str, Any]]:
@@ -250,7 +262,7 @@ def _controls(
         results[name] = {
             **result.metrics.as_dict(),
             "reply_tokens": result.reply_tokens,
-            "ndcg@10_interval": dataclasses.asdict(bootstrap_interval(values_q, samples=SAMPLES, seed=seed)),
+            "ndcg@10_interval": ndcg_interval(collection, result, seed),
             "own_minus_this": dataclasses.asdict(
                 bootstrap_interval(reasoned_q - values_q, samples=SAMPLES, seed=seed)
             ),
@@ -287,6 +299,9 @@ def _show(content: Mapping[str, Any], stream: TextIO) -> None:
         table.add_column(mode, justify="right", no_wrap=True)
     for name, key, shape in ROWS:
         table.add_row(name, *(shape.format(values[key]) for values in content["modes"].values()))
+        if key == "ndcg@10":
+            intervals = (interval_text(values[f"{key}_interval"]) for values in content["modes"].values())
+            table.add_row("  95 % interval", *intervals)
     table.add_row("documents/s", *(f"{content['documents_per_second']:.1f}" for _ in content["modes"]))
     console = TextConsole(stream)
     console.print(table)

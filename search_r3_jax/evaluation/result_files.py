@@ -40,14 +40,18 @@ class EvalResult:
         of_query: query id → metrics, in the order of the file.
         costs: the values of `COSTS`.
         controls: controls of reasoning, as in the file; empty if the file has none.
+        step, parameter_hash: of the model; None of a baseline, and the step of a model that is no run.
     """
 
     file: Path
     system: str
+    mode: str
     searched: DataKey
     of_query: Mapping[str, Mapping[str, float]]
     costs: Mapping[str, float]
     controls: Mapping[str, Mapping[str, Any]]
+    step: int | None = None
+    parameter_hash: str | None = None
 
     def values(self, metric: str, query_ids: Iterable[str] | None = None) -> np.ndarray:
         """A metric of each query [Q], in the order of the file or of `query_ids`."""
@@ -144,7 +148,15 @@ def _eval_results(file: Path, content: Mapping[str, Any]) -> list[EvalResult]:
         name = _system_name(content["model"], system, mode)
         results.append(
             EvalResult(
-                file=file, system=name, searched=key, of_query=of_query, costs=costs, controls=controls
+                file=file,
+                system=name,
+                mode=mode,
+                searched=key,
+                of_query=of_query,
+                costs=costs,
+                controls=controls,
+                step=system.get("step"),
+                parameter_hash=system.get("parameter_hash"),
             )
         )
     return results

@@ -32,7 +32,7 @@ class EvalSettings(InferenceConfig):
             corpus.
         ignore_identical_ids: Leave a document out of the results of the query that has its id: MTEB does so
             on ArguAna, Quora and FiQA, where queries stand in the corpus.
-        seed: Seed that draws those queries and documents.
+        seed: Seed that draws those queries and documents, and of the bootstrap.
         max_query_tokens: Longest query, in tokens (not for baselines). None: 64.
         max_document_tokens: Longest document, in tokens (not for baselines). None: 256.
         max_think_tokens: Longest reasoning, in tokens; then the embed token is forced. 0 forces it at once.

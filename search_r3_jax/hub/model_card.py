@@ -1,15 +1,14 @@
-"""Model cards (README.md) of exports: the prompts, and code that computes embeddings."""
+"""Model cards (README.md) of exports: prompts, code that computes embeddings, base, data and scores."""
 
 from __future__ import annotations
 
 from search_r3_jax.config import EMBED_TOKEN
+from search_r3_jax.hub.model_facts import ModelFacts, card_metadata, facts_section
 from search_r3_jax.text.prompts import CLOSING, DIRECT_SYSTEM, REASON_SYSTEM, Prompter
 
-_QUERIES = '["how do bees find their way home", "what makes bread rise"]'
-_DOCUMENTS = (
-    '["Honeybees steer by the sun and by landmarks.", "Yeast ferments sugar into carbon dioxide, which '
-    'lifts the dough."]'
-)
+# Names and numbers, which are the same in most languages: the model may know any.
+_QUERIES = '["Johann Sebastian Bach", "Fibonacci"]'
+_DOCUMENTS = '["BWV 988", "0, 1, 1, 2, 3, 5, 8, 13, 21, 34"]'
 
 _PROMPTS = f"""# A search embedder that thinks first
 
@@ -47,9 +46,9 @@ def think(query, max_think_tokens=32):
     return tokenizer.decode(reply[0, prompt["input_ids"].shape[1] :]), vector(reply)
 
 
-thought, query = think("how do bees find their way home")
+thought, query = think("Johann Sebastian Bach")
 print(thought)
-print(query @ embed("Honeybees steer by the sun and by landmarks."))
+print(query @ embed("BWV 988"))
 ```
 
 `embed` embeds directly, as documents are; `think` lets the model think about a query first.
@@ -117,14 +116,14 @@ print(embedder.think({_QUERIES})[0].text)
 """
 
 
-def model_card(prompter: Prompter, *, sentence_transformers: bool) -> str:
+def model_card(prompter: Prompter, facts: ModelFacts, *, name: str, sentence_transformers: bool) -> str:
     """The card of an exported model; `sentence_transformers` says whether the folder has the files for it."""
-    transformers = _TRANSFORMERS.replace("EMBED", _embed_functions(prompter))
-    front = "library_name: sentence-transformers" if sentence_transformers else "library_name: transformers"
-    second = _SENTENCE_TRANSFORMERS if sentence_transformers else _NO_SENTENCE_TRANSFORMERS
-    return (
-        f"---\n{front}\npipeline_tag: sentence-similarity\n---\n\n{_PROMPTS}{transformers}{second}{_EMBEDDER}"
+    metadata = card_metadata(
+        facts, name=name, library="sentence-transformers" if sentence_transformers else "transformers"
     )
+    transformers = _TRANSFORMERS.replace("EMBED", _embed_functions(prompter))
+    second = _SENTENCE_TRANSFORMERS if sentence_transformers else _NO_SENTENCE_TRANSFORMERS
+    return f"---\n{metadata}\n---\n\n{_PROMPTS}{transformers}{second}{_EMBEDDER}{facts_section(facts)}"
 
 
 def _embed_functions(prompter: Prompter) -> str:
@@ -139,12 +138,10 @@ def _embed_functions(prompter: Prompter) -> str:
     )
 
 
-def adapter_card(prompter: Prompter, *, base: str, embed_id: int) -> str:
+def adapter_card(prompter: Prompter, facts: ModelFacts, *, name: str, base: str, embed_id: int) -> str:
     """The card of exported adapters for the checkpoint that `base` names."""
     return f"""---
-base_model: {base}
-library_name: peft
-pipeline_tag: sentence-similarity
+{card_metadata(facts, name=name, library="peft")}
 ---
 
 {_PROMPTS}
@@ -166,4 +163,4 @@ if base.get_input_embeddings().num_embeddings <= {embed_id}:
 model = PeftModel.from_pretrained(base, folder).eval()
 decoder = model.get_base_model().model
 
-{_embed_functions(prompter)}"""
+{_embed_functions(prompter)}{facts_section(facts)}"""

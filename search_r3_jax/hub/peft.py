@@ -25,11 +25,13 @@ from search_r3_jax.hub.export import (
     max_text_tokens,
     save_tensors,
     save_tokenizer,
+    write_card,
     write_export_manifest,
 )
 from search_r3_jax.hub.folders import replaced_folder
 from search_r3_jax.hub.load_model import LoadedModel, load_model, with_lora, with_recorded_prompts
 from search_r3_jax.hub.model_card import adapter_card
+from search_r3_jax.hub.model_facts import ModelFacts
 from search_r3_jax.models.decoder import Decoder
 from search_r3_jax.models.families import LAYER_TENSORS
 from search_r3_jax.models.lora import trainable_filter
@@ -47,12 +49,20 @@ class _Adapters:
     factors: dict[str, tuple[np.ndarray, np.ndarray]]
 
 
-def export_peft(model: LoadedModel, out: Path, *, base: str, earlier: Sequence[LoadedModel] = ()) -> Path:
+def export_peft(
+    model: LoadedModel,
+    out: Path,
+    *,
+    base: str,
+    earlier: Sequence[LoadedModel] = (),
+    facts: ModelFacts | None = None,
+) -> Path:
     """Write adapter weights and config, tokenizer, prompts and a model card atomically.
 
     `model` has unmerged adapters (`with_lora`); `base` is the name or folder of their checkpoint. `earlier`
     are previous stages, oldest first, whose merged result is the base of `model`: their adapters are added as
-    further ranks, so that all load onto the first base. Raises UserError when there are no adapters.
+    further ranks, so that all load onto the first base. The card tells the `facts`. Raises UserError when
+    there are no adapters.
     """
     decoder = model.decoder
     if decoder.lora is None or decoder.embed_row is None:
@@ -95,8 +105,10 @@ def export_peft(model: LoadedModel, out: Path, *, base: str, earlier: Sequence[L
             prompter.prompts,
             max_tokens=min(MAX_TOKENS, max_text_tokens(prompter, decoder.config.max_positions)),
         )
-        card = adapter_card(prompter, base=base, embed_id=model.embed_id)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        facts = facts or ModelFacts()
+        name = out.resolve().name
+        card = adapter_card(prompter, facts, name=name, base=base, embed_id=model.embed_id)
+        write_card(folder, card, facts)
     return out
 
 

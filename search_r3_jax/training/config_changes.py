@@ -21,8 +21,9 @@ HASHES = {"corpus_hash": "documents", "queries_hash": "queries and judgements"}
 # only time checkpoints, evaluations and index versions: the schedule on the disk keeps the versions used so
 # far.
 HARMLESS = (
-    # The folder of the data; `data_version` identifies its content.
+    # The folder of the data, and its sizes; `data_version` identifies its content.
     "data",
+    "data_sizes",
     "config.data.sets",
     "config.remat",
     "config.attention",

@@ -85,6 +85,7 @@ class Development:
     ) -> Evaluated:
         """Evaluate at `step`; also writes all results to `eval/dev_<step>.json` of the run."""
         results: dict[str, dict[str, Any]] = {}
+        sets: dict[str, dict[str, Any]] = {}
         scalars: dict[str, list[float]] = {}
         samples: list[dict[str, Any]] = []
         embeddings: list[Embeddings] = []
@@ -118,13 +119,15 @@ class Development:
             results[name_of_set] = {
                 mode: result.as_dict() | {"per_query": _per_query(result)} for mode, result in modes.items()
             }
+            sets[name_of_set] = {"split": collection.split, "documents": len(collection.documents)}
             for mode, result in modes.items():
                 for name, value in result.as_dict().items():
                     scalars.setdefault(f"dev_{mode}_{name}", []).append(value)
                 samples += _samples(name_of_set, collection, mode, result)
         if is_first():
             (folder / "eval").mkdir(exist_ok=True)
-            write_json(folder / "eval" / f"dev_{step:06d}.json", {"step": step, "results": results})
+            content = {"step": step, "sets": sets, "results": results}
+            write_json(folder / "eval" / f"dev_{step:06d}.json", content)
         means = {name: float(np.mean(values)) for name, values in scalars.items()}
         return Evaluated(means, samples, embeddings[0])
 

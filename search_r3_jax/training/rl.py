@@ -13,7 +13,7 @@ from search_r3_jax.compile_time import announce_compiling
 from search_r3_jax.config import RunConfig, TrackerName, check_ranges
 from search_r3_jax.data.development import TrainingSet
 from search_r3_jax.distributed.lockstep import Team
-from search_r3_jax.hub.load_model import LoadedModel
+from search_r3_jax.hub.load_model import LoadedModel, check_model_name
 from search_r3_jax.training.development import OnEvaluation
 from search_r3_jax.training.led_index import LedIndex
 from search_r3_jax.training.loading import load_rl_data, load_training_model, log_cut_texts
@@ -22,6 +22,7 @@ from search_r3_jax.training.rl_session import Listeners, OnStep, open_session
 from search_r3_jax.training.rl_setup import check_settings, make_stage
 from search_r3_jax.training.run import (
     RlRecord,
+    check_stage,
     led_record,
     prompt_record,
     recorded_prompts,
@@ -80,6 +81,8 @@ def train_rl(
     team = Team()
     check_ranges(config, "rl")
     check_trackers(trackers)
+    check_stage(Path(run_folder), "rl")
+    check_model_name(config.model)
     config, run_folder, rl = with_absolute_paths(config), Path(run_folder), config.rl
     data = data or load_rl_data(config)
     check_settings(config, data.train)

@@ -28,8 +28,10 @@ from search_r3_jax.training.config_changes import change_table, changes_of, desc
 from search_r3_jax.training.development import Embeddings
 from search_r3_jax.training.trackers import Tracker, open_trackers, sample_tag, sample_text
 
+_STAGES = {"sft": "stage 1", "rl": "stage 2"}
 LOCK, HISTORY = "trainer.lock", "changes"
-PROMPT_RECORD = ("prompts", "end_ids")
+# What runs of older versions did not record.
+RECORDED_SINCE = ("prompts", "end_ids", "data_sizes")
 logger = logging.getLogger(__name__)
 
 
@@ -99,8 +101,8 @@ class Run:
             return
         before = _with_all_settings(self.path)
         history = before.pop(HISTORY, [])
-        # Runs of older versions recorded no prompts; from now on they do.
-        added = {key: record[key] for key in PROMPT_RECORD if key in record and key not in before}
+        # From now on they do.
+        added = {key: record[key] for key in RECORDED_SINCE if key in record and key not in before}
         changes = changes_of(before | added, record)
         done = latest_checkpoint(self.path) or 0
         longer = longer_run(changes, record, done)
@@ -226,7 +228,7 @@ class RlRecord:
             record["start"] = self.start
         if replay is not None:
             record["replay"] = str(Path(replay).resolve())
-        return record | {"data_version": data_version(collection)}
+        return record | {"data_version": data_version(collection), "data_sizes": data_sizes(collection)}
 
 
 def rl_record(run: Path, config: RunConfig) -> RlRecord:
@@ -271,6 +273,20 @@ def recorded_prompts(model: LoadedModel, run: Path, team: Team) -> LoadedModel:
     return with_recorded_prompts(model, run, team.lead(read))
 
 
+def check_stage(run: Path, stage: str) -> None:
+    """Raise UserError, before any long work, where a run folder holds a run of the other stage."""
+    if not (run / "config.json").is_file():
+        return
+    there = read_run(run)[1].get("stage", stage)
+    if there != stage:
+        remedy = (
+            f"give another --run, and --model {run} to start from it"
+            if stage == "rl"
+            else "give another --run; `search-r3 rl` goes on with this one"
+        )
+        raise UserError(f"--run: {run}: holds a run of {_STAGES.get(there, there)}; {remedy}")
+
+
 def data_version(collection: Collection) -> dict[str, str]:
     """Identify a collection by its content: texts in their order, queries and judgements."""
     hashes = {
@@ -278,6 +294,11 @@ def data_version(collection: Collection) -> dict[str, str]:
         "queries_hash": ordered_queries_hash(collection.queries),
     }
     return {"name": collection.name, "split": collection.split, **hashes}
+
+
+def data_sizes(collection: Collection) -> dict[str, int]:
+    """How much of a collection is trained on."""
+    return {"queries": len(collection.queries), "documents": len(collection.documents)}
 
 
 def _with_all_settings(run: Path) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from search_r3_jax.data.tfidf_reasoning import TfidfReasoning
 from search_r3_jax.distributed.lockstep import Team
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub.checkpoint_writer import CheckpointWriter, latest_valid_checkpoint
-from search_r3_jax.hub.load_model import LoadedModel
+from search_r3_jax.hub.load_model import LoadedModel, check_model_name
 from search_r3_jax.mesh import placed
 from search_r3_jax.models.lora import trainable_filter
 from search_r3_jax.text.prompts import Prompter
@@ -34,7 +34,15 @@ from search_r3_jax.training import sharding
 from search_r3_jax.training.development import Development, Evaluated, OnEvaluation
 from search_r3_jax.training.loading import load_sft_data, load_training_model, log_cut_texts
 from search_r3_jax.training.optimizer import learning_rates, make_optimizer, updates_made
-from search_r3_jax.training.run import Run, data_version, prompt_record, recorded_prompts, with_absolute_paths
+from search_r3_jax.training.run import (
+    Run,
+    check_stage,
+    data_sizes,
+    data_version,
+    prompt_record,
+    recorded_prompts,
+    with_absolute_paths,
+)
 from search_r3_jax.training.self_generated_reasoning import with_self_generated_reasoning
 from search_r3_jax.training.sft_step import make_step
 from search_r3_jax.training.state import TrainState, committed, init_state, state_shardings
@@ -102,6 +110,8 @@ def train_sft(
     # 1. Build the stage.
     check_ranges(config, "sft")
     check_trackers(trackers)
+    check_stage(Path(run_folder), "sft")
+    check_model_name(config.model)
     config, run_folder, sft = with_absolute_paths(config), Path(run_folder), config.sft
     sets = load_sft_data(config) if sets is None else sets
     _check(config, sets)
@@ -110,7 +120,11 @@ def train_sft(
     for each in sets:
         log_cut_texts(model.prompter(), config.text, each.train)
     stage, state = _make_stage(config, sets, model, on_evaluation)
-    record = {"data_version": [data_version(each.train) for each in sets], **prompt_record(model.prompter())}
+    record = {
+        "data_version": [data_version(each.train) for each in sets],
+        "data_sizes": [data_sizes(each.train) for each in sets],
+        **prompt_record(model.prompter()),
+    }
     team.require_same("data.sets, model", record)
     with _open_run(config, run_folder, record, model, trackers, allow_config_change) as opened:
         run, checkpoints, request, first = opened

@@ -32,14 +32,6 @@ def test_a_stage_may_be_given_the_settings_that_its_help_hides() -> None:
     assert "did you mean --rl.steps" in shown.stderr
 
 
-@pytest.mark.parametrize("arguments", ["", "sft --config smollm2", "eval --model m --data", "data"])
-def test_what_is_missing_is_still_told_by_the_parser(arguments: str) -> None:
-    shown = search_r3_here(*arguments.split())
-    assert (shown.returncode, shown.stdout) == (2, "")
-    assert "--help" in shown.stderr
-    assert "no such" not in shown.stderr
-
-
 def test_help_and_completion_are_not_held_back() -> None:
     assert "--skip-bad" in search_r3_here("data", "build", "--help").stdout
     script = search_r3_here("--tyro-print-completion", "bash")

@@ -12,7 +12,8 @@ import pytest
 
 from search_r3_jax.commands.models import Embed, Think
 from search_r3_jax.commands.vector_files import read_texts, writer_of
-from search_r3_jax.data.dataset import load_collection
+from search_r3_jax.data.collection import Collection, Document, Query
+from search_r3_jax.data.dataset import build_dataset, load_collection
 from search_r3_jax.embedder import Embedder
 from search_r3_jax.errors import UserError
 
@@ -41,6 +42,36 @@ def test_a_beir_folder_gives_what_evaluation_reads(beir: Path) -> None:
     assert list(documents.texts) == [document.body for document in collection.documents]
     assert documents.texts[0] == "A title\na text\u2028with a separator"
     assert dict(zip(queries.ids, queries.texts, strict=True)) == {"q1": "what", "q2": "never judged"}
+
+
+def test_a_built_data_set_gives_what_evaluation_reads(tmp_path: Path) -> None:
+    def split(name: str, query: str, documents: tuple[Document, ...]) -> Collection:
+        queries = (Query(query_id=f"q {name}", text=query, positives={"d": 1}, instruction="Find it"),)
+        return Collection(name="made", split=name, documents=documents, queries=queries)
+
+    shared = (Document(doc_id="d", title="T", text="a text"), Document(doc_id="e", title="", text="b"))
+    splits = {name: split(name, f"what {name}", shared) for name in ("train", "test")}
+    built = build_dataset(splits, tmp_path / "shared", name="made", source={"kind": "test"})
+    assert vars(read_texts(built, "document")) == {"ids": ["d", "e"], "texts": ["T\na text", "b"]}
+    queries = read_texts(built, "query")
+    assert sorted(queries.ids) == ["q test", "q train"]
+    assert "Instruct: Find it\nQuery: what test" in queries.texts
+    assert list(read_texts(built, "query", "test").ids) == ["q test"]
+    with pytest.raises(UserError, match="no split 'dev'"):
+        read_texts(built, "query", "dev")
+
+    other = split("test", "what", (Document(doc_id="d", title="", text="another text"),))
+    built = build_dataset(splits | {"test": other}, tmp_path / "own", name="made", source={"kind": "test"})
+    assert list(read_texts(built, "document", "test").texts) == ["another text"]
+    with pytest.raises(UserError, match=r"id 'd' names one text in a split .*--split \(test, train\)"):
+        read_texts(built, "document")
+
+
+def test_a_split_of_what_has_none_is_refused(beir: Path, tmp_path: Path) -> None:
+    assert list(read_texts(beir, "query", "test").ids) == ["q1"]
+    (tmp_path / "a.txt").write_text("a text\n")
+    with pytest.raises(UserError, match=r"--split: .*a\.txt has no splits"):
+        read_texts(tmp_path / "a.txt", "query", "test")
 
 
 def test_lines_of_objects_have_ids_and_titles(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ def test_a_decoder_in_both_modes(
         run_file=tmp_path / "a.run",
         max_think_tokens=5,
         max_document_tokens=24,
+        seed=3,
     )
     record = run_evaluation(asked)
     shown = capsys.readouterr().out
@@ -44,6 +45,11 @@ def test_a_decoder_in_both_modes(
     assert line.split()[1:] == [
         f"{record['modes'][mode]['milliseconds_per_query']:.1f}" for mode in ("direct", "reason")
     ]
+    (line,) = [line for line in shown.splitlines() if "95 % interval" in line]
+    for values in record["modes"].values():
+        of_query = np.array([query["ndcg@10"] for query in values["per_query"].values()])
+        assert values["ndcg@10_interval"] == vars(bootstrap_interval(of_query, samples=10_000, seed=3))
+        assert f"{values['ndcg@10_interval']['low']:.3f} … {values['ndcg@10_interval']['high']:.3f}" in line
     assert "controls" not in record["modes"]["reason"]
     assert json.loads((tmp_path / "a.json").read_text()) == record
     assert sorted(file.name for file in tmp_path.iterdir()) == [

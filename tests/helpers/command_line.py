@@ -16,7 +16,7 @@ from search_r3_jax import cli
 def search_r3_here(*arguments: str) -> subprocess.CompletedProcess[str]:
     """`search-r3 ARGUMENTS`: its status and what it printed, as `subprocess.run` would give them."""
     out, err, status = io.StringIO(), io.StringIO(), 0
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", ["search-r3", *arguments])
         try:
@@ -24,7 +24,8 @@ def search_r3_here(*arguments: str) -> subprocess.CompletedProcess[str]:
         except SystemExit as ended:
             status = 0 if ended.code is None else int(ended.code)
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
     return subprocess.CompletedProcess(list(arguments), status, out.getvalue(), err.getvalue())
 
 

@@ -1,5 +1,6 @@
 """What the tests of exports share: texts, snippets of a card, and torch's view of an embedding."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import torch
+from flax import nnx
 from helpers.tiny_models import byte_tokenizer, torch_model
 
-from search_r3_jax.config import LoraConfig
+from search_r3_jax.config import LoraConfig, RunConfig
+from search_r3_jax.files import write_json
+from search_r3_jax.hub.checkpoint_writer import CheckpointWriter
 from search_r3_jax.hub.load_model import LoadedModel, with_lora
+from search_r3_jax.models.lora import trainable_filter
 from search_r3_jax.text.prompts import Prompter
 
 TEXTS = [
@@ -44,6 +49,16 @@ def adapted(model: LoadedModel, lora: LoraConfig, *, seed: int = 0) -> LoadedMod
         if row is not None:
             row.set_value(jnp.asarray(generator.standard_normal(row.shape), jnp.float32))
     return result
+
+
+def write_run(folder: Path, config: RunConfig, model: LoadedModel, extra: dict[str, Any]) -> Path:
+    """The files of a run that `load_model` and `load_stages` read, with `model`'s adapters as step 3."""
+    folder.mkdir()
+    write_json(folder / "config.json", {"stage": "sft", "config": dataclasses.asdict(config), **extra})
+    writer = CheckpointWriter(folder)
+    writer.save(3, nnx.state(model.decoder, trainable_filter(model.decoder)), {"count": np.zeros(())}, {})
+    writer.close()
+    return folder
 
 
 def snippets(folder: Path) -> list[str]:

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from flax import nnx
 from helpers.exported_models import (
     FAMILIES,
     adapted,
@@ -17,6 +16,7 @@ from helpers.exported_models import (
     snippets,
     torch_vectors,
     write_full_vocabulary,
+    write_run,
 )
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -25,12 +25,10 @@ from search_r3_jax.commands.models import Export
 from search_r3_jax.config import LoraConfig, RunConfig
 from search_r3_jax.embedder import Embedder
 from search_r3_jax.errors import UserError
-from search_r3_jax.files import write_json
-from search_r3_jax.hub.checkpoint_writer import CheckpointWriter
 from search_r3_jax.hub.load_model import LoadedModel, load_model
 from search_r3_jax.hub.peft import export_peft
 from search_r3_jax.models.decoder import positions_from_lengths
-from search_r3_jax.models.lora import merge_lora, trainable_filter
+from search_r3_jax.models.lora import merge_lora
 from search_r3_jax.text.prompts import Prompter
 
 TEXTS = ["how to sort a list by key", "naïve café: 3.14 × 2", "word " * 200]
@@ -94,16 +92,6 @@ def test_the_cards_snippet_grows_a_vocabulary_that_ends_too_early(family: str, t
     scope = run_snippet(snippet)
     assert_same(model, scope["model"])
     np.testing.assert_allclose(scope["embed"](TEXTS[0]).numpy(), Embedder(model).encode(TEXTS[0]), atol=1e-5)
-
-
-def write_run(folder: Path, config: RunConfig, model: LoadedModel, extra: dict[str, str]) -> Path:
-    """The files of a run that `load_model` and `load_stages` read, with `model`'s adapters as step 3."""
-    folder.mkdir()
-    write_json(folder / "config.json", {"stage": "sft", "config": dataclasses.asdict(config), **extra})
-    writer = CheckpointWriter(folder)
-    writer.save(3, nnx.state(model.decoder, trainable_filter(model.decoder)), {"count": np.zeros(())}, {})
-    writer.close()
-    return folder
 
 
 @pytest.mark.slow

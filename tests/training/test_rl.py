@@ -278,6 +278,11 @@ def test_everything_turned_on_and_what_is_logged_of_it(tiny_folders: dict[str, P
     scores = {
         0: json.loads((run / "eval" / "dev_000000.json").read_text())["results"]["words"]["reason"]["ndcg@10"]
     }
+    record = json.loads((run / "config.json").read_text())
+    assert record["data_sizes"] == {
+        "queries": len(data.train.queries),
+        "documents": len(data.train.documents),
+    }
     scores |= {line["step"] + 1: line["dev_reason_ndcg@10"] for line in lines if "dev_reason_ndcg@10" in line}
     assert best_checkpoint(run) == max(scores, key=lambda step: (scores[step], step))
 

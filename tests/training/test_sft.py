@@ -17,13 +17,14 @@ from helpers.tiny_models import plain_hidden, word_collection
 
 from search_r3_jax.config import LoraConfig, RunConfig
 from search_r3_jax.data.collection import Collection
+from search_r3_jax.data.development import TrainingSet
 from search_r3_jax.data.pipeline import PairPipeline
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub.load_model import LoadedModel, load_model
 from search_r3_jax.models.layers import LoraParam
 from search_r3_jax.models.lora import merge_lora
 from search_r3_jax.text.prompts import Prompter
-from search_r3_jax.training.sft import make_pipeline
+from search_r3_jax.training.sft import make_pipeline, train_sft
 from search_r3_jax.training.sft_step import make_step
 from search_r3_jax.training.state import TrainState
 from search_r3_jax.vectors import l2_normalize
@@ -236,6 +237,27 @@ def test_a_run_directory_is_a_model(tiny_folders: dict[str, Path], tmp_path: Pat
         nnx.to_pure_dict(nnx.state(load_model(tmp_path / "run").decoder)),
         expected,
     )
+
+
+@pytest.mark.parametrize(
+    ("data", "sft", "said"),
+    [
+        ({}, {"global_batch": 1}, r"sft\.global_batch: 1: a pair alone has nothing to be told apart from"),
+        ({"sets": ("a", "./a")}, {}, r"data\.sets: the same one is there twice; name each once"),
+        ({}, {"matryoshka": (8, 16, 8)}, r"sft\.matryoshka: 8 16 8: name each once"),
+    ],
+)
+def test_settings_that_say_a_thing_twice_or_leave_nothing_to_learn_are_refused(
+    tmp_path: Path, data: dict[str, Any], sft: dict[str, Any], said: str
+) -> None:
+    config = config_of(tmp_path / "no model is loaded", 1)
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, **data), sft=dataclasses.replace(config.sft, **sft)
+    )
+    sets = [TrainingSet(train=word_collection(documents=8, queries=8), dev=None)]
+    with pytest.raises(UserError, match=said):
+        train_sft(config, tmp_path / "run", sets=sets)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

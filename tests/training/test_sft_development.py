@@ -15,6 +15,7 @@ from helpers.tiny_models import word_collection
 
 from search_r3_jax.config import OptimizerConfig, RunConfig
 from search_r3_jax.data.collection import Collection
+from search_r3_jax.evaluation.card_facts import card_facts
 from search_r3_jax.evaluation.evaluate import Evaluator
 from search_r3_jax.hub.checkpoint_reader import best_checkpoint, read_checkpoint
 from search_r3_jax.hub.checkpoint_writer import CheckpointWriter
@@ -92,6 +93,14 @@ def test_development_queries_are_evaluated_and_the_best_checkpoint_stays(
     assert sorted(path.name for path in (run / "eval").iterdir()) == [
         f"dev_{step:06d}.json" for step in (0, 3, 6, 9)
     ]
+    # For the cards of its exports.
+    assert json.loads((run / "config.json").read_text())["data_sizes"] == [{"queries": 16, "documents": 24}]
+    facts = card_facts(str(run), best, loaded)
+    assert [(each.queries, each.documents) for each in facts.data] == [(16, 24)]
+    direct, reasoned = facts.scores
+    assert direct.ndcg_at_10 == pytest.approx(scores[best])
+    assert (direct.split, direct.documents, direct.queries) == (dev.split, 24, 16)
+    assert (reasoned.mode, reasoned.development) == ("reason", True)
 
 
 def test_the_best_checkpoint_survives_a_restart(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from search_r3_jax.data.dataset import build_dataset, load_collections, ordered_
 from search_r3_jax.errors import UserError
 from search_r3_jax.files import target_of
 from search_r3_jax.hub.export import max_text_tokens
-from search_r3_jax.hub.load_model import load_for_inference, pinned_step, resolve
+from search_r3_jax.hub.load_model import check_model_name, load_for_inference, pinned_step, resolve
 from search_r3_jax.hub.model_hash import model_hash
 from search_r3_jax.outputs import check_output_folder
 from search_r3_jax.retrieval.index.build import build_index
@@ -90,6 +90,7 @@ def mine_dataset(
     # If the vectors are still there, the command was interrupted before it removed them: it may run again.
     if finished and not work.is_dir():
         raise UserError(f"--out: {out}: already exists; remove it or choose another")
+    check_model_name(model)
     collections = load_collections(data)
     if split not in collections:
         raise UserError(
