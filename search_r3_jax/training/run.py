@@ -268,7 +268,7 @@ def recorded_prompts(model: LoadedModel, run: Path, team: Team) -> LoadedModel:
 
     def read() -> Message:
         record = read_run(run)[1] if (run / "config.json").is_file() else {}
-        return {key: record[key] for key in PROMPT_RECORD if key in record}
+        return {key: record[key] for key in ("prompts", "end_ids") if key in record}
 
     return with_recorded_prompts(model, run, team.lead(read))
 
