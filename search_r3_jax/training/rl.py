@@ -14,6 +14,7 @@ from search_r3_jax.compile_time import announce_compiling
 from search_r3_jax.config import RunConfig, TrackerName, check_ranges
 from search_r3_jax.data.development import TrainingSet
 from search_r3_jax.hub.load_model import LoadedModel
+from search_r3_jax.profiling import TRAIN, part, step
 from search_r3_jax.training.development import OnEvaluation
 from search_r3_jax.training.live_index import (
     LiveIndex,
@@ -111,11 +112,14 @@ def train_rl(
                     stalls = index.before_step(
                         progress.step, functools.partial(session.save_for_index, state, progress, index)
                     )
-                with announce_compiling("the rollout", when=progress.step == first):
-                    sampled = sample(stage, progress.step)
-                with announce_compiling("the update", when=progress.step == first):
-                    scored = score(stage, state, sampled, index, progress.step)
-                    state, metrics = update(stage, state, sampled, scored, index)
+                with step(TRAIN, progress.step):
+                    with announce_compiling("the rollout", when=progress.step == first), part("rollout"):
+                        sampled = sample(stage, progress.step)
+                    with announce_compiling("the update", when=progress.step == first):
+                        with part("rewards"):
+                            scored = score(stage, state, sampled, index, progress.step)
+                        with part("update"):
+                            state, metrics = update(stage, state, sampled, scored, index)
                 session.finish_step(state, progress, sampled, scored, metrics | stalls, index)
             # Act 4: the last checkpoint.
             session.save_last(state, progress, index)
