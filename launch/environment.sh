@@ -1,29 +1,58 @@
 # shellcheck shell=bash
-# Sourced by the other scripts: makes and enters .venv, unless a virtual environment is active already.
+# Sourced by the other scripts: makes and enters an environment, and installs the pinned set of its interpreter.
 
-# enter_environment: .venv in the checkout, made where it is missing.
+# enter_environment [FOLDER [PYTHON]]: the active virtual environment, or .venv in the checkout; with a FOLDER that one. Made where it is missing.
 enter_environment() {
-    if [ -n "${VIRTUAL_ENV:-}" ]; then
+    if [ $# -eq 0 ] && [ -n "${VIRTUAL_ENV:-}" ]; then
         return
     fi
-    local folder=".venv"
+    local folder="${1:-.venv}"
     if [ ! -x "$folder/bin/python" ]; then
-        "${PYTHON:-python3}" -m venv "$folder"
+        "${2:-${PYTHON:-python3}}" -m venv "$folder"
     fi
     # shellcheck disable=SC1091
     . "$folder/bin/activate"
 }
 
+# requirements_of PYTHON: the pinned set of an interpreter. JAX has two lines: the current one, and the last for Python 3.11.
+requirements_of() {
+    if "$1" -c 'import sys; sys.exit(sys.version_info < (3, 12))'; then
+        echo requirements.txt
+    else
+        echo requirements-py311.txt
+    fi
+}
+
+# other_python: an interpreter of the other line than that of the environment; nothing where there is none. OTHER_PYTHON names one.
+other_python() {
+    local candidate own names=(python3.11)
+    own="$(requirements_of python)"
+    [ "$own" = requirements.txt ] || names=(python3.12 python3.13)
+    for candidate in ${OTHER_PYTHON:+"$OTHER_PYTHON"} "${names[@]}" "${names[@]/#/${PYENV_ROOT:-$HOME/.pyenv}/versions/*/bin/}"; do
+        # Unquoted, as the last ones are patterns.
+        # shellcheck disable=SC2086
+        for candidate in $candidate; do
+            # A name that is there may start nothing, such as a shim without its version.
+            if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null &&
+                [ "$(requirements_of "$candidate")" != "$own" ]; then
+                echo "$candidate"
+                return
+            fi
+        done
+    done
+}
+
 # install STAMP REQUIREMENT…: pip install, skipped when the same was installed from the same files before.
 install() {
-    local stamp="$VIRTUAL_ENV/.installed-$1" state
+    local stamp="$VIRTUAL_ENV/.installed-$1" pinned state
     shift
-    state="$* $(cat setup.cfg requirements.txt pyproject.toml | cksum)"
+    pinned="$(requirements_of python)"
+    state="$* $(cat setup.cfg "$pinned" pyproject.toml | cksum)"
     if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$state" ]; then
         return
     fi
     echo "installing $* (once; takes a minute or two)"
     python -m pip install -qq --upgrade "pip>=25"
-    python -m pip install -qq --constraint requirements.txt "$@"
+    python -m pip install -qq --constraint "$pinned" "$@"
     printf '%s' "$state" >"$stamp"
 }

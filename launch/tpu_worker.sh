@@ -20,7 +20,7 @@ install_here() {
     fi
     [ ! -e "$secrets" ] || chmod 600 "$secrets"
     cd "$root"
-    # The images' own Python may be older than 3.11.
+    # The current line of JAX needs 3.12, and the images' own Python may be older.
     PATH="$HOME/.local/bin:$PATH"
     command -v uv >/dev/null || PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install -qq --user uv
     uv python install --quiet 3.12

@@ -28,6 +28,7 @@ from search_r3_jax.hub.model_hash import model_hash
 from search_r3_jax.hub.weights import parameter_hash
 from search_r3_jax.models.kv_block import KVBlock
 from search_r3_jax.precision import Precision, quantize
+from search_r3_jax.profiling import ENCODE, step
 from search_r3_jax.rollout.encoder import Encoder, text_name
 from search_r3_jax.rollout.sampler import Sampler
 from search_r3_jax.text.arguments import Kind, check_arguments, check_whole_numbers
@@ -271,15 +272,16 @@ class Embedder:
                 rows = order[start : start + most]
                 # Filled up with the last text.
                 filled = rows + rows[-1:] * (_filled(len(rows), THINK_ROWS) - len(rows))
-                rollout = sampler.sample(
-                    self._state,
-                    [listed[i] for i in filled],
-                    seeds[filled][:, None],
-                    max_tokens=most_tokens,
-                    prompt_tokens=_filled(lengths[rows[0]] + suffix, PROMPT_TOKENS),
-                    shared=self._reason_prefix,
-                    name=lambda row, filled=filled: text_name(filled[row], listed),
-                )
+                with step(ENCODE):
+                    rollout = sampler.sample(
+                        self._state,
+                        [listed[i] for i in filled],
+                        seeds[filled][:, None],
+                        max_tokens=most_tokens,
+                        prompt_tokens=_filled(lengths[rows[0]] + suffix, PROMPT_TOKENS),
+                        shared=self._reason_prefix,
+                        name=lambda row, filled=filled: text_name(filled[row], listed),
+                    )
                 for at, (i, reply) in enumerate(zip(rows, rollout.replies(), strict=False)):
                     thoughts_by_row[i] = Thought(
                         text=self._prompter.thought_text(reply),
@@ -301,6 +303,10 @@ class Embedder:
             if not np.issubdtype(np.asarray(vectors).dtype, np.floating):
                 raise UserError(f"{name}: {np.asarray(vectors).dtype}: give vectors of precision float32")
         return np.atleast_2d(queries) @ np.atleast_2d(documents).T
+
+    def encoding_rate(self) -> dict[str, float]:
+        """Tokens a second, in all and a chip, and `mfu` where known, of what was encoded directly so far."""
+        return self._encoder.rate()
 
     def parameter_hash(self) -> str:
         """sha256 over all parameters: equal hashes, equal vectors."""

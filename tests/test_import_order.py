@@ -27,7 +27,7 @@ ORDER = [
     {"models"},
     {"objectives"},
     {"configs"},
-    {"mesh", "distributed.runtime", "compiler", "compile_cache", "compile_time"},
+    {"mesh", "distributed.runtime", "compiler", "compile_cache", "compile_time", "profiling"},
     {"config", "chips", "vectors", "precision"},
     {"outputs"},
     {"distributed.spec", "console", "files", "lines", "runtime_env", "extras"},

@@ -38,7 +38,15 @@ def test_the_source_archive_holds_the_launchers_and_the_pages(archives: tuple[Pa
         for page in (ROOT / room).rglob("*.md")
     }
     assert (
-        pages | {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "requirements.txt"}
+        pages
+        | {
+            "README.md",
+            "CONTRIBUTING.md",
+            "CHANGELOG.md",
+            "LICENSE",
+            "requirements.txt",
+            "requirements-py311.txt",
+        }
         <= names.keys()
     )
     assert names["launch/quickstart.sh"].mode & 0o100

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -16,6 +17,9 @@ from search_r3_jax.console import print_line
 from search_r3_jax.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from search_r3_jax.commands.vector_files import Texts
     from search_r3_jax.embedder import Embedder
 
 
@@ -122,6 +126,9 @@ class Embed(InferenceConfig):
         max_think_tokens: Longest thought, in tokens. None: 32.
         thoughts: File to write what the model thought of each query to, as .jsonl. None: none.
         step: Checkpoint of a run: a step or `best` (on its development queries). None: the newest.
+        profile_steps: Passes to trace for xprof, as FIRST:END, counted from 0; 3:6 is 3, 4 and 5. A batch of
+            queries that think is one. None: none.
+        profile_folder: Folder for that trace.
         common: Options of every command.
     """
 
@@ -137,6 +144,8 @@ class Embed(InferenceConfig):
     max_think_tokens: int | None = None
     thoughts: Path | None = None
     step: Step = None
+    profile_steps: str | None = None
+    profile_folder: Path = Path("profile")
     common: Common = field(default_factory=CommonOptions)
 
     def run(self) -> None:
@@ -144,47 +153,73 @@ class Embed(InferenceConfig):
         from search_r3_jax.commands.vector_files import read_texts, writer_of
         from search_r3_jax.hub.load_model import check_model_name
         from search_r3_jax.outputs import check_output, check_outputs, message_stream, write_result
+        from search_r3_jax.profiling import ENCODE, trace_steps
+        from search_r3_jax.rollout.encoding_rate import rate_text
 
         self._check()
         check_outputs(("--out", self.out), ("--thoughts", self.thoughts), inputs=[self.input, self.model])
         check_model_name(self.model)
         listed = read_texts(self.input, self.kind, self.split)
+        steps = self._profiled_passes(len(listed.texts))
         write = writer_of(self.out, listed.ids)
         if self.precision in ("int8", "uint8") and len(listed.texts) == 1:
             raise UserError(f"--precision: {self.precision}: one text has no range; give more, or float32")
         embedder = _embedder(self)
         size = 4 * len(listed.texts) * (self.truncate_dim or embedder.dimension)
         check_output("--out", self.out, size=size)
+        say = partial(print_line, stream=message_stream(self.out))
         started = time.perf_counter()
-        thoughts = embedder.think(listed.texts, progress=True) if self.mode == "reason" else []
-        if self.thoughts is not None:
-            from search_r3_jax.files import write_json_lines
+        with trace_steps(ENCODE, steps, self.profile_folder, say=say):
+            vectors = self._vectors(embedder, listed)
+        seconds = time.perf_counter() - started
+        write_result("--out", self.out, lambda file: write(file, vectors))
+        rate = rate_text(embedder.encoding_rate())
+        say(
+            f"{self.out}: {len(listed.texts)} {self.kind} vectors of "
+            f"{self.truncate_dim or embedder.dimension} dimensions, {self.mode}, in {seconds:.1f} s"
+            + (f" ({rate})" if rate else "")
+        )
 
-            records = [
-                {"id": name, "text": text, "thought": each.text, "valid": each.valid, "tokens": each.tokens}
-                for name, text, each in zip(listed.ids, listed.texts, thoughts, strict=True)
-            ]
-            write_result("--thoughts", self.thoughts, lambda file: write_json_lines(file, records))
-        vectors = (
-            embedder.vectors_of(
-                thoughts, listed.texts, truncate_dim=self.truncate_dim, precision=self.precision
-            )
-            if self.mode == "reason"
-            else embedder.encode(
+    def _vectors(self, embedder: Embedder, listed: Texts) -> np.ndarray:
+        """The vectors [N,E] of the texts; what was thought is written where that is asked for."""
+        if self.mode == "direct":
+            return embedder.encode(
                 listed.texts,
                 kind=self.kind,
                 truncate_dim=self.truncate_dim,
                 precision=self.precision,
                 progress=True,
             )
+        thoughts = embedder.think(listed.texts, progress=True)
+        if self.thoughts is not None:
+            from search_r3_jax.files import write_json_lines
+            from search_r3_jax.outputs import write_result
+
+            records = [
+                {"id": name, "text": text, "thought": each.text, "valid": each.valid, "tokens": each.tokens}
+                for name, text, each in zip(listed.ids, listed.texts, thoughts, strict=True)
+            ]
+            write_result("--thoughts", self.thoughts, lambda file: write_json_lines(file, records))
+        return embedder.vectors_of(
+            thoughts, listed.texts, truncate_dim=self.truncate_dim, precision=self.precision
         )
-        seconds = time.perf_counter() - started
-        write_result("--out", self.out, lambda file: write(file, vectors))
-        print_line(
-            f"{self.out}: {len(listed.texts)} {self.kind} vectors of "
-            f"{self.truncate_dim or embedder.dimension} dimensions, {self.mode}, in {seconds:.1f} s",
-            message_stream(self.out),
-        )
+
+    def _profiled_passes(self, texts: int) -> range | None:
+        """The passes to trace; raises UserError for a mistake in the options, or where there are fewer."""
+        from search_r3_jax.outputs import check_output_folder
+        from search_r3_jax.profiling import parse_steps
+
+        steps = parse_steps(self.profile_steps)
+        if steps is None:
+            return None
+        check_output_folder("--profile-folder", self.profile_folder)
+        # Each pass holds a text at least.
+        if steps.start >= texts:
+            raise UserError(
+                f"--profile-steps: {self.profile_steps}: {texts} texts take {texts} passes at most; begin "
+                "earlier"
+            )
+        return steps
 
     def _check(self) -> None:
         """Raise UserError for a mistake in the options, before anything is read."""

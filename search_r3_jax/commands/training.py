@@ -54,6 +54,8 @@ class Sft:
         tracker: What shows the run beside its own files: tensorboard, wandb (pip install wandb;
             WANDB_MODE=offline uploads nothing), both, or none.
         allow_config_change: Resume a run although settings that decide what it computes have changed.
+        profile_steps: Steps to trace for xprof, as FIRST:END, counted from 0; 3:6 is 3, 4 and 5. The trace is
+            `profile/` in the run folder. The first step compiles. None: none.
         common: Options of every command.
     """
 
@@ -63,19 +65,23 @@ class Sft:
     cluster: Cluster = field(default_factory=Cluster)
     tracker: tuple[TrackerName, ...] = ("tensorboard",)
     allow_config_change: bool = False
+    profile_steps: str | None = None
     common: Common = field(default_factory=CommonOptions)
 
     def run(self) -> None:
         """Run the subcommand."""
         from search_r3_jax.distributed.runtime import join_cluster
+        from search_r3_jax.profiling import parse_steps
 
+        steps = parse_steps(self.profile_steps, total=self.settings.sft.steps, of="steps (sft.steps)")
         with join_cluster(self.cluster):
-            self._train()
+            self._train(steps)
 
-    def _train(self) -> None:
+    def _train(self, profiled: range | None) -> None:
         from search_r3_jax.compile_time import compile_seconds
         from search_r3_jax.console import Stages
         from search_r3_jax.distributed.runtime import is_first
+        from search_r3_jax.profiling import trace_run
         from search_r3_jax.training.sft import train_sft
 
         console = Stages(1, silent=not is_first())
@@ -89,14 +95,15 @@ class Sft:
                 note = f"loss {metrics['loss']:.3f}, {accuracy}, {rate}"
                 bar.to(done, note, total, each=metrics["seconds_each"], left=metrics["seconds_left"])
 
-            train_sft(
-                self.settings,
-                self.run_folder,
-                on_step=on_step,
-                on_evaluation=bar.part,
-                trackers=self.tracker,
-                allow_config_change=self.allow_config_change,
-            )
+            with trace_run(profiled, self.run_folder):
+                train_sft(
+                    self.settings,
+                    self.run_folder,
+                    on_step=on_step,
+                    on_evaluation=bar.part,
+                    trackers=self.tracker,
+                    allow_config_change=self.allow_config_change,
+                )
         console.say(
             f"{self.run_folder}: done; search-r3 export --run {self.run_folder} --out FOLDER writes the model"
         )
@@ -129,6 +136,8 @@ class Rl:
             WANDB_MODE=offline uploads nothing), both, or none.
         allow_config_change: Resume a run although settings that decide what it computes have changed, or its
             index is gone.
+        profile_steps: Steps to trace for xprof, as FIRST:END, counted from 0; 3:6 is 3, 4 and 5. The trace is
+            `profile/` in the run folder. The first step compiles. None: none.
         common: Options of every command.
     """
 
@@ -139,19 +148,23 @@ class Rl:
     replay: Path | None = None
     tracker: tuple[TrackerName, ...] = ("tensorboard",)
     allow_config_change: bool = False
+    profile_steps: str | None = None
     common: Common = field(default_factory=CommonOptions)
 
     def run(self) -> None:
         """Run the subcommand."""
         from search_r3_jax.distributed.runtime import join_cluster
+        from search_r3_jax.profiling import parse_steps
 
+        steps = parse_steps(self.profile_steps, total=self.settings.rl.steps, of="steps (rl.steps)")
         with join_cluster(self.cluster):
-            self._train()
+            self._train(steps)
 
-    def _train(self) -> None:
+    def _train(self, profiled: range | None) -> None:
         from search_r3_jax.compile_time import compile_seconds
         from search_r3_jax.console import Stages
         from search_r3_jax.distributed.runtime import is_first
+        from search_r3_jax.profiling import trace_run
         from search_r3_jax.training.rl import train_rl
 
         console = Stages(1, silent=not is_first())
@@ -169,15 +182,16 @@ class Rl:
                     left=metrics["seconds_left"],
                 )
 
-            train_rl(
-                self.settings,
-                self.run_folder,
-                on_step=on_step,
-                on_evaluation=bar.part,
-                trackers=self.tracker,
-                replay=self.replay,
-                allow_config_change=self.allow_config_change,
-            )
+            with trace_run(profiled, self.run_folder):
+                train_rl(
+                    self.settings,
+                    self.run_folder,
+                    on_step=on_step,
+                    on_evaluation=bar.part,
+                    trackers=self.tracker,
+                    replay=self.replay,
+                    allow_config_change=self.allow_config_change,
+                )
         console.say(
             f"{self.run_folder}: done; search-r3 export --run {self.run_folder} --out FOLDER writes the model"
         )

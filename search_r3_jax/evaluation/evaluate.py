@@ -23,6 +23,7 @@ from search_r3_jax.evaluation.metrics import (
     without_identical_ids,
 )
 from search_r3_jax.models.decoder import Decoder
+from search_r3_jax.profiling import ENCODE, step
 from search_r3_jax.retrieval.index.exact import ExactIndex
 from search_r3_jax.retrieval.index.protocol import LocalIndex
 from search_r3_jax.rollout.encoder import Encoder, ReasonedEncoder
@@ -140,6 +141,10 @@ class Evaluator:
             state, texts, max_tokens=self._text.max_document_tokens, on_progress=on_progress
         )
 
+    def encoding_rate(self) -> dict[str, float]:
+        """Tokens a second, in all and a chip, and `mfu` where known, of what was encoded directly so far."""
+        return self._encoder.rate()
+
     def direct(self, state: nnx.State, collection: Collection, documents_ne: np.ndarray) -> ModeResult:
         """Search with queries embedded without reasoning, over the corpus vectors `documents_ne`, exactly."""
         return search_result(
@@ -201,9 +206,10 @@ class Evaluator:
             rows = order[start : start + width]
             filled = rows + rows[:1] * (width - len(rows))
             seeds = np.zeros((len(filled), 1), np.uint32)
-            rollout = self._sampler.sample(
-                state, [texts[i] for i in filled], seeds, max_tokens=self._text.max_query_tokens
-            )
+            with step(ENCODE):
+                rollout = self._sampler.sample(
+                    state, [texts[i] for i in filled], seeds, max_tokens=self._text.max_query_tokens
+                )
             for at, (i, reply) in enumerate(zip(rows, rollout.replies(), strict=False)):
                 vectors[i], valid[i], replies[i] = rollout.vectors[at], bool(rollout.valid[at]), reply
             if on_progress is not None:

@@ -38,12 +38,14 @@ from search_r3_jax.evaluation.systems import SystemResult, check_installed, is_b
 from search_r3_jax.files import is_written_in_place
 from search_r3_jax.hub.load_model import check_model_name
 from search_r3_jax.outputs import (
+    check_output_folder,
     check_outputs,
     message_stream,
     write_all,
     write_json_result,
     write_text_result,
 )
+from search_r3_jax.profiling import ENCODE, parse_steps, trace_steps
 
 FORMAT_VERSION = 1
 TOP = 10
@@ -65,6 +67,8 @@ ROWS = (
     ("queries/s", "queries_per_second", "{:.1f}"),
     ("ms/query", "milliseconds_per_query", "{:.1f}"),
 )
+# Of encoding the corpus; baselines have none of these, and devices without a published peak no MFU.
+ENCODING_ROWS = (("tokens/s a chip", "tokens_per_second_per_chip", "{:,.0f}"), ("MFU", "mfu", "{:.1%}"))
 # Of the bootstrap behind an interval.
 SAMPLES = 10_000
 
@@ -94,8 +98,10 @@ def run_evaluation(settings: EvalSettings) -> dict[str, Any]:
             f"--controls: {settings.data} has a single query in {settings.split}: nobody to exchange "
             "reasoning with; leave it out"
         )
-    system = open_system(settings)
-    result = system.evaluate(collection, MODES[settings.mode], notes)
+    steps = parse_steps(settings.profile_steps)
+    with trace_steps(ENCODE, steps, settings.profile_folder, say=partial(notes.print, markup=False)):
+        system = open_system(settings)
+        result = system.evaluate(collection, MODES[settings.mode], notes)
     content = _eval_content(settings, system.identity(), collection, subset, result)
     if not is_first():
         return content
@@ -155,6 +161,10 @@ def check_evaluation(settings: EvalSettings) -> None:
         raise UserError(
             f"--max-think-tokens: {settings.max_think_tokens} is below 0; 0 forces the embed token at once"
         )
+    if parse_steps(settings.profile_steps) is not None:
+        if is_baseline(settings.model):
+            raise UserError(f"--profile-steps: {settings.model} does not run in JAX; leave it out")
+        check_output_folder("--profile-folder", settings.profile_folder)
     if settings.controls and settings.mode == "direct":
         raise UserError("--controls: there is no reasoning in direct mode; give --mode reason or both")
 
@@ -205,7 +215,8 @@ def _eval_content(
     }
     if result.controls:
         modes["reason"]["controls"] = _controls(collection, result.controls, settings.seed)
-    return common_content(settings, identity, collection, subset, result.document_seconds) | {"modes": modes}
+    content = common_content(settings, identity, collection, subset, result.document_seconds)
+    return content | {"encoding": result.encoding, "modes": modes}
 
 
 def common_content(
@@ -303,6 +314,9 @@ def _show(content: Mapping[str, Any], stream: TextIO) -> None:
             intervals = (interval_text(values[f"{key}_interval"]) for values in content["modes"].values())
             table.add_row("  95 % interval", *intervals)
     table.add_row("documents/s", *(f"{content['documents_per_second']:.1f}" for _ in content["modes"]))
+    for name, key, shape in ENCODING_ROWS:
+        if key in content["encoding"]:
+            table.add_row(name, *(shape.format(content["encoding"][key]) for _ in content["modes"]))
     console = TextConsole(stream)
     console.print(table)
     if "controls" in content["modes"].get("reason", {}):

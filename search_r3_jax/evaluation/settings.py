@@ -39,6 +39,9 @@ class EvalSettings(InferenceConfig):
         controls: Also search with another text in place of a query's own reasoning: another query's
             reasoning, none, the query repeated, random words.
         step: Checkpoint of a run: a step or `best` (on its development queries). None: the newest.
+        profile_steps: Passes to trace for xprof, as FIRST:END, counted from 0 over documents and queries; 3:6
+            is 3, 4 and 5. A batch of queries that think is one. None: none.
+        profile_folder: Folder for that trace.
     """
 
     model: str
@@ -57,6 +60,8 @@ class EvalSettings(InferenceConfig):
     max_think_tokens: int = 32
     controls: bool = False
     step: Step = None
+    profile_steps: str | None = None
+    profile_folder: Path = Path("profile")
 
     def text(self) -> TextConfig:
         """Limits of texts for a model of ours."""

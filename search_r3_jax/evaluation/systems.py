@@ -50,11 +50,16 @@ _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 @dataclass(frozen=True, kw_only=True)
 class SystemResult:
-    """Results by mode, seconds of encoding or indexing the corpus, and controls if requested."""
+    """Results by mode, seconds of encoding or indexing the corpus, and controls if requested.
+
+    Attributes:
+        encoding: what `EncodingRate.scalars` says of encoding the corpus; empty for a baseline.
+    """
 
     modes: dict[QueryMode, ModeResult]
     document_seconds: float
     controls: dict[str, ModeResult] = field(default_factory=dict)
+    encoding: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,6 +280,7 @@ class DecoderSystem:
         """Results by mode."""
         evaluator = self._evaluator(self._settings.max_think_tokens)
         index, document_seconds = self._build_index(evaluator, collection, console)
+        encoding = evaluator.encoding_rate()
         results: dict[QueryMode, ModeResult] = {}
         embedded: dict[QueryMode, EmbeddedQueries] = {}
         controls: dict[str, ModeResult] = {}
@@ -298,7 +304,9 @@ class DecoderSystem:
                 controls = {
                     name: search_result(collection, index, each) for name, each in embedded_controls.items()
                 }
-        return SystemResult(modes=results, document_seconds=document_seconds, controls=controls)
+        return SystemResult(
+            modes=results, document_seconds=document_seconds, controls=controls, encoding=encoding
+        )
 
     def evaluate_budgets(
         self, collection: Collection, budgets: Sequence[int], console: Console

@@ -16,6 +16,8 @@ from search_r3_jax.compiler import compiler_options
 from search_r3_jax.mesh import BATCH_AXES, axis_size, use_mesh
 from search_r3_jax.models.decoder import Decoder, Text
 from search_r3_jax.models.kv_block import KVBlock
+from search_r3_jax.profiling import ENCODE, step
+from search_r3_jax.rollout.encoding_rate import EncodingRate, peak_flops
 from search_r3_jax.text.packing import (
     EncodingPass,
     encoding_passes,
@@ -114,6 +116,7 @@ class RowEncoder:
         self._graph, self._mesh = graph, mesh
         self._embed_id, self._prefix_length = prompter.embed_id, len(prefix)
         self._shares = 1 if mesh is None else axis_size(mesh, BATCH_AXES)
+        self._rate: EncodingRate | None = None
         self._pass_tokens = pass_tokens or (
             CPU_PASS_TOKENS if jax.default_backend() == "cpu" else PASS_TOKENS
         )
@@ -170,9 +173,31 @@ class RowEncoder:
         UserError, with the `name` of a row, as soon as its embedding is not finite or zero, and ValueError
         for a row without exactly one embed token.
         """
-        vectors = np.zeros((len(rows), nnx.merge(self._graph, state).config.hidden_size), np.float32)
+        config = nnx.merge(self._graph, state).config
+        vectors = np.zeros((len(rows), config.hidden_size), np.float32)
         if not rows:
             return vectors
+        if self._rate is None:
+            devices = jax.devices()[:1] if self._mesh is None else list(self._mesh.devices.flat)
+            self._rate = EncodingRate(config, chips=len(devices), peak=peak_flops(devices))
+        with self._rate.counting(rows, self._prefix_length):
+            self._encode_passes(state, rows, vectors, on_progress, name, shared)
+        return vectors
+
+    def rate(self) -> dict[str, float]:
+        """`EncodingRate.scalars` of all that was encoded so far."""
+        return {} if self._rate is None else self._rate.scalars()
+
+    def _encode_passes(
+        self,
+        state: nnx.State,
+        rows: Sequence[Sequence[int]],
+        vectors: np.ndarray,
+        on_progress: Callable[[int], object] | None,
+        name: Callable[[int], str],
+        shared: KVBlock | None,
+    ) -> None:
+        """Fill `vectors` [N,E], pass by pass; each is a step of a trace."""
         prefix = self._prefix_of(state) if shared is None else shared
         running: deque[tuple[EncodingPass, jax.Array]] = deque()
 
@@ -187,12 +212,15 @@ class RowEncoder:
                 on_progress(len(at))
 
         for each in self._passes(rows):
-            running.append((each, self._encode(state, prefix, *self._put(each))))
-            if len(running) > PASSES_AHEAD:
-                collect()
+            with step(ENCODE) as last:
+                encoded = self._encode(state, prefix, *self._put(each))
+                running.append((each, encoded))
+                if last:
+                    encoded.block_until_ready()
+                if len(running) > PASSES_AHEAD:
+                    collect()
         while running:
             collect()
-        return vectors
 
     def _name_the_first(
         self,

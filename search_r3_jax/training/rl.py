@@ -14,6 +14,7 @@ from search_r3_jax.config import RunConfig, TrackerName, check_ranges
 from search_r3_jax.data.development import TrainingSet
 from search_r3_jax.distributed.lockstep import Team
 from search_r3_jax.hub.load_model import LoadedModel, check_model_name
+from search_r3_jax.profiling import TRAIN, part, step
 from search_r3_jax.training.development import OnEvaluation
 from search_r3_jax.training.led_index import LedIndex
 from search_r3_jax.training.loading import load_rl_data, load_training_model, log_cut_texts
@@ -113,11 +114,14 @@ def train_rl(
             session.time_left.start()
             while not progress.finished(rl):
                 stalls = session.before_step(state, progress, index)
-                with announce_compiling("the rollout", when=progress.step == first):
-                    sampled = sample(stage, progress.step)
-                with announce_compiling("the update", when=progress.step == first):
-                    scored = score(stage, state, sampled, index, progress.step)
-                    state, metrics = update(stage, state, sampled, scored)
+                with step(TRAIN, progress.step):
+                    with announce_compiling("the rollout", when=progress.step == first), part("rollout"):
+                        sampled = sample(stage, progress.step)
+                    with announce_compiling("the update", when=progress.step == first):
+                        with part("rewards"):
+                            scored = score(stage, state, sampled, index, progress.step)
+                        with part("update"):
+                            state, metrics = update(stage, state, sampled, scored)
                 session.finish_step(state, progress, sampled, scored, metrics | stalls, index)
             # Act 4: the last checkpoint.
             session.save_last(state, progress, index)

@@ -29,6 +29,9 @@ from search_r3_jax.hub.checkpoint_writer import CheckpointWriter, latest_valid_c
 from search_r3_jax.hub.load_model import LoadedModel, check_model_name
 from search_r3_jax.mesh import placed
 from search_r3_jax.models.lora import trainable_filter
+from search_r3_jax.profiling import TRAIN, part
+from search_r3_jax.profiling import step as profiled_step
+from search_r3_jax.rollout.encoding_rate import peak_flops
 from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training import sharding
 from search_r3_jax.training.development import Development, Evaluated, OnEvaluation
@@ -47,7 +50,7 @@ from search_r3_jax.training.self_generated_reasoning import with_self_generated_
 from search_r3_jax.training.sft_step import make_step
 from search_r3_jax.training.state import TrainState, committed, init_state, state_shardings
 from search_r3_jax.training.stopping import StopRequest
-from search_r3_jax.training.throughput import Throughput, peak_flops
+from search_r3_jax.training.throughput import Throughput
 from search_r3_jax.training.time_left import TimeLeft
 from search_r3_jax.training.trackers import check_trackers
 
@@ -137,7 +140,7 @@ def train_sft(
         stage.time_left.start()
         for step in range(first, sft.steps):
             done = step + 1
-            with announce_compiling("the step", when=step == first):
+            with announce_compiling("the step", when=step == first), profiled_step(TRAIN, step):
                 state, metrics, next_batch = _train_step(stage, state, batch, step)
             in_a_row = int(metrics.pop("skipped_in_a_row"))
             skipped += in_a_row > 0
@@ -190,7 +193,10 @@ def _make_stage(
         reference=params if sft.kl_weight > 0 and config.lora.rank == 0 else None,
         mesh=model.mesh,
         throughput=Throughput(
-            model=model.decoder.config, lora=config.lora, peak=peak_flops(), with_base=sft.kl_weight > 0
+            model=model.decoder.config,
+            lora=config.lora,
+            peak=peak_flops(jax.devices()),
+            with_base=sft.kl_weight > 0,
         ),
         development=(development := _make_development(config, sets, model, prompter)),
         time_left=TimeLeft(
@@ -258,8 +264,10 @@ def _train_step(
     key = jax.random.fold_in(jax.random.key(config.seed), step) if config.lora.dropout > 0 else None
     placed = sharding.put_batch(batch, stage.mesh)
     state, scalars = stage.step(state, stage.frozen, placed, stage.reference, key)
-    next_batch = stage.pipeline.batch(step + 1) if step + 1 < config.sft.steps else batch
-    metrics = {name: float(value) for name, value in scalars.items()}
+    with part("next batch"):
+        next_batch = stage.pipeline.batch(step + 1) if step + 1 < config.sft.steps else batch
+    with part("wait for the update"):
+        metrics = {name: float(value) for name, value in scalars.items()}
     seconds = time.perf_counter() - started
     metrics |= {"learning_rate": rate, "padding_share": batch.padding_share(), "seconds": seconds}
     metrics |= stage.throughput.of(batch.queries, batch.documents, seconds)

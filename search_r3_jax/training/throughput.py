@@ -4,22 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import jax
 import numpy as np
 
-from search_r3_jax.chips import chip_of
 from search_r3_jax.config import LoraConfig, ModelConfig
 from search_r3_jax.data.pipeline import TextChunks
 from search_r3_jax.models.flops import head_flops, layers_flops, training_flops
-
-
-def peak_flops() -> float | None:
-    """Published peak of all devices together, FLOP/s; None where none is published, as of a CPU.
-
-    A peak that is measured is as high as the machine is quiet at that moment.
-    """
-    chip = chip_of(jax.devices()[0].device_kind)
-    return None if chip is None else chip.flops * jax.device_count()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,12 +1,14 @@
 """Tokens, operations and their share of the peak, counted from texts by hand."""
 
+import jax
 import numpy as np
 import pytest
 from helpers.tiny_models import CONFIG
 
 from search_r3_jax.config import LoraConfig
 from search_r3_jax.data.pipeline import TextChunks
-from search_r3_jax.training.throughput import Throughput, peak_flops
+from search_r3_jax.rollout.encoding_rate import peak_flops
+from search_r3_jax.training.throughput import Throughput
 
 
 def chunks(lengths: list[int], start: int, read: int) -> TextChunks:
@@ -57,7 +59,7 @@ def test_the_base_reads_the_queries_alone() -> None:
 
 def test_of_a_device_without_a_published_peak_no_share_is_told() -> None:
     # What a matrix product reaches on a CPU says how busy the machine was just then.
-    assert peak_flops() is None
+    assert peak_flops(jax.devices()) is None
     found = Throughput(model=CONFIG, lora=LoraConfig(rank=0), peak=None, with_base=False).of(
         chunks([5], 0, 1), chunks([9], 0, 0), 1.0
     )

@@ -1,0 +1,67 @@
+"""Tokens a second and model FLOPs utilisation of encoding, and the published peak of devices."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import jax
+
+from search_r3_jax.chips import chip_of
+from search_r3_jax.compile_time import compile_seconds
+from search_r3_jax.config import ModelConfig
+from search_r3_jax.models.flops import layers_flops
+
+
+def peak_flops(devices: Sequence[jax.Device]) -> float | None:
+    """Published peak of all these devices together, FLOP/s; None where none is published, as of a CPU.
+
+    A peak that is measured is as high as the machine is quiet at that moment.
+    """
+    chip = chip_of(devices[0].device_kind)
+    return None if chip is None else chip.flops * len(devices)
+
+
+class EncodingRate:
+    """Counts the necessary work of encoding: no padding, no shared prefix, no compiling.
+
+    Attributes:
+        tokens: encoded so far.
+        seconds: that took, without compiling.
+    """
+
+    def __init__(self, model: ModelConfig, *, chips: int, peak: float | None):
+        """Of `chips` devices whose `peak` together is in FLOP/s; None where none is published."""
+        self._model, self._chips, self._peak = model, chips, peak
+        self.tokens, self.seconds, self._flops = 0, 0.0, 0.0
+
+    @contextmanager
+    def counting(self, rows: Sequence[Sequence[int]], prefix: int) -> Iterator[None]:
+        """Count the work within: token rows behind a shared prefix of that many tokens."""
+        started, compiling = time.perf_counter(), compile_seconds()
+        yield
+        self.seconds += time.perf_counter() - started - (compile_seconds() - compiling)
+        lengths = [len(row) for row in rows]
+        attended = sum(length * prefix + length * (length + 1) // 2 for length in lengths)
+        self.tokens += sum(lengths)
+        self._flops += layers_flops(self._model, sum(lengths), attended)
+
+    def scalars(self) -> dict[str, float]:
+        """`tokens_per_second`, `tokens_per_second_per_chip`, and `mfu` in [0, 1] where the peak is known.
+
+        Empty before anything was encoded.
+        """
+        if self.seconds <= 0 or self.tokens == 0:
+            return {}
+        rate = self.tokens / self.seconds
+        found = {"tokens_per_second": rate, "tokens_per_second_per_chip": rate / self._chips}
+        return found if self._peak is None else found | {"mfu": self._flops / self.seconds / self._peak}
+
+
+def rate_text(scalars: dict[str, float]) -> str:
+    """`8,123 tokens/s a chip, MFU 31%`; nothing of no work."""
+    if not scalars:
+        return ""
+    text = f"{scalars['tokens_per_second_per_chip']:,.0f} tokens/s a chip"
+    return f"{text}, MFU {scalars['mfu']:.0%}" if "mfu" in scalars else text
