@@ -88,7 +88,8 @@ def test_an_update_of_stage_1() -> None:
     assert set(plan.collective_bytes) == {"fsdp"}
 
 
-@pytest.mark.slow
+# The committed plans of adapters are counted by hand in `test_committed`.
+@pytest.mark.exhaustive
 def test_adapters_and_a_chunked_batch() -> None:
     config = dataclasses.replace(
         CONFIG, lora=LoraConfig(rank=8), sft=dataclasses.replace(CONFIG.sft, encode_chunk=32, kl_weight=0.1)
