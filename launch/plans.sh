@@ -74,25 +74,17 @@ experiment() {
     plan "$name/rl" "$slice" rl --config "$config" "$@"
 }
 
-# stage_2 NAME SLICE ARGUMENT…: the programs of stage 2, where they are not those of the published model above.
-stage_2() {
-    local name="experiments/$1/$2" slice="$2" config="$1" stage
-    shift 2
-    for stage in rl decode encode; do
-        plan "$name/$stage" "$slice" "$stage" --config "$config" "$@"
-    done
-}
-
 experiment qwen25_1p5b v5e-16
 experiment qwen25_7b v5p-16
 experiment qwen25_7b_lora v5e-16
 experiment qwen3_8b v5p-16
-# On the eight chips of one host.
-stage_2 qwen25_1p5b v5e-8 --rl.micro-queries 16
 # Made for a laptop; on the smallest slice that there is.
-for name in smollm2 quickstart; do
-    plan "experiments/$name/v5e-1/sft" v5e-1 sft --config "$name"
-    stage_2 "$name" v5e-1
+experiment smollm2 v5e-1
+experiment quickstart v5e-1
+
+# Stage 2 on the eight chips of one host.
+for stage in rl decode encode; do
+    plan "experiments/qwen25_1p5b/v5e-8/$stage" v5e-8 "$stage" --config qwen25_1p5b --rl.micro-queries 16
 done
 
 # The indexer: each host of its slices, of whatever size, is a world of its own with four chips.

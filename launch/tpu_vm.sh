@@ -359,7 +359,6 @@ for flag in slices worker slice poll restarts pause; do
     check_count "--$flag" "${!flag}"
 done
 [ "$slices" -ge 1 ] || fail "--slices: at least 1"
-[ "$slice" -lt "$slices" ] || fail "--slice: $slice: there are $slices, from 0 on"
 [[ -z "$boot_disk" || "$boot_disk" =~ ^[a-z-]+=[^,=]+(,[a-z-]+=[^,=]+)*$ ]] || fail "--boot-disk: '$boot_disk': KEY=VALUE,…"
 for option in ${create_options[@]+"${create_options[@]}"}; do
     [[ "$option" =~ ^--[a-z] ]] || fail "--create-option: '$option': an option of gcloud, such as --tags=tpu"

@@ -113,14 +113,17 @@ def needed_by_pages() -> Iterator[Needed]:
 
 
 def needed_by_experiments() -> Iterator[Needed]:
-    """Both stages of each experiment on the slice that its file names; one for a laptop on one chip."""
+    """Both stages of each experiment on the slice that its file names. Where it names none it is made for a
+    laptop: its updates, which take most, fit one chip."""
     for name in config_names():
-        text = (ROOT / f"search_r3_jax/configs/{name}.py").read_text(encoding="utf-8")
-        named = re.search(r"for a (v\w+-\d+)", text)
-        shape = slice_shape(named[1] if named else "v5e-1")
+        where, file = f"configs/{name}.py", ROOT / f"search_r3_jax/configs/{name}.py"
+        named = re.search(r"for a (v\w+-\d+)", file.read_text(encoding="utf-8"))
         for stage in ("sft", "rl"):
             arguments = [stage, "--config", name, "--run", "r"]
-            yield from trained(f"configs/{name}.py", arguments, shape, 1)
+            if named:
+                yield from trained(where, arguments, slice_shape(named[1]), 1)
+            else:
+                yield Needed(where, settings_of(arguments), stage, slice_shape("v5e-1"))
 
 
 def mesh_of(needed: Needed) -> dict[str, int]:
