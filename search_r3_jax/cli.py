@@ -110,7 +110,7 @@ def parse(arguments: Sequence[str]) -> Any:
         raise
     finally:
         sys.stderr.write(shown.getvalue())
-        # Here a reader who has had enough is no error; at the interpreter's end it would be.
+        # A reader who has had enough is no error here; at the interpreter's end it would be.
         sys.stdout.flush()
 
 

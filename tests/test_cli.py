@@ -338,10 +338,12 @@ def test_a_standard_output_that_takes_nothing_is_one_line(
 
 
 @pytest.mark.parametrize("argument", ["--help", "--version"])
-def test_help_into_a_pipe_that_nobody_reads_is_quiet(argument: str) -> None:
+def test_help_into_a_pipe_that_nobody_reads_is_quiet(argument: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As of `search-r3 --help | head -1`, whose reader may be gone before the first line."""
     reader, writer = os.pipe()
     os.close(reader)
+    # What is printed waits in a buffer, as it does for users.
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     with os.fdopen(writer, "w") as stream:
         shown = subprocess.run(
             [sys.executable, "-m", "search_r3_jax", argument],
@@ -355,17 +357,20 @@ def test_help_into_a_pipe_that_nobody_reads_is_quiet(argument: str) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_before_training_ends_with_130(
-    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     """Training that has saved ends with 0: tests/training/test_stopping.py."""
 
     def be_interrupted(command: object) -> None:
         os.kill(os.getpid(), number)
-        time.sleep(10)
+        time.sleep(1)
 
     def exit_now(status: int) -> None:
         raise SystemExit(status)
 
+    # Without a handler of the command's the signal would end the tests.
+    before = {each: signal.signal(each, lambda *_: None) for each in (signal.SIGTERM, signal.SIGUSR1)}
+    request.addfinalizer(lambda: [signal.signal(*each) for each in before.items()])
     monkeypatch.setattr(os, "_exit", exit_now)
     for kind, arguments, then in (
         (Sft, ["sft", "--config", "smollm2", "--run", "r"], "; the same command starts, or goes on"),
