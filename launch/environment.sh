@@ -1,17 +1,20 @@
 # shellcheck shell=bash
 # Sourced by the other scripts: makes and enters an environment, and installs the pinned set of its interpreter.
 
-# enter_environment [FOLDER [PYTHON]]: the active virtual environment, or .venv in the checkout; with a FOLDER that one. Made where it is missing.
+# enter_environment: the active virtual environment, or .venv in the checkout, made where it is missing.
 enter_environment() {
-    if [ $# -eq 0 ] && [ -n "${VIRTUAL_ENV:-}" ]; then
-        return
+    if [ -z "${VIRTUAL_ENV:-}" ]; then
+        enter_folder .venv "${PYTHON:-python3}"
     fi
-    local folder="${1:-.venv}"
-    if [ ! -x "$folder/bin/python" ]; then
-        "${2:-${PYTHON:-python3}}" -m venv "$folder"
+}
+
+# enter_folder FOLDER PYTHON: the virtual environment in a folder, made where it is missing.
+enter_folder() {
+    if [ ! -x "$1/bin/python" ]; then
+        "$2" -m venv "$1"
     fi
     # shellcheck disable=SC1091
-    . "$folder/bin/activate"
+    . "$1/bin/activate"
 }
 
 # requirements_of PYTHON: the pinned set of an interpreter. JAX has two lines: the current one, and the last for Python 3.11.
@@ -25,20 +28,16 @@ requirements_of() {
 
 # other_python: an interpreter of the other line than that of the environment; nothing where there is none. OTHER_PYTHON names one.
 other_python() {
-    local candidate own names=(python3.11)
+    local candidate own versions="${PYENV_ROOT:-$HOME/.pyenv}/versions" names=(python3.11)
     own="$(requirements_of python)"
-    [ "$own" = requirements.txt ] || names=(python3.12 python3.13)
-    for candidate in ${OTHER_PYTHON:+"$OTHER_PYTHON"} "${names[@]}" "${names[@]/#/${PYENV_ROOT:-$HOME/.pyenv}/versions/*/bin/}"; do
-        # Unquoted, as the last ones are patterns.
-        # shellcheck disable=SC2086
-        for candidate in $candidate; do
-            # A name that is there may start nothing, such as a shim without its version.
-            if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null &&
-                [ "$(requirements_of "$candidate")" != "$own" ]; then
-                echo "$candidate"
-                return
-            fi
-        done
+    if [ "$own" != requirements.txt ]; then names=(python3.12 python3.13); fi
+    for candidate in "${OTHER_PYTHON:-}" "${names[@]}" "$versions"/*/bin/python3.1[123]; do
+        # A name that is there may start nothing, such as a shim without its version.
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null &&
+            [ "$(requirements_of "$candidate")" != "$own" ]; then
+            echo "$candidate"
+            return
+        fi
     done
 }
 
