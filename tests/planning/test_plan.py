@@ -89,6 +89,7 @@ def test_an_update_of_stage_1() -> None:
 
 
 # The committed plans of adapters are counted by hand in `test_committed`.
+@pytest.mark.slow
 @pytest.mark.exhaustive
 def test_adapters_and_a_chunked_batch() -> None:
     config = dataclasses.replace(

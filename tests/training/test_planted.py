@@ -192,6 +192,7 @@ def test_stage_2_finds_the_table_that_only_reasoning_can_use(start: Start) -> No
 
 
 # The control of the test above: run it where the task or its settings change.
+@pytest.mark.slow
 @pytest.mark.exhaustive
 def test_rewards_that_carry_no_information_teach_nothing(
     start: Start, monkeypatch: pytest.MonkeyPatch
