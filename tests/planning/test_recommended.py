@@ -3,6 +3,7 @@ experiment and a slice have kept plans, which leave 5 % of a chip's memory free.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -16,7 +17,7 @@ import pytest
 from search_r3_jax.chips import CHIPS
 from search_r3_jax.cli import parse
 from search_r3_jax.config import RunConfig
-from search_r3_jax.configs import config_names
+from search_r3_jax.configs import config_names, load_config
 from search_r3_jax.planning.plan import slice_shape, stage_settings
 from search_r3_jax.planning.stages import Stage
 
@@ -61,7 +62,9 @@ def flag(words: list[str], name: str, default: str) -> str:
 
 
 def settings_of(arguments: list[str]) -> RunConfig:
-    return parse(arguments).settings
+    """The settings of a command; a run that it starts from has the experiment's model."""
+    command = parse(arguments)
+    return dataclasses.replace(command.settings, model=load_config(command.config).model)
 
 
 def trained(where: str, arguments: list[str], shape: str, slices: int) -> Iterator[Needed]:
