@@ -118,8 +118,8 @@ check_option() {
     if [[ "$path" =~ ^[a-z][a-z0-9_.]*$ && "$last" =~ ^[a-z] ]]; then
         case "$path" in
         *.*) ! grep -qxF -e "$path" -e "${path%.*}.$last" <<<"$settings" || return 0 ;;
-        *) ! grep -rqE --include='*.py' "^    $last: |name=\"$last\"" "$1/config/run.py" "$1/commands" \
-            "$1/evaluation/settings.py" || return 0 ;;
+        *) ! grep -rqE --include='*.py' "^    $last: |name=\"$last\"" "$1/config/run.py" "$1/config/inference.py" \
+            "$1/commands" "$1/evaluation/settings.py" || return 0 ;;
         esac
         ! grep -qF "    \"$path\": " "$1/config/reading.py" || return 0
     fi
