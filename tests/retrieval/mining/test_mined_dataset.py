@@ -54,7 +54,7 @@ def data(tmp_path: Path) -> Path:
 class QuickEncoder:
     """Vectors at random for each text: nothing to compile where it does not matter what they are."""
 
-    def __init__(self, graph: object, prompter: object):
+    def __init__(self, graph: object, prompter: object, *, mesh: object = None):
         pass
 
     def encode(
