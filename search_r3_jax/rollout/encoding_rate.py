@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-
-import jax
+from typing import Any
 
 from search_r3_jax.chips import chip_of
 from search_r3_jax.compile_time import compile_seconds
@@ -14,7 +13,7 @@ from search_r3_jax.config import ModelConfig
 from search_r3_jax.models.flops import layers_flops
 
 
-def peak_flops(devices: Sequence[jax.Device]) -> float | None:
+def peak_flops(devices: Sequence[Any]) -> float | None:
     """Published peak of all these devices together, FLOP/s; None where none is published, as of a CPU.
 
     A peak that is measured is as high as the machine is quiet at that moment.
