@@ -26,7 +26,7 @@ ORDER = [
     {"text"},
     {"models"},
     {"objectives"},
-    {"configs"},
+    {"configs", "distributed.lockstep"},
     {"mesh", "distributed.runtime", "compiler", "compile_cache", "compile_time", "profiling"},
     {"config", "chips", "vectors", "precision"},
     {"outputs"},
