@@ -8,10 +8,12 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
+from helpers.command_folder import Place
 from helpers.command_line import search_r3_here
 from helpers.sft_runs import config_of, train
 from helpers.tiny_models import word_collection
 
+from search_r3_jax.data.dataset import build_dataset
 from search_r3_jax.errors import UserError
 from search_r3_jax.profiling import parse_steps, part, step, trace_run, trace_steps
 
@@ -131,3 +133,33 @@ def test_embed_traces_its_passes_and_tells_its_rate(tiny_folders: dict[str, Path
     assert done.stderr == (
         "search-r3: --profile-steps: 41:50: 41 texts take 41 passes at most; begin earlier\n"
     )
+
+
+@pytest.mark.slow
+def test_a_trace_of_stage_2_names_its_acts(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    place = Place(tmp_path, tiny_folders["llama"])
+    try:
+        said = place.finish(place.command("rl", "run", "--profile-steps", "1:3", rl__steps=4))
+    finally:
+        place.close()
+    assert "shows the trace" in said
+    found = steps_in(tmp_path / "run/profile")
+    assert found["train"] == {1, 2}
+    assert {"rollout", "rewards", "update"} <= found.keys()
+
+
+@pytest.mark.slow
+def test_eval_traces_its_passes_and_refuses_baselines(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    words = {"test": word_collection(documents=20, queries=8, split="test")}
+    build_dataset(words, tmp_path / "data", name="words", source={"kind": "test"})
+    data, profile = ("--data", str(tmp_path / "data")), ("--profile-folder", str(tmp_path / "profile"))
+    model = ("--model", str(tiny_folders["llama"]), "--out", str(tmp_path / "out.json"))
+    done = search_r3_here("eval", *model, *data, "--profile-steps", "0:1", *profile)
+    assert done.returncode == 0, done.stderr
+    assert steps_in(tmp_path / "profile")["encode"] == {0}
+    assert "tokens/s a chip" in done.stdout
+    encoding = json.loads((tmp_path / "out.json").read_text())["encoding"]
+    assert encoding["tokens_per_second_per_chip"] == encoding["tokens_per_second"] > 0
+    done = search_r3_here("eval", "--model", "bm25", *data, "--profile-steps", "0:1", *profile)
+    told = "search-r3: --profile-steps: bm25 does not run in JAX; leave it out"
+    assert (done.returncode, done.stderr.strip()) == (2, told)
