@@ -69,7 +69,9 @@ def test_it_is_another_line() -> None:
     assert (python >= [3, 12]) != (sys.version_info >= (3, 12))
 
 
-@pytest.mark.parametrize(("first", "second"), [("this", "other"), ("other", "this")])
+@pytest.mark.parametrize(
+    ("first", "second"), [("this", "other"), pytest.param("other", "this", marks=pytest.mark.exhaustive)]
+)
 def test_stage_1_goes_on_on_the_other_line_and_exports_the_same(
     place: Place, tmp_path: Path, first: str, second: str
 ) -> None:
@@ -107,7 +109,12 @@ def test_stage_2_swaps_its_index_on_the_other_line_and_goes_on_here(place: Place
 
 
 @pytest.mark.parametrize(
-    "name", [f"{each}/encode" for each in ("Qwen2.5-1.5B/v5e-16", "Qwen2.5-7B/v6e-16", "Qwen3-8B/v5p-16")]
+    "name",
+    [
+        "Qwen2.5-1.5B/v5e-16/encode",
+        pytest.param("Qwen2.5-7B/v6e-16/encode", marks=pytest.mark.exhaustive),
+        pytest.param("Qwen3-8B/v5p-16/encode", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_its_compiler_plans_the_same(tmp_path: Path, name: str) -> None:
     plans = SOURCES / "launch/plans"
