@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -56,9 +56,10 @@ def main() -> None:
         order = np.argsort(-scores, axis=1, kind="stable")
         return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
 
-    ExactIndex.search = perturbed
+    index, path = cast(Any, ExactIndex), cast(Any, Path)
+    index.search = perturbed
     time.time = lambda: real_time() + CLOCK_SECONDS
-    Path.stat, Path.open, Path.iterdir = late_stat, late_open, late_iterdir
+    path.stat, path.open, path.iterdir = late_stat, late_open, late_iterdir
     cli.main()
 
 
