@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +15,7 @@ from typing import Any
 
 import jax
 import pytest
-from helpers.command_folder import SOURCES, Place
-
-from search_r3_jax.hub.checkpoint_reader import checkpoint_folder, checkpoint_steps
+from helpers.command_folder import SOURCES, Place, back_to
 
 OTHER = os.environ.get("SEARCH_R3_OTHER_PYTHON", "")
 LINES = {"this": sys.executable, "other": OTHER}
@@ -32,13 +29,6 @@ pytestmark = [
 def on(line: str, command: list[str]) -> list[str]:
     """A command of `Place` as the Python of a line runs it."""
     return [LINES[line], *command[1:]]
-
-
-def back_to(run: Path, step: int) -> None:
-    """As if the run had been killed right after it saved `step`."""
-    for later in checkpoint_steps(run):
-        if later > step:
-            shutil.rmtree(checkpoint_folder(run) / str(later))
 
 
 def check(lines: list[dict[str, Any]], whole: list[dict[str, Any]], names: tuple[str, ...]) -> None:
