@@ -11,6 +11,21 @@ from collections.abc import Mapping
 from pathlib import Path
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
+TPU_FLAGS = ["--project", "p", "--zone", "us-east5-a", "--poll", "0", "--pause", "0"]
+# Words that a shell would take apart, or for more than words.
+ODD_ARGUMENTS = [
+    "sft",
+    "--run",
+    "/mnt/search-r3/a b",
+    "--data.sets",
+    "q\"uo'te",
+    "$(touch hacked)",
+    "`id`",
+    "*",
+    "-x;y",
+    "ü  two",
+    "",
+]
 # What the scripts use of the system; nothing else is on their PATH, so no real cloud is ever asked.
 SYSTEM = (
     *(
