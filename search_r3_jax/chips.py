@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,3 +93,12 @@ CHIPS = {
 def chip_of(kind: str) -> Chip | None:
     """The chip for a device kind of JAX; None for anything but these TPU generations."""
     return next((chip for chip in CHIPS.values() if kind in chip.kinds), None)
+
+
+def peak_flops(devices: Sequence[Any]) -> float | None:
+    """Published peak of all these devices together, FLOP/s; None where none is published, as of a CPU.
+
+    A peak that is measured is as high as the machine is quiet at that moment.
+    """
+    chip = chip_of(devices[0].device_kind)
+    return None if chip is None else chip.flops * len(devices)

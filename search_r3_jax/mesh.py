@@ -216,7 +216,7 @@ def axis_size(mesh: Mesh | AbstractMesh, axes: str | tuple[str, ...] | None) -> 
 
 def placed(x: Any, sharding: Sharding) -> jax.Array:
     """An array on the devices of a sharding; a local one has the same values in every process."""
-    if sharding.is_fully_addressable or not getattr(x, "is_fully_addressable", True):
+    if sharding.is_fully_addressable or (isinstance(x, jax.Array) and not x.is_fully_addressable):
         return jax.device_put(x, sharding)
     # `device_put` would leave an array whose parts of this process cannot be read.
     host = np.asarray(x)

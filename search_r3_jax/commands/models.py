@@ -277,10 +277,9 @@ def _check_limits(options: Embed | Think) -> None:
 
 def _embedder(options: Embed | Think) -> Embedder:
     from search_r3_jax.embedder import MAX_THINK_TOKENS, Embedder
-
-    budget = MAX_THINK_TOKENS if options.max_think_tokens is None else options.max_think_tokens
     from search_r3_jax.mesh import mesh_from_config
 
+    budget = MAX_THINK_TOKENS if options.max_think_tokens is None else options.max_think_tokens
     return Embedder.load(
         options.model,
         step=options.step,

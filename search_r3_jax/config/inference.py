@@ -21,3 +21,8 @@ class InferenceConfig:
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def reduced_precision(self) -> dict[str, str]:
+        """The precisions that are not float32, by setting: with these other documents are found."""
+        named = {"param_dtype": self.param_dtype, "compute_dtype": self.compute_dtype}
+        return {name: dtype for name, dtype in named.items() if dtype != "float32"}

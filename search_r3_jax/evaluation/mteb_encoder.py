@@ -70,8 +70,7 @@ class MtebEncoder(AbsEncoder):
         settings: dict[str, Any] = {"mode": mode, "max_tokens": self.model.max_tokens}
         given = {
             "max_think_tokens": max_think_tokens if mode == "reason" else None,
-            "param_dtype": _other_than_float32(inference.param_dtype),
-            "compute_dtype": _other_than_float32(inference.compute_dtype),
+            **inference.reduced_precision(),
             "prompts": self.model_prompts,
             "instruction_template": instruction_template,
         }
@@ -152,7 +151,3 @@ def _documents(batch: Mapping[str, Any]) -> Sequence[str]:
         Document(doc_id="", title=title, text=text).body
         for title, text in zip(batch["title"], batch["body"], strict=True)
     ]
-
-
-def _other_than_float32(dtype: str) -> str | None:
-    return None if dtype == "float32" else dtype

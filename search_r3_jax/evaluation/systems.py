@@ -271,7 +271,7 @@ class DecoderSystem:
             "max_query_tokens": self._text.max_query_tokens,
             "max_document_tokens": self._text.max_document_tokens,
             "max_think_tokens": self._settings.max_think_tokens,
-            **_precision(self._settings),
+            **self._settings.reduced_precision(),
             "parameter_hash": parameter_hash(self._state),
             "run_config": self._run_config,
         }
@@ -350,12 +350,6 @@ class DecoderSystem:
         return build_index(
             self._settings.index, vectors, [document.doc_id for document in collection.documents], 0
         ), seconds
-
-
-def _precision(settings: EvalSettings) -> dict[str, str]:
-    """What is not float32: other precisions find other documents."""
-    named = {"param_dtype": settings.param_dtype, "compute_dtype": settings.compute_dtype}
-    return {name: dtype for name, dtype in named.items() if dtype != "float32"}
 
 
 @contextmanager

@@ -120,28 +120,24 @@ def _everywhere(array: jax.Array) -> jax.Array:
     """The array, of which this process can read everything; all processes call it together."""
     if array.is_fully_addressable or array.is_fully_replicated:
         return array
-    mesh: Any = array.sharding
-    return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh.mesh, PartitionSpec()))(array)
+    if not isinstance(array.sharding, NamedSharding):
+        raise TypeError(f"an array over several processes, but on no mesh: {array.sharding}")
+    return jax.jit(lambda x: x, out_shardings=NamedSharding(array.sharding.mesh, PartitionSpec()))(array)
 
 
 def _gather(array: jax.Array, *, layer: int | None = None, transposed: bool = False) -> np.ndarray:
     """A tensor in this process's memory; of an array over several processes all call it together."""
-    if not array.is_fully_addressable and layer is not None:
-        array, layer = array[layer], None
-    array = _everywhere(array)
-    if array.is_fully_replicated:
-        whole = np.asarray(array if layer is None else _layer(array.addressable_shards[0].data, layer))
-        whole = np.asarray(whole, np.float32)
-        return np.ascontiguousarray(whole.T) if transposed else whole
+    if not array.is_fully_addressable:
+        array, layer = _everywhere(array if layer is None else array[layer]), None
     shape = array.shape if layer is None else array.shape[1:]
     gathered = np.empty(shape[::-1] if transposed else shape, np.float32)
     ours = gathered.T if transposed else gathered
-    for shard in array.addressable_shards:
-        if shard.replica_id == 0:
-            if layer is None:
-                ours[shard.index] = np.asarray(shard.data)
-            else:
-                ours[shard.index[1:]] = _layer(shard.data, layer)
+    # Of copies one; the first of all may be in another process.
+    for shard in {str(shard.index): shard for shard in array.addressable_shards}.values():
+        if layer is None:
+            ours[shard.index] = np.asarray(shard.data)
+        else:
+            ours[shard.index[1:]] = _layer(shard.data, layer)
     return gathered
 
 

@@ -12,12 +12,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from search_r3_jax.chips import peak_flops
 from search_r3_jax.compiler import compiler_options
 from search_r3_jax.mesh import BATCH_AXES, axis_size, use_mesh
 from search_r3_jax.models.decoder import Decoder, Text
 from search_r3_jax.models.kv_block import KVBlock
 from search_r3_jax.profiling import ENCODE, step
-from search_r3_jax.rollout.encoding_rate import EncodingRate, peak_flops
+from search_r3_jax.rollout.encoding_rate import EncodingRate
 from search_r3_jax.text.packing import (
     EncodingPass,
     encoding_passes,

@@ -1,25 +1,14 @@
-"""Tokens a second and model FLOPs utilisation of encoding, and the published peak of devices."""
+"""Tokens a second and model FLOPs utilisation of encoding."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
-from search_r3_jax.chips import chip_of
 from search_r3_jax.compile_time import compile_seconds
 from search_r3_jax.config import ModelConfig
 from search_r3_jax.models.flops import layers_flops
-
-
-def peak_flops(devices: Sequence[Any]) -> float | None:
-    """Published peak of all these devices together, FLOP/s; None where none is published, as of a CPU.
-
-    A peak that is measured is as high as the machine is quiet at that moment.
-    """
-    chip = chip_of(devices[0].device_kind)
-    return None if chip is None else chip.flops * len(devices)
 
 
 class EncodingRate:

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from search_r3_jax.chips import peak_flops
 from search_r3_jax.compile_time import announce_compiling
 from search_r3_jax.config import RunConfig, TrackerName, check_ranges
 from search_r3_jax.data.collection import Collection
@@ -31,7 +32,6 @@ from search_r3_jax.mesh import placed
 from search_r3_jax.models.lora import trainable_filter
 from search_r3_jax.profiling import TRAIN, part
 from search_r3_jax.profiling import step as profiled_step
-from search_r3_jax.rollout.encoding_rate import peak_flops
 from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training import sharding
 from search_r3_jax.training.development import Development, Evaluated, OnEvaluation
@@ -262,8 +262,8 @@ def _train_step(
     started = time.perf_counter()
     config, rate = stage.config, float(stage.rates[min(updates_made(state.optimizer), len(stage.rates) - 1)])
     key = jax.random.fold_in(jax.random.key(config.seed), step) if config.lora.dropout > 0 else None
-    placed = sharding.put_batch(batch, stage.mesh)
-    state, scalars = stage.step(state, stage.frozen, placed, stage.reference, key)
+    on_mesh = sharding.put_batch(batch, stage.mesh)
+    state, scalars = stage.step(state, stage.frozen, on_mesh, stage.reference, key)
     with part("next batch"):
         next_batch = stage.pipeline.batch(step + 1) if step + 1 < config.sft.steps else batch
     with part("wait for the update"):

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from helpers.tiny_models import CONFIG
 
+from search_r3_jax.chips import peak_flops
 from search_r3_jax.config import LoraConfig
 from search_r3_jax.data.pipeline import TextChunks
-from search_r3_jax.rollout.encoding_rate import peak_flops
 from search_r3_jax.training.throughput import Throughput
 
 

@@ -1,0 +1,29 @@
+"""A program for tests: two processes share a model and read all of its tensors; prints what differs from the
+model of one process, as JSON.
+
+Arguments: the model's folder, process index, number of processes, port of the coordinator.
+"""
+
+import json
+import sys
+
+import jax
+import numpy as np
+
+from search_r3_jax.hub.load_model import load_model, torch_tensors
+from search_r3_jax.mesh import make_mesh
+
+
+def main(folder: str, process: int, processes: int, port: int) -> None:
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"localhost:{port}", processes, process)
+    shared = load_model(folder, mesh=make_mesh(fsdp=4)).decoder
+    alone = dict(torch_tensors(load_model(folder).decoder))
+    found = {name: tensor.copy() for name, tensor in torch_tensors(shared)}
+    assert found.keys() == alone.keys()
+    different = [name for name, tensor in found.items() if not np.array_equal(tensor, alone[name])]
+    print(json.dumps({"tensors": len(found), "different": different}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], *map(int, sys.argv[2:]))
