@@ -107,6 +107,7 @@ in_job() {
 }
 
 # pause_before FIRST TRY: seconds until then: FIRST, doubled from try to try, up to five minutes.
+# As in common.sh, which is not beside the copy of this script that SLURM runs.
 pause_before() {
     local seconds="$1" try
     for ((try = 1; try < $2 && seconds < 300; try++)); do

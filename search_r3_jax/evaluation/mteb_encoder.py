@@ -77,7 +77,11 @@ class MtebEncoder(AbsEncoder):
         settings |= {name: value for name, value in given.items() if value is not None}
         # In a folder's name MTEB writes "_" for many characters: two templates could share one.
         settings["sha256"] = digest_of([json.dumps(settings, sort_keys=True)])[:12]
-        self.mteb_model_meta = ModelMeta(
+        self.mteb_model_meta = self._meta(model_name, settings)
+
+    def _meta(self, model_name: str, settings: dict[str, Any]) -> ModelMeta:
+        """What MTEB keeps results by: the model's name and content, and the settings of the encoder."""
+        return ModelMeta(
             # MTEB cannot open this model by name.
             loader=None,
             name=mteb_name(model_name),
@@ -94,7 +98,7 @@ class MtebEncoder(AbsEncoder):
             public_training_data=None,
             framework=["JAX"],
             similarity_fn_name=ScoringFunction.COSINE,
-            use_instructions=bool(prompts or instruction_template),
+            use_instructions=bool(self.model_prompts or self.instruction_template),
             training_datasets=None,
             experiment_kwargs=settings,
         )
