@@ -84,7 +84,7 @@ def config_of(model: Path, seed: int) -> RunConfig:
             optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=10),
         ),
         rl=RlConfig(
-            steps=200,
+            steps=150,
             global_queries=NAMES,
             group_size=24,
             # The reference writes any of the names: the term keeps the groups varied until the right one is

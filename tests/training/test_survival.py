@@ -14,14 +14,15 @@ import pytest
 from helpers.command_folder import Place, computed, equal, until
 
 from search_r3_jax.distributed.runtime import STATUS
+from search_r3_jax.hub.checkpoint_reader import checkpoint_steps
 from search_r3_jax.retrieval.indexer.heartbeat import read_beat
 from search_r3_jax.retrieval.indexer.schedule import IndexSchedule
 
 # These runs take many steps: what compiles in seconds more is soon won back.
 pytestmark = pytest.mark.usefixtures("optimised")
 
-# Between two kills a run advances by less than so many steps.
-STEPS_A_KILL = 8
+# Between two kills a run advances by less than so many steps, also where a step takes 50 ms.
+STEPS_A_KILL = 14
 # A start that finds its programs compiled takes about so long; a kill may come anywhere in it.
 START_SECONDS = 8.0
 # A process whose peer was killed ends within so many seconds, on a machine that is busy with other things.
@@ -41,15 +42,14 @@ def wait_for_a_moment(
     if generator.random() < starting:
         time.sleep(generator.uniform(0, START_SECONDS))
         return
-    metrics = place.folder / run / "metrics.jsonl"
-    before = metrics.stat().st_mtime_ns if metrics.exists() else 0
-    seen, steps = 0, int(generator.integers(1, 6))
+    seen, steps = len(place.lines(run)), int(generator.integers(1, 6))
 
     def advanced() -> bool:
-        nonlocal before, seen
-        if metrics.exists() and metrics.stat().st_mtime_ns != before:
-            before, seen = metrics.stat().st_mtime_ns, seen + 1
-        return seen >= steps
+        nonlocal seen
+        told = len(place.lines(run))
+        # Steps since the last save are taken, and told of, again.
+        seen = min(seen, told)
+        return told >= seen + steps
 
     until(advanced, process)
     # Through the step, the save behind it, and the next.
@@ -64,16 +64,19 @@ def kill(process: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [4, pytest.param(13, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("kills", [3, pytest.param(13, marks=pytest.mark.exhaustive)])
 def test_stage_1_killed_at_random_moments_ends_bit_equal(place: Place, tmp_path: Path, kills: int) -> None:
     generator, steps = np.random.default_rng(0), STEPS_A_KILL * kills
     place.finish(place.command("sft", "whole", sft__steps=steps))
     whole = [computed(line) for line in place.lines("whole")]
     assert [line["step"] for line in whole] == list(range(steps))
     command = place.command("sft", "killed", sft__steps=steps)
-    for _ in range(kills):
+    for number in range(kills):
         process = place.start(command)
         wait_for_a_moment(place, "killed", process, generator)
+        if number == kills - 1:
+            # However early it was killed, something is saved in the end that it can go on from.
+            until(lambda: bool(checkpoint_steps(tmp_path / "killed")), process)
         assert process.poll() is None, (tmp_path / "out.txt").read_text()[-3000:]
         process.kill()
         process.wait()
@@ -87,7 +90,7 @@ def test_stage_1_killed_at_random_moments_ends_bit_equal(place: Place, tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [6, pytest.param(12, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("kills", [4, pytest.param(12, marks=pytest.mark.exhaustive)])
 def test_stage_2_killed_at_random_moments_is_repeated_bit_equal(
     place: Place, tmp_path: Path, kills: int
 ) -> None:
@@ -116,7 +119,7 @@ def test_stage_2_killed_at_random_moments_is_repeated_bit_equal(
         for line in place.lines("killed"):
             # A step that is taken again is the same step.
             assert told.setdefault(line["step"], computed(line)) == computed(line)
-    assert indexers >= 3
+    assert indexers >= kills // 2
     place.finish(command)
     lines = [computed(line) for line in place.lines("killed")]
     assert [line["step"] for line in lines] == list(range(steps))
@@ -129,11 +132,12 @@ def test_stage_2_killed_at_random_moments_is_repeated_bit_equal(
     equal(place.params("whole", steps), place.params("killed", steps))
 
 
+# Of two processes of stage 2 one is killed in `test_rl_processes`.
 @pytest.mark.slow
-# Two processes of stage 2 are killed in `test_rl_processes`.
-@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.exhaustive)])
-def test_two_processes_one_of_them_killed_end_bit_equal(place: Place, tmp_path: Path, kills: int) -> None:
-    generator, steps = np.random.default_rng(2), STEPS_A_KILL * kills
+@pytest.mark.exhaustive
+def test_two_processes_one_of_them_killed_end_bit_equal(place: Place, tmp_path: Path) -> None:
+    generator, kills = np.random.default_rng(2), 5
+    steps = STEPS_A_KILL * kills
     for process in place.cluster(place.command("sft", "whole", sft__steps=steps), processes=2):
         assert process.wait(timeout=600) == 0, (tmp_path / "out-0.txt").read_text()[-3000:]
     whole = [computed(line) for line in place.lines("whole")]
