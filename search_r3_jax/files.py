@@ -137,14 +137,18 @@ def save_array(path: Path, array: np.ndarray) -> None:
 def hold_lock(file: Path) -> TextIO | None:
     """Open a file under an exclusive lock, or return None while another process holds it.
 
-    The lock ends when the file is closed or the process ends, for whatever reason.
+    The lock ends when the file is closed or the process ends, for whatever reason. Raises OSError where files
+    cannot be locked.
     """
-    lock = file.open("a+", encoding="utf-8")
+    lock = os.fdopen(os.open(file, os.O_RDWR | os.O_CREAT, 0o666), "r+", encoding="utf-8")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         lock.close()
         return None
+    except OSError:
+        lock.close()
+        raise
     return lock
 
 

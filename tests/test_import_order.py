@@ -30,6 +30,7 @@ ORDER = [
     {"mesh", "distributed.runtime", "compiler", "compile_cache", "compile_time", "profiling"},
     {"config", "chips", "vectors", "precision"},
     {"outputs"},
+    {"lease"},
     {"distributed.spec", "console", "files", "lines", "runtime_env", "extras"},
     {"errors", "pace"},
     # The package itself: its version.

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 from transformers import PreTrainedTokenizerBase
@@ -20,9 +20,10 @@ from search_r3_jax.data.collection import Collection
 from search_r3_jax.data.dataset import ordered_queries_hash
 from search_r3_jax.distributed.lockstep import Message, Team
 from search_r3_jax.errors import UserError
-from search_r3_jax.files import append_json_line, hold_lock, read_json_lines, write_json, write_json_lines
+from search_r3_jax.files import append_json_line, read_json_lines, write_json, write_json_lines
 from search_r3_jax.hub.checkpoint_reader import latest_checkpoint, read_run
 from search_r3_jax.hub.load_model import LoadedModel, pinned_step, with_recorded_prompts
+from search_r3_jax.lease import Lease, LeaseHeldError, take_lease
 from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training.config_changes import change_table, changes_of, describe_changes, longer_run
 from search_r3_jax.training.development import Embeddings
@@ -66,14 +67,16 @@ class Run:
         self._metrics, self._samples = path / "metrics.jsonl", path / "samples.jsonl"
         self._tracker_names, self._trackers = trackers, list[Tracker]()
         self._config = dataclasses.asdict(config)
-        self._lock: TextIO | None = None
+        self._lease: Lease | None = None
         if self._first:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = hold_lock(path / LOCK)
-            if self._lock is None:
+            try:
+                self._lease = take_lease(path / LOCK)
+            except LeaseHeldError as error:
                 raise UserError(
-                    f"{path}: another trainer has this run open; stop it first, or give another --run"
-                )
+                    f"{path}: another trainer has this run open; stop it first, or give another --run (it is "
+                    f"{error.holder})"
+                ) from error
             try:
                 self._claim(
                     {"stage": stage, "config": dataclasses.asdict(config), **(record or {})},
@@ -190,10 +193,12 @@ class Run:
             for tracker in self._trackers:
                 tracker.close()
         finally:
-            if self._lock is not None:
-                self._lock.close()
+            if self._lease is not None:
+                self._lease.release()
 
     def _append(self, file: Path, record: dict[str, Any]) -> None:
+        if self._lease is not None:
+            self._lease.check()
         try:
             append_json_line(file, record)
         except OSError as error:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 from search_r3_jax.errors import UserError
-from search_r3_jax.files import hold_lock, write_json
+from search_r3_jax.files import write_json
+from search_r3_jax.lease import LeaseHeldError, LeaseWatch, take_lease
 
 HEARTBEAT, LOCK = "indexer.json", "indexer.lock"
 TICK_SECONDS = 5.0
@@ -104,29 +105,24 @@ def read_beat(run: Path) -> Beat | None:
 
 @contextmanager
 def only_indexer(run: Path, process: int = 0) -> Iterator[None]:
-    """Hold the run's lock for this process of its indexer; raises UserError while another does.
-
-    The operating system releases it when the holder ends in any way.
-    """
+    """Hold the run's lease for this process of its indexer; raises UserError while another does."""
     file = run / _of_process(LOCK, process)
-    lock = hold_lock(file)
-    if lock is None:
-        beat = read_beat(run)
-        holder = f" (process {beat.pid})" if beat else ""
-        raise UserError(
-            f"{file}: another indexer follows this run{holder}; stop it first, or leave the run to it"
-        )
-    with lock:
-        yield
-
-
-def is_followed(run: Path) -> bool:
-    """Whether an indexer holds the run's lock."""
     try:
-        with only_indexer(run):
-            return False
-    except UserError:
-        return True
+        lease = take_lease(file)
+    except LeaseHeldError as error:
+        raise UserError(
+            f"{file}: another indexer follows this run ({error.holder}); stop it first, or leave the run "
+            "to it"
+        ) from error
+    try:
+        yield
+    finally:
+        lease.release()
+
+
+def watch_indexer(run: Path) -> LeaseWatch:
+    """A look, now and then, at who follows a run."""
+    return LeaseWatch(run / LOCK)
 
 
 def _of_process(name: str, process: int) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 
 from search_r3_jax.errors import UserError
-from search_r3_jax.retrieval.indexer.heartbeat import is_followed, read_beat
+from search_r3_jax.retrieval.indexer.heartbeat import read_beat, watch_indexer
 
 LONGEST_PAUSE = 300.0
 PATIENCE = 5
@@ -50,6 +50,7 @@ class IndexerProcess:
         ]
         self._process: subprocess.Popen[bytes] | None = None
         self._failures, self._start_at, self._elsewhere = 0, 0.0, False
+        self._lease = watch_indexer(run)
         self._beat, self._beat_since, self._last_message = read_beat(run), time.monotonic(), ""
 
     @property
@@ -61,7 +62,7 @@ class IndexerProcess:
         """Start the process, unless another follows the run already; its output goes to `indexer.log`."""
         if not self._local:
             return
-        if is_followed(self._run):
+        if self._lease.holder() is not None:
             if not self._elsewhere:
                 beat = read_beat(self._run)
                 logger.info(
@@ -105,7 +106,7 @@ class IndexerProcess:
         if code is None:
             return
         self._process = None
-        if is_followed(self._run):
+        if self._lease.holder() is not None:
             # Another indexer took the lock first.
             self.start()
             return
