@@ -101,15 +101,15 @@ def trace_steps(
         _asked.append(trace)
     try:
         yield
+        if trace in _asked and trace.state == "waiting":
+            asked = f"{steps.start}:{steps.stop}"
+            logger.warning(f"profile: {trace.seen} steps were run, none of {asked}: nothing is traced")
     finally:
         if trace in _asked:
             _asked.remove(trace)
             if trace.state == "running":
                 # The work ended, or was ended, within the range.
                 trace.stop()
-            elif trace.state == "waiting":
-                asked = f"{steps.start}:{steps.stop}"
-                logger.warning(f"profile: {trace.seen} steps were run, none of {asked}: nothing is traced")
 
 
 def trace_run(steps: range | None, run_folder: Path) -> contextlib.AbstractContextManager[None]:

@@ -62,6 +62,10 @@ def test_a_range_that_never_came_and_a_folder_that_cannot_be_written_end_no_work
     tmp_path: Path, log_lines: list[str]
 ) -> None:
     (tmp_path / "file").write_text("")
+    # A mistake is said alone.
+    with pytest.raises(UserError), trace_steps("train", range(7, 9), tmp_path / "late"):
+        raise UserError("--data: nothing there")
+    assert log_lines == []
     with trace_steps("train", range(7, 9), tmp_path / "late"), step("train", 0):
         pass
     with trace_steps("train", range(0, 1), tmp_path / "file" / "folder"), step("train", 0):
