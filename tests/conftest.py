@@ -1,6 +1,7 @@
 """Shared by all tests: quiet libraries, CPU, tiny models of every family."""
 
 import atexit
+import gc
 import os
 import shutil
 import sys
@@ -12,6 +13,8 @@ import pytest
 
 from search_r3_jax.runtime_env import configure_libraries
 
+# Until everything is imported; see `pytest_collection_finish`.
+gc.disable()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most programs of tests run for a moment, and are compiled for seconds: what makes code fast is left out,
 # here and in what tests start.
@@ -57,6 +60,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     ranks = {tests / name: rank for rank, name in enumerate(LONGEST)}
     slow = {item.path for item in items if "slow" in item.keywords}
     items.sort(key=lambda item: ranks.get(item.path, len(ranks) + (item.path not in slow)))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the garbage collector, which runs often here, need not go through it."""
+    gc.enable()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

@@ -83,6 +83,7 @@ def test_a_program_is_made_once_and_found_by_the_next_call(tmp_path: Path) -> No
     assert programs(other)
 
 
+@pytest.mark.slow
 def test_a_program_that_was_half_written_is_made_anew(tmp_path: Path) -> None:
     value, *_ = start(tmp_path)
     for program in programs(tmp_path):
@@ -99,6 +100,7 @@ def test_a_folder_that_cannot_be_written_is_done_without(tmp_path: Path) -> None
     assert start(tmp_path)[0] == value
 
 
+@pytest.mark.slow
 def test_processes_beside_each_other_share_the_folder(tmp_path: Path) -> None:
     beside = [
         subprocess.Popen(

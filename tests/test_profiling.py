@@ -110,6 +110,7 @@ def test_training_refuses_a_wrong_range_before_the_work(tmp_path: Path, command:
     assert not run.exists()
 
 
+@pytest.mark.slow
 def test_a_trace_of_stage_1(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
     with trace_run(range(1, 3), tmp_path / "run"):
         train(

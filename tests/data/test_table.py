@@ -79,6 +79,7 @@ def test_every_kind_of_file_says_the_same(tmp_path: Path, name: str) -> None:
     assert collection.name == name.split(".")[0]
 
 
+@pytest.mark.slow
 def test_a_table_of_many_rows_is_what_pandas_reads(tmp_path: Path) -> None:
     draw = random.Random(0)
     words = ["a,b", 'c "d"', "e;f", "two\nlines", "é", "'x'", "\u2028", "=1", "tab\tbed"]

@@ -21,9 +21,17 @@ from helpers.report_page import Page
 from matplotlib import pyplot
 
 from search_r3_jax import __version__
+from search_r3_jax.evaluation import page as page_module
 from search_r3_jax.evaluation.page import SHOWN_ROLLOUTS, write_report
 
 
+@pytest.fixture
+def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of what is written: the pictures are drawn in the others."""
+    monkeypatch.setattr(page_module, "draw_panels", lambda *_: [])
+
+
+@pytest.mark.slow
 def test_runs_of_a_stage_are_drawn_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     metrics = [write_run(tmp_path / str(seed) / "rl", "rl", seed=seed, steps=30) for seed in range(2)]
     before = json.loads((tmp_path / "0/rl/eval/dev_000000.json").read_text())["results"]["words"]["direct"][
@@ -69,6 +77,7 @@ def test_runs_of_a_stage_are_drawn_together(tmp_path: Path, monkeypatch: pytest.
     assert f"0/rl, mean: from {rewards[:5].mean():.4g} to {rewards[-5:].mean():.4g}" in told
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_facts_of_stage_2_stand_side_by_side(tmp_path: Path) -> None:
     metrics = [write_run(tmp_path / str(seed) / "rl", "rl", seed=seed, steps=30) for seed in range(2)]
     write_report([tmp_path / "0/rl", tmp_path / "1/rl"], [], tmp_path / "report.html")
@@ -133,6 +142,7 @@ def test_an_index_that_is_always_new_is_drawn_without_a_word(tmp_path: Path) -> 
     assert Page(tmp_path / "report.html").row("How stale the index was", "age in steps, largest") == ["0"]
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_only_some_of_many_rollouts_are_shown(tmp_path: Path) -> None:
     write_run(tmp_path / "rl", "rl", steps=50)
     write_report([tmp_path / "rl"], [], tmp_path / "report.html")
@@ -142,6 +152,7 @@ def test_only_some_of_many_rollouts_are_shown(tmp_path: Path) -> None:
     assert shown[-1].endswith("(49)")
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_day_command_and_versions_stand_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_run(tmp_path / "a place" / "host" / "mine" / "sft", "sft", steps=3)
     write_run(tmp_path / "here" / "rl", "rl", steps=3)
@@ -159,6 +170,7 @@ def test_day_command_and_versions_stand_on_the_page(tmp_path: Path, monkeypatch:
     assert page.row("Settings and outcome", "last step written on") == [today]
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_rollouts_show_the_documents_that_they_found(tmp_path: Path) -> None:
     write_run(tmp_path / "rl", "rl", steps=3)
     rollout = rollout_sample(0, np.random.default_rng(0)) | {
@@ -177,6 +189,7 @@ def test_rollouts_show_the_documents_that_they_found(tmp_path: Path) -> None:
     assert "<bdi>d2</bdi> ✓ relevant" in page.text
 
 
+@pytest.mark.usefixtures("without_pictures")
 def test_what_the_index_blocked_is_explained(tmp_path: Path) -> None:
     write_run(tmp_path / "rl", "rl", steps=3)
     write_report([tmp_path / "rl"], [], tmp_path / "report.html")

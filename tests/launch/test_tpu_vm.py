@@ -272,6 +272,7 @@ def test_a_mistake_stops_the_other_workers_and_is_told(cloud: StandIns) -> None:
     assert command_of(cloud.calls("gcloud")[-1]).endswith("tpu_worker.sh stop")
 
 
+@pytest.mark.slow
 def test_pauses_double_up_to_five_minutes(cloud: StandIns, tmp_path: Path) -> None:
     cloud.program("sleep", f'echo "$1" >>{tmp_path}/sleeps')
     cloud.answer("gcloud", STATE, out="ACTIVE")

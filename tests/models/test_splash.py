@@ -53,7 +53,7 @@ def hidden_and_gradient(config: ModelConfig, backend: Backend, dtype: Any) -> tu
 @pytest.mark.parametrize(
     "windowed",
     [
-        pytest.param((), id="full"),
+        pytest.param((), id="full", marks=pytest.mark.slow),
         pytest.param((True, False), id="window in one layer", marks=pytest.mark.slow),
     ],
 )

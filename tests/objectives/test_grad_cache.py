@@ -71,7 +71,7 @@ def test_equals_the_whole_batch_at_once(query_chunks: int, document_chunks: int)
         ]
         return contrast(jax.tree.map(jnp.add, parts[0][1], parts[1][1]), parts[0][0], parts[1][0])
 
-    (expected, expected_scalars), expected_gradient = jax.value_and_grad(whole, has_aux=True)(params)
+    (expected, expected_scalars), expected_gradient = jax.jit(jax.value_and_grad(whole, has_aux=True))(params)
     (value, scalars), gradient = jax.jit(cached_value_and_grad(encode, contrast))(params, queries, documents)
     assert float(value) == pytest.approx(float(expected), rel=1e-6)
     assert {name: float(x) for name, x in scalars.items()} == pytest.approx(

@@ -193,6 +193,7 @@ def test_one_shape_is_compiled_whatever_the_length_of_the_queries(
     assert len(traced) == 1
 
 
+@pytest.mark.slow
 def test_what_was_compiled_ahead_is_what_runs(tiny_model: LoadedModel) -> None:
     compiled: list[str] = []
 
