@@ -20,6 +20,7 @@ from search_r3_jax.data.collection import Collection
 from search_r3_jax.data.dataset import build_dataset
 from search_r3_jax.hub.checkpoint_writer import CheckpointWriter
 from search_r3_jax.hub.load_model import LoadedModel, load_model, with_lora
+from search_r3_jax.hub.snapshot_reader import snapshot_dtype
 from search_r3_jax.models.lora import merge_lora, trainable_filter
 from search_r3_jax.retrieval.indexer.follower import IndexFollower
 from search_r3_jax.rollout.encoder import Encoder
@@ -65,8 +66,8 @@ class IndexedRun:
         return jax.tree.map(lambda x: x + 0.02 * step * generator.normal(size=x.shape).astype(x.dtype), start)
 
     def save(self, *steps: int, keep: int = 9) -> None:
-        """Commit checkpoints."""
-        writer = CheckpointWriter(self.path, keep=keep)
+        """Commit checkpoints and their snapshots."""
+        writer = CheckpointWriter(self.path, keep=keep, snapshot_dtype=snapshot_dtype(self.config))
         for step in steps:
             writer.save(step, self.params(step), {"count": np.zeros(1)}, {})
         writer.close()

@@ -110,8 +110,8 @@ def test_threads_and_cores_are_what_the_config_says(run: IndexedRun) -> None:
     cores = sorted(os.sched_getaffinity(0))[:1]
     program = (
         "import os, sys, jax; from search_r3_jax.config import IndexConfig\n"
-        "from search_r3_jax.retrieval.indexer.worker import _limit_resources\n"
-        f"_limit_resources(IndexConfig(nice=3, threads=1, cores={tuple(cores)!r}))\n"
+        "from search_r3_jax.retrieval.indexer.resources import limit_resources\n"
+        f"limit_resources(IndexConfig(nice=3, threads=1, cores={tuple(cores)!r}))\n"
         "before = len(os.listdir('/proc/self/task')); jax.numpy.zeros(9).block_until_ready()\n"
         "print(sorted(os.sched_getaffinity(0)), os.nice(0), len(os.listdir('/proc/self/task')) - before)"
     )
