@@ -52,11 +52,12 @@ class SnapshotWriter:
                     shutil.rmtree(path, ignore_errors=True)
             newest = latest_checkpoint(run)
             discard_snapshots_from(run, 0 if newest is None else newest + 1)
+        # The checkpoint of the same step is saved meanwhile: barriers need other names.
+        barriers = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix="snapshot")
         self._checkpointer = ocp.AsyncCheckpointer(
-            ocp.StandardCheckpointHandler(),
+            ocp.StandardCheckpointHandler(multiprocessing_options=barriers),
             async_options=ocp.options.AsyncOptions(post_finalization_callback=self._before_publication),
-            # The checkpoint of the same step is saved meanwhile: barriers need other names.
-            multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix="snapshot"),
+            multiprocessing_options=barriers,
         )
 
     def save(self, step: int, params: nnx.State) -> None:

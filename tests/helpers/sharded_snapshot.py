@@ -69,4 +69,4 @@ def main(folder: str, place: str, process: int, processes: int, port: int) -> No
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3], *map(int, sys.argv[3:]))
+    main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:]))
