@@ -26,7 +26,7 @@ _INPUT_FILES = (
     *("corpus.jsonl*", "queries.jsonl*", "dataset_info.json", "features.json", "*.array_record*"),
     *("metrics.jsonl", "samples.jsonl"),
 )
-_INPUT_FOLDERS = frozenset({"checkpoints", "index", "qrels", "neg"})
+_INPUT_FOLDERS = frozenset({"checkpoints", "snapshots", "index", "qrels", "neg"})
 
 
 def check_outputs(*outputs: tuple[str, Path | None], inputs: Sequence[Path | str | None] = ()) -> None:

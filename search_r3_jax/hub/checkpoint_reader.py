@@ -1,9 +1,8 @@
-"""Reader of a run's Orbax checkpoints, for the indexer and for every command that takes a run as model."""
+"""Reader of a run's Orbax checkpoints, for every command that takes a run as model."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from flax import nnx
 
 from search_r3_jax.config import RunConfig, Step, config_from_dict
 from search_r3_jax.errors import UserError
-from search_r3_jax.files import write_text
 from search_r3_jax.hub.checkpoint_integrity import verify_checkpoint
 
 PARAMS, OPTIMIZER, META = "params", "optimizer", "meta"
@@ -24,28 +22,6 @@ SCORE = "score"
 def checkpoint_folder(run: Path) -> Path:
     """The checkpoint folder of a run, absolute because Orbax requires it."""
     return (run / "checkpoints").absolute()
-
-
-def pin_checkpoints(run: Path, reader: str, steps: Collection[int]) -> None:
-    """Protect steps from deletion for `reader`, in place of the steps it pinned before; none unpins all."""
-    file = run / "pins" / reader
-    if not steps:
-        file.unlink(missing_ok=True)
-        return
-    file.parent.mkdir(exist_ok=True)
-    write_text(file, " ".join(str(step) for step in sorted(steps)) + "\n")
-
-
-def pinned_checkpoints(run: Path) -> list[int]:
-    """The steps that readers have pinned."""
-    steps = []
-    for file in (run / "pins").glob("[!.]*"):
-        try:
-            steps += [int(step) for step in file.read_text(encoding="utf-8").split()]
-        except (FileNotFoundError, ValueError):
-            # A reader has just removed its pins.
-            continue
-    return steps
 
 
 def checkpoint_scores(run: Path) -> dict[int, float]:

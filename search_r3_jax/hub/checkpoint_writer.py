@@ -6,10 +6,12 @@ import copy
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
@@ -28,8 +30,9 @@ from search_r3_jax.hub.checkpoint_reader import (
     checkpoint_scores,
     checkpoint_steps,
     fill_state,
-    pinned_checkpoints,
 )
+from search_r3_jax.hub.snapshot_reader import pinned_snapshots, snapshot_folder, snapshot_steps
+from search_r3_jax.hub.snapshot_writer import SnapshotWriter, wait_for_folder
 
 ARRAYS, EMPTY = "arrays", "empty_arrays"
 TEMPORARY = ".orbax-checkpoint-tmp"
@@ -46,13 +49,17 @@ class RestoredCheckpoint(NamedTuple):
 
 
 class CheckpointWriter:
-    """Saves steps asynchronously; keeps the newest `keep`, every `keep_every`-th, the best and pinned ones.
+    """Saves steps asynchronously; keeps the newest `keep`, every `keep_every`-th and the best.
 
-    An error in the background is raised by the next call, as a UserError.
+    Pinned steps that have no snapshot are kept too. An error in the background is raised by the next
+    call, as a UserError.
     """
 
-    def __init__(self, run: Path, *, keep: int = 3, keep_every: int = 0):
-        self._folder = checkpoint_folder(run)
+    def __init__(
+        self, run: Path, *, keep: int = 3, keep_every: int = 0, snapshot_dtype: jnp.dtype | None = None
+    ):
+        """With `snapshot_dtype`, each step also gets a snapshot in that dtype (`SnapshotWriter`)."""
+        self._run, self._folder = run, checkpoint_folder(run)
         self._scores = checkpoint_scores(run)
         self._saving: int | None = None
         options = ocp.CheckpointManagerOptions(
@@ -63,6 +70,11 @@ class CheckpointWriter:
             cleanup_tmp_directories=True,
         )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
+        self._snapshots = (
+            None
+            if snapshot_dtype is None
+            else SnapshotWriter(run, snapshot_dtype, has_checkpoint=self._has_checkpoint)
+        )
 
     def latest(self) -> int | None:
         """The newest committed step."""
@@ -102,6 +114,16 @@ class CheckpointWriter:
             items[ARRAYS] = ocp.args.StandardSave(full)
         self._saving = step
         self._raising(lambda: self._manager.save(step, args=ocp.args.Composite(**items)))
+        self.save_snapshot(step, params)
+
+    def save_snapshot(self, step: int, params: nnx.State) -> None:
+        """Begin to save the snapshot of a step whose checkpoint is committed or being saved.
+
+        Does nothing for a run without snapshots. Raises UserError when the previous one failed.
+        """
+        snapshots = self._snapshots
+        if snapshots is not None:
+            self._raising_of_snapshot(lambda: snapshots.save(step, params))
 
     def restore(self, step: int, params: nnx.State, optimizer: Any) -> RestoredCheckpoint:
         """Restore a step, shaped and sharded like the given parameters and optimiser state.
@@ -132,18 +154,27 @@ class CheckpointWriter:
     def check(self) -> None:
         """Raise an error of a background save; call it between steps."""
         self._raising(self._manager.check_for_errors)
+        if self._snapshots is not None:
+            self._raising_of_snapshot(self._snapshots.check)
 
     def wait(self) -> None:
         """Wait until every save is committed; raises an error of a background save."""
         self._raising(self._manager.wait_until_finished)
+        if self._snapshots is not None:
+            self._raising_of_snapshot(self._snapshots.wait)
         self.check()
 
     def close(self) -> None:
-        """Wait for the saves and release the manager."""
-        try:
+        """Wait for the saves and release the managers."""
+        with ExitStack() as closing:
+            closing.callback(self._manager.close)
+            if self._snapshots is not None:
+                closing.callback(self._snapshots.close)
             self.wait()
-        finally:
-            self._manager.close()
+
+    def _has_checkpoint(self, step: int) -> bool:
+        """Block until a step is committed or has failed; returns which."""
+        return wait_for_folder(self._folder / str(step), self._manager.is_saving_in_progress)
 
     def _write_checksums(self) -> None:
         # Orbax calls this after all files are written and before it renames the folder: every published step
@@ -159,6 +190,16 @@ class CheckpointWriter:
             message = f"{self._folder}: step {self._saving}: cannot be written ({_first_line(error)})"
             raise UserError(
                 f"{message}; make room, then the same command goes on from the step before"
+            ) from error
+
+    def _raising_of_snapshot(self, call: Callable[[], object]) -> None:
+        try:
+            call()
+        except Exception as error:
+            folder, step = snapshot_folder(self._run), self._snapshots.saving if self._snapshots else None
+            raise UserError(
+                f"{folder}: step {step}: cannot be written ({_first_line(error)}); make room, then the same "
+                "command goes on and writes it"
             ) from error
 
 
@@ -208,7 +249,9 @@ class _PreservationPolicy:
         steps = sorted(info.step for info in checkpoints)
         best = best_step({step: score for step, score in self._scores.items() if step in steps})
         every = {step for step in steps if self._keep_every and step and step % self._keep_every == 0}
-        kept = {*steps[-self._keep :], best, *every, *pinned_checkpoints(self._run)}
+        # A run of an older version pins steps that have no snapshot: their checkpoint is read in its place.
+        pinned = set(pinned_snapshots(self._run)).difference(snapshot_steps(self._run))
+        kept = {*steps[-self._keep :], best, *every, *pinned}
         return [info.step in kept for info in checkpoints]
 
 

@@ -13,6 +13,7 @@ from search_r3_jax.config import RunConfig
 from search_r3_jax.data.collection import Collection
 from search_r3_jax.distributed.lockstep import Message, Team
 from search_r3_jax.hub.checkpoint_reader import read_checkpoint
+from search_r3_jax.hub.snapshot_reader import read_snapshot, snapshot_steps
 from search_r3_jax.retrieval.environment.environment import EncodeDocuments, Environment, StepResult
 from search_r3_jax.training.live_index import IndexStart, IndexStatistics, LiveIndex
 
@@ -34,7 +35,7 @@ class LedIndex:
         """`live` is the index in process 0, None in the others; `drift_every` is that of its config."""
         self._team, self._live, self._run, self._statistics = team, live, run, statistics
         self._drift_every = drift_every
-        self._checkpoint: tuple[int, nnx.State] | None = None
+        self._of_index: tuple[int, nnx.State] | None = None
 
     @classmethod
     def open(
@@ -114,12 +115,18 @@ class LedIndex:
         told = self._team.lead(work)
         return told["drifted"], dict(told["drift"])
 
-    def checkpoint_params(self, like: nnx.State) -> nnx.State:
+    def snapshot_params(self, like: nnx.State) -> nnx.State:
         """The trainable parameters, shaped like `like`, that the index in use was built from."""
         version = self._statistics.version
-        if self._checkpoint is None or self._checkpoint[0] != version:
-            self._checkpoint = version, read_checkpoint(self._run, version, like)
-        return self._checkpoint[1]
+        if self._of_index is None or self._of_index[0] != version:
+
+            def find() -> Message:
+                # A version of a run from before there were snapshots has its checkpoint, which is pinned.
+                return {"snapshot": version in snapshot_steps(self._run)}
+
+            read = read_snapshot if self._team.lead(find)["snapshot"] else read_checkpoint
+            self._of_index = version, read(self._run, version, like)
+        return self._of_index[1]
 
     def check(self) -> None:
         """Restart a dead indexer, and raise errors of the background thread; call between steps."""

@@ -16,8 +16,10 @@ from etils import epath
 from search_r3_jax.config import RunConfig
 from search_r3_jax.data.collection import Collection
 from search_r3_jax.errors import UserError
-from search_r3_jax.hub.checkpoint_reader import checkpoint_steps, pin_checkpoints, read_run
+from search_r3_jax.hub.checkpoint_reader import checkpoint_steps, read_run
 from search_r3_jax.hub.checkpoint_writer import newest_valid_checkpoint
+from search_r3_jax.hub.snapshot_reader import pin_snapshots
+from search_r3_jax.hub.snapshot_writer import discard_snapshots_from
 from search_r3_jax.retrieval.environment.drift import measure_drift, probe_rows
 from search_r3_jax.retrieval.environment.environment import EncodeDocuments, Environment
 from search_r3_jax.retrieval.index.protocol import Index
@@ -113,7 +115,7 @@ class LiveIndex:
         self._probe: np.ndarray | None = None
         self._warned_version: int | None = None
         self._started, self._stalled = time.perf_counter(), 0.0
-        # Scheduled versions that are not published, or have no checkpoint in this run: a replay reaches the
+        # Scheduled versions that are not published, or have no snapshot in this run: a replay reaches the
         # same parameters and builds them itself.
         local_only = self._config.scoring == "consistent_stale"
         self._to_build = {
@@ -187,7 +189,7 @@ class LiveIndex:
         started = time.perf_counter()
         if step in self._to_build:
             save()
-            self._pin_checkpoint(step)
+            self._pin_snapshot(step)
             self._follower.wait_for(step, on_wait=lambda: self._on_wait(step))
         scheduled, current = self._schedule.version_at(step), self.environment.index.version
         newer, waited = None, 0.0
@@ -276,15 +278,15 @@ class LiveIndex:
         logger.info("step %d: the index built from step %d is in use", step, index.version)
 
     def _record_version(self, index: Index) -> None:
-        self._pin_checkpoint(index.version)
+        self._pin_snapshot(index.version)
         if index.version not in [version["step"] for version in self._statistics.versions]:
             versions = (*self._statistics.versions, self._follower.version_stats(index.version))
             self._statistics = replace(self._statistics, versions=versions)
 
-    def _pin_checkpoint(self, version: int) -> None:
-        """Keep the checkpoints whose parameters may re-encode queries (`consistent_stale`)."""
+    def _pin_snapshot(self, version: int) -> None:
+        """Keep the snapshots whose parameters may re-encode queries (`consistent_stale`)."""
         if self._config.scoring == "consistent_stale":
-            pin_checkpoints(self._run, PIN, {*self._follower.versions_to_keep(), version})
+            pin_snapshots(self._run, PIN, {*self._follower.versions_to_keep(), version})
 
 
 def load_or_copy_schedule(run: Path, step: int, *, replay: Path | None) -> IndexSchedule:
@@ -304,9 +306,11 @@ def load_or_copy_schedule(run: Path, step: int, *, replay: Path | None) -> Index
 
 
 def discard_index_versions_after(run: Path, config: RunConfig) -> None:
-    """Discard schedule and versions after the newest checkpoint: other settings make another run."""
+    """Discard schedule, versions and snapshots after the newest checkpoint: other settings, another run."""
     step = newest_valid_checkpoint(run) or 0
     IndexSchedule(run).truncate(step)
+    # That of the newest checkpoint too: the settings may ask for another dtype. It is written again.
+    discard_snapshots_from(run, step)
     root = index_folder(run, config.index.folder)
     for version in list_versions(root):
         if version > step:

@@ -96,7 +96,7 @@ def score(stage: RlStage, state: TrainState, sampled: Sampled, index: LedIndex, 
     Q, G = len(sampled.queries), config.rl.group_size
     vectors, params = rollout.vectors, stage.current
     if config.index.scoring == "consistent_stale":
-        params = stage.merged(index.checkpoint_params(state.params))
+        params = stage.merged(index.snapshot_params(state.params))
         vectors = reencode_rollout(
             stage.reasoned_encoder, params, sampled.texts, rollout, config.text.max_query_tokens
         )

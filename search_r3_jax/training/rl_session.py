@@ -18,6 +18,7 @@ from search_r3_jax.config import TrackerName
 from search_r3_jax.distributed.lockstep import Message, Team
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub.checkpoint_writer import CheckpointWriter, latest_valid_checkpoint
+from search_r3_jax.hub.snapshot_reader import has_snapshot, snapshot_dtype
 from search_r3_jax.mesh import placed
 from search_r3_jax.training.development import OnEvaluation
 from search_r3_jax.training.led_index import LedIndex
@@ -107,6 +108,8 @@ class RlSession:
             metrics = self._evaluate(state, 0)
             self._save(state, progress, {}, metrics)
             self._checkpoints.wait()
+        else:
+            self._save_missing_snapshot(first, state)
         start = IndexStart(
             step=progress.step,
             statistics=progress.index,
@@ -114,6 +117,16 @@ class RlSession:
             allow_other_version=allow_other_version,
         )
         return state, progress, start
+
+    def _save_missing_snapshot(self, step: int, state: TrainState) -> None:
+        """Save the snapshot of the checkpoint that the run goes on from, where it has none.
+
+        A kill came between the two, or the run is from before there were snapshots.
+        """
+        if not self._team.lead(lambda: {"there": has_snapshot(self._run.path, step)})["there"]:
+            self._checkpoints.save_snapshot(step, state.params)
+            # The index in use may be waited for next, and is built from it.
+            self._checkpoints.wait()
 
     def stop_waiting(self, step: int) -> None:
         """Stop here if any process was asked to: training waits at a step that is saved."""
@@ -136,6 +149,9 @@ class RlSession:
         def save_if_new() -> None:
             if progress.step != self._checkpoints.latest():
                 save_together()
+            else:
+                # The index that is waited for comes from it.
+                self._checkpoints.wait()
 
         try:
             with self.time_left.aside("wait"):
@@ -307,6 +323,11 @@ def open_session(
         run.save_tokenizer(stage.model.tokenizer)
         # Before the writer, which remembers the steps that are there: a damaged one is put aside.
         first = latest_valid_checkpoint(run_folder)
-        checkpoints = CheckpointWriter(run_folder, keep=rl.keep, keep_every=rl.keep_every)
+        checkpoints = CheckpointWriter(
+            run_folder,
+            keep=rl.keep,
+            keep_every=rl.keep_every,
+            snapshot_dtype=snapshot_dtype(stage.config),
+        )
         with StopRequest() as request, closing(checkpoints):
             yield RlSession(stage, team, run, checkpoints, request, first, listeners)

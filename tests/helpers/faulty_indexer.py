@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from search_r3_jax.console import show_log
-from search_r3_jax.hub.checkpoint_reader import checkpoint_folder
+from search_r3_jax.hub.snapshot_reader import snapshot_folder
 from search_r3_jax.retrieval.indexer import worker as indexer
 from search_r3_jax.retrieval.store import corpus_vectors as corpus
 from search_r3_jax.retrieval.store import versions
@@ -64,9 +64,9 @@ def no_space() -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def delete_checkpoint(run: Path, step: int, *_: Any) -> None:
+def delete_snapshot(run: Path, step: int, *_: Any) -> None:
     if first_time():
-        shutil.rmtree(checkpoint_folder(run) / str(step))
+        shutil.rmtree(snapshot_folder(run) / str(step))
 
 
 def stop_clocks_from_agreeing() -> None:
@@ -93,8 +93,8 @@ elif FAULT == "disk full while publishing":
     before(os, "rename", on_target(r"/v\d+$", no_space))
 elif FAULT == "disk full at the pointer":
     before(os, "replace", on_target(r"/CURRENT$", no_space))
-elif FAULT == "checkpoint deleted":
-    before(indexer, "read_checkpoint", delete_checkpoint)
+elif FAULT == "snapshot deleted":
+    before(indexer, "read_snapshot", delete_snapshot)
 elif FAULT == "silent":
     before(Encoder, "encode", lambda *_: first_time() and os.kill(os.getpid(), signal.SIGSTOP))
 elif FAULT == "clocks jump":

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import numpy as np
@@ -20,6 +20,7 @@ from search_r3_jax.data.collection import Collection
 from search_r3_jax.data.dataset import build_dataset
 from search_r3_jax.hub.checkpoint_writer import CheckpointWriter
 from search_r3_jax.hub.load_model import LoadedModel, load_model, with_lora
+from search_r3_jax.hub.snapshot_reader import snapshot_dtype
 from search_r3_jax.models.lora import merge_lora, trainable_filter
 from search_r3_jax.retrieval.indexer.follower import IndexFollower
 from search_r3_jax.rollout.encoder import Encoder
@@ -32,16 +33,25 @@ SOURCES = str(Path(__file__).resolve().parents[2])
 class IndexedRun:
     """The run, and what its checkpoints' vectors should be."""
 
-    def __init__(self, place: Path, model: Path, *, documents: int = 40, **index: Any):
+    def __init__(
+        self,
+        place: Path,
+        model: Path,
+        *,
+        documents: int = 40,
+        rank: int = 4,
+        compute_dtype: Literal["float32", "bfloat16"] = "float32",
+        **index: Any,
+    ):
         self.path = place / "run"
         self.path.mkdir(parents=True)
         collection = word_collection(documents=documents, queries=10)
         build_dataset({"train": collection}, place / "data", name="words", source={"kind": "test"})
         self.config = RunConfig(
             model=str(model),
-            compute_dtype="float32",
+            compute_dtype=compute_dtype,
             text=TextConfig(max_query_tokens=16, max_document_tokens=32),
-            lora=LoraConfig(rank=4),
+            lora=LoraConfig(rank=rank),
             index=dataclasses.replace(IndexConfig(kind="exact", nice=0, keep_versions=1), **index),
         )
         self.record = {
@@ -52,7 +62,9 @@ class IndexedRun:
         }
         (self.path / "config.json").write_text(json.dumps(self.record))
         self.collection: Collection = collection
-        self.model: LoadedModel = with_lora(load_model(model), self.config.lora, seed=0)
+        self.model: LoadedModel = with_lora(
+            load_model(model, compute_dtype=compute_dtype), self.config.lora, seed=0
+        )
 
     @property
     def corpus_hash(self) -> str:
@@ -65,8 +77,8 @@ class IndexedRun:
         return jax.tree.map(lambda x: x + 0.02 * step * generator.normal(size=x.shape).astype(x.dtype), start)
 
     def save(self, *steps: int, keep: int = 9) -> None:
-        """Commit checkpoints."""
-        writer = CheckpointWriter(self.path, keep=keep)
+        """Commit checkpoints and their snapshots."""
+        writer = CheckpointWriter(self.path, keep=keep, snapshot_dtype=snapshot_dtype(self.config))
         for step in steps:
             writer.save(step, self.params(step), {"count": np.zeros(1)}, {})
         writer.close()

@@ -21,10 +21,10 @@ from search_r3_jax.hub.checkpoint_integrity import CHECKSUMS, verify_checkpoint
 from search_r3_jax.hub.checkpoint_reader import (
     checkpoint_folder,
     checkpoint_steps,
-    pin_checkpoints,
     read_checkpoint,
 )
 from search_r3_jax.hub.checkpoint_writer import CheckpointWriter, latest_valid_checkpoint
+from search_r3_jax.hub.snapshot_reader import pin_snapshots
 
 
 def params_of(step: int) -> Any:
@@ -160,10 +160,10 @@ def test_a_full_disk_comes_up_at_the_next_call_and_leaves_the_steps_before(
 
 
 def test_multiples_pinned_and_the_newest_are_kept(tmp_path: Path) -> None:
-    pin_checkpoints(tmp_path, "reader", [3, 5])
+    pin_snapshots(tmp_path, "reader", [3, 5])
     save(tmp_path, *range(13), keep=2, keep_every=4)
     assert checkpoint_steps(tmp_path) == [3, 4, 5, 8, 11, 12]
-    pin_checkpoints(tmp_path, "reader", [])
+    pin_snapshots(tmp_path, "reader", [])
     save(tmp_path, 13, keep=1, keep_every=0)
     assert checkpoint_steps(tmp_path) == [13]
 

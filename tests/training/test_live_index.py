@@ -14,8 +14,8 @@ from flax import nnx
 
 from search_r3_jax.config import IndexConfig, LoraConfig, RunConfig, SamplerConfig
 from search_r3_jax.errors import UserError
-from search_r3_jax.hub.checkpoint_reader import pinned_checkpoints
 from search_r3_jax.hub.load_model import load_model, with_lora
+from search_r3_jax.hub.snapshot_reader import pinned_snapshots
 from search_r3_jax.retrieval.environment.environment import Environment
 from search_r3_jax.retrieval.index.exact import ExactIndex
 from search_r3_jax.retrieval.index.protocol import Index
@@ -168,14 +168,14 @@ def test_drift_asks_for_a_checkpoint(tmp_path: Path) -> None:
     assert not subject.index.drifted(6)[0]
 
 
-def test_the_checkpoint_of_the_index_is_kept_for_the_scoring_that_reads_it(tmp_path: Path) -> None:
+def test_the_snapshot_of_the_index_is_kept_for_the_scoring_that_reads_it(tmp_path: Path) -> None:
     IndexedSteps(tmp_path / "other", scoring="fresh")
-    assert pinned_checkpoints(tmp_path / "other") == []
+    assert pinned_snapshots(tmp_path / "other") == []
     subject = IndexedSteps(tmp_path / "run", scoring="consistent_stale")
-    assert pinned_checkpoints(tmp_path / "run") == [0]
+    assert pinned_snapshots(tmp_path / "run") == [0]
     subject.follower.ready = index(2)
     subject.step(3)
-    assert pinned_checkpoints(tmp_path / "run") == [2]
+    assert pinned_snapshots(tmp_path / "run") == [2]
 
 
 def test_replies_are_embedded_by_whose_parameters_they_are_given(tiny_folders: dict[str, Path]) -> None:

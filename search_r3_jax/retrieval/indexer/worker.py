@@ -1,13 +1,11 @@
-"""The indexer: encodes the corpus with a run's newest checkpoint and publishes an index version."""
+"""The indexer: encodes the corpus with a run's newest snapshot and publishes an index version."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
 import math
-import os
 import shutil
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -18,24 +16,25 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from search_r3_jax.config import IndexConfig, RunConfig
+from search_r3_jax.config import RunConfig
 from search_r3_jax.data.development import for_stage_2, load_training_sets
 from search_r3_jax.errors import EmbeddingError, UserError
 from search_r3_jax.files import write_text
-from search_r3_jax.hub.checkpoint_reader import (
-    checkpoint_folder,
-    latest_checkpoint,
-    pin_checkpoints,
-    read_checkpoint,
-    read_run,
-    starting_model,
-    starting_step,
-)
+from search_r3_jax.hub.checkpoint_reader import read_run, starting_model, starting_step
 from search_r3_jax.hub.load_model import load_model, with_lora, with_recorded_prompts
+from search_r3_jax.hub.snapshot_reader import (
+    as_snapshot,
+    latest_snapshot,
+    pin_snapshots,
+    read_snapshot,
+    snapshot_dtype,
+    snapshot_folder,
+)
 from search_r3_jax.hub.weights import parameter_hash
 from search_r3_jax.mesh import mesh_from_config
 from search_r3_jax.models.lora import merge_lora, trainable_filter
 from search_r3_jax.retrieval.indexer.heartbeat import Heartbeat, only_indexer, read_beat
+from search_r3_jax.retrieval.indexer.resources import end_with, limit_resources
 from search_r3_jax.retrieval.store.corpus_vectors import (
     RECORD,
     SHARD_DOCUMENTS,
@@ -43,6 +42,7 @@ from search_r3_jax.retrieval.store.corpus_vectors import (
     EncodingSettings,
     Share,
     encode_corpus,
+    is_encoded_with,
 )
 from search_r3_jax.retrieval.store.versions import (
     IndexGateError,
@@ -54,6 +54,7 @@ from search_r3_jax.retrieval.store.versions import (
     open_version,
     prune_versions,
     publish_version,
+    read_version,
     rejected_version,
 )
 from search_r3_jax.rollout.encoder import Encoder
@@ -67,8 +68,8 @@ PIN, TASK = "indexer", "step"
 MAX_REMAKES = 2
 
 
-class CheckpointGoneError(Exception):
-    """A checkpoint was deleted before it had been read."""
+class SnapshotGoneError(Exception):
+    """A snapshot was deleted before it had been read."""
 
 
 def index_folder(run: Path, folder: str = "") -> epath.Path:
@@ -82,7 +83,7 @@ def index_folder(run: Path, folder: str = "") -> epath.Path:
 def run_indexer(run: Path, *, parent: int | None = None, process: int = 0, processes: int = 1) -> None:
     """Follow `run` until stopped; with `parent`, end when that process has ended in any way.
 
-    Several processes share the encoding; process 0 chooses the checkpoint, builds and publishes. Raises
+    Several processes share the encoding; process 0 chooses the snapshot, builds and publishes. Raises
     UserError when `run` is no run of stage 2, or another indexer follows it.
     """
     if not 0 <= process < processes:
@@ -91,9 +92,9 @@ def run_indexer(run: Path, *, parent: int | None = None, process: int = 0, proce
     if "data" not in record:
         raise UserError(f"{run / 'config.json'}: data: missing; only a run of stage 2 has an index")
     if parent is not None:
-        threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
+        end_with(parent)
     with only_indexer(run, process):
-        _limit_resources(config.index)
+        limit_resources(config.index)
         heartbeat = Heartbeat(run, process)
         heartbeat.beat("starting")
         with heartbeat.ticking():
@@ -109,7 +110,7 @@ def start_relative(run: Path, recorded: str) -> Path:
 
 
 class IndexWorker:
-    """Holds the corpus and the model, and publishes a version of each newest checkpoint."""
+    """Holds the corpus and the model, and publishes a version of each newest snapshot."""
 
     def __init__(
         self,
@@ -138,9 +139,10 @@ class IndexWorker:
         )
         start = with_recorded_prompts(start, run, record)
         # Merged parameters have the structure of the model without adapters, so one encoder serves every
-        # checkpoint.
+        # snapshot.
         self.encoder = Encoder(nnx.split(start.decoder)[0], start.prompter(), mesh=mesh)
         self._model = with_lora(start, config.lora, seed=config.seed)
+        nnx.update(self._model.decoder, as_snapshot(self._trainable(), snapshot_dtype(config)))
         self._root = index_folder(run, config.index.folder)
         self._shards = run / "encoding"
         self._abandoned_step: int | None = None
@@ -148,16 +150,16 @@ class IndexWorker:
         self._encoded = 0
         self._remade: Counter[int] = Counter()
         self._pin = f"{PIN}-{process}" if process else PIN
-        pin_checkpoints(run, self._pin, [])
+        pin_snapshots(run, self._pin, [])
         if process == 0:
             self._check_current()
 
     def advance(self) -> bool:
-        """Publish a version of the newest checkpoint, if it has none; returns whether there was work."""
+        """Publish a version of the newest snapshot, if it has none; returns whether there was work."""
         if self._process:
             return self._encode_assigned_shards()
         self._check_rejected()
-        newest = latest_checkpoint(self._run)
+        newest = latest_snapshot(self._run)
         if newest is None or newest in (self._abandoned_step, self._current()):
             last = read_beat(self._run)
             # Keep the message of the last failure in the file.
@@ -166,7 +168,7 @@ class IndexWorker:
             return False
         try:
             self.build(newest)
-        except CheckpointGoneError as error:
+        except SnapshotGoneError as error:
             logger.info(f"{error}; taking the newest")
         except (IndexGateError, EmbeddingError) as error:
             self._abandon(newest, str(error))
@@ -178,9 +180,9 @@ class IndexWorker:
         return True
 
     def build(self, step: int) -> None:
-        """Encode the corpus with the checkpoint of `step` and publish it; the heartbeat reports progress.
+        """Encode the corpus with the snapshot of `step` and publish it; the heartbeat reports progress.
 
-        Raises CheckpointGoneError, IndexGateError when it is not good enough, EmbeddingError when a document
+        Raises SnapshotGoneError, IndexGateError when it is not good enough, EmbeddingError when a document
         has no finite embedding, and OSError when the disk refuses.
         """
         started = time.time()
@@ -221,16 +223,45 @@ class IndexWorker:
         )
 
     def _encode(self, step: int) -> tuple[np.ndarray, nnx.State, str]:
-        """Encode the corpus [N,E] with the checkpoint of `step`.
+        """Encode the corpus [N,E] with the snapshot of `step`, which is pinned meanwhile.
 
-        Returns the vectors, memory-mapped, the checkpoint's merged parameters and their hash.
+        Returns the vectors, memory-mapped, the snapshot's merged parameters and their hash. Raises
+        SnapshotGoneError where it was deleted before, IndexGateError where a version of other parameters has
+        its step.
         """
-        config, decoder, documents = self._config, self._model.decoder, self._collection.documents
-        self._heartbeat.beat("reading", step=step, documents=len(documents))
+        kept = self._kept(step)
+        # Until the last shard is there: the other processes read the snapshot too.
+        pin_snapshots(self._run, self._pin, {step, *kept})
+        try:
+            state, of_parameters = self._load(step)
+            return self._encode_with(step, state, of_parameters), state, of_parameters
+        finally:
+            pin_snapshots(self._run, self._pin, kept)
+
+    def _load(self, step: int) -> tuple[nnx.State, str]:
+        """The merged parameters of a snapshot, and the hash of what was read."""
+        decoder = self._model.decoder
+        self._heartbeat.beat("reading", step=step, documents=len(self._collection.documents))
         with self._heartbeat.ticking():
             nnx.update(decoder, self._read(step))
-            state = nnx.state(merge_lora(decoder))
-            of_parameters = parameter_hash(nnx.state(decoder, trainable_filter(decoder)))
+            of_parameters = parameter_hash(self._trainable())
+            if self._process == 0:
+                self._refuse_other(step, of_parameters)
+            return nnx.state(merge_lora(decoder)), of_parameters
+
+    def _refuse_other(self, step: int, of_parameters: str) -> None:
+        """Raise IndexGateError where a version of this step was built from other parameters.
+
+        One of a release that read float32 checkpoints may be, under bfloat16.
+        """
+        if step in list_versions(self._root):
+            there = read_version(self._root, step).manifest["parameter_hash"]
+            if there != of_parameters:
+                raise IndexGateError(f"index v{step}: is there already, of other parameters, and stays")
+
+    def _encode_with(self, step: int, state: nnx.State, of_parameters: str) -> np.ndarray:
+        """Encode the corpus [N,E], or this process's shards of it, with merged parameters."""
+        config, documents = self._config, self._collection.documents
         self._encoded = 0
 
         def progress(finished: int) -> None:
@@ -244,15 +275,15 @@ class IndexWorker:
 
         progress(0)
         if self._process == 0:
-            self._announce(step)
-        vectors = encode_corpus(
+            self._announce(step, of_parameters)
+        return encode_corpus(
             encode,
             documents,
             self._shards / str(step),
             EncodingSettings(
                 model_hash=of_parameters,
                 max_tokens=config.text.max_document_tokens,
-                dimension=decoder.config.hidden_size,
+                dimension=self._model.decoder.config.hidden_size,
                 dtype=config.index.vector_dtype,
                 shard_documents=SHARD_DOCUMENTS,
                 documents_hash=self._corpus_hash,
@@ -264,10 +295,9 @@ class IndexWorker:
             ),
             on_progress=progress,
         )
-        return vectors, state, of_parameters
 
     def _encode_assigned_shards(self) -> bool:
-        """Encode this process's shards of the announced checkpoint; returns whether there was work."""
+        """Encode this process's shards of the announced snapshot; returns whether there was work."""
         try:
             step = int((self._shards / TASK).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -285,51 +315,47 @@ class IndexWorker:
         try:
             self._encode(step)
             self._last_assisted_step = step
-        except (CheckpointGoneError, UserError) as error:
+        except (SnapshotGoneError, UserError) as error:
             if self._encoded == assigned:
                 # Only the shards of others are missing; process 0 waits for those.
                 self._last_assisted_step = step
             else:
-                # Process 0 works on a newer checkpoint, or will report the error.
-                logger.info(f"checkpoint {step}: {error}")
+                # Process 0 works on a newer snapshot, or will report the error.
+                logger.info(f"snapshot {step}: {error}")
                 time.sleep(RETRY_SECONDS)
         return True
 
-    def _read(self, step: int) -> nnx.State:
-        """Read a checkpoint's trainable parameters, pinning it meanwhile.
+    def _trainable(self) -> nnx.State:
+        """The model's trainable parameters, in the dtype of a snapshot."""
+        return nnx.state(self._model.decoder, trainable_filter(self._model.decoder))
 
-        Raises CheckpointGoneError where it was deleted before.
-        """
-        # `consistent_stale` needs the checkpoint of the published version until the trainer, which swaps the
-        # version in, has pinned it.
-        published = self._current() if self._config.index.scoring == "consistent_stale" else None
-        kept = (
-            []
-            if self._config.index.scoring != "consistent_stale"
-            else [step]
-            if published is None
-            else [step, published]
-        )
-        pin_checkpoints(self._run, self._pin, kept or [step])
+    def _read(self, step: int) -> nnx.State:
+        """The trainable parameters of a snapshot; raises SnapshotGoneError where it was deleted before."""
         try:
-            return read_checkpoint(
-                self._run, step, nnx.state(self._model.decoder, trainable_filter(self._model.decoder))
-            )
+            return read_snapshot(self._run, step, self._trainable())
         except Exception as error:
             # Orbax raises different errors where files vanish.
-            if (checkpoint_folder(self._run) / str(step)).is_dir():
+            if (snapshot_folder(self._run) / str(step)).is_dir():
                 raise
-            raise CheckpointGoneError(
-                f"checkpoint {step} was deleted while it was read ({type(error).__name__})"
+            raise SnapshotGoneError(
+                f"snapshot {step} was deleted while it was read ({type(error).__name__})"
             ) from error
-        finally:
-            pin_checkpoints(self._run, self._pin, kept)
 
-    def _announce(self, step: int) -> None:
-        """Announce the checkpoint being encoded, and remove the vectors of others."""
-        for other in self._shards.glob("*/"):
-            if other.name != str(step):
-                shutil.rmtree(other, ignore_errors=True)
+    def _kept(self, step: int) -> set[int]:
+        """Snapshots that stay pinned after an encoding."""
+        # `consistent_stale` needs the snapshot of the published version until the trainer, which swaps the
+        # version in, has pinned it.
+        if self._config.index.scoring != "consistent_stale":
+            return set()
+        published = self._current()
+        return {step} if published is None else {step, published}
+
+    def _announce(self, step: int, of_parameters: str) -> None:
+        """Announce the snapshot being encoded, and remove the vectors of others."""
+        for folder in self._shards.glob("*/"):
+            # An earlier release may have begun to encode the same step from its float32 checkpoint.
+            if folder.name != str(step) or not is_encoded_with(folder, of_parameters):
+                shutil.rmtree(folder, ignore_errors=True)
         self._shards.mkdir(exist_ok=True)
         write_text(self._shards / TASK, f"{step}\n")
 
@@ -376,25 +402,3 @@ class IndexWorker:
         self._abandoned_step = step
         logger.info(f"{message}; waiting for the next checkpoint")
         self._heartbeat.beat("refused", step=step, message=message)
-
-
-def _limit_resources(index: IndexConfig) -> None:
-    """Lower this process's priority and limit its threads and cores; call before JAX starts threads."""
-    os.nice(index.nice)
-    if index.cores:
-        try:
-            os.sched_setaffinity(0, index.cores)
-        except OSError as error:
-            raise UserError(
-                f"index.cores: {index.cores}: not all of them are this machine's ({error.strerror})"
-            ) from None
-    if index.threads:
-        # XLA sizes its CPU thread pool by this.
-        os.environ["NPROC"] = str(index.threads)
-
-
-def _exit_with(parent: int) -> None:
-    # Polling, because a killed parent sends no signal.
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(0)

@@ -139,6 +139,16 @@ def encode_corpus(
     return open_vectors(joined, dtype)
 
 
+def is_encoded_with(folder: Path, model_hash: str) -> bool:
+    """Whether a folder of `encode_corpus` is of this model, or of none yet; a damaged one is."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        return record["model_hash"] == model_hash
+    except (OSError, ValueError, KeyError, TypeError):
+        # `encode_corpus` says what is wrong with it.
+        return True
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Shard:
     """The documents `start` to `stop` and the file of their vectors, which process `owner` writes."""

@@ -19,7 +19,13 @@ import pytest
 from helpers.stage2_run import IndexedRun, until
 
 from search_r3_jax.errors import UserError
-from search_r3_jax.hub.checkpoint_reader import latest_checkpoint, pin_checkpoints, pinned_checkpoints
+from search_r3_jax.hub.checkpoint_reader import checkpoint_steps
+from search_r3_jax.hub.snapshot_reader import (
+    latest_snapshot,
+    pin_snapshots,
+    pinned_snapshots,
+    snapshot_steps,
+)
 from search_r3_jax.retrieval.environment.environment import Environment
 from search_r3_jax.retrieval.index.protocol import Index
 from search_r3_jax.retrieval.indexer import worker as indexer
@@ -127,15 +133,16 @@ def test_training_goes_on_and_the_next_version_is_right(
 
 
 @pytest.mark.slow
-def test_a_checkpoint_deleted_under_the_reader_is_left_for_the_newest(run: IndexedRun) -> None:
+def test_a_snapshot_deleted_under_the_reader_is_left_for_the_newest(run: IndexedRun) -> None:
+    pin_snapshots(run.path, "someone", [2])
     run.save(2, 4)
-    with following(run.follower("checkpoint deleted")) as follower:
+    with following(run.follower("snapshot deleted")) as follower:
         index = until(lambda: follower.newer_than(None, at_most=9), seconds=120, meanwhile=[follower.check])
-    assert latest_checkpoint(run.path) == 2
+    assert latest_snapshot(run.path) == 2
     assert index.version == 2
     check_vectors(run, index)
-    assert "checkpoint 4 was deleted while it was read" in run.log()
-    assert pinned_checkpoints(run.path) == []
+    assert "snapshot 4 was deleted while it was read" in run.log()
+    assert pinned_snapshots(run.path) == [2]
 
 
 @pytest.mark.slow
@@ -273,14 +280,15 @@ def test_an_index_under_the_gate_is_not_published_and_the_next_checkpoint_is_tri
     assert current_version(index_folder(run.path)) == 4
 
 
-def test_a_pinned_checkpoint_is_not_deleted(run: IndexedRun) -> None:
-    pin_checkpoints(run.path, "someone", [0])
+def test_a_pinned_snapshot_is_not_deleted_nor_the_newest(run: IndexedRun) -> None:
+    pin_snapshots(run.path, "someone", [0])
     run.save(2, 4, 6, keep=1)
-    folders = sorted(path.name for path in (run.path / "checkpoints").iterdir() if path.name.isdigit())
-    assert folders == ["0", "6"]
-    pin_checkpoints(run.path, "someone", [])
+    assert snapshot_steps(run.path) == [0, 6]
+    # Who reads the snapshot needs no checkpoint.
+    assert checkpoint_steps(run.path) == [6]
+    pin_snapshots(run.path, "someone", [])
     run.save(8, keep=1)
-    assert sorted(path.name for path in (run.path / "checkpoints").iterdir() if path.name.isdigit()) == ["8"]
+    assert snapshot_steps(run.path) == checkpoint_steps(run.path) == [8]
 
 
 def test_the_newest_checkpoint_is_taken_and_interrupted_encoding_goes_on(
