@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 RENEW_SECONDS, EXPIRE_SECONDS = 10.0, 120.0
 # Status of a process whose lease another has taken over: what it saved is there, and may be gone on with.
 LOST_STATUS = 75
-LINE_BYTES = 512
+LINE_BYTES, GLANCES = 512, 3
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -84,6 +84,8 @@ class LeaseWatch:
         self._since = time.monotonic()
         # Whether it was seen to change: then its holder is alive, wherever that is.
         self.alive = False
+        # Who held it last, where that one's time has run out.
+        self.expired: Holder | None = None
 
     def holder(self) -> Holder | None:
         """Who holds the lease; None when it is free, or expired."""
@@ -94,14 +96,14 @@ class LeaseWatch:
             free = lock is not None or not self._file.exists()
             if lock is not None:
                 lock.close()
-            self.alive = not free
+            self.alive, self.expired = not free, None
             return None if free else found or Holder()
         if found != self._seen:
             self.alive = self._seen is not None and found.token == self._seen.token
             self._seen, self._since = found, time.monotonic()
-        expired = time.monotonic() - self._since > self._expire_seconds
-        self.alive = self.alive and not expired
-        return None if expired else found
+        is_over = time.monotonic() - self._since > self._expire_seconds
+        self.alive, self.expired = self.alive and not is_over, found if is_over else None
+        return None if is_over else found
 
 
 class Lease:
@@ -135,7 +137,7 @@ class Lease:
             if not self._lock.closed:
                 # A full disk keeps nobody from ending.
                 with suppress(OSError):
-                    if self._is_ours():
+                    if not self._is_lost():
                         os.ftruncate(self._lock.fileno(), 0)
                 self._lock.close()
 
@@ -149,16 +151,19 @@ class Lease:
                 return
             # A share that is away for a moment lets nobody else take over either.
             with suppress(OSError):
-                if not self._is_ours():
+                if self._is_lost():
                     self._on_lost(self._file)
                     return
                 self._holder = dataclasses.replace(self._holder, beat=self._holder.beat + 1)
                 _write(self._lock, self._holder)
                 self._renewed = time.monotonic()
 
-    def _is_ours(self) -> bool:
+    def _is_lost(self) -> bool:
         found = _read(self._file)
-        return found is not None and found.token == self._holder.token
+        if found is not None:
+            return found.token != self._holder.token
+        # Given back by another, or removed: then nobody else has it.
+        return self._file.exists() and not os.path.samestat(self._file.stat(), os.fstat(self._lock.fileno()))
 
 
 def take_lease(
@@ -198,17 +203,24 @@ def take_lease(
 def _wait_for(file: Path, ours: Holder, expire_seconds: float) -> TextIO:
     """The lock of a lease that is free, or has expired, with this holder's name in it."""
     watch = LeaseWatch(file, machine=ours.machine, expire_seconds=expire_seconds)
-    told, beaten_since = False, 0.0
+    told, beaten_since, held = False, 0.0, 0
     while True:
         holder = watch.holder()
         if holder is None:
-            lock = _claim(file, ours, again=0 < beaten_since < time.monotonic() - expire_seconds)
+            lock = _claim(
+                file, ours, watch.expired, again=0 < beaten_since < time.monotonic() - expire_seconds
+            )
             if lock is not None:
                 return lock
             # Another one was quicker; what it writes is seen soon, unless it has died over it.
             beaten_since = beaten_since or time.monotonic()
         elif watch.alive:
-            raise LeaseHeldError(holder)
+            held += 1
+            # Whoever watches has the lock for a moment.
+            if held == GLANCES:
+                raise LeaseHeldError(holder)
+            time.sleep(0.1)
+            continue
         elif not told:
             logger.info(
                 f"{file}: held by {holder}; taken over after {expire_seconds:.0f} s without a sign of life"
@@ -217,20 +229,25 @@ def _wait_for(file: Path, ours: Holder, expire_seconds: float) -> TextIO:
         time.sleep(min(1.0, expire_seconds / 10))
 
 
-def _claim(file: Path, ours: Holder, *, again: bool) -> TextIO | None:
-    """Lock a lease that is free or expired; None when another process was quicker.
+def _claim(file: Path, ours: Holder, expired: Holder | None, *, again: bool) -> TextIO | None:
+    """Lock a lease that is free, or that of `expired`; None when another process was quicker.
 
     `again` takes the right of one who was quicker, and made nothing of it.
     """
-    found = _read(file)
-    if found is None or found.machine == ours.machine:
+    if expired is None:
         lock = hold_lock(file)
-        if lock is not None:
+        if lock is None:
+            return None
+        found = _read(file)
+        is_this_file = file.exists() and os.path.samestat(file.stat(), os.fstat(lock.fileno()))
+        if is_this_file and (found is None or found.machine == ours.machine):
             _write(lock, ours)
-        return lock
+            return lock
+        lock.close()
+        return None
     # The lock of a machine that is gone may stay on its file for ever: another file takes its place. Of those
-    # who find it expired, one makes this folder.
-    right = file.with_name(f"{file.name}.{found.token}")
+    # who find it expired, one makes this folder at a time.
+    right = file.with_name(f"{file.name}.{expired.token}")
     if again:
         shutil.rmtree(right, ignore_errors=True)
     try:
@@ -238,6 +255,8 @@ def _claim(file: Path, ours: Holder, *, again: bool) -> TextIO | None:
     except FileExistsError:
         return None
     try:
+        if _read(file) != expired:
+            return None
         fresh = right / file.name
         lock = hold_lock(fresh)
         if lock is not None:

@@ -28,7 +28,13 @@ HOLD = (
 
 
 def take(file: Path, machine: str = "", *, expire: float = EXPIRE) -> Lease:
-    return take_lease(file, machine=machine, renew_seconds=0.1, expire_seconds=expire)
+    """A lease of this process, which does not end when it is lost."""
+    return take_lease(file, machine=machine, renew_seconds=0.1, expire_seconds=expire, on_lost=lambda _: None)
+
+
+def abandoned(file: Path) -> Lease:
+    """A lease of a machine that is gone: nobody renews it."""
+    return take_lease(file, machine="far", renew_seconds=1e6, expire_seconds=EXPIRE, on_lost=lambda _: None)
 
 
 def holder(file: Path, machine: str) -> subprocess.Popen[str]:
@@ -105,23 +111,38 @@ def test_a_machine_that_is_gone_is_waited_for_and_then_it_is_taken_over(
 
 def test_a_process_that_stood_still_writes_nothing_after_it_lost(file: Path) -> None:
     lost = list[Path]()
-    old = take_lease(file, machine="far", renew_seconds=100, expire_seconds=EXPIRE, on_lost=lost.append)
+    old = take_lease(file, machine="far", renew_seconds=1e6, expire_seconds=EXPIRE, on_lost=lost.append)
     new = take(file, "near")
     old.check()
     assert lost == [file]
     old.release()
     with pytest.raises(LeaseHeldError):
-        take(file, "third")
+        take(file, "third", expire=LONG_EXPIRE)
     new.release()
 
 
+def test_lost_is_what_another_has_or_had_and_not_what_was_removed(file: Path) -> None:
+    lost = list[Path]()
+    old = take_lease(file, machine="far", renew_seconds=1e6, expire_seconds=0.0, on_lost=lost.append)
+    file.unlink()
+    old.check()
+    assert lost == []
+    new = take(file, "near")
+    old.check()
+    assert lost == [file]
+    new.release()
+    old.check()
+    assert lost == [file, file]
+    old.release()
+
+
 def test_of_many_who_see_it_expire_one_gets_it(file: Path) -> None:
-    take_lease(file, machine="far", renew_seconds=100, expire_seconds=EXPIRE)
+    abandoned(file)
     got, refused = list[Lease](), list[LeaseHeldError]()
 
     def race(number: int) -> None:
         try:
-            got.append(take(file, f"machine {number}"))
+            got.append(take(file, f"machine {number}", expire=LONG_EXPIRE))
         except LeaseHeldError as error:
             refused.append(error)
 
@@ -135,7 +156,7 @@ def test_of_many_who_see_it_expire_one_gets_it(file: Path) -> None:
 
 
 def test_one_who_died_while_taking_over_is_followed_by_another(file: Path) -> None:
-    take_lease(file, machine="far", renew_seconds=100, expire_seconds=EXPIRE)
+    abandoned(file)
     token = json.loads(file.read_text())["token"]
     (file.parent / f"{file.name}.{token}").mkdir()
     take(file, "near").release()

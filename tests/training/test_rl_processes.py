@@ -18,6 +18,7 @@ from search_r3_jax.distributed.runtime import STATUS
 pytestmark = pytest.mark.slow
 STEPS = 8
 PERTURBED = Path(__file__).parents[1] / "helpers" / "perturbed_process.py"
+DYING = Path(__file__).parents[1] / "helpers" / "dying_process.py"
 # Every part of a step: an old index that is waited for, drift, two epochs, development queries, a refresh.
 SETTINGS: dict[str, Any] = {
     "rl__steps": STEPS,
@@ -129,6 +130,21 @@ def wait_for_steps(place: Place, run: str, processes: list[subprocess.Popen[byte
     before = len(place.lines(run))
     until(lambda: len(place.lines(run)) >= before + steps, processes[0])
     assert all(process.poll() is None for process in processes), said(place)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("call", ["encode documents", "stop asked", "save"])
+def test_a_process_that_dies_in_a_call_of_the_leader_ends_all(place: Place, call: str, victim: int) -> None:
+    settings = SETTINGS | KINDS["lora exact"] | {"index__max_index_age_steps": 1, "rl__save_every": 3}
+    command = place.command("rl", "run", **settings)
+    commands = [command, command]
+    commands[victim] = [command[0], str(DYING), call, *command[3:]]
+    processes = place.cluster(command, processes=2, commands=commands)
+    assert processes[victim].wait(timeout=300) == -signal.SIGKILL, said(place)
+    died = time.monotonic()
+    assert processes[1 - victim].wait(timeout=120) == STATUS, said(place)
+    assert time.monotonic() - died < 20
 
 
 @pytest.mark.exhaustive
