@@ -67,6 +67,7 @@ def programs(folder: Path) -> list[Path]:
     return sorted(folder.rglob("*-cache"))
 
 
+@pytest.mark.slow
 def test_a_program_is_made_once_and_found_by_the_next_call(tmp_path: Path) -> None:
     value, found, bound = start(tmp_path)
     assert (found, bound) == (False, MOST_BYTES)

@@ -147,6 +147,7 @@ def test_the_names_of_sentence_transformers(embedder: Embedder) -> None:
     np.testing.assert_array_equal(embedder.encode_document(TEXTS), embedder.encode(TEXTS, kind="document"))
 
 
+@pytest.mark.slow
 def test_a_batch_size_bounds_what_is_read_together(embedder: Embedder) -> None:
     texts = [f"{text} {i}" for i in range(7) for text in TEXTS]
     for mode in ("direct", "reason"):

@@ -136,6 +136,7 @@ def test_lost_is_what_another_has_or_had_and_not_what_was_removed(file: Path) ->
     old.release()
 
 
+@pytest.mark.slow
 def test_of_many_who_see_it_expire_one_gets_it(file: Path) -> None:
     abandoned(file)
     got, refused = list[Lease](), list[LeaseHeldError]()

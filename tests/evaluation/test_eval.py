@@ -112,6 +112,7 @@ def test_the_average_of_both_vectors(tiny_folders: dict[str, Path], beir: Path, 
         )
 
 
+@pytest.mark.slow
 def test_controls_stand_beside_the_reasoning(
     tiny_folders: dict[str, Path], beir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -158,6 +158,7 @@ def test_the_budget_is_drawn_and_its_numbers_stand_below(tmp_path: Path) -> None
         assert row[3:] == ["50.0%", f"{point['reply_tokens']:.1f}", f"{point['milliseconds_per_query']:.1f}"]
 
 
+@pytest.mark.slow
 def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
     run = tmp_path / "_<b>$x^{$ rl"
     write_run(run, "rl", steps=3)

@@ -131,6 +131,7 @@ def test_facts_and_losses_of_stage_1(tmp_path: Path) -> None:
     assert "triplet margin loss" not in drawn
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 def test_an_index_that_is_always_new_is_drawn_without_a_word(tmp_path: Path) -> None:
     metrics = write_run(tmp_path / "rl", "rl", steps=3)

@@ -214,7 +214,9 @@ def test_the_cards_snippets_run_and_agree(
     )
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "family", ["llama", *(pytest.param(family, marks=pytest.mark.slow) for family in ("qwen2", "qwen3"))]
+)
 def test_the_card_thinks_as_the_embedder_does(exports: dict[str, Path], family: str) -> None:
     with_transformers = run_snippet(snippets(exports[family])[0])
     embedder = Embedder.load(exports[family])

@@ -92,6 +92,7 @@ def test_a_container_ends_at_once_with_2_or_when_it_is_stopped(cluster: StandIns
     assert process.wait(timeout=30) == 75
 
 
+@pytest.mark.slow
 def test_an_indexer_waits_for_its_run_with_its_own_chips(cluster: StandIns, tmp_path: Path) -> None:
     cluster.program(
         "search-r3", 'echo "$TPU_PROCESS_BOUNDS $TPU_CHIPS_PER_PROCESS_BOUNDS $TPU_VISIBLE_CHIPS" "$@"'

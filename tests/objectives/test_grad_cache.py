@@ -81,6 +81,7 @@ def test_equals_the_whole_batch_at_once(query_chunks: int, document_chunks: int)
         np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
 
 
+@pytest.mark.slow
 def test_the_second_pass_draws_the_same_random_numbers() -> None:
     _, params, encode = make()
     keyed = {**batch(16, 4, 0), "key": jax.random.split(jax.random.key(0), (4, 1))}
@@ -123,6 +124,7 @@ def temporary_bytes(chunks: int) -> int:
     return memory.temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_chunks() -> None:
     few, many = temporary_bytes(4), temporary_bytes(64)
     assert few > 64 * 8192 * 4

@@ -134,6 +134,7 @@ def test_same_seed_same_reply_other_seed_other_reply(sampled: Callable[..., Roll
     assert len({tuple(reply) for reply in first.replies()[:G]}) > 1
 
 
+@pytest.mark.slow
 def test_a_reply_does_not_depend_on_what_else_is_sampled(
     tiny_model: LoadedModel, sampler_of: Callable[..., Sampler]
 ) -> None:

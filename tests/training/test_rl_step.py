@@ -268,6 +268,7 @@ def test_documents_that_are_trained_have_the_plain_gradient(prepared: Prepared) 
     )
 
 
+@pytest.mark.slow
 def test_an_update_that_is_not_finite_changes_nothing(prepared: Prepared) -> None:
     graph, params, frozen = nnx.split(prepared.model.decoder, LoraParam, ...)
     optimizer = make_optimizer(RL.optimizer, 6)

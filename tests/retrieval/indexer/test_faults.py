@@ -201,7 +201,11 @@ def damage(path: Path, how: str) -> None:
         file.write_text(json.dumps(manifest))
 
 
-HOW = ["flipped", "truncated", "gone", "corpus", "token"]
+HOW = [
+    "flipped",
+    "token",
+    *(pytest.param(how, marks=pytest.mark.slow) for how in ("truncated", "gone", "corpus")),
+]
 
 
 @pytest.mark.parametrize("how", HOW)
