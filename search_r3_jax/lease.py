@@ -29,7 +29,9 @@ logger = logging.getLogger(__name__)
 RENEW_SECONDS, EXPIRE_SECONDS = 10.0, 120.0
 # Status of a process whose lease another has taken over: what it saved is there, and may be gone on with.
 LOST_STATUS = 75
-LINE_BYTES, GLANCES = 512, 3
+# Length of the file, and how often a lease that looks held is looked at before it counts as held.
+LINE_BYTES = 512
+GLANCES = 3
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 

@@ -67,17 +67,22 @@ class MtebEncoder(AbsEncoder):
         self._mode: Mode = mode
         self.model_prompts = self.validate_task_to_prompt_name(dict(prompts)) if prompts else None
         self.instruction_template = instruction_template
-        settings: dict[str, Any] = {"mode": mode, "max_tokens": self.model.max_tokens}
+        settings = self._settings(max_think_tokens, inference.reduced_precision())
+        self.mteb_model_meta = self._meta(model_name, settings)
+
+    def _settings(self, max_think_tokens: int, precision: Mapping[str, str]) -> dict[str, Any]:
+        """The settings that vectors depend on, and a hash of them."""
+        settings: dict[str, Any] = {"mode": self._mode, "max_tokens": self.model.max_tokens}
         given = {
-            "max_think_tokens": max_think_tokens if mode == "reason" else None,
-            **inference.reduced_precision(),
+            "max_think_tokens": max_think_tokens if self._mode == "reason" else None,
+            **precision,
             "prompts": self.model_prompts,
-            "instruction_template": instruction_template,
+            "instruction_template": self.instruction_template,
         }
         settings |= {name: value for name, value in given.items() if value is not None}
         # In a folder's name MTEB writes "_" for many characters: two templates could share one.
         settings["sha256"] = digest_of([json.dumps(settings, sort_keys=True)])[:12]
-        self.mteb_model_meta = self._meta(model_name, settings)
+        return settings
 
     def _meta(self, model_name: str, settings: dict[str, Any]) -> ModelMeta:
         """What MTEB keeps results by: the model's name and content, and the settings of the encoder."""

@@ -44,7 +44,11 @@ def best_step(scores: dict[int, float]) -> int | None:
 
 def checkpoint_steps(run: Path) -> list[int]:
     """The committed steps of a run, ascending; includes those that another process has committed."""
-    folder = checkpoint_folder(run)
+    return committed_steps(checkpoint_folder(run))
+
+
+def committed_steps(folder: Path) -> list[int]:
+    """The steps that a folder of checkpoints or of snapshots has, ascending; [] without the folder."""
     if not folder.is_dir():
         return []
     # Orbax publishes a step by renaming its temporary directory to the bare number.

@@ -14,7 +14,7 @@ from search_r3_jax.config import RunConfig
 from search_r3_jax.errors import UserError
 from search_r3_jax.files import write_text
 from search_r3_jax.hub.checkpoint_integrity import verify_checkpoint
-from search_r3_jax.hub.checkpoint_reader import abstract_arrays, fill_state
+from search_r3_jax.hub.checkpoint_reader import abstract_arrays, committed_steps, fill_state
 
 
 def snapshot_folder(run: Path) -> Path:
@@ -37,11 +37,7 @@ def as_snapshot(params: nnx.State, dtype: jnp.dtype) -> nnx.State:
 
 def snapshot_steps(run: Path) -> list[int]:
     """The steps that have a snapshot, ascending; includes those that another process has committed."""
-    folder = snapshot_folder(run)
-    if not folder.is_dir():
-        return []
-    # A snapshot is published by renaming its temporary folder to the bare number.
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+    return committed_steps(snapshot_folder(run))
 
 
 def latest_snapshot(run: Path) -> int | None:
