@@ -18,7 +18,7 @@ from search_r3_jax.data.collection import Collection
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub.checkpoint_reader import checkpoint_steps, read_run
 from search_r3_jax.hub.checkpoint_writer import newest_valid_checkpoint
-from search_r3_jax.hub.snapshot_reader import pin_snapshots
+from search_r3_jax.hub.snapshot_reader import pin_snapshots, snapshot_steps
 from search_r3_jax.hub.snapshot_writer import discard_snapshots_from
 from search_r3_jax.retrieval.environment.drift import measure_drift, probe_rows
 from search_r3_jax.retrieval.environment.environment import EncodeDocuments, Environment
@@ -115,14 +115,7 @@ class LiveIndex:
         self._probe: np.ndarray | None = None
         self._warned_version: int | None = None
         self._started, self._stalled = time.perf_counter(), 0.0
-        # Scheduled versions that are not published, or have no snapshot in this run: a replay reaches the
-        # same parameters and builds them itself.
-        local_only = self._config.scoring == "consistent_stale"
-        self._to_build = {
-            version
-            for version in schedule.versions_from(0)
-            if not follower.is_published(version, local_only=local_only)
-        }
+        self._to_build = {version for version in schedule.versions_from(0) if self._must_build(version)}
         self._record_version(environment.index)
 
     @classmethod
@@ -269,6 +262,15 @@ class LiveIndex:
             version = current if newer is None else newer.version
             newer = self._follower.wait_for_newer(version, at_most=step, on_wait=lambda: self._on_wait(step))
         return newer, time.perf_counter() - started
+
+    def _must_build(self, version: int) -> bool:
+        """Whether the step of a scheduled version must be saved when the run reaches it (again)."""
+        if self._config.scoring != "consistent_stale":
+            return not self._follower.is_published(version)
+        # The parameters are needed beside the index. A replay has only those of the other run; a run that
+        # went back behind a damaged checkpoint has lost them.
+        saved = version in snapshot_steps(self._run) or version in checkpoint_steps(self._run)
+        return not saved or not self._follower.is_published(version, local_only=True)
 
     def _swap(self, step: int, index: Index) -> None:
         self.environment.swap(index)
