@@ -29,6 +29,8 @@ class IndexConfig:
         max_index_age_steps: Age in steps above which the index is stale. 0: no limit.
         on_stale_index: What to do with an index older than that: `wait` for a newer one, `warn`, or save and
             `stop`.
+        parts: Parts of ScaNN, each over its share of the rows. Several processes load and search a share of
+            the parts each, for a corpus beyond one host's memory.
         recall_gate: Smallest recall@10 against exact search at which a version is published.
         vector_dtype: How a version stores its vectors.
         folder: Where versions are kept, a folder or a bucket (`gs://…`). Empty: `index` in the run folder.
@@ -54,6 +56,7 @@ class IndexConfig:
     drift_overlap: float = 0.7
     max_index_age_steps: int = 0
     on_stale_index: Literal["wait", "warn", "stop"] = "wait"
+    parts: int = 1
     recall_gate: float = 0.99
     vector_dtype: Literal["float32", "bfloat16"] = "float32"
     folder: str = ""

@@ -15,7 +15,8 @@ from search_r3_jax.distributed.lockstep import Message, Team
 from search_r3_jax.hub.checkpoint_reader import read_checkpoint
 from search_r3_jax.hub.snapshot_reader import read_snapshot, snapshot_steps
 from search_r3_jax.retrieval.environment.environment import EncodeDocuments, Environment, StepResult
-from search_r3_jax.training.live_index import IndexStart, IndexStatistics, LiveIndex
+from search_r3_jax.training.live_index import IndexStart, IndexStatistics, LiveIndex, index_roots
+from search_r3_jax.training.team_parts import TeamParts
 
 _TERM = "term "
 
@@ -53,10 +54,18 @@ class LedIndex:
         """Open the index in use at `start`, as `LiveIndex.open`; `on_wait` is called in process 0."""
         opened: list[LiveIndex] = []
         encode = team.together("encode documents", encode)
+        parts = TeamParts(team, index_roots(run, config))
 
         def work() -> Message:
             live = LiveIndex.open(
-                run, config, collection, encode, embed_id=embed_id, start=start, on_wait=on_wait
+                run,
+                config,
+                collection,
+                encode,
+                embed_id=embed_id,
+                start=start,
+                on_wait=on_wait,
+                share=parts.shared,
             )
             opened.append(live)
             return live.statistics.to_json()

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -98,15 +99,17 @@ class LiveIndex:
         *,
         statistics: IndexStatistics | None = None,
         on_wait: Callable[[int], object] = lambda step: None,
+        share: Callable[[Index], Index] = lambda index: index,
     ):
         """Use the versions in `schedule` for its steps, and the newest for later ones.
 
         The version of a later step is added to the schedule. `on_wait` is called repeatedly with the step
-        while training waits; it may raise.
+        while training waits; it may raise. `share` makes of an index that comes into use the one that all
+        processes search.
         """
         self.environment = environment
         self._run, self._config, self._follower, self._schedule = run, config.index, follower, schedule
-        self._on_wait = on_wait
+        self._on_wait, self._share = on_wait, share
         self._statistics = statistics or IndexStatistics()
         rows, drift_every = environment.index.shape[0], self._config.drift_every
         self._probe_rows = (
@@ -129,6 +132,7 @@ class LiveIndex:
         embed_id: int,
         start: IndexStart | None = None,
         on_wait: Callable[[int], object] = lambda step: None,
+        share: Callable[[Index], Index] = lambda index: index,
     ) -> LiveIndex:
         """Start the indexer and open the index in use at `start`; blocks until it is published.
 
@@ -145,11 +149,12 @@ class LiveIndex:
             settings=config.index,
             versions_to_keep=functools.partial(versions_to_keep, run, schedule, config.rl.keep),
             replayed=None if replay is None else index_folder_of(Path(replay)),
+            share=(jax.process_index(), jax.process_count()),
         )
         follower.start()
         try:
             index = open_initial_index(follower, schedule, start, on_wait=lambda: on_wait(start.step))
-            environment = make_environment(config, index, encode)
+            environment = make_environment(config, share(index), encode)
             live = cls(
                 run,
                 config,
@@ -158,6 +163,7 @@ class LiveIndex:
                 schedule,
                 statistics=replace(start.statistics, version=index.version),
                 on_wait=on_wait,
+                share=share,
             )
             if start.arrays and index.version == start.statistics.version:
                 live.restore(start.arrays)
@@ -273,7 +279,7 @@ class LiveIndex:
         return not saved or not self._follower.is_published(version, local_only=True)
 
     def _swap(self, step: int, index: Index) -> None:
-        self.environment.swap(index)
+        self.environment.swap(self._share(index))
         swaps = (*self._statistics.swaps, (step, index.version))
         self._statistics = replace(self._statistics, version=index.version, swaps=swaps)
         self._record_version(index)
@@ -354,6 +360,13 @@ def versions_to_keep(run: Path, schedule: IndexSchedule, keep: int) -> set[int]:
 def index_folder_of(run: Path) -> epath.Path:
     """The folder where another run keeps its index versions."""
     return index_folder(run, read_run(run)[0].index.folder)
+
+
+def index_roots(run: Path, config: RunConfig) -> list[epath.Path]:
+    """The folders that a run's versions may be in: that of a run it replays, then its own."""
+    replay = read_run(run)[1].get("replay")
+    replayed = [] if replay is None else [index_folder_of(Path(replay))]
+    return [*replayed, index_folder(run, config.index.folder)]
 
 
 def make_environment(config: RunConfig, index: Index, encode_documents: EncodeDocuments) -> Environment:

@@ -34,6 +34,7 @@ SETTINGS: dict[str, Any] = {
 KINDS: dict[str, dict[str, Any]] = {
     "lora exact": {"index__kind": "exact"},
     "full scann": {"lora__rank": 0, "index__kind": "scann", "index__recall_gate": 0.5},
+    "full parts": {"lora__rank": 0, "index__kind": "scann", "index__parts": 3},
     "lora stale": {"index__kind": "exact", "index__scoring": "consistent_stale"},
 }
 
@@ -65,7 +66,8 @@ def said(place: Place) -> str:
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
-    ("kind", "processes", "devices"), [("lora exact", 2, 2), ("full scann", 4, 1), ("lora stale", 2, 1)]
+    ("kind", "processes", "devices"),
+    [("lora exact", 2, 2), ("full scann", 4, 1), ("full parts", 2, 1), ("lora stale", 2, 1)],
 )
 def test_several_processes_compute_what_one_computes(
     place: Place, kind: str, processes: int, devices: int

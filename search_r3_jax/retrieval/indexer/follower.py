@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -96,17 +97,21 @@ class IndexFollower:
         command: Sequence[str] | None = None,
         versions_to_keep: Callable[[], Collection[int]] = tuple,
         replayed: epath.Path | None = None,
+        share: tuple[int, int] = (0, 1),
     ):
         """`command` replaces `search-r3 indexer`.
 
         `versions_to_keep` names versions that must not be pruned, beside those in use. `replayed` is another
-        run's index, searched first for the versions of a schedule.
+        run's index, searched first for the versions of a schedule. `share` is the process and the number of
+        those that share an index in parts.
         """
         self._settings = settings or IndexConfig()
         self._root = index_folder(run, self._settings.folder)
         self._roots = [*([] if replayed is None else [replayed]), self._root]
         self._versions_to_keep = versions_to_keep
-        self._corpus_hash, self._embed_id = corpus_hash, embed_id
+        self._open_version = functools.partial(
+            open_version, expect_corpus_hash=corpus_hash, expect_embed_token_id=embed_id, share=share
+        )
         self._process = IndexerProcess(
             run,
             local=self._settings.local,
@@ -190,9 +195,7 @@ class IndexFollower:
             if version not in list_versions(root):
                 continue
             try:
-                index = open_version(
-                    root, version, expect_corpus_hash=self._corpus_hash, expect_embed_token_id=self._embed_id
-                )
+                index = self._open_version(root, version)
             except IndexVersionError as error:
                 problem = str(error)
                 continue
@@ -267,9 +270,7 @@ class IndexFollower:
         self._pin(step)
         text = self._manifest_text(step)
         try:
-            index = open_version(
-                self._root, step, expect_corpus_hash=self._corpus_hash, expect_embed_token_id=self._embed_id
-            )
+            index = self._open_version(self._root, step)
         except IndexVersionError as error:
             self._log_once(f"keeping the index in use: {error}")
             self._rejected = (step, text)

@@ -209,6 +209,7 @@ class IndexWorker:
                 options=PublishOptions(
                     kind=config.index.kind,
                     recall_gate=config.index.recall_gate,
+                    parts=config.index.parts,
                     probe_queries=probe_vectors,
                     vector_dtype=config.index.vector_dtype,
                     threads=config.index.threads,

@@ -11,7 +11,7 @@ from etils import epath
 from search_r3_jax.errors import UserError
 from search_r3_jax.files import file_sha256
 
-MANIFEST, VECTORS, IDS, SCANN = "MANIFEST.json", "vectors.npy", "ids.json", "scann"
+MANIFEST, VECTORS, IDS = "MANIFEST.json", "vectors.npy", "ids.json"
 READ_BYTES = 1 << 22
 
 

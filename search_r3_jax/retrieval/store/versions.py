@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
@@ -15,20 +14,21 @@ from etils import epath
 from search_r3_jax.errors import UserError
 from search_r3_jax.retrieval.index.build import resolve_kind
 from search_r3_jax.retrieval.index.exact import ExactIndex
+from search_r3_jax.retrieval.index.parts import part_ranges
 from search_r3_jax.retrieval.index.protocol import IndexKind, LocalIndex, probe_recall
-from search_r3_jax.retrieval.index.scann import ScannIndex, ScannSettings, scann_available
+from search_r3_jax.retrieval.index.scann import ScannSettings, scann_available
 from search_r3_jax.retrieval.store import manifest as version_files
 from search_r3_jax.retrieval.store import storage
 from search_r3_jax.retrieval.store.manifest import (
     IDS,
     MANIFEST,
-    SCANN,
     VECTORS,
     IndexVersionError,
     check_hashes,
     read_manifest,
     write_manifest,
 )
+from search_r3_jax.retrieval.store.scann_files import load_scann, write_scann
 from search_r3_jax.retrieval.store.vector_files import VectorDtype, chunks_of, open_vectors, write_vectors
 
 __all__ = [
@@ -54,16 +54,8 @@ CURRENT, IN_USE = "CURRENT", "IN_USE"
 # releases.
 REJECTED = "REFUSED"
 CALLER_FIELDS = ("parameter_hash", "corpus_hash", "embed_token_id", "pooling", "encode_seconds")
-# Versions are the same where these are; the last three are for shards.
-IDENTITY_FIELDS = (
-    "parameter_hash",
-    "corpus_hash",
-    "embed_token_id",
-    "pooling",
-    "first_row",
-    "corpus_rows",
-    "corpus_ids_hash",
-)
+# Versions are the same where these are.
+IDENTITY_FIELDS = ("parameter_hash", "corpus_hash", "embed_token_id", "pooling")
 PROBE_ROWS = 256
 
 
@@ -97,6 +89,7 @@ class PublishOptions:
       probe_queries: unit vectors [Q,E] that measure it; None takes rows of the corpus.
       vector_dtype: how vectors are stored.
       threads: that build and search ScaNN; 0 is all.
+      parts: of ScaNN, each built and loaded by itself.
     """
 
     kind: IndexKind = "scann"
@@ -105,6 +98,7 @@ class PublishOptions:
     probe_queries: np.ndarray | None = None
     vector_dtype: VectorDtype = "float32"
     threads: int = 0
+    parts: int = 1
 
 
 def publish_version(
@@ -179,23 +173,24 @@ def open_version(
     *,
     expect_corpus_hash: str | None = None,
     expect_embed_token_id: int | None = None,
-    expect: Mapping[str, Any] | None = None,
+    expect_digest: str | None = None,
     verify: bool = True,
     threads: int = 0,
     cache: Path | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> LocalIndex:
     """Open `v<step>` with memory-mapped vectors; raises IndexVersionError on any doubt.
 
-    Search is exact where ScaNN is not installed. `expect` names further fields of the manifest and their
-    values. A version in a bucket is copied into `cache`, by default a folder for temporary files that is the
-    same at every call, and always verified; a sound copy is not copied again.
+    Search is exact where ScaNN is not installed. Of an index in parts, process p of P loads every P-th part
+    from p on; `share` is (p, P). A version in a bucket is copied into `cache`, by default a folder for
+    temporary files that is the same at every call, and always verified; a sound copy is not copied again.
     """
     root = storage.open_root(root)
     path = storage.version_path(root, step)
     expectations = {
         "corpus_hash": expect_corpus_hash,
         "embed_token_id": expect_embed_token_id,
-        **(expect or {}),
+        "manifest_sha256": expect_digest,
     }
     if storage.is_bucket(root):
         # Check the small manifest before the large copy.
@@ -212,7 +207,11 @@ def open_version(
         if vectors.shape != (manifest["rows"], manifest["dim"]):
             raise ValueError(f"vectors are {vectors.shape}")
         if manifest["kind"] == "scann" and scann_available():
-            return ScannIndex.load(os.fspath(path / SCANN), vectors, ids, step, threads)
+            parts = manifest.get("parts", 1)
+            digest = manifest["manifest_sha256"]
+            return load_scann(
+                path, vectors, ids, step, parts=parts, share=share, digest=digest, threads=threads
+            )
         return ExactIndex(vectors, ids, step)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, UserError) as error:
         raise IndexVersionError(f"{path}: cannot be opened: {' '.join(str(error).split())}") from error
@@ -325,12 +324,12 @@ def _write_version(
     exact = ExactIndex(stored, ids, step)
     started = time.perf_counter()
     index: LocalIndex = exact
+    parts = 1
     if resolve_kind(options.kind) == "scann":
-        settings = settings or ScannSettings.for_corpus(*stored.shape)
-        (work / SCANN).mkdir()
-        ScannIndex.build(stored, ids, step, settings, options.threads).save(os.fspath(work / SCANN))
+        parts = len(part_ranges(len(stored), options.parts))
+        settings = write_scann(work, stored, ids, parts=parts, settings=settings, threads=options.threads)
         # Measure the index as loaded from the files, as readers do.
-        index = ScannIndex.load(os.fspath(work / SCANN), stored, ids, step, options.threads)
+        index = load_scann(work, stored, ids, step, parts=parts, threads=options.threads)
     build_seconds = time.perf_counter() - started
     if probe_queries is None:
         probe_queries = stored[np.linspace(0, len(stored) - 1, min(PROBE_ROWS, len(stored))).astype(int)]
@@ -344,6 +343,7 @@ def _write_version(
         "step": step,
         "kind": index.kind,
         "settings": dataclasses.asdict(settings) if settings and index.kind == "scann" else {},
+        "parts": parts,
         "rows": len(stored),
         "dim": stored.shape[1],
         "vector_dtype": options.vector_dtype,

@@ -47,6 +47,31 @@ def root(
         yield epath.Path(tmp_path / "index" if request.param == "folder" else "gs://bucket/run/index")
 
 
+@needs_scann
+def test_a_version_in_parts(root: epath.Path) -> None:
+    info = publish(root, kind="scann", parts=3)
+    assert info.manifest["parts"] == 3
+    folders = {name.split("/")[0] for name in info.manifest["sha256"] if name.startswith("scann")}
+    assert folders == {f"scann-{part:05d}-of-00003" for part in range(3)}
+    publish(root, 6, kind="scann")
+    asked = unit(7, seed=1)
+    # Copies fetched from a bucket are kept by step, so each is looked at before the other is opened.
+    found = [open_version(root, step).search(asked, 20) for step in (5, 6)]
+    for in_parts, whole in zip(*found, strict=True):
+        np.testing.assert_allclose(in_parts, whole, atol=1e-6)
+    second = open_version(root, 5, share=(1, 2))
+    # The middle part of 67, 67 and 66 rows.
+    assert all(sorted(rows) == list(range(67, 134)) for rows in second.search(asked, 67)[1].tolist())
+    assert second.shape == (200, 24)
+    with pytest.raises(IndexVersionError, match="manifest_sha256 is"):
+        open_version(root, 5, expect_digest="0")
+    if not str(root).startswith("gs://"):
+        damaged = next(root / "v5" / name for name in info.manifest["sha256"] if "00002-of" in name)
+        damaged.write_bytes(damaged.read_bytes() + b"x")
+        with pytest.raises(IndexVersionError, match="does not match its checksum"):
+            open_version(root, 5, share=(0, 3))
+
+
 @pytest.mark.parametrize("vector_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_roundtrip(root: epath.Path, kind: str, vector_dtype: str) -> None:
