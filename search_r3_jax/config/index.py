@@ -13,7 +13,8 @@ class IndexConfig:
     """The index that stage 2 searches, and the indexer that rebuilds it.
 
     Attributes:
-        kind: `scann`, `exact`, or `auto`: ScaNN where it is installed, else exact search.
+        kind: `scann`; `exact`; `device`: exact search over vectors that stay on the trainer's devices, spread
+            over all of them; or `auto`: ScaNN where it is installed, else exact search.
         scoring: Which vectors rank the candidates. `fresh`: re-encode them with the current parameters.
             `stale`: the index's own. `consistent_stale`: those, and queries embedded with the index's
             checkpoint too.
@@ -44,7 +45,7 @@ class IndexConfig:
         mesh: Mesh of an indexer process.
     """
 
-    kind: Literal["auto", "scann", "exact"] = "auto"
+    kind: Literal["auto", "scann", "exact", "device"] = "auto"
     scoring: Literal["fresh", "stale", "consistent_stale"] = "fresh"
     candidates: int = 64
     neighbours: int = 0

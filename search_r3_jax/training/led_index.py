@@ -16,7 +16,7 @@ from search_r3_jax.hub.checkpoint_reader import read_checkpoint
 from search_r3_jax.hub.snapshot_reader import read_snapshot, snapshot_steps
 from search_r3_jax.retrieval.environment.environment import EncodeDocuments, Environment, StepResult
 from search_r3_jax.training.live_index import IndexStart, IndexStatistics, LiveIndex, index_roots
-from search_r3_jax.training.team_parts import TeamParts
+from search_r3_jax.training.team_index import IndexShare
 
 _TERM = "term "
 
@@ -54,7 +54,7 @@ class LedIndex:
         """Open the index in use at `start`, as `LiveIndex.open`; `on_wait` is called in process 0."""
         opened: list[LiveIndex] = []
         encode = team.together("encode documents", encode)
-        parts = TeamParts(team, index_roots(run, config))
+        held = IndexShare(team, index_roots(run, config))
 
         def work() -> Message:
             live = LiveIndex.open(
@@ -65,7 +65,7 @@ class LedIndex:
                 embed_id=embed_id,
                 start=start,
                 on_wait=on_wait,
-                share=parts.shared,
+                share=held.shared,
             )
             opened.append(live)
             return live.statistics.to_json()

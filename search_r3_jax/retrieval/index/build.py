@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 
+from search_r3_jax.retrieval.index.device import DeviceIndex
 from search_r3_jax.retrieval.index.exact import ExactIndex
 from search_r3_jax.retrieval.index.protocol import IndexKind, LocalIndex
 from search_r3_jax.retrieval.index.scann import ScannIndex, scann_available
@@ -27,15 +28,18 @@ def build_index(
     for start in range(0, len(vectors), _CHECKED_ROWS):
         chunk = vectors[start : start + _CHECKED_ROWS]
         require_directions(chunk, lambda row, start=start: f"document {ids[start + row]}")
-    if resolve_kind(kind) == "scann":
+    resolved = resolve_kind(kind)
+    if resolved == "scann":
         return ScannIndex.build(vectors, ids, version, threads=threads)
+    if resolved == "device":
+        return DeviceIndex(vectors, ids, version)
     return ExactIndex(vectors, ids, version)
 
 
-def resolve_kind(kind: IndexKind) -> Literal["exact", "scann"]:
+def resolve_kind(kind: IndexKind) -> Literal["exact", "scann", "device"]:
     """Resolve `auto` on this machine; raises ValueError on an unknown kind."""
     if kind == "auto":
         return "scann" if scann_available() else "exact"
-    if kind not in ("exact", "scann"):
-        raise ValueError(f"index kind {kind!r} is none of exact, scann, auto")
+    if kind not in ("exact", "scann", "device"):
+        raise ValueError(f"index kind {kind!r} is none of exact, scann, device, auto")
     return kind

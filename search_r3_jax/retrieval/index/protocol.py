@@ -7,7 +7,7 @@ import numpy as np
 
 from search_r3_jax.files import digest_of
 
-IndexKind = Literal["exact", "scann", "auto"]
+IndexKind = Literal["exact", "scann", "device", "auto"]
 
 
 class Index(Protocol):
@@ -15,7 +15,7 @@ class Index(Protocol):
 
     @property
     def kind(self) -> str:
-        """The kind of search: `exact` or `scann`."""
+        """The kind of search: `exact`, `scann` or `device`."""
         ...
 
     @property

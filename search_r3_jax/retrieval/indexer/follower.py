@@ -15,6 +15,7 @@ from etils import epath
 
 from search_r3_jax.config import IndexConfig
 from search_r3_jax.errors import UserError
+from search_r3_jax.retrieval.index.device import StoredVectors
 from search_r3_jax.retrieval.index.protocol import Index
 from search_r3_jax.retrieval.indexer.supervisor import IndexerProcess
 from search_r3_jax.retrieval.indexer.worker import index_folder
@@ -110,7 +111,12 @@ class IndexFollower:
         self._roots = [*([] if replayed is None else [replayed]), self._root]
         self._versions_to_keep = versions_to_keep
         self._open_version = functools.partial(
-            open_version, expect_corpus_hash=corpus_hash, expect_embed_token_id=embed_id, share=share
+            open_version,
+            expect_corpus_hash=corpus_hash,
+            expect_embed_token_id=embed_id,
+            share=share,
+            # On several processes all of them put it there together, where it comes into use.
+            place=share[1] == 1,
         )
         self._process = IndexerProcess(
             run,
@@ -278,7 +284,8 @@ class IndexFollower:
                 mark_rejected(self._root, step)
             return
         # Warm up: load pages and compile before the first step searches it.
-        index.search(index.take(np.zeros(1, np.int32)), 1)
+        if not isinstance(index, StoredVectors):
+            index.search(index.take(np.zeros(1, np.int32)), 1)
         with self._lock:
             # Training may have opened the same version meanwhile, for its schedule.
             if self._is_newer(step):

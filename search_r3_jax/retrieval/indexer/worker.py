@@ -379,6 +379,7 @@ class IndexWorker:
                 current,
                 expect_corpus_hash=self._corpus_hash,
                 expect_embed_token_id=self._model.embed_id,
+                place=False,
             )
         except IndexVersionError as error:
             logger.info(f"{error}; making it anew")

@@ -13,6 +13,7 @@ from etils import epath
 
 from search_r3_jax.errors import UserError
 from search_r3_jax.retrieval.index.build import resolve_kind
+from search_r3_jax.retrieval.index.device import StoredVectors
 from search_r3_jax.retrieval.index.exact import ExactIndex
 from search_r3_jax.retrieval.index.parts import part_ranges
 from search_r3_jax.retrieval.index.protocol import IndexKind, LocalIndex, probe_recall
@@ -178,12 +179,14 @@ def open_version(
     threads: int = 0,
     cache: Path | None = None,
     share: tuple[int, int] = (0, 1),
+    place: bool = True,
 ) -> LocalIndex:
     """Open `v<step>` with memory-mapped vectors; raises IndexVersionError on any doubt.
 
     Search is exact where ScaNN is not installed. Of an index in parts, process p of P loads every P-th part
-    from p on; `share` is (p, P). A version in a bucket is copied into `cache`, by default a folder for
-    temporary files that is the same at every call, and always verified; a sound copy is not copied again.
+    from p on; `share` is (p, P). With `place`, a `device` index is put on this process's devices. A
+    version in a bucket is copied into `cache`, by default a folder for temporary files that is the same at
+    every call, and always verified; a sound copy is not copied again.
     """
     root = storage.open_root(root)
     path = storage.version_path(root, step)
@@ -206,6 +209,10 @@ def open_version(
         vectors = open_vectors(path / VECTORS, manifest["vector_dtype"])
         if vectors.shape != (manifest["rows"], manifest["dim"]):
             raise ValueError(f"vectors are {vectors.shape}")
+        if manifest["kind"] == "device":
+            recall, digest = manifest["settings"]["recall"], manifest["manifest_sha256"]
+            stored = StoredVectors(vectors, ids, step, recall=recall, digest=digest)
+            return stored.placed() if place else stored
         if manifest["kind"] == "scann" and scann_available():
             parts = manifest.get("parts", 1)
             digest = manifest["manifest_sha256"]
@@ -324,8 +331,8 @@ def _write_version(
     exact = ExactIndex(stored, ids, step)
     started = time.perf_counter()
     index: LocalIndex = exact
-    parts = 1
-    if resolve_kind(options.kind) == "scann":
+    kind, parts = resolve_kind(options.kind), 1
+    if kind == "scann":
         parts = len(part_ranges(len(stored), options.parts))
         settings = write_scann(work, stored, ids, parts=parts, settings=settings, threads=options.threads)
         # Measure the index as loaded from the files, as readers do.
@@ -341,8 +348,8 @@ def _write_version(
         )
     return {
         "step": step,
-        "kind": index.kind,
-        "settings": dataclasses.asdict(settings) if settings and index.kind == "scann" else {},
+        "kind": kind,
+        "settings": _settings_of(kind, settings, options),
         "parts": parts,
         "rows": len(stored),
         "dim": stored.shape[1],
@@ -352,6 +359,12 @@ def _write_version(
         "build_seconds": round(build_seconds, 3),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _settings_of(kind: str, settings: ScannSettings | None, options: PublishOptions) -> dict[str, Any]:
+    if kind == "device":
+        return {"recall": options.recall_gate}
+    return dataclasses.asdict(settings) if settings and kind == "scann" else {}
 
 
 def _gate_norms(vectors: np.ndarray, step: int) -> None:

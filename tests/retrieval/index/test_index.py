@@ -11,12 +11,13 @@ import pytest
 
 from search_r3_jax.errors import UserError
 from search_r3_jax.retrieval.index.build import build_index
+from search_r3_jax.retrieval.index.device import DeviceIndex
 from search_r3_jax.retrieval.index.exact import ExactIndex
 from search_r3_jax.retrieval.index.protocol import LocalIndex, probe_recall, recall_at_k
 from search_r3_jax.retrieval.index.scann import ScannIndex, ScannSettings, scann_available
 
 needs_scann = pytest.mark.skipif(not scann_available(), reason="scann has wheels for Linux only")
-KINDS = ["exact", pytest.param("scann", marks=needs_scann)]
+KINDS = ["exact", "device", pytest.param("scann", marks=needs_scann)]
 
 
 def clustered(rows: int, dim: int, seed: int = 0) -> np.ndarray:
@@ -34,11 +35,11 @@ def brute_force(queries: np.ndarray, vectors: np.ndarray, k: int) -> tuple[np.nd
 
 def make(kind: str, vectors: np.ndarray) -> LocalIndex:
     ids = [f"doc{row}" for row in range(len(vectors))]
-    return (
-        ScannIndex.build(vectors, ids, 7)
-        if kind == "scann"
-        else ExactIndex(vectors, ids, 7, corpus_chunk=256, query_chunk=16)
-    )
+    if kind == "scann":
+        return ScannIndex.build(vectors, ids, 7)
+    if kind == "device":
+        return DeviceIndex(vectors, ids, 7, chunk_rows=256, query_chunk=16)
+    return ExactIndex(vectors, ids, 7, corpus_chunk=256, query_chunk=16)
 
 
 @pytest.mark.parametrize("kind", KINDS)

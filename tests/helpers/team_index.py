@@ -16,8 +16,9 @@ from helpers.index_versions import unit
 
 from search_r3_jax.distributed.lockstep import Message, Team
 from search_r3_jax.errors import UserError
+from search_r3_jax.retrieval.index.exact import ExactIndex
 from search_r3_jax.retrieval.store.versions import open_version
-from search_r3_jax.training.team_parts import TeamParts
+from search_r3_jax.training.team_index import IndexShare
 
 
 def main(folder: str, process: int, processes: int, port: int) -> None:
@@ -25,18 +26,21 @@ def main(folder: str, process: int, processes: int, port: int) -> None:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(f"localhost:{port}", processes, process)
     team = Team()
-    parts = TeamParts(team, [epath.Path(folder) / "replayed", epath.Path(folder) / "index"])
-    whole = open_version(epath.Path(folder) / "index", 5)
+    parts = IndexShare(team, [epath.Path(folder) / "replayed", epath.Path(folder) / "index"])
+    whole = open_version(epath.Path(folder) / "index", 5, place=False)
+    if whole.kind == "device":
+        whole = ExactIndex(whole.vectors, whole.ids, 5)
+    share = (process, processes)
     report: dict[str, Any] = {"equal": []}
 
     def search() -> Message:
-        own = open_version(epath.Path(folder) / "index", 5, share=(process, processes))
+        own = open_version(epath.Path(folder) / "index", 5, share=share, place=processes == 1)
         index = parts.shared(own)
         report["kinds"] = [type(index).__name__, index.kind, index.version, list(index.shape)]
         for queries, k in [(1, 5), (7, 20), (3, 150), (2, 220), (0, 3)]:
             asked = unit(queries, seed=queries)
             for mine, expected in zip(index.search(asked, k), whole.search(asked, k), strict=True):
-                report["equal"].append(bool(np.array_equal(mine, expected)))
+                report["equal"].append(bool(np.allclose(mine, expected, rtol=0, atol=1e-6)))
         rows = np.array([199, 0, 57])
         report["equal"].append(bool(np.array_equal(index.take(rows), whole.take(rows))))
         return {"done": True}
@@ -45,7 +49,9 @@ def main(folder: str, process: int, processes: int, port: int) -> None:
 
     def open_damaged() -> Message:
         # Process 0 has its share open; the manifest that the others read is of other files.
-        index = open_version(epath.Path(folder) / "index", 6, share=(process, processes))
+        index = open_version(
+            epath.Path(folder) / "index", 6, share=(process, processes), place=processes == 1
+        )
         manifest = Path(folder) / "index" / "v6" / "MANIFEST.json"
         manifest.write_text(manifest.read_text().replace("float32", "float64"))
         parts.shared(index)
