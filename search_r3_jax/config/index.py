@@ -32,7 +32,8 @@ class IndexConfig:
             `stop`.
         parts: Parts of ScaNN, each over its share of the rows. Several processes load and search a share of
             the parts each, for a corpus beyond one host's memory.
-        recall_gate: Smallest recall@10 against exact search at which a version is published.
+        recall_gate: Smallest recall@10 against exact search at which a version is published. Of kind `device`
+            the expected recall of a search on TPUs.
         vector_dtype: How a version stores its vectors.
         folder: Where versions are kept, a folder or a bucket (`gs://…`). Empty: `index` in the run folder.
         keep_versions: Newest versions to keep.
