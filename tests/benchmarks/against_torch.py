@@ -1,8 +1,9 @@
-"""Ours and torch on the same work in turn: encoding, LoRA step, full step, generation. Prints ratios of
-medians, and peak memory.
+"""Ours and torch on the same work in turn: encoding, LoRA step, full step, generation, and the matrix
+products of a layer alone. Prints ratios of medians, and peak memory.
 
-Command: python tests/benchmarks/against_torch.py --data FOLDER [--tasks encode lora full generate] `--data`
-is a BEIR folder (MedQuAD for the figures in the README); nothing else may run on the machine meanwhile.
+Command: python tests/benchmarks/against_torch.py --data FOLDER [--tasks encode lora full generate product]
+`--data` is a BEIR folder (MedQuAD for the figures in the README); nothing else may run on the machine
+meanwhile.
 
 Each side is a process of its own: it loads, warms up on the shapes it will see, then works portion by portion
 as it is told to.
@@ -22,8 +23,9 @@ from typing import Any, Literal
 
 import sides
 import tyro
+from products import gflop, our_products, torch_products
 
-Task = Literal["encode", "lora", "full", "generate"]
+Task = Literal["encode", "lora", "full", "generate", "product"]
 Work = Callable[[int], object]
 SIDES = ("ours", "torch")
 QUERY_TOKENS, TEMPERATURE, NEW_TOKENS, GROUP = 32, 0.05, 32, 8
@@ -36,7 +38,7 @@ class Arguments:
 
     Attributes:
         data: BEIR folder whose documents are encoded and whose training pairs are trained on.
-        tasks: which of the four.
+        tasks: which of the five.
         passages: documents to encode, in `rounds` portions.
         max_tokens: a passage's own tokens when encoding.
         train_tokens: a passage's own tokens when training.
@@ -48,7 +50,7 @@ class Arguments:
     """
 
     data: Path
-    tasks: tuple[Task, ...] = ("encode", "lora", "full", "generate")
+    tasks: tuple[Task, ...] = ("encode", "lora", "full", "generate", "product")
     passages: int = 2000
     max_tokens: int = 512
     train_tokens: int = 128
@@ -86,6 +88,11 @@ def main() -> None:
             file.write_text(json.dumps(work))
             results[task] = measure(task, folder, file, arguments)
             print(f"{task:<9} {describe(results[task])}", flush=True)
+            if task == "product":
+                for side in SIDES:
+                    rate = gflop(str(folder)) / statistics.median(results[task][side]["seconds"])
+                    results[task][side]["gflop_per_second"] = rate
+                    print(f"          {side} {rate:.0f} GFLOP/s", flush=True)
     if arguments.out is not None:
         arguments.out.write_text(json.dumps(results, indent=2) + "\n")
 
@@ -131,6 +138,8 @@ def worker(side: str, task: str, folder: str, file: str) -> None:
         ("torch", "full"): torch_training,
         ("ours", "generate"): our_generation,
         ("torch", "generate"): torch_generation,
+        ("ours", "product"): our_products,
+        ("torch", "product"): torch_products,
     }
     make = makers[side, task]
     work = make(folder, given, task == "lora") if task in ("lora", "full") else make(folder, given)
