@@ -35,6 +35,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "lora exact": {"index__kind": "exact"},
     "full scann": {"lora__rank": 0, "index__kind": "scann", "index__recall_gate": 0.5},
     "full parts": {"lora__rank": 0, "index__kind": "scann", "index__parts": 3},
+    "lora device": {"index__kind": "device"},
     "lora stale": {"index__kind": "exact", "index__scoring": "consistent_stale"},
 }
 
@@ -96,9 +97,9 @@ def test_one_process_repeats_the_run_of_two(place: Place) -> None:
 @pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.exhaustive)])
 def test_any_process_may_be_killed_and_one_of_them_be_odd(place: Place, kills: int) -> None:
     """Process 1 is an odd machine throughout. Two even ones repeat the run to the last bit, and one alone
-    within rounding."""
+    within rounding. Both hold a share of the index."""
     generator, steps = np.random.default_rng(3), 6 * kills
-    settings = SETTINGS | KINDS["lora exact"] | {"rl__steps": steps, "rl__save_every": 2}
+    settings = SETTINGS | KINDS["lora device"] | {"rl__steps": steps, "rl__save_every": 2}
     command = place.command("rl", "killed", **settings)
     odd = [command[0], str(PERTURBED), *command[3:]]
     told = dict[int, dict[str, Any]]()
