@@ -39,7 +39,7 @@ class IndexShare:
         if jax.process_count() == 1 or not isinstance(index, PartsIndex | StoredVectors):
             return index
         self._own = [index]
-        self._open(np.int32(index.version)[None], np.frombuffer(index.digest.encode(), np.uint8))
+        self._open(np.array([index.version]), np.frombuffer(index.digest.encode(), np.uint8))
         return TeamIndex(index, self)
 
     def _open_own(self, version: np.ndarray, digest: np.ndarray) -> None:
@@ -100,7 +100,7 @@ class TeamIndex:
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Inner products [Q,k] float32, descending, and rows [Q,k] int32 for queries [Q,E]."""
-        return self._share.search(queries, np.int32(k)[None])
+        return self._share.search(queries, np.array([k]))
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         """The vectors [n,E] float32 of rows [n], in their order."""

@@ -62,8 +62,7 @@ def main(process: int, processes: int, port: int) -> None:
             index.put(np.array(rows), changed[rows], step)
         report[f"{dtype} put"] = differs(index, ExactIndex(changed, IDS, 5))
         report[f"{dtype} steps"] = [int(index.encoded_at[row]) for row in (0, 1, 500, 4, 1002)]
-    shards = [shard.data.shape[0] for shard in index.corpus.addressable_shards]
-    report["rows held"] = sum(shards)
+    report["rows held"] = sum(len(np.asarray(shard.data)) for shard in index.corpus.addressable_shards)
     print(json.dumps(report))
 
 

@@ -145,13 +145,14 @@ class DeviceIndex:
 
     def _placed(self, array: np.ndarray) -> jax.Array:
         """The same array on every device of every process."""
-        return jax.make_array_from_callback(array.shape, self._whole, lambda index: array[index])
+        return jax.make_array_from_callback(array.shape, self._whole, lambda index: array[index or ()])
 
 
-def _padded_rows(vectors: np.ndarray, rows: int, index: tuple[slice, ...]) -> np.ndarray:
+def _padded_rows(vectors: np.ndarray, rows: int, index: tuple[slice, ...] | None) -> np.ndarray:
     """The rows of one device, of `rows` in all; zero past the last document."""
-    own = np.asarray(vectors[index[0]])
-    length = len(range(*index[0].indices(rows)))
+    of_device = slice(None) if index is None else index[0]
+    own = np.asarray(vectors[of_device])
+    length = len(range(*of_device.indices(rows)))
     return np.pad(own, ((0, length - len(own)), (0, 0)))
 
 
@@ -191,8 +192,8 @@ def _top_k_over(
         none = jax.tree.map(lambda x: jax.lax.pcast(x, ROWS, to="varying"), none)
         starts = jnp.arange(0, own_rows, chunk, dtype=jnp.int32)
         scores_qk, rows_qk = jax.lax.scan(body, none, starts)[0]
-        gathered = (jax.lax.all_gather(x, ROWS, axis=1, tiled=True) for x in (scores_qk, rows_qk))
-        scores_qk, rows_qk = _best(*gathered, k)
+        all_scores, all_rows = (jax.lax.all_gather(x, ROWS, axis=1, tiled=True) for x in (scores_qk, rows_qk))
+        scores_qk, rows_qk = _best(all_scores, all_rows, k)
         return scores_qk, jnp.where(jnp.isneginf(scores_qk), -1, rows_qk)
 
     @partial(jax.jit, static_argnums=2)

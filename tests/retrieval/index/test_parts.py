@@ -47,7 +47,8 @@ def test_shares_of_the_parts_merge_to_all_of_them() -> None:
     parts = parts_of(vectors, 5)
     shares = [PartsIndex(parts[process::3], vectors, IDS, 5) for process in range(3)]
     found = [share.search(asked, 60) for share in shares]
-    merged = merge_top_k(*(np.stack(arrays) for arrays in zip(*found, strict=True)), 60)
+    scores_pqk, rows_pqk = (np.stack(arrays) for arrays in zip(*found, strict=True))
+    merged = merge_top_k(scores_pqk, rows_pqk, 60)
     for mine, all_of_them in zip(merged, PartsIndex(parts, vectors, IDS, 5).search(asked, 60), strict=True):
         np.testing.assert_array_equal(mine, all_of_them)
     # Two of five parts hold fewer than 100 rows: the rest is filled up.
