@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import re
 import sys
 import time
@@ -64,12 +65,27 @@ class TextConsole(Console):
 
 
 def prepare_streams() -> None:
-    """Let standard streams of any encoding take any text, and warnings no control characters."""
+    """Let standard streams of any encoding take any text, and warnings no control characters.
+
+    Where a stream is closed its descriptor is taken by nothing: the next file that is opened would get what
+    is printed.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout = sys.stdout or _nowhere()
+    sys.stderr = sys.stderr or _nowhere()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(_LineFormatter(timestamps=False))
+
+
+def _nowhere() -> TextIO:
+    return open(os.devnull, "w", encoding="utf-8")
 
 
 class _Rate(ProgressColumn):

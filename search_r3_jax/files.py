@@ -52,6 +52,14 @@ def is_written_in_place(path: Path) -> bool:
     return _descriptor_of(path) is not None or not os.access(target_of(path).parent, os.W_OK)
 
 
+def is_standard_output(path: Path) -> bool:
+    """Whether `path` names what standard output has open, under whatever name."""
+    try:
+        return path.exists() and os.path.samestat(path.stat(), os.fstat(1))
+    except OSError:
+        return False
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path whose file becomes that of `path` when the block ends without an error.

@@ -3,8 +3,9 @@
 import gzip
 import json
 import zlib
+from codecs import BOM_UTF8
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,6 +100,9 @@ def read_stream(
         # Bytes are split at "\n" only: text may hold other separators such as U+2028.
         while raw := file.readline(MAX_LINE_BYTES + 1):
             number += 1
+            if raw == BOM_UTF8:
+                # All that the file holds: no line.
+                continue
             where, line = f"{name}, line {number}", None
             with problems.at(where):
                 line = _decoded(raw, first=number == 1, undecoded=undecoded)
@@ -132,8 +136,8 @@ def parse_object(line: str) -> dict[str, Any]:
 
 
 def string_field(fields: dict[str, Any], name: str, *, default: str | None = None) -> str:
-    """A string field; `default` if it is missing and a default is given; raises LineError."""
-    if name not in fields and default is not None:
+    """A string field; `default` if it is missing or null and a default is given; raises LineError."""
+    if fields.get(name) is None and default is not None:
         return default
     if name not in fields:
         raise LineError("missing field", f"field {name!r} is missing; add it")
@@ -146,6 +150,23 @@ def filled_field(fields: dict[str, Any], name: str) -> str:
     if not text.strip():
         raise LineError("empty text", f"field {name!r} is empty; fill it or remove the line")
     return text
+
+
+def id_field(fields: dict[str, Any], names: Sequence[str]) -> str | None:
+    """The id under the first of `names` that is there and not null: a string or a whole number; else None.
+
+    Raises LineError.
+    """
+    name = next((name for name in names if fields.get(name) is not None), None)
+    if name is None:
+        return None
+    value = fields[name]
+    # bool is a kind of int in Python.
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if not checked_string(value, name).strip():
+        raise LineError("empty id", f"field {name!r} is empty; fill it or leave it out")
+    return value
 
 
 def checked_string(value: object, name: str) -> str:

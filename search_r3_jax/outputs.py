@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from search_r3_jax.errors import UserError
-from search_r3_jax.files import is_written_in_place, replacing, target_of
+from search_r3_jax.files import is_standard_output, is_written_in_place, replacing, target_of
 
 # Enough to see that a disk is full: a file without content needs no block.
 PROBE_BYTES = 4096
@@ -151,8 +151,9 @@ def write_all(*writes: Callable[[], object]) -> None:
 
 def message_stream(*outputs: Path | None) -> TextIO:
     """Where to print for people: standard error where an output is standard output itself."""
-    names = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
-    return sys.stderr if any(str(path) in names for path in outputs) else sys.stdout
+    return (
+        sys.stderr if any(path is not None and is_standard_output(path) for path in outputs) else sys.stdout
+    )
 
 
 @contextlib.contextmanager

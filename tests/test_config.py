@@ -160,6 +160,12 @@ def test_a_number_out_of_range_is_refused_by_name(path: str) -> None:
         ("rl.infonce.temperature", 0),
         ("rl.clip_low", 1.5),
         ("sft.temperature", 0.0),
+        # 0 in float32, or so near to it that a gradient overflows.
+        ("sft.temperature", 1e-60),
+        ("rl.sampler.temperature", 1e-30),
+        ("rl.reward.temperature", 1e-9),
+        ("lora.alpha", 1e-60),
+        ("sft.optimizer.learning_rate", 1e39),
         ("sft.optimizer.learning_rate", -1e-4),
         ("sft.save_every", 0),
     ],

@@ -2,7 +2,10 @@
 
 import io
 import logging
+import shlex
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from rich.box import SIMPLE_HEAD
@@ -68,3 +71,17 @@ def test_any_encoding_takes_any_text(monkeypatch: pytest.MonkeyPatch) -> None:
         stream.flush()
     assert streams["stdout"].buffer.getvalue().startswith(b"? ? ? ?\n95 % ?")
     assert streams["stderr"].buffer.getvalue() == b"? ? ?\n"
+
+
+def test_closed_streams_end_no_command_and_take_no_other_files_place(tmp_path: Path) -> None:
+    """What is printed must not land in the next file that is opened."""
+    program = (
+        "import sys; from search_r3_jax.console import prepare_streams; prepare_streams();"
+        f"file = open({str(tmp_path / 'result')!r}, 'w'); print('shown'); print('said', file=sys.stderr);"
+        "sys.stdout.flush(); sys.stderr.flush(); file.write('result'); file.close()"
+    )
+    for closed, stdout in ((">&-", ""), ("<&-", "shown\n"), ("2>&-", "shown\n"), ("<&- >&- 2>&-", "")):
+        command = f"{shlex.quote(sys.executable)} -c {shlex.quote(program)} {closed}"
+        ended = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
+        assert (ended.returncode, ended.stdout) == (0, stdout), (closed, ended.stderr)
+        assert (tmp_path / "result").read_text() == "result"

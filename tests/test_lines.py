@@ -152,3 +152,18 @@ def test_only_the_first_problems_are_listed() -> None:
             raise LineError("even" if number % 2 == 0 else "odd", "text")
     assert problems.counts == {"even": 25, "odd": 25}
     assert problems.listed == [f"line {number}: text" for number in range(20)]
+
+
+@pytest.mark.parametrize("content", [b"", b"\xef\xbb\xbf"])
+def test_a_file_of_a_byte_order_mark_alone_is_empty(tmp_path: Path, content: bytes) -> None:
+    for name in ("a.txt", "a.jsonl"):
+        (tmp_path / name).write_bytes(content)
+        assert read_texts(tmp_path / name, "document").texts == []
+    (tmp_path / "b.txt").write_bytes(content + b"\n")
+    assert read_texts(tmp_path / "b.txt", "document").texts == [""]
+
+
+def test_an_optional_field_may_be_null() -> None:
+    assert string_field({"title": None}, "title", default="") == ""
+    with pytest.raises(LineError, match="'text' must be a string, got NoneType"):
+        string_field({"text": None}, "text")

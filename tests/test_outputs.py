@@ -121,11 +121,15 @@ def test_one_refused_result_does_not_stop_the_others() -> None:
 
 
 def test_people_read_standard_error_where_standard_output_is_the_result(
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     print("result", file=message_stream(None, Path("file")))
     print("message", file=message_stream(Path("file"), Path("/dev/stdout")))
     assert capsys.readouterr() == ("result\n", "message\n")
+    (tmp_path / "link.json").symlink_to("/dev/stdout")
+    for name in (tmp_path / "link.json", Path("//dev/stdout"), Path("/proc/self/fd/1")):
+        print("message", file=message_stream(name))
+        assert capsys.readouterr() == ("", "message\n")
 
 
 @pytest.mark.parametrize(

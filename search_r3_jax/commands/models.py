@@ -14,13 +14,14 @@ import tyro
 from search_r3_jax.commands.options import Common, CommonOptions
 from search_r3_jax.config import InferenceConfig, Step
 from search_r3_jax.console import print_line
-from search_r3_jax.errors import UserError
+from search_r3_jax.errors import EmbeddingError, UserError
 
 if TYPE_CHECKING:
     import numpy as np
 
     from search_r3_jax.commands.vector_files import Texts
     from search_r3_jax.embedder import Embedder
+    from search_r3_jax.hub.load_model import LoadedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,8 @@ class Export:
         # Chosen once: a run that is still training saves others meanwhile.
         step = pinned_step(source, self.step)
         model = load_model(source, step=step)
+        # Finite weights may overflow, and an exported model no longer says so.
+        _require_embeddings(model, source)
         facts = card_facts(source, step, model)
         print_line(str(export_model(model, self.out, dtype=self.dtype, facts=facts)))
 
@@ -289,3 +292,16 @@ def _embedder(options: Embed | Think) -> Embedder:
         param_dtype=options.param_dtype,
         mesh=mesh_from_config(options.mesh),
     )
+
+
+def _require_embeddings(model: LoadedModel, name: str) -> None:
+    """Raise UserError where the model gives a text no vector that is finite and not zero."""
+    from flax import nnx
+
+    from search_r3_jax.rollout.encoder import Encoder
+
+    graph, state = nnx.split(model.decoder)
+    try:
+        Encoder(graph, model.prompter(), mesh=model.mesh).encode(state, ["a"], max_tokens=8)
+    except EmbeddingError as error:
+        raise UserError(f"{name}: makes no embeddings ({error}); choose another model") from None

@@ -16,7 +16,15 @@ from search_r3_jax.data.collection import Document
 from search_r3_jax.data.dataset import MANIFEST, load_collection, load_collections
 from search_r3_jax.errors import UserError
 from search_r3_jax.files import save_array
-from search_r3_jax.lines import LineError, Problems, parse_object, read_lines, read_stream, string_field
+from search_r3_jax.lines import (
+    LineError,
+    Problems,
+    id_field,
+    parse_object,
+    read_lines,
+    read_stream,
+    string_field,
+)
 
 STANDARD_INPUT = Path("-")
 _ID_FIELDS = ("_id", "id", "doc_id", "query_id")
@@ -49,6 +57,8 @@ def read_texts(source: Path, kind: Literal["query", "document"], split: str | No
         )
     is_json = source.name.lower().removesuffix(".gz").endswith(".jsonl")
     problems = Problems()
+    if source == STANDARD_INPUT and sys.stdin is None:
+        raise UserError("--input: -: standard input is closed; give it something to read, or name a file")
     lines = (
         read_stream(sys.stdin.buffer, "standard input", problems, blank=True)
         if source == STANDARD_INPUT
@@ -68,8 +78,7 @@ def read_texts(source: Path, kind: Literal["query", "document"], split: str | No
 
 def _fields(line: str, number: int) -> tuple[str, str]:
     fields = parse_object(line)
-    named = next((name for name in _ID_FIELDS if name in fields), None)
-    text_id = str(number) if named is None else str(fields[named])
+    text_id = id_field(fields, _ID_FIELDS) or str(number)
     title = string_field(fields, "title", default="")
     return text_id, Document(doc_id=text_id, title=title, text=string_field(fields, "text")).body
 

@@ -10,10 +10,13 @@ from typing import Any, Literal
 from search_r3_jax.config.run import RunConfig
 from search_r3_jax.errors import UserError
 
+# Of float32, in which programs compute, with room for squares and quotients.
+_LEAST, _MOST = 1e-30, 1e30
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Range:
-    """Finite numbers from `low` to `high`; an end that is `open` is left out."""
+    """Numbers from `low` to `high` that float32 can hold; an end that is `open` is left out."""
 
     low: float
     high: float = math.inf
@@ -22,9 +25,10 @@ class Range:
 
     def holds(self, value: float) -> bool:
         """Whether a value is a finite number of the range."""
-        above = value > self.low if self.low_open else value >= self.low
+        # What is 0 in float32 is not above 0.
+        above = value > max(self.low, _LEAST) if self.low_open else value >= self.low
         below = value < self.high if self.high_open else value <= self.high
-        return math.isfinite(value) and above and below
+        return abs(value) <= _MOST and above and below
 
     def __str__(self) -> str:
         low = f"above {self.low:g}" if self.low_open else f"{self.low:g}"
@@ -36,6 +40,8 @@ class Range:
 _ANY, _SOME, _ABOVE_0 = Range(low=0), Range(low=1), Range(low=0, low_open=True)
 _SHARE, _COSINE, _DECAY = Range(low=0, high=1), Range(low=-1, high=1), Range(low=0, high=1, high_open=True)
 _AXIS = Range(low=-1)
+# Similarities and logits are divided by it; below, gradients overflow.
+_TEMPERATURE = Range(low=1e-6)
 
 _OPTIMIZER = {
     **dict.fromkeys(("learning_rate", "row_scale", "warmup_steps", "weight_decay", "clip_norm"), _ANY),
@@ -56,7 +62,7 @@ _SECTIONS: dict[str, dict[str, Range]] = {
         **dict.fromkeys(("save_every", "keep", "max_skipped"), _SOME),
         **dict.fromkeys(("encode_chunk", "negatives", "eval_every", "keep_every"), _ANY),
         **dict.fromkeys(("infonce_weight", "triplet_weight", "language_weight", "kl_weight"), _ANY),
-        **{"temperature": _ABOVE_0, "reasoned_share": _SHARE},
+        **{"temperature": _TEMPERATURE, "reasoned_share": _SHARE},
         **{"false_negative_margin": Range(low=-2, high=2), "triplet_margin": Range(low=0, high=2)},
     },
     "sft.optimizer": _OPTIMIZER,
@@ -70,16 +76,16 @@ _SECTIONS: dict[str, dict[str, Range]] = {
     },
     "rl.sampler": {
         # The trainer divides the logits by the temperature.
-        **{"temperature": _ABOVE_0, "max_think_tokens": _SOME, "top_k": _ANY, "prefill_chunk": _ANY},
+        **{"temperature": _TEMPERATURE, "max_think_tokens": _SOME, "top_k": _ANY, "prefill_chunk": _ANY},
         **{"top_p": Range(low=0, high=1, low_open=True)},
     },
     "rl.reward": {
-        **{"temperature": _ABOVE_0, "margin_weight": _SHARE, "margin_width": _ABOVE_0},
+        **{"temperature": _TEMPERATURE, "margin_weight": _SHARE, "margin_width": _ABOVE_0},
         **{"hard_negatives": _SOME, "length_weight": _ANY, "free_tokens": _ANY},
         **{"floor_gap": Range(low=0, high=1, low_open=True, high_open=True)},
     },
     "rl.infonce": {
-        **{"weight": _ANY, "temperature": _ABOVE_0, "negatives": _ANY, "near_duplicate_cosine": _COSINE}
+        **{"weight": _ANY, "temperature": _TEMPERATURE, "negatives": _ANY, "near_duplicate_cosine": _COSINE}
     },
     "rl.collapse": {"steps": _ANY, "valid_rate": _SHARE, "entropy": _ANY},
     "rl.optimizer": _OPTIMIZER,

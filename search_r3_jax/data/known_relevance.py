@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from search_r3_jax.data.collection import Collection, Document
+from search_r3_jax.text.words import as_read
 
 DIGEST_BYTES = 16
 
@@ -15,11 +16,11 @@ DIGEST_BYTES = 16
 def first_copies(documents: Iterable[Document]) -> np.ndarray:
     """For each document [N] int64: the number of the first one with the same body, its own mostly.
 
-    Space around a body does not count: prompts leave it out. Holds 16 bytes a document.
+    Bodies are compared as prompts hold them (`as_read`). Holds 16 bytes a document.
     """
     # Hashes: a corpus may be larger than memory.
     digests = b"".join(
-        hashlib.sha256(document.body.strip().encode()).digest()[:DIGEST_BYTES] for document in documents
+        hashlib.sha256(as_read(document.body).encode()).digest()[:DIGEST_BYTES] for document in documents
     )
     keys = np.frombuffer(digests, np.dtype((np.void, DIGEST_BYTES)))
     _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
@@ -50,10 +51,10 @@ def known_documents(
     of_body: dict[str, list[tuple[int, int]]] = {}
     for collection, grades in zip(collections, own, strict=True):
         for query, each in zip(collection.queries, grades, strict=True):
-            of_body.setdefault(query.body.strip(), []).extend(each.items())
+            of_body.setdefault(as_read(query.body), []).extend(each.items())
     return [
         tuple(
-            _best_grades([*each.items(), *of_body[query.body.strip()]])
+            _best_grades([*each.items(), *of_body[as_read(query.body)]])
             for query, each in zip(collection.queries, grades, strict=True)
         )
         for collection, grades in zip(collections, own, strict=True)

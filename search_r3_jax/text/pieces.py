@@ -10,8 +10,9 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-# `<think>`, `[TOOL_CALLS]`, `<｜User｜>`: a name in brackets. Added words, spaces and letters are not.
-_BRACKETED = re.compile(r"[<\[{][^\s<>\[\]{}]+[>\]}]")
+# `<think>`, `[TOOL_CALLS]`, `<|fim prefix|>`, `<<SYS>>`, `｟ctrl｠`: a name in brackets. Added words, spaces
+# and letters are not.
+_BRACKETED = re.compile(r"[<\[{｟【⟨]+[^<>\[\]{}｟｠【】⟨⟩\n]*\w[^<>\[\]{}｟｠【】⟨⟩\n]*[>\]}｠】⟩]+")
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

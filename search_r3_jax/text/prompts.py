@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from search_r3_jax.config import EMBED_TOKEN
 from search_r3_jax.errors import UserError
 from search_r3_jax.text.pieces import PieceTokenizer, control_tokens
+from search_r3_jax.text.words import as_read
 
 Mode = Literal["direct", "reason"]
 
@@ -227,7 +228,7 @@ class Prompter:
         if not texts:
             return []
         # Trimmed: a leading newline would merge with the prompt's own and change the shared prefix.
-        plain = [self._lead + text.strip().replace(EMBED_TOKEN, "") for text in texts]
+        plain = [self._lead + as_read(text) for text in texts]
         return [row[:max_tokens] for row in self._pieces.plain_ids(plain, begins=self._text_begins)]
 
     def direct_rows(self, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
@@ -259,7 +260,7 @@ class Prompter:
 
         Names of control tokens in the thought stay plain text.
         """
-        text = thought.strip().replace(EMBED_TOKEN, "") + "\n"
+        text = as_read(thought) + "\n"
         ids = self._pieces.plain_ids([text], begins=self._reply_begins)[0]
         return [*ids[:max_tokens], *self.reason.closing]
 

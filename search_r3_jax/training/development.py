@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -177,10 +178,16 @@ def _swap(unswapped: ModeResult, swapped: ModeResult) -> dict[str, float]:
 def _names(collections: Sequence[Collection]) -> list[str]:
     """The collections' names, numbered where several have the same."""
     names = [collection.name for collection in collections]
-    return [
-        name if names.count(name) == 1 else f"{name} {1 + names[:at].count(name)}"
-        for at, name in enumerate(names)
-    ]
+    taken = {name for name in names if names.count(name) == 1}
+    distinct = list[str]()
+    for name in names:
+        chosen = name
+        if names.count(name) > 1:
+            # Another set may have a numbered name itself.
+            chosen = next(each for n in count(1) if (each := f"{name} {n}") not in taken)
+            taken.add(chosen)
+        distinct.append(chosen)
+    return distinct
 
 
 def _samples(name: str, collection: Collection, mode: str, result: ModeResult) -> list[dict[str, Any]]:

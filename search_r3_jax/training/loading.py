@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import logging
+from typing import Literal
 
 from search_r3_jax.config import RunConfig, TextConfig
 from search_r3_jax.data.collection import Collection
 from search_r3_jax.data.development import TrainingSet, for_stage_2, load_training_sets
 from search_r3_jax.errors import UserError
+from search_r3_jax.hub.export import max_text_tokens
 from search_r3_jax.hub.load_model import LoadedModel, load_model, with_lora
 from search_r3_jax.mesh import mesh_from_config
 from search_r3_jax.text.prompts import Prompter
@@ -58,6 +60,33 @@ def load_training_model(config: RunConfig, *, step: int | None = None) -> Loaded
         mesh=mesh_from_config(config.mesh),
     )
     return with_lora(model, config.lora, seed=config.seed)
+
+
+def check_sizes(config: RunConfig, model: LoadedModel, stage: Literal["sft", "rl"]) -> None:
+    """Raise UserError where texts, thoughts or truncated vectors of a stage are larger than the model's."""
+    positions, dimension = model.decoder.config.max_positions, model.decoder.config.hidden_size
+    room = max_text_tokens(model.prompter(), positions)
+    thought, named = {
+        "sft": (config.text.max_thought_tokens, "text.max_thought_tokens"),
+        "rl": (config.rl.sampler.max_think_tokens, "rl.sampler.max_think_tokens"),
+    }[stage]
+    text = config.text
+    for name, tokens in (
+        ("text.max_document_tokens", text.max_document_tokens),
+        ("text.max_query_tokens", text.max_query_tokens),
+        (f"text.max_query_tokens, {named}", text.max_query_tokens + thought),
+    ):
+        if tokens > room:
+            raise UserError(
+                f"{name}: {tokens}: of the model's {positions} positions {room} are left beside the prompt; "
+                "give that many or fewer"
+            )
+    too_many = [size for size in config.sft.matryoshka if size > dimension]
+    if stage == "sft" and too_many:
+        raise UserError(
+            f"sft.matryoshka: {too_many[0]}: the model's vectors have {dimension} numbers; give that many or "
+            "fewer"
+        )
 
 
 def log_cut_texts(prompter: Prompter, text: TextConfig, collection: Collection) -> None:

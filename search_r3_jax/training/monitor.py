@@ -33,6 +33,15 @@ def rollout_health(rollout: Rollout) -> dict[str, float]:
     }
 
 
+def require_learning(skipped: int, steps: int, stage: str) -> None:
+    """Raise UserError where no step of a finished run was finite: nothing was learnt."""
+    if steps and skipped == steps:
+        raise UserError(
+            f"{stage}.optimizer.learning_rate: none of the {steps} steps was finite, so nothing was learnt; "
+            "look at the losses in metrics.jsonl, and begin again with another --run"
+        )
+
+
 def distinct(replies: Sequence[Sequence[int]], n: int) -> float:
     """Share of distinct n-grams among all n-grams of the replies (distinct-n), in [0, 1].
 

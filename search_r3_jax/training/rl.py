@@ -17,7 +17,8 @@ from search_r3_jax.hub.load_model import LoadedModel, check_model_name
 from search_r3_jax.profiling import TRAIN, part, step
 from search_r3_jax.training.development import OnEvaluation
 from search_r3_jax.training.led_index import LedIndex
-from search_r3_jax.training.loading import load_rl_data, load_training_model, log_cut_texts
+from search_r3_jax.training.loading import check_sizes, load_rl_data, load_training_model, log_cut_texts
+from search_r3_jax.training.monitor import require_learning
 from search_r3_jax.training.rl_acts import sample, score, update
 from search_r3_jax.training.rl_session import Listeners, OnStep, open_session
 from search_r3_jax.training.rl_setup import check_settings, make_stage
@@ -89,6 +90,7 @@ def train_rl(
     check_settings(config, data.train)
     record = record or led_record(team, run_folder, config)
     model = recorded_prompts(model or load_training_model(config, step=record.start_step), run_folder, team)
+    check_sizes(config, model, "rl")
     log_cut_texts(model.prompter(), config.text, data.train)
     stage, state = make_stage(config, data, model)
     described = record.to_json(data.train, replay) | prompt_record(stage.prompter)
@@ -125,6 +127,7 @@ def train_rl(
                 session.finish_step(state, progress, sampled, scored, metrics | stalls, index)
             # Act 4: the last checkpoint.
             session.save_last(state, progress, index)
+    require_learning(progress.skipped, progress.step, "rl")
     return RlResult(
         params=state.params,
         steps=progress.step,

@@ -35,7 +35,8 @@ from search_r3_jax.profiling import step as profiled_step
 from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training import sharding
 from search_r3_jax.training.development import Development, Evaluated, OnEvaluation
-from search_r3_jax.training.loading import load_sft_data, load_training_model, log_cut_texts
+from search_r3_jax.training.loading import check_sizes, load_sft_data, load_training_model, log_cut_texts
+from search_r3_jax.training.monitor import require_learning
 from search_r3_jax.training.optimizer import learning_rates, make_optimizer, updates_made
 from search_r3_jax.training.run import (
     Run,
@@ -120,6 +121,7 @@ def train_sft(
     _check(config, sets)
     team = Team()
     model = recorded_prompts(model or load_training_model(config), run_folder, team)
+    check_sizes(config, model, "sft")
     for each in sets:
         log_cut_texts(model.prompter(), config.text, each.train)
     stage, state = _make_stage(config, sets, model, on_evaluation)
@@ -170,6 +172,7 @@ def train_sft(
                 checkpoints.wait()
                 request.stop(run_folder, done)
             checkpoints.check()
+    require_learning(skipped, sft.steps, "sft")
     return state.params
 
 

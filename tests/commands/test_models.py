@@ -1,12 +1,14 @@
 """`embed` and `export` on the command line: what they write, and mistakes before the work."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from helpers.command_line import search_r3_process
+from safetensors.numpy import load_file, save_file
 
 from search_r3_jax.commands.models import Embed, Export
 from search_r3_jax.embedder import Embedder
@@ -112,3 +114,21 @@ def test_export_asks_for_one_source(tmp_path: Path) -> None:
         Export(out=tmp_path / "out", run_folder=tmp_path).run()
     with pytest.raises(UserError, match="give --peft"):
         Export(out=tmp_path / "out", model="smollm2", base="x").run()
+
+
+@pytest.mark.parametrize("factor", [1e30, 0.0])
+def test_a_model_that_makes_no_embeddings_is_not_exported(
+    tiny_folders: dict[str, Path], tmp_path: Path, factor: float
+) -> None:
+    """Its weights are finite, so nothing else would say so."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folders["llama"], folder)
+    weights = load_file(folder / "model.safetensors")
+    changed = ("mlp.up_proj", "mlp.down_proj") if factor else ("model.norm",)
+    for name in weights:
+        if any(part in name for part in changed):
+            weights[name] = (weights[name] * factor).astype(np.float32)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="makes no embeddings"):
+        Export(model=str(folder), out=tmp_path / "out").run()
+    assert not (tmp_path / "out").exists()

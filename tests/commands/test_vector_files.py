@@ -186,3 +186,34 @@ def test_think_shows_the_thought_of_each_query(
         Think(model="nowhere", queries=()).run()
     with pytest.raises(UserError, match="--max-tokens: 0"):
         Think(model="nowhere", queries=("a",), max_tokens=0).run()
+
+
+@pytest.mark.parametrize(
+    ("field", "expected"),
+    [
+        ('"x"', "x"),
+        ("7", "7"),
+        ("null", "1"),
+        ("true", "must be a string, got bool"),
+        ('{"a": 1}', "must be a string, got dict"),
+        ("[1]", "must be a string, got list"),
+        ("1.5", "must be a string, got float"),
+        ('""', "field '_id' is empty"),
+        ('"a\\u0000"', "field '_id' holds a NUL byte"),
+        ('"\\ud800x"', "field '_id' holds an unpaired surrogate"),
+    ],
+)
+def test_an_id_is_a_string_or_a_whole_number(tmp_path: Path, field: str, expected: str) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text(f'{{"_id": {field}, "title": null, "text": "b"}}\n')
+    if "field" in expected or "got" in expected:
+        with pytest.raises(UserError, match=f"a.jsonl, line 1: .*{expected}"):
+            read_texts(file, "document")
+    else:
+        assert (read_texts(file, "document").ids, read_texts(file, "document").texts) == ([expected], ["b"])
+
+
+def test_a_closed_standard_input_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(UserError, match="--input: -: standard input is closed"):
+        read_texts(Path("-"), "query")

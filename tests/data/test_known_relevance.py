@@ -3,9 +3,12 @@
 import itertools
 
 import numpy as np
+from helpers.tiny_models import byte_tokenizer
 
+from search_r3_jax.config import EMBED_TOKEN
 from search_r3_jax.data.collection import Collection, Document, Query
 from search_r3_jax.data.known_relevance import first_copies, known_documents, known_rows
+from search_r3_jax.text.prompts import Prompter
 
 
 def random_collection(seed: int, *, documents: int = 30, queries: int = 20) -> Collection:
@@ -80,3 +83,19 @@ def test_distinct_texts_keep_their_own_judgements_in_order() -> None:
         [(4, 2), (0, 1)],
         [(3, 2), (1, 1)],
     ]
+
+
+def test_texts_that_prompts_hold_alike_are_twins() -> None:
+    """Prompts leave the embed token's name out of a text, and space around it."""
+    texts = ("abc d", f" abc {EMBED_TOKEN}d", f"abc d {EMBED_TOKEN}", "another")
+    documents = tuple(Document(doc_id=f"d{i}", title="", text=text) for i, text in enumerate(texts))
+    queries = tuple(
+        Query(query_id=f"q{i}", text=text, positives={f"d{3 * i}": 1})
+        for i, text in enumerate(("same q", f"same {EMBED_TOKEN}q"))
+    )
+    collection = Collection(name="c", split="train", documents=documents, queries=queries)
+    assert first_copies(documents).tolist() == [0, 0, 2, 3]
+    assert [set(grades) for grades in known_rows(collection)] == [{0, 1, 3}, {0, 1, 3}]
+    prompter = Prompter(byte_tokenizer(embed_token=True))
+    rows = prompter.text_ids(texts, 99)
+    assert rows[0] == rows[1] != rows[2]

@@ -190,8 +190,11 @@ def test_a_template_that_fails_is_one_line(template: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-CONTROLS = ("<think>", "</think>", "<|fim_prefix|>", "[TOOL_CALLS]", "<｜User｜>")
-WORDS = ("COVID-19", "ü", "    ")
+CONTROLS = (
+    *("<think>", "</think>", "<|fim_prefix|>", "[TOOL_CALLS]", "<｜User｜>"),
+    *("<tool call>", "<|fim prefix|>", "<<SYS>>", "｟ctrl｠"),
+)
+WORDS = ("COVID-19", "ü", "    ", "<>", "[ ]", "a<b>")
 
 
 def with_added(*names: str) -> PreTrainedTokenizerFast:

@@ -16,6 +16,7 @@ from search_r3_jax.training.monitor import (
     effective_rank,
     log_prob_mismatch,
     repetition,
+    require_learning,
     rollout_health,
     swap_probe,
 )
@@ -191,3 +192,10 @@ def test_swap_probe_equals_a_paired_test_over_queries() -> None:
     )
     assert found["swap_wins"] == pytest.approx(((a > b).sum() + 0.5) / 9)
     assert np.isnan(swap_probe(own[:1], exchanged[:1])["swap_gain_error"])
+
+
+def test_a_run_that_skipped_every_step_has_learnt_nothing() -> None:
+    for skipped, steps in ((0, 0), (0, 3), (2, 3)):
+        require_learning(skipped, steps, "sft")
+    with pytest.raises(UserError, match="learning_rate: none of the 3 steps was finite"):
+        require_learning(3, 3, "rl")

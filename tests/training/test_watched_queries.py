@@ -61,3 +61,21 @@ def test_sets_of_one_name_are_told_apart(
     ]
     assert [kind for kind, _ in found.embeddings.labels] == ["query"] * 2 + ["document"] * 2
     assert found.embeddings.vectors.shape == (4, 8)
+
+
+def test_a_sets_number_is_no_other_sets_name(
+    tiny_model: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(development, "Evaluator", RandomVectors)
+    graph, state = nnx.split(tiny_model.decoder)
+    sets = [
+        dataclasses.replace(word_collection(documents=5, queries=2), name=name)
+        for name in ("test", "test", "test 2", "test", "test 2")
+    ]
+    prompter = Prompter(tiny_model.tokenizer)
+    evaluated = development.Development(RunConfig(), sets, graph, prompter, reasoned=False)
+    found = evaluated.evaluate(state, 3, tmp_path)
+    results = json.loads((tmp_path / "eval" / "dev_000003.json").read_text())["results"]
+    assert len(results) == len(sets)
+    mean = np.mean([result["direct"]["ndcg@10"] for result in results.values()])
+    assert found.scalars["dev_direct_ndcg@10"] == pytest.approx(mean, abs=1e-12)
