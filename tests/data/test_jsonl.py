@@ -148,7 +148,7 @@ BAD = [
         "is judged twice, 1 and 2",
         "contradictory judgement",
     ),
-    ({**GOOD, "instruction": None}, "field 'instruction' must be a string", "wrong type"),
+    ({**GOOD, "instruction": 3}, "field 'instruction' must be a string", "wrong type"),
     ({**GOOD, "reasoning": ["x"]}, "field 'reasoning' must be a string", "wrong type"),
     ({**GOOD, "split": 0}, "field 'split' must be a string", "wrong type"),
     ({**GOOD, "split": "all"}, "field 'split': 'all' is not usable", "bad split name"),
