@@ -164,9 +164,10 @@ def id_field(fields: dict[str, Any], names: Sequence[str]) -> str | None:
     # bool is a kind of int in Python.
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    if not checked_string(value, name).strip():
+    checked = checked_string(value, name)
+    if not checked.strip():
         raise LineError("empty id", f"field {name!r} is empty; fill it or leave it out")
-    return value
+    return checked
 
 
 def checked_string(value: object, name: str) -> str:
