@@ -46,6 +46,7 @@ class Arguments:
         rounds: portions of work a session.
         sessions: how often each side is started; the ratio is that of the medians over all rounds.
         torch_batch: rows a batch of SentenceTransformer.
+        remat: what our training keeps for the backward pass.
         out: JSON file for the result.
     """
 
@@ -58,6 +59,7 @@ class Arguments:
     rounds: int = 3
     sessions: int = 2
     torch_batch: int = 32
+    remat: Literal["dots", "none", "full"] = "dots"
     out: Path | None = None
 
 
@@ -83,6 +85,7 @@ def main() -> None:
                 "max_tokens": arguments.max_tokens,
                 "train_tokens": arguments.train_tokens,
                 "torch_batch": arguments.torch_batch,
+                "remat": arguments.remat,
             }
             file = Path(temporary) / "work.json"
             file.write_text(json.dumps(work))
@@ -216,7 +219,7 @@ def our_training(folder: str, given: dict[str, Any], lora: bool) -> Work:
     )
     config = RunConfig(
         compute_dtype="float32",
-        remat="dots",
+        remat=given["remat"],
         text=TextConfig(max_query_tokens=QUERY_TOKENS, max_document_tokens=given["train_tokens"]),
         lora=LoraConfig(rank=LORA_RANK if lora else 0, alpha=LORA_ALPHA),
         sft=SftConfig(
