@@ -213,3 +213,11 @@ def test_a_flag_without_a_text_would_be_found() -> None:
     parser.add_argument("--bare", help="(default: (1, 2))")
     parser.add_argument("--nothing")
     assert undocumented(parser) == ["--bare", "--nothing"]
+
+
+def test_no_line_of_a_help_text_begins_as_a_paragraph_of_its_own() -> None:
+    """A docstring's line that begins with a mark and not with a word is shown on a new line."""
+    sources = [ROOT / "search_r3_jax" / room for room in ("config", "commands", "evaluation")]
+    for file in (file for folder in sources for file in folder.rglob("*.py")):
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            assert not re.match(r" {12}[`-]\S", line), f"{file}, line {number}"

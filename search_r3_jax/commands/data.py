@@ -25,8 +25,8 @@ class DataBuild:
             documents per line; `table`, a .csv, .tsv, .parquet or .jsonl file or a Hugging Face data set,
             with a query and an answer per row; `python-functions`, Python packages.
         out: Folder to write. Must not exist, or hold the same data set.
-        input: Folder or file to read; with `table` also the id of a data set on the Hugging Face hub. With
-            `python-functions`, None reads the installed packages.
+        input: Folder or file to read; with `table` also the id of a data set on the Hugging Face hub.
+            With `python-functions`, None reads the installed packages.
         split: Splits to build. Empty: all there are.
         skip_bad: Leave bad lines out: name the first 20, count the rest. Otherwise the first bad line ends
             the build.
@@ -124,8 +124,8 @@ class DataMine(InferenceConfig):
         split: Split whose queries get negatives. The other splits are copied.
         num_negatives: Negatives to add per query, at most.
         first_rank: First rank to take from. Rank 0 is the most similar document that is not judged.
-        last_rank: First rank not to take from. None: enough ranks for `num-negatives`, ten times as many with
-            a limit or random sampling.
+        last_rank: Stop before this rank: first-rank 0 and last-rank 4 take ranks 0 to 3. None: enough ranks
+            for `num-negatives`, ten times as many with a limit or random sampling.
         margin: Leave out documents whose cosine is not at least this much below that of the weakest positive.
             None: no limit.
         relative_margin: The same limit as a share of the weakest positive's cosine. None: no limit.

@@ -32,8 +32,8 @@ class Export:
 
     Attributes:
         out: Folder to write. Must not exist, or be an earlier export.
-        model: Model to export: run folder, Hugging Face folder, GGUF file, or `smollm2`. Give this or
-            `--run`.
+        model: Model to export: run folder, Hugging Face folder, GGUF file, or `smollm2`. Give
+            this or `--run`.
         run_folder: Run to export. Give this or `--model`.
         step: Checkpoint of a run: a step or `best` (on its development queries). None: the newest.
         dtype: Precision of the written weights.
@@ -114,18 +114,18 @@ class Embed(InferenceConfig):
 
     Attributes:
         model: Run folder, Hugging Face folder, GGUF file, or `smollm2`.
-        input: What to embed: a text file, one text per line; a .jsonl file, objects with `text`, perhaps
-            `title` and `_id`; a BEIR folder or a built data set, its queries or with `--kind document` its
-            corpus; `-`, lines of standard input. Files may be gzipped (.gz).
-        out: File to write: .npy, vectors [texts, dimension]; .npz, `ids` and `vectors`; .parquet, columns
-            `id` and `vector`; .jsonl, objects with `id` and `vector`. Any other name: .npy format.
+        input: What to embed: a text file, one text per line; a .jsonl file, objects with `text`,
+            perhaps `title` and `_id`; a BEIR folder or a built data set, its queries or with `--kind
+            document` its corpus; `-`, lines of standard input. Files may be gzipped (.gz).
+        out: File to write: .npy, vectors [texts, dimension]; .npz, `ids` and `vectors`; .parquet,
+            columns `id` and `vector`; .jsonl, objects with `id` and `vector`. Any other name: .npy format.
         mode: `reason`: the model thinks before it embeds (queries only). `direct`: it does not.
         kind: What the texts are. Documents are embedded directly.
         split: Of a BEIR folder or a built data set: the split to read. None: all that is there.
         truncate_dim: Keep this many dimensions and normalise again. None: all.
         precision: float32; int8 or uint8, 256 steps between the least and the greatest value of each
             dimension over these texts; binary or ubinary, the signs, eight to a byte.
-        max_tokens: Longest text, in tokens. None: the model's limit.
+        max_tokens: Longest text, in tokens. None: what an exported folder says, else 512.
         max_think_tokens: Longest thought, in tokens. None: 32.
         thoughts: File to write what the model thought of each query to, as .jsonl. None: none.
         step: Checkpoint of a run: a step or `best` (on its development queries). None: the newest.

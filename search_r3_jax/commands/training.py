@@ -54,8 +54,8 @@ class Sft:
         tracker: What shows the run beside its own files: tensorboard, wandb (pip install wandb;
             WANDB_MODE=offline uploads nothing), both, or none.
         allow_config_change: Resume a run although settings that decide what it computes have changed.
-        profile_steps: Steps to trace for xprof, as FIRST:END, counted from 0; 3:6 is 3, 4 and 5. The trace is
-            `profile/` in the run folder. The first step compiles. None: none.
+        profile_steps: Steps to trace for xprof, as FIRST:END, counted from 0; 3:6 is 3, 4 and 5. The trace
+            is `profile/` in the run folder. The first step compiles. None: none.
         common: Options of every command.
     """
 
@@ -136,8 +136,8 @@ class Rl:
             WANDB_MODE=offline uploads nothing), both, or none.
         allow_config_change: Resume a run although settings that decide what it computes have changed, or its
             index is gone.
-        profile_steps: Steps to trace for xprof, as FIRST:END, counted from 0; 3:6 is 3, 4 and 5. The trace is
-            `profile/` in the run folder. The first step compiles. None: none.
+        profile_steps: Steps to trace for xprof, as FIRST:END, counted from 0; 3:6 is 3, 4 and 5. The trace
+            is `profile/` in the run folder. The first step compiles. None: none.
         common: Options of every command.
     """
 

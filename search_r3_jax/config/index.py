@@ -13,32 +13,33 @@ class IndexConfig:
     """The index that stage 2 searches, and the indexer that rebuilds it.
 
     Attributes:
-        kind: `scann`; `exact`; `device`: exact search over vectors that stay on the trainer's devices, spread
-            over all of them; or `auto`: ScaNN where it is installed, else exact search.
-        scoring: Which vectors rank the candidates. `fresh`: re-encode them with the current parameters.
-            `stale`: the index's own. `consistent_stale`: those, and queries embedded with the index's
-            checkpoint too.
+        kind: `scann`; `exact`; `device`: every vector is compared, on the trainer's devices, over which they
+            are spread; on TPUs approximately, unless recall_gate is 1; or `auto`: ScaNN where it is
+            installed, else exact search.
+        scoring: Which vectors rank the candidates. `fresh`: re-encode them with the current parameters, up to
+            refresh_budget documents a step; the rest keep the index's. `stale`: the index's
+            own. `consistent_stale`: those, and queries embedded with the index's checkpoint too.
         candidates: Candidates per query that the index proposes, beside the relevant documents.
         neighbours: For each candidate, add this many of its nearest documents as candidates.
         refresh_budget: Documents to re-encode per step, at most.
-        overlay_max_age_steps: Steps for which a re-encoded vector counts as fresh.
+        overlay_max_age_steps: Steps for which a re-encoded vector is used in place of the index's.
         drift_every: Steps between drift measurements on a fixed part of the corpus. Where it has drifted, a
             checkpoint is saved. 0 never measures.
         drift_documents: Documents in that part.
         drift_cosine: Mean cosine to the last checkpoint's vectors below which it has drifted.
         drift_overlap: Share of a document's ten nearest that are unchanged, below which it has drifted.
         max_index_age_steps: Age in steps above which the index is stale. 0: no limit.
-        on_stale_index: What to do with an index older than that: `wait` for a newer one, `warn`, or save and
-            `stop`.
+        on_stale_index: What to do with an index older than that: `wait` for a newer one, `warn`, or save
+            and `stop`.
         parts: Parts of ScaNN, each over its share of the rows. Several processes load and search a share of
             the parts each, for a corpus beyond one host's memory.
-        recall_gate: Smallest recall@10 against exact search at which a version is published. Of kind `device`
-            the expected recall of a search on TPUs.
+        recall_gate: Smallest recall@10 against exact search at which a version is published. With
+            kind `device`: the recall asked of the TPU's approximate search; 1 is exact.
         vector_dtype: How a version stores its vectors.
         folder: Where versions are kept, a folder or a bucket (`gs://…`). Empty: `index` in the run folder.
         keep_versions: Newest versions to keep.
-        local: Start an indexer beside the trainer. With `--index.no-local`, start one yourself:
-            `search-r3 indexer`.
+        local: Start an indexer beside the trainer. With `--index.no-local`, start one yourself, by the
+            command `search-r3 indexer`.
         silent_seconds: Restart an indexer that shows no sign of life for this long.
         nice: Unix nice value added to the indexer process, 0 to 19.
         threads: CPU threads of the indexer. 0 lets XLA choose.

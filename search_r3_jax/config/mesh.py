@@ -12,8 +12,8 @@ class MeshConfig:
     Attributes:
         slice: TPU slices joined by the data-centre network. Shards the batch; parameters are replicated.
         data: Data parallelism. Shards the batch; parameters are replicated.
-        fsdp: Fully sharded data parallelism. Shards the batch, and the model dimension (D) of the parameters.
-            -1: all devices that the other axes leave.
+        fsdp: Fully sharded data parallelism. Shards the batch, and the model dimension (D) of the
+            parameters. -1: all devices that the other axes leave.
         tensor: Tensor parallelism. Shards heads, the feed-forward dimension and the vocabulary.
         sequence: Sequence parallelism. Shards the tokens of rows too long for one device.
     """

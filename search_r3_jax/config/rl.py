@@ -35,15 +35,16 @@ class RewardConfig:
 
     Attributes:
         variant: `dcg`: soft nDCG. `log_rank`: logarithm of the best relevant document's rank. `rank_margin`:
-            reciprocal ranks, and the margin to the hardest negatives. `gain_over_direct`: 0.5 + half of what
-            `dcg` gains over the query embedded without reasoning.
+            reciprocal ranks, and the margin to the hardest negatives. `gain_over_direct`: 0.5 + half of
+            what `dcg` gains over the query embedded without reasoning.
         temperature: Temperature of the soft ranks, in cosine.
         margin_weight: `rank_margin`: share of the margin, in [0, 1]; the ranks have the rest.
         margin_width: `rank_margin`: margin (cosine) at which the margin term reaches its maximum.
         hard_negatives: `rank_margin`: the margin is taken to this many highest negatives.
         floor_gap: The worst valid reply earns this much; an invalid one earns 0. In (0, 1).
         length_weight: Weight of the length term; retrieval has weight 1. 0: off.
-        free_tokens: Tokens of a reply that cost nothing; from there the price rises to `max_think_tokens`.
+        free_tokens: Tokens of a reply that cost nothing. Beyond them the cost grows linearly, and is full at
+            the longest reply. Without effect where length_weight is 0.
     """
 
     variant: RewardVariant = "dcg"
@@ -104,9 +105,9 @@ class RlConfig:
         group_size: Replies sampled per query (G).
         min_tokens: A reply of fewer tokens, closing included, is invalid. Keeps a policy from learning first
             of all to write nothing.
-        variant: How tokens are weighted. `grpo`: mean per reply. `dr_grpo`: sum over tokens / (replies ×
-            `max_think_tokens`). `dapo`: mean over the batch's tokens. `gspo`: one ratio per reply; use clips
-            of about 3e-4.
+        variant: How tokens are weighted. `grpo`: mean per reply. `dr_grpo`: sum over tokens, divided by
+            replies × `max_think_tokens`. `dapo`: mean over the batch's tokens. `gspo`: one ratio per reply;
+            use clips of about 3e-4.
         clip_low: The ratio is clipped below at 1 − clip_low.
         clip_high: The ratio is clipped above at 1 + clip_high. More than clip_low is clip-higher (DAPO).
         beta: Weight of the KL to the model that stage 2 started from. 0 never runs that model.
@@ -122,8 +123,9 @@ class RlConfig:
         keep_every: Also keep checkpoints at multiples of this many steps. 0 keeps none for that.
         sample_every: Write one in this many rollouts to `samples.jsonl`.
         max_skipped: Updates that are not finite are skipped; this many in a row end the run.
-        min_swaps: Go on past `steps` until this many new index versions were used.
-        max_extra_steps: But no more than this many steps past `steps`.
+        min_swaps: Go on past `steps`, by at most max_extra_steps, until this many new index versions have
+            come into use.
+        max_extra_steps: Most steps past `steps` that min_swaps may add. 0: min_swaps has no effect.
         sampler: How replies are sampled.
         reward: What a reply earns.
         infonce: The auxiliary InfoNCE.

@@ -48,7 +48,7 @@ class SftConfig:
             the whole batch at once.
         temperature: Temperature τ of InfoNCE.
         directions: What InfoNCE contrasts: queries with documents and other queries, documents with queries
-            and other documents.
+            and other documents. `query_to_document` is always one of them.
         partition: `joint`: one softmax over all directions. `per_direction`: one softmax per direction, and
             their mean (symmetric InfoNCE).
         false_negative_margin: Drop negatives whose cosine is within this margin of the positive's, or above.
@@ -56,10 +56,11 @@ class SftConfig:
         triplet_margin: Margin θ of the triplet loss, in cosine.
         infonce_weight: Weight of InfoNCE. 0 leaves it out.
         triplet_weight: Weight of the triplet loss. 0 leaves it out.
-        language_weight: Weight of the reply's cross-entropy. 0 leaves it out.
+        language_weight: Weight of the cross-entropy of the reply: the reasoning, if any, and the closing with
+            the embed token. 0 leaves it out.
         kl_weight: Weight of KL(current ‖ base) on the reply. 0 leaves it out.
-        matryoshka: Truncated dimensions at which the contrastive losses apply too; name the full dimension
-            as well. Empty: the full vector alone.
+        matryoshka: Dimensions to which vectors are cut for the contrastive losses, such as 64 256 576; the
+            full one counts only if it is named. Empty: the full vector alone.
         negatives: Negatives per query from the data set (judged irrelevant, or from `data mine`). 0: only
             those of the batch.
         reasoned_share: Share of queries trained in the reasoned format, in [0, 1].

@@ -14,8 +14,8 @@ class EvalSettings(InferenceConfig):
     """One system on one split of one collection.
 
     Attributes:
-        model: Run folder, Hugging Face folder, GGUF file or `smollm2`; or a baseline: `bm25` (stemmed words),
-            `bm25-split` (identifiers split, for code), `minilm` (all-MiniLM-L6-v2), `st:FOLDER` (any
+        model: Run folder, Hugging Face folder, GGUF file or `smollm2`; or a baseline: `bm25` (stemmed
+            words), `bm25-split` (identifiers split, for code), `minilm` (all-MiniLM-L6-v2), `st:FOLDER` (any
             sentence-transformers model).
         data: Built data set or BEIR folder.
         split: Split whose queries are searched.
