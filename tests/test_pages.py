@@ -152,7 +152,7 @@ def place(tiny_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.Mon
         lora=LoraConfig(rank=4),
         sft=SftConfig(steps=2, global_batch=4, eval_every=2),
         rl=RlConfig(
-            steps=1, global_queries=2, group_size=2, min_swaps=0, sampler=SamplerConfig(max_think_tokens=4)
+            steps=1, global_queries=2, group_size=2, min_swaps=0, sampler=SamplerConfig(max_think_tokens=12)
         ),
         index=IndexConfig(kind="exact", candidates=6, refresh_budget=4, nice=0),
     )
