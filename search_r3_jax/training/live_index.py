@@ -141,14 +141,13 @@ class LiveIndex:
         """
         start = start or IndexStart()
         schedule = IndexSchedule(run)
-        replay = read_run(run)[1].get("replay")
         follower = IndexFollower(
             run,
             collection.corpus_hash(),
             embed_id,
             settings=config.index,
             versions_to_keep=functools.partial(versions_to_keep, run, schedule, config.rl.keep),
-            replayed=None if replay is None else index_folder_of(Path(replay)),
+            replayed=index_roots(run, config)[:-1],
             share=(jax.process_index(), jax.process_count()),
         )
         follower.start()

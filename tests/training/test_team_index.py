@@ -8,16 +8,18 @@ from helpers.jax_processes import run_processes
 
 from search_r3_jax.retrieval.index.scann import scann_available
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not scann_available(), reason="scann has wheels for Linux only"),
-]
+pytestmark = pytest.mark.slow
+needs_scann = pytest.mark.skipif(not scann_available(), reason="scann has wheels for Linux only")
 PROGRAM = Path(__file__).parents[1] / "helpers" / "team_index.py"
 
 
 @pytest.mark.parametrize(
     ("kind", "parts", "processes"),
-    [("scann", 1, 2), ("scann", 3, 1), ("scann", 5, 2), ("scann", 2, 3), ("device", 1, 1), ("device", 1, 2)],
+    [
+        *(pytest.param("scann", *each, marks=needs_scann) for each in ((1, 2), (3, 1), (5, 2), (2, 3))),
+        ("device", 1, 1),
+        ("device", 1, 2),
+    ],
 )
 def test_all_processes_find_what_one_finds(tmp_path: Path, kind: str, parts: int, processes: int) -> None:
     for step in (5, 6):

@@ -97,18 +97,18 @@ class IndexFollower:
         settings: IndexConfig | None = None,
         command: Sequence[str] | None = None,
         versions_to_keep: Callable[[], Collection[int]] = tuple,
-        replayed: epath.Path | None = None,
+        replayed: Sequence[epath.Path] = (),
         share: tuple[int, int] = (0, 1),
     ):
         """`command` replaces `search-r3 indexer`.
 
-        `versions_to_keep` names versions that must not be pruned, beside those in use. `replayed` is another
-        run's index, searched first for the versions of a schedule. `share` is the process and the number of
-        those that share an index in parts.
+        `versions_to_keep` names versions that must not be pruned, beside those in use. `replayed` is where
+        another run has its index, searched first for the versions of a schedule. `share` is the
+        process and the number of those that share an index in parts.
         """
         self._settings = settings or IndexConfig()
         self._root = index_folder(run, self._settings.folder)
-        self._roots = [*([] if replayed is None else [replayed]), self._root]
+        self._roots = [*replayed, self._root]
         self._versions_to_keep = versions_to_keep
         self._open_version = functools.partial(
             open_version,

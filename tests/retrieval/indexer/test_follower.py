@@ -57,7 +57,7 @@ def test_a_recorded_version_is_opened_from_the_replayed_run_or_the_own(tmp_path:
     own, other = tmp_path / "own", tmp_path / "other"
     publish(own, 0, 4)
     publish(other, 0, 2)
-    follower = follower_of(own, replayed=index_folder(other))
+    follower = follower_of(own, replayed=[index_folder(other)])
     for step in (0, 2, 4):
         assert follower.is_published(step)
         holds(follower.open_version(step), step)
