@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -151,6 +152,18 @@ class Place:
         decoder = with_lora(load_model(self.model), LoraConfig(rank=rank), seed=0).decoder
         found = read_checkpoint(self.folder / run, step, nnx.state(decoder, trainable_filter(decoder)))
         return jax.tree.map(np.asarray, nnx.to_pure_dict(found))
+
+
+# Gloo, which carries the collectives of processes on CPU, reports each connection in several writes; those
+# of two threads may mix within a line.
+GLOO = re.compile(
+    r"\[Gloo\] Rank | is connected to | peer ranks\. Expected number of connected peer ranks is : |[0-9]"
+)
+
+
+def spoken(printed: str) -> str:
+    """What a process printed besides Gloo's reports, without digits and space at its ends."""
+    return GLOO.sub("", printed).strip()
 
 
 def computed(line: dict[str, Any]) -> dict[str, Any]:
