@@ -118,7 +118,7 @@ class DataMine(InferenceConfig):
     """Write a data set with hard negatives: the nearest documents that are not known to be relevant.
 
     Attributes:
-        model: Run folder, Hugging Face folder, GGUF file, or `smollm2`.
+        model: Run folder, Hugging Face folder, GGUF file or `smollm2` (SmolLM2-135M-Instruct, as installed).
         data: Built data set or BEIR folder.
         out: Folder to write. Must not exist.
         split: Split whose queries get negatives. The other splits are copied.

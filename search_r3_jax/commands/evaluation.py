@@ -110,7 +110,7 @@ class Perplexity(InferenceConfig):
     """Measure how well a model writes plain text: the perplexity of documents.
 
     Attributes:
-        model: Run folder, Hugging Face folder, GGUF file, or `smollm2`.
+        model: Run folder, Hugging Face folder, GGUF file or `smollm2` (SmolLM2-135M-Instruct, as installed).
         data: Built data set or BEIR folder.
         split: Split whose corpus is read.
         max_documents: Random documents to read.

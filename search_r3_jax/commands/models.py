@@ -32,8 +32,8 @@ class Export:
 
     Attributes:
         out: Folder to write. Must not exist, or be an earlier export.
-        model: Model to export: run folder, Hugging Face folder, GGUF file, or `smollm2`. Give
-            this or `--run`.
+        model: Model to export: run folder, Hugging Face folder, GGUF file or `smollm2`
+            (SmolLM2-135M-Instruct, as installed). Give this or `--run`.
         run_folder: Run to export. Give this or `--model`.
         step: Checkpoint of a run: a step or `best` (on its development queries). None: the newest.
         dtype: Precision of the written weights.
@@ -113,7 +113,7 @@ class Embed(InferenceConfig):
     """Embed texts: write their vectors, with their ids.
 
     Attributes:
-        model: Run folder, Hugging Face folder, GGUF file, or `smollm2`.
+        model: Run folder, Hugging Face folder, GGUF file or `smollm2` (SmolLM2-135M-Instruct, as installed).
         input: What to embed: a text file, one text per line; a .jsonl file, objects with `text`,
             perhaps `title` and `_id`; a BEIR folder or a built data set, its queries or with `--kind
             document` its corpus; `-`, lines of standard input. Files may be gzipped (.gz).
@@ -241,7 +241,7 @@ class Think(InferenceConfig):
     """Show what a model thinks of queries before it embeds them.
 
     Attributes:
-        model: Run folder, Hugging Face folder, GGUF file, or `smollm2`.
+        model: Run folder, Hugging Face folder, GGUF file or `smollm2` (SmolLM2-135M-Instruct, as installed).
         queries: Queries, each in quotation marks.
         max_tokens: Longest query, in tokens. None: the model's limit.
         max_think_tokens: Longest thought, in tokens. None: 32.

@@ -13,7 +13,7 @@ class CommonOptions:
     """What every command takes.
 
     Attributes:
-        compile_cache: Keep compiled programs in a folder of this user, 2 GiB at most, where the next call
+        compile_cache: Keep compiled programs, 2 GiB at most, in `~/.cache/search-r3`, where the next call
             finds them.
         debug: On an error, show the traceback.
     """

@@ -23,8 +23,10 @@ class Plan:
     The numbers come from the TPU compiler, which runs without a TPU.
 
     Attributes:
-        config: Name of an experiment: quickstart, smollm2, qwen25_1p5b, qwen25_7b, qwen25_7b_lora, qwen3_8b.
-            Put it before `--help` to see its values; the flags below change them.
+        config: Name of an experiment: quickstart or smollm2 (SmolLM2-135M on two CPU cores), qwen25_1p5b (all
+            parameters, v5e-16), qwen25_7b (all parameters, v5p-16), qwen25_7b_lora (adapters, v5e-16) or
+            qwen3_8b (adapters, v5p-16). Put it before `--help` to see its values; the flags below change
+            them.
         settings: The experiment's settings.
         stage: Program to plan. `sft`, `rl`: an update. `decode`: a rollout of rl.global_queries ×
             rl.group_size replies. `encode`: a batch of the corpus.

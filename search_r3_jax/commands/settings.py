@@ -29,8 +29,8 @@ def rl_settings(config: RunConfig) -> RunConfig:
 
 
 def plan_settings(config: RunConfig) -> RunConfig:
-    """The config for `plan`, without the quickstart's data set."""
-    return dataclasses.replace(config, data=_hiding(config.data, "functions"))
+    """The config for `plan`, which reads no data."""
+    return _hiding(config, "data")
 
 
 def _hiding(config: T, *names: str) -> T:

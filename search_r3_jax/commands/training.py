@@ -45,9 +45,13 @@ class Quickstart:
 class Sft:
     """Stage 1: contrastive fine-tuning. The same command resumes from the last checkpoint.
 
+    The embed token, `<|embed_token|>`, ends what the model writes; its hidden state is the embedding.
+
     Attributes:
-        config: Name of an experiment: quickstart, smollm2, qwen25_1p5b, qwen25_7b, qwen25_7b_lora, qwen3_8b.
-            Put it before `--help` to see its values; the flags below change them.
+        config: Name of an experiment: quickstart or smollm2 (SmolLM2-135M on two CPU cores), qwen25_1p5b (all
+            parameters, v5e-16), qwen25_7b (all parameters, v5p-16), qwen25_7b_lora (adapters, v5e-16) or
+            qwen3_8b (adapters, v5p-16). Put it before `--help` to see its values; the flags below change
+            them.
         run_folder: Run folder. Created where it does not exist.
         settings: The experiment's settings.
         cluster: Processes that train together.
@@ -121,12 +125,15 @@ def _in_batch_accuracy(metrics: dict[str, float]) -> float:
 class Rl:
     """Stage 2: reinforcement learning of reasoning and embedding.
 
-    The same command resumes from the last checkpoint.
+    The same command resumes from the last checkpoint. A reply is a thought and the embed token,
+    `<|embed_token|>`, whose hidden state is the embedding; it is valid where the model writes that token
+    within its budget.
 
     Attributes:
-        config: Name of an experiment: quickstart, smollm2, qwen25_1p5b, qwen25_7b, qwen25_7b_lora, qwen3_8b.
-            Put it before `--help` to see its values; the flags below change them. `--model` names what to
-            start from: a run of stage 1.
+        config: Name of an experiment: quickstart or smollm2 (SmolLM2-135M on two CPU cores), qwen25_1p5b (all
+            parameters, v5e-16), qwen25_7b (all parameters, v5p-16), qwen25_7b_lora (adapters, v5e-16) or
+            qwen3_8b (adapters, v5p-16). Put it before `--help` to see its values; the flags below change
+            them. `--model` names what to start from: a run of stage 1.
         run_folder: Run folder. Created where it does not exist.
         settings: The experiment's settings.
         cluster: Processes that train together.

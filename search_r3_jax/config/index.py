@@ -16,6 +16,11 @@ class IndexConfig:
         kind: `scann`; `exact`; `device`: every vector is compared, on the trainer's devices, over which they
             are spread; on TPUs approximately, unless recall_gate is 1; or `auto`: ScaNN where it is
             installed, else exact search.
+        source: Where its vectors come from. `snapshots`: an indexer beside the trainer builds versions from
+            the run's snapshots. `rolling`, with kind `device`: before each step the trainer encodes
+            rolling_documents of the corpus with the current parameters, and replaces them in the index.
+        rolling_documents: With source `rolling`: documents to encode a step. The whole corpus takes N /
+            rolling_documents steps.
         scoring: Which vectors rank the candidates. `fresh`: re-encode them with the current parameters, up to
             refresh_budget documents a step; the rest keep the index's. `stale`: the index's
             own. `consistent_stale`: those, and queries embedded with the index's checkpoint too.
@@ -48,6 +53,8 @@ class IndexConfig:
     """
 
     kind: Literal["auto", "scann", "exact", "device"] = "auto"
+    source: Literal["snapshots", "rolling"] = "snapshots"
+    rolling_documents: int = 1024
     scoring: Literal["fresh", "stale", "consistent_stale"] = "fresh"
     candidates: int = 64
     neighbours: int = 0

@@ -90,7 +90,9 @@ _SECTIONS: dict[str, dict[str, Range]] = {
     "rl.collapse": {"steps": _ANY, "valid_rate": _SHARE, "entropy": _ANY},
     "rl.optimizer": _OPTIMIZER,
     "index": {
-        **dict.fromkeys(("candidates", "drift_documents", "keep_versions", "parts"), _SOME),
+        **dict.fromkeys(
+            ("candidates", "drift_documents", "keep_versions", "parts", "rolling_documents"), _SOME
+        ),
         **dict.fromkeys(("neighbours", "refresh_budget", "overlay_max_age_steps", "drift_every"), _ANY),
         **dict.fromkeys(("max_index_age_steps", "threads", "cores"), _ANY),
         **{"drift_cosine": _COSINE, "drift_overlap": _SHARE, "recall_gate": _SHARE},

@@ -14,9 +14,9 @@ class EvalSettings(InferenceConfig):
     """One system on one split of one collection.
 
     Attributes:
-        model: Run folder, Hugging Face folder, GGUF file or `smollm2`; or a baseline: `bm25` (stemmed
-            words), `bm25-split` (identifiers split, for code), `minilm` (all-MiniLM-L6-v2), `st:FOLDER` (any
-            sentence-transformers model).
+        model: Run folder, Hugging Face folder, GGUF file or `smollm2` (SmolLM2-135M-Instruct, as installed);
+            or a baseline: `bm25` (stemmed words), `bm25-split` (identifiers split, for code), `minilm`
+            (all-MiniLM-L6-v2), `st:FOLDER` (any sentence-transformers model).
         data: Built data set or BEIR folder.
         split: Split whose queries are searched.
         mode: `direct`: no thinking. `reason`: the model thinks before it embeds a query. `both`: direct and
@@ -77,7 +77,7 @@ class BudgetSettings(InferenceConfig):
     """One model on one split of one collection, at several budgets of thinking.
 
     Attributes:
-        model: Run folder, Hugging Face folder, GGUF file or `smollm2`.
+        model: Run folder, Hugging Face folder, GGUF file or `smollm2` (SmolLM2-135M-Instruct, as installed).
         data: Built data set or BEIR folder.
         out: JSON file with all numbers and each query's results.
         picture: PNG file: nDCG@10 over the tokens of a query. None: no file.
@@ -139,7 +139,8 @@ class MtebSettings(InferenceConfig):
     """One model on tasks of MTEB, and on collections of this machine as tasks of it.
 
     Attributes:
-        model: Exported folder, run folder, Hugging Face folder or id, GGUF file or `smollm2`.
+        model: Exported folder, run folder, Hugging Face folder or id, GGUF file or `smollm2`
+            (SmolLM2-135M-Instruct, as installed).
         out: Folder for MTEB's own files. Tasks whose results are there are not run again.
         tasks: Names of MTEB's tasks, such as SciFact. Their data comes from the hub.
         data: Built data sets or BEIR folders; each is a retrieval task.

@@ -16,18 +16,19 @@ from search_r3_jax.hub.checkpoint_reader import read_checkpoint
 from search_r3_jax.hub.snapshot_reader import read_snapshot, snapshot_steps
 from search_r3_jax.retrieval.environment.environment import EncodeDocuments, Environment, StepResult
 from search_r3_jax.training.live_index import IndexStart, IndexStatistics, LiveIndex, index_roots
+from search_r3_jax.training.rolling_index import RollingIndex, RollingVectors
 from search_r3_jax.training.team_index import IndexShare
 
 _TERM = "term "
 
 
 class LedIndex:
-    """What a `LiveIndex` in process 0 decides, in every process; each calls the same methods in turn."""
+    """What the index in process 0 decides, in every process; each calls the same methods in turn."""
 
     def __init__(
         self,
         team: Team,
-        live: LiveIndex | None,
+        live: LiveIndex | RollingIndex | None,
         run: Path,
         statistics: IndexStatistics,
         *,
@@ -48,10 +49,18 @@ class LedIndex:
         encode: EncodeDocuments,
         *,
         embed_id: int,
+        dim: int,
         start: IndexStart,
         on_wait: Callable[[int], object],
     ) -> LedIndex:
-        """Open the index in use at `start`, as `LiveIndex.open`; `on_wait` is called in process 0."""
+        """Open the index in use at `start`, of vectors of width `dim`; `on_wait` is called in process 0.
+
+        See `LiveIndex.open` and `RollingIndex.open`.
+        """
+        if config.index.source == "rolling":
+            return cls._open_rolling(
+                team, run, config, collection, encode, dim=dim, start=start, on_wait=on_wait
+            )
         opened: list[LiveIndex] = []
         encode = team.together("encode documents", encode)
         held = IndexShare(team, index_roots(run, config))
@@ -74,13 +83,36 @@ class LedIndex:
         live = opened[0] if opened else None
         return cls(team, live, run, statistics, drift_every=config.index.drift_every)
 
+    @classmethod
+    def _open_rolling(
+        cls,
+        team: Team,
+        run: Path,
+        config: RunConfig,
+        collection: Collection,
+        encode: EncodeDocuments,
+        *,
+        dim: int,
+        start: IndexStart,
+        on_wait: Callable[[int], object],
+    ) -> LedIndex:
+        opened: list[RollingIndex] = []
+        vectors = RollingVectors(team, encode, collection, dim, config)
+
+        def work() -> Message:
+            opened.append(RollingIndex.open(run, config, collection, vectors, start=start, on_wait=on_wait))
+            return opened[0].statistics.to_json()
+
+        statistics = IndexStatistics.from_json(team.lead(work))
+        return cls(team, opened[0] if opened else None, run, statistics, drift_every=0)
+
     @property
     def statistics(self) -> IndexStatistics:
         """Version in use, swaps and versions up to now."""
         return self._statistics
 
     def before_step(self, step: int, save: Callable[[], object]) -> dict[str, float]:
-        """Swap in the version that this step uses, as `LiveIndex.before_step`.
+        """Prepare the index for this step, as `LiveIndex.before_step`.
 
         `save` is called in process 0.
         """
@@ -151,7 +183,7 @@ class LedIndex:
         if self._live is not None:
             self._live.close()
 
-    def _of_leader(self) -> LiveIndex:
+    def _of_leader(self) -> LiveIndex | RollingIndex:
         if self._live is None:
             raise RuntimeError("only process 0 has the index")
         return self._live

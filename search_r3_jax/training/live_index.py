@@ -27,6 +27,7 @@ from search_r3_jax.retrieval.index.protocol import Index
 from search_r3_jax.retrieval.indexer.follower import Follower, IndexFollower
 from search_r3_jax.retrieval.indexer.schedule import IndexSchedule
 from search_r3_jax.retrieval.indexer.worker import index_folder
+from search_r3_jax.retrieval.store.rolling_dumps import discard_dumps_after
 from search_r3_jax.retrieval.store.versions import delete_version, list_versions
 
 PIN = "trainer"
@@ -313,11 +314,12 @@ def load_or_copy_schedule(run: Path, step: int, *, replay: Path | None) -> Index
 
 
 def discard_index_versions_after(run: Path, config: RunConfig) -> None:
-    """Discard schedule, versions and snapshots after the newest checkpoint: other settings, another run."""
+    """Discard what the index has of steps after the newest checkpoint: other settings, another run."""
     step = newest_valid_checkpoint(run) or 0
     IndexSchedule(run).truncate(step)
     # That of the newest checkpoint too: the settings may ask for another dtype. It is written again.
     discard_snapshots_from(run, step)
+    discard_dumps_after(run, step)
     root = index_folder(run, config.index.folder)
     for version in list_versions(root):
         if version > step:

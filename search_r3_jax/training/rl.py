@@ -22,6 +22,7 @@ from search_r3_jax.training.monitor import require_learning
 from search_r3_jax.training.rl_acts import sample, score, update
 from search_r3_jax.training.rl_session import Listeners, OnStep, open_session
 from search_r3_jax.training.rl_setup import check_settings, make_stage
+from search_r3_jax.training.rolling_index import check_rolling
 from search_r3_jax.training.run import (
     RlRecord,
     check_stage,
@@ -82,6 +83,7 @@ def train_rl(
     # Act 1: what stage 2 is made of.
     team = Team()
     check_ranges(config, "rl")
+    check_rolling(config, replay)
     check_trackers(trackers)
     check_stage(Path(run_folder), "rl")
     check_model_name(config.model)
@@ -107,6 +109,7 @@ def train_rl(
             data.train,
             stage.encode_documents,
             embed_id=stage.model.embed_id,
+            dim=stage.model.decoder.config.hidden_size,
             start=start,
             on_wait=session.stop_waiting,
         )

@@ -75,7 +75,7 @@ class RlSession:
         self.time_left = TimeLeft(
             rl.steps, eval_every=rl.eval_every if evaluates else 0, save_every=rl.save_every
         )
-        self._has_evaluated = False
+        self._has_evaluated, self._has_versions = False, stage.config.index.source == "snapshots"
         self._guard = CollapseGuard(
             valid_below=rl.collapse.valid_rate, entropy_below=rl.collapse.entropy, steps=rl.collapse.steps
         )
@@ -89,7 +89,8 @@ class RlSession:
         first = self._first
 
         def prepare_schedule() -> Message:
-            load_or_copy_schedule(self._run.path, first or 0, replay=replay if first is None else None)
+            if self._has_versions:
+                load_or_copy_schedule(self._run.path, first or 0, replay=replay if first is None else None)
             return {}
 
         self._team.lead(prepare_schedule)
@@ -123,6 +124,8 @@ class RlSession:
 
         A kill came between the two, or the run is from before there were snapshots.
         """
+        if not self._has_versions:
+            return
         if not self._team.lead(lambda: {"there": has_snapshot(self._run.path, step)})["there"]:
             self._checkpoints.save_snapshot(step, state.params)
             # The index in use may be waited for next, and is built from it.
@@ -327,7 +330,7 @@ def open_session(
             run_folder,
             keep=rl.keep,
             keep_every=rl.keep_every,
-            snapshot_dtype=snapshot_dtype(stage.config),
+            snapshot_dtype=snapshot_dtype(stage.config) if stage.config.index.source == "snapshots" else None,
         )
         with StopRequest() as request, closing(checkpoints):
             yield RlSession(stage, team, run, checkpoints, request, first, listeners)

@@ -140,6 +140,10 @@ class Environment:
         self._overlay.keep_from(index.version)
         self._reencoded_before_swap = self._reencoded_total
 
+    def forget(self, rows: np.ndarray) -> None:
+        """Drop the overlay's vectors of rows [n], of which the index has fresher ones."""
+        self._overlay.forget(rows)
+
     def state(self) -> dict[str, np.ndarray]:
         """Arrays for a checkpoint: the overlay, and the counters of re-encoded documents.
 

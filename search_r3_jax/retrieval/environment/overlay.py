@@ -42,6 +42,11 @@ class Overlay:
             row: entry for row, entry in self._entries.items() if step - entry[1] <= self._max_age
         }
 
+    def forget(self, rows: np.ndarray) -> None:
+        """Drop the vectors of rows [n]: the index has fresher ones."""
+        for row in rows.tolist():
+            self._entries.pop(row, None)
+
     def keep_from(self, step: int) -> None:
         """Drop vectors older than an index of `step`."""
         self._entries = {row: entry for row, entry in self._entries.items() if entry[1] >= step}

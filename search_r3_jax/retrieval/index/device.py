@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -115,8 +115,8 @@ class DeviceIndex:
         padded = np.pad(rows, (0, next_power_of_two(max(len(rows), 1)) - len(rows)))
         return np.asarray(_take(self.corpus, self._placed(padded), self._whole))[: len(rows)]
 
-    def put(self, rows: np.ndarray, vectors: np.ndarray, step: int) -> None:
-        """Replace the vectors of rows [n] by unit vectors [n,E], encoded with the parameters of `step`.
+    def put(self, rows: np.ndarray, vectors: np.ndarray, steps: int | np.ndarray) -> None:
+        """Replace the vectors of rows [n] by unit vectors [n,E], encoded with the parameters of `steps` [n].
 
         Raises ValueError on a row that is named twice, IndexError on one that does not exist.
         """
@@ -130,7 +130,7 @@ class DeviceIndex:
         places = self._placed(np.pad(rows, (0, missing), constant_values=self._rows))
         values = self._placed(np.pad(np.asarray(vectors, np.float32), ((0, missing), (0, 0))))
         self.corpus = _put(self.corpus, places, values)
-        self._encoded_at[rows] = step
+        self._encoded_at[rows] = steps
 
     @property
     def encoded_at(self) -> np.ndarray:
@@ -156,10 +156,14 @@ def _padded_rows(vectors: np.ndarray, rows: int, index: tuple[slice, ...] | None
     return np.pad(own, ((0, length - len(own)), (0, 0)))
 
 
+@cache
 def _top_k_over(
     mesh: Mesh, *, rows: int, chunk: int, recall: float
 ) -> Callable[[jax.Array, jax.Array, int], tuple[jax.Array, jax.Array]]:
-    """The search program of a corpus of `rows` documents spread over `mesh`, `chunk` rows at a time."""
+    """The search program of a corpus of `rows` documents spread over `mesh`, `chunk` rows at a time.
+
+    One for all versions of a corpus: each would be compiled anew.
+    """
 
     def of_chunk(scores_qc: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
         k = min(k, chunk)
