@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from search_r3_jax.data.collection import Collection, Document, Query, corpus_hash
+from search_r3_jax.data.collection import Collection, Document, Query
 from search_r3_jax.data.dataset import ordered_queries_hash
 from search_r3_jax.data.jsonl import read_jsonl
 from search_r3_jax.data.subsample import sample_corpus, unordered_documents_hash, unordered_queries_hash
@@ -38,7 +38,7 @@ def test_hashes_on_disk_stay_what_they_are(tmp_path: Path) -> None:
     """Data sets, indexes and results that were written earlier hold these values."""
     assert digest_of(["d1", "d2"]) == IDS_HASH
     assert sample_corpus(COLLECTION, 2)[1].ids_sha256 == IDS_HASH
-    assert corpus_hash(DOCUMENTS) == "4fb2cbcdeea835fdecdd57d8c9ecc17fe3128ce652d2ff1eaa7c59d379cd9d2c"
+    assert COLLECTION.corpus_hash() == "4fb2cbcdeea835fdecdd57d8c9ecc17fe3128ce652d2ff1eaa7c59d379cd9d2c"
     assert ordered_queries_hash(QUERIES) == "c557dae3077335394d83b1a4d21de4a31eab85edff7bb198b0e8dd1884bb2365"
     plain = tuple(dataclasses.replace(query, instruction="") for query in QUERIES)
     assert unordered_queries_hash(COLLECTION) != unordered_queries_hash(

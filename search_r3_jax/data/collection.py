@@ -1,11 +1,12 @@
 """Documents, queries and collections in memory."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from search_r3_jax.files import digest_of
+from search_r3_jax.data.corpus_facts import CorpusFacts, gather_facts
 
 # TFDS reserves the split name "all".
 SHARED_CORPUS = "shared"
@@ -57,12 +58,25 @@ class Query:
         return f"Instruct: {self.instruction}\nQuery: {self.text}" if self.instruction.strip() else self.text
 
 
+class StoredCorpus(Sequence[Document]):
+    """Documents that are not in memory, of which the facts are known."""
+
+    @property
+    @abstractmethod
+    def facts(self) -> CorpusFacts:
+        """Ids, hash and digests, without a pass over the documents where they were kept."""
+
+    @abstractmethod
+    def at(self, rows: Sequence[int]) -> tuple[Document, ...]:
+        """The documents of these rows, in their order, read at once."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Collection:
     """The documents and queries of one split; a row is a position in `documents`.
 
     Attributes:
-        documents: may be stored on disk (`StoredDocuments`).
+        documents: in memory, or a `StoredCorpus`.
         ignore_identical_ids: an evaluation leaves a document out of the results of the query with its id.
     """
 
@@ -79,13 +93,33 @@ class Collection:
         }
 
     @cached_property
+    def facts(self) -> CorpusFacts:
+        """Ids, hash and digests of the documents: kept with those on disk, else of one pass."""
+        if isinstance(self.documents, StoredCorpus):
+            return self.documents.facts
+        return gather_facts((document.doc_id, document.body) for document in self.documents)
+
+    @cached_property
+    def document_ids(self) -> tuple[str, ...]:
+        """Document ids by row."""
+        if isinstance(self.documents, StoredCorpus):
+            return self.documents.facts.ids
+        return tuple(document.doc_id for document in self.documents)
+
+    @cached_property
     def row_of(self) -> dict[str, int]:
         """Document id → row."""
-        return {document.doc_id: row for row, document in enumerate(self.documents)}
+        return {doc_id: row for row, doc_id in enumerate(self.document_ids)}
+
+    def documents_at(self, rows: Sequence[int]) -> tuple[Document, ...]:
+        """The documents of these rows, in their order."""
+        if isinstance(self.documents, StoredCorpus):
+            return self.documents.at(rows)
+        return tuple(self.documents[row] for row in rows)
 
     def corpus_hash(self) -> str:
-        """Hash of the documents (see the function `corpus_hash`)."""
-        return corpus_hash(self.documents)
+        """Hexadecimal sha256 over ids and bodies in order; equal hashes mean equal index rows."""
+        return self.facts.corpus_hash
 
 
 def trainable(collection: Collection) -> Collection:
@@ -96,9 +130,9 @@ def trainable(collection: Collection) -> Collection:
     """
     judged = {doc_id for query in collection.queries for doc_id in (*query.positives, *query.negatives)}
     usable = {
-        document.doc_id
-        for document in collection.documents
-        if document.doc_id in judged and document.body.strip()
+        doc_id
+        for doc_id, blank in zip(collection.facts.ids, collection.facts.blank.tolist(), strict=True)
+        if doc_id in judged and not blank
     }
     queries = (
         replace(
@@ -110,8 +144,3 @@ def trainable(collection: Collection) -> Collection:
         if query.text.strip()
     )
     return replace(collection, queries=tuple(query for query in queries if query.positives))
-
-
-def corpus_hash(documents: Iterable[Document]) -> str:
-    """Hexadecimal sha256 over ids and bodies in order; equal hashes mean equal index rows."""
-    return digest_of(field for document in documents for field in (document.doc_id, document.body))

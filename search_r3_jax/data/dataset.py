@@ -22,7 +22,8 @@ from tensorflow_datasets.core.splits import SplitDict, SplitInfo
 
 from search_r3_jax.data.beir import EMPTY, NO_DOCUMENT, NO_QUERY, find_splits, read_beir_splits
 from search_r3_jax.data.collection import SHARED_CORPUS, Collection, Document, Query, usable_split_name
-from search_r3_jax.data.stored import StoredDocuments, document_of
+from search_r3_jax.data.corpus_facts import write_facts
+from search_r3_jax.data.stored import StoredDocuments, document_of, facts_file
 from search_r3_jax.errors import UserError
 from search_r3_jax.files import file_sha256, target_of
 from search_r3_jax.lines import Problems
@@ -222,6 +223,7 @@ def _write_parts(
     documents_of = {
         description["splits"][split]["corpus_split"]: each.documents for split, each in collections.items()
     }
+    facts_of = {description["splits"][split]["corpus_split"]: each for split, each in collections.items()}
     queries_of = {split: each.queries for split, each in collections.items()}
     text, texts = tfds.features.Text(), tfds.features.Sequence(tfds.features.Text())
     _write_part(
@@ -242,6 +244,8 @@ def _write_parts(
         },
         {split: map(_query_example, itertools.count(), queries) for split, queries in queries_of.items()},
     )
+    for split, collection in facts_of.items():
+        write_facts(facts_file(building / "corpus", split), collection.facts)
 
 
 def _write_part(

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from search_r3_jax.data.collection import Collection, Document
+from search_r3_jax.data.collection import Collection
+from search_r3_jax.data.corpus_facts import DIGEST_BYTES
 from search_r3_jax.text.words import as_read
 
-DIGEST_BYTES = 16
 
-
-def first_copies(documents: Iterable[Document]) -> np.ndarray:
+def first_copies(collections: Sequence[Collection]) -> np.ndarray:
     """For each document [N] int64: the number of the first one with the same body, its own mostly.
 
-    Bodies are compared as prompts hold them (`as_read`). Holds 16 bytes a document.
+    Documents are numbered through all collections. Bodies are compared as prompts hold them (`as_read`).
     """
-    # Hashes: a corpus may be larger than memory.
-    digests = b"".join(
-        hashlib.sha256(as_read(document.body).encode()).digest()[:DIGEST_BYTES] for document in documents
-    )
-    keys = np.frombuffer(digests, np.dtype((np.void, DIGEST_BYTES)))
+    digests = np.concatenate([collection.facts.digests for collection in collections])
+    keys = np.ascontiguousarray(digests).view(np.dtype((np.void, DIGEST_BYTES)))[:, 0]
     _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
     return first[inverse.ravel()].astype(np.int64)
 
@@ -63,7 +58,7 @@ def known_documents(
 
 def known_rows(collection: Collection) -> tuple[dict[int, int], ...]:
     """Each query's known documents: row → grade, copies included."""
-    first_copy = first_copies(collection.documents)
+    first_copy = first_copies([collection])
     copied = np.flatnonzero(first_copy != np.arange(len(first_copy)))
     copies: dict[int, list[int]] = {}
     for row in copied.tolist():

@@ -172,9 +172,7 @@ class PairPipeline:
     @cached_property
     def _first_copy(self) -> np.ndarray:
         """For each document of all sets, the number of the first one with the same text."""
-        return first_copies(
-            document for collection in self.mixture.collections for document in collection.documents
-        )
+        return first_copies(self.mixture.collections)
 
     @cached_property
     def _known(self) -> list[tuple[dict[int, int], ...]]:

@@ -64,14 +64,14 @@ def sample_corpus(
     The order of the documents does not change the draw, nor do judgements of documents that are not there.
     """
     named = {doc_id for query in collection.queries for doc_id in (*query.positives, *query.negatives)}
-    ids = [document.doc_id for document in collection.documents]
+    ids = collection.document_ids
     judged = named.intersection(ids)
     others = [doc_id for doc_id in ids if doc_id not in judged]
     drawn = sorted(others, key=lambda doc_id: digest_of((str(seed), doc_id)))[
         : max(0, max_documents - len(judged))
     ]
     kept = judged.union(drawn)
-    documents = tuple(document for document in collection.documents if document.doc_id in kept)
+    documents = collection.documents_at([row for row, doc_id in enumerate(ids) if doc_id in kept])
     sample = CorpusSample(
         asked=max_documents,
         documents=len(documents),

@@ -210,7 +210,7 @@ def _make_batch(stage: RlStage, sampled: Sampled, scored: Scored) -> RlBatch:
     )
     trained = None
     if rl.infonce.train_documents:
-        bodies = [stage.collection.documents[row].body for row in rows[:Q].tolist()]
+        bodies = [document.body for document in stage.collection.documents_at(rows[:Q].tolist())]
         trained = tokenize_documents(stage.prompter, bodies, stage.config.text.max_document_tokens)
     batch = make_batch(
         sampled.rollout,

@@ -79,7 +79,7 @@ class RlStage:
 
     def encode_documents(self, rows: np.ndarray) -> np.ndarray:
         """Embeddings [n,E] of corpus rows [n] under the current parameters."""
-        bodies = [self.collection.documents[int(row)].body for row in rows]
+        bodies = [document.body for document in self.collection.documents_at(rows.tolist())]
         return self.encoder.encode(self.current, bodies, max_tokens=self.config.text.max_document_tokens)
 
 

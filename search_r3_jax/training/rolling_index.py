@@ -44,7 +44,7 @@ class RollingVectors:
     ):
         """`encode` embeds corpus rows with the current parameters, in all processes together."""
         dtype = np.dtype(np.float32 if config.index.vector_dtype == "float32" else ml_dtypes.bfloat16)
-        ids = [document.doc_id for document in collection.documents]
+        ids = collection.document_ids
         # Not in memory: each device makes its own rows of it.
         nothing = np.broadcast_to(np.zeros(dim, dtype), (len(ids), dim))
         self._index = DeviceIndex(nothing, ids, 0, recall=config.index.recall_gate)

@@ -261,10 +261,12 @@ def test_everything_turned_on_and_what_is_logged_of_it(tiny_folders: dict[str, P
             "entropy",
             "distinct_2",
             "repetition",
-            "effective_rank",
             "rollout_tokens_per_second",
             "skipped",
         } <= line.keys()
+    # Of the first of every 16 steps.
+    assert ["effective_rank" in line for line in lines] == [True, False, False, False]
+    assert 1 <= lines[0]["effective_rank"] <= 12
     watched = [line["step"] for line in lines if "dev_reason_ndcg@10" in line]
     assert watched == [1, 3]
     assert sorted(file.name for file in (run / "eval").iterdir()) == [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice, zip_longest
 
 import numpy as np
@@ -45,13 +45,22 @@ def infonce_document_rows(
         if row is not None
     )
     distinct = len(set(best))
-    others = islice(dict.fromkeys(chain(best, ranked, range(rows))), distinct, distinct + negatives)
+    others = islice(_distinct(chain(best, ranked, range(rows))), distinct, distinct + negatives)
     chosen = np.array([*best, *others], np.int32)
     if len(chosen) < len(best) + negatives:
         raise ValueError(
             f"a corpus of {rows} documents has no {negatives} beside those of {len(best)} queries"
         )
     return chosen
+
+
+def _distinct(rows: Iterable[int]) -> Iterator[int]:
+    """Each row once, in order of first appearance; reads no further than it is asked."""
+    seen = set[int]()
+    for row in rows:
+        if row not in seen:
+            seen.add(row)
+            yield row
 
 
 def best_rows(positives: Sequence[Mapping[int, float]]) -> list[int]:

@@ -197,7 +197,7 @@ class IndexWorker:
                 self._root,
                 step=step,
                 vectors=vectors,
-                ids=[document.doc_id for document in documents],
+                ids=self._collection.document_ids,
                 manifest_fields={
                     "parameter_hash": of_parameters,
                     "corpus_hash": self._corpus_hash,

@@ -193,7 +193,7 @@ def distinct_texts(collection: Collection) -> Texts:
     Documents with the same body are copies: a copy of a positive is as relevant as the positive, and a
     negative is needed once. Queries are the same where text and instruction are.
     """
-    first_copy = first_copies(collection.documents)
+    first_copy = first_copies([collection])
     is_first = first_copy == np.arange(len(first_copy))
     # Of each document the row of its first copy among the documents kept.
     row = (np.cumsum(is_first) - 1)[first_copy]

@@ -12,7 +12,8 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from search_r3_jax.data.collection import Document, corpus_hash
+from search_r3_jax.data.collection import Document
+from search_r3_jax.data.corpus_facts import gather_facts
 from search_r3_jax.errors import UserError
 from search_r3_jax.files import replacing, write_array, write_json
 from search_r3_jax.retrieval.store.vector_files import (
@@ -65,9 +66,11 @@ class EncodingSettings:
     def description(self, documents: Sequence[Document]) -> dict[str, Any]:
         """The content of `corpus.json`."""
         known = self.documents_hash
+        if known is None:
+            known = gather_facts((each.doc_id, each.body) for each in documents).corpus_hash
         return {
             "format_version": 1,
-            "corpus_hash": corpus_hash(documents) if known is None else known,
+            "corpus_hash": known,
             "documents": len(documents),
             "model_hash": self.model_hash,
             "max_tokens": self.max_tokens,

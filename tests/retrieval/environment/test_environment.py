@@ -358,6 +358,8 @@ def test_where_candidates_are_few_the_corpus_fills_up() -> None:
     candidates = [np.array(rows, np.int32) for rows in ([2, 9], [2, 7, 4], [0])]
     assert infonce_document_rows(positives, candidates, 0, rows=10).tolist() == [2, 2, 0]
     assert infonce_document_rows(positives, candidates, 5, rows=10).tolist() == [2, 2, 0, 9, 7, 4, 1, 3]
+    # A step reads no further into the corpus than it needs to.
+    assert infonce_document_rows(positives, candidates, 5, rows=10**15).tolist() == [2, 2, 0, 9, 7, 4, 1, 3]
     assert infonce_document_rows(positives, candidates, 7, rows=10).tolist()[3:] == [9, 7, 4, 1, 3, 5, 6]
     with pytest.raises(ValueError, match="a corpus of 6 documents has no 5"):
         infonce_document_rows(positives, candidates[2:], 5, rows=6)
