@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ REASON_SYSTEM = (
 CLOSING_WORDS = "The embedding is"
 CLOSING = f"{CLOSING_WORDS} {EMBED_TOKEN}"
 _SLOT = "\ufffctext\ufffc"
+# As Python prints what has no text of its own.
+_ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-f]+>")
 # Chat templates may ask for the day. A prompt must be the same for ever: where a template has no date of its
 # own for want of a clock, it gets Llama 3's, 26 July 2024, 00:00.
 # Each stands on a line of its own before the template; Jinja trims the line break.
@@ -115,6 +118,11 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, system: str) -> PromptText:
     if rendered.count(_SLOT) != 1:
         raise UserError(
             "tokenizer: chat_template: does not repeat the user's text once and unchanged; mend the template"
+        )
+    if found := _ADDRESS.search(rendered):
+        raise UserError(
+            f"tokenizer: chat_template: prints an object ({found[0]}), and so another prompt in each "
+            "process; mend the template"
         )
     before, after = rendered.split(_SLOT)
     return PromptText(before, after)

@@ -318,6 +318,14 @@ def test_a_prompt_does_not_depend_on_chance() -> None:
     assert random.getstate() == before
 
 
+@pytest.mark.parametrize("printed", ["cycler(1, 2)", "joiner()", "cycler(1, 2).next"])
+def test_a_prompt_that_prints_an_object_is_refused(printed: str) -> None:
+    tokenizer = byte_tokenizer(embed_token=True)
+    tokenizer.chat_template = f"{{{{ {printed} }}}} " + ASKED
+    with pytest.raises(UserError, match=r"chat_template: prints an object \(<.* at 0x[0-9a-f]+>\)"):
+        render_prompts(tokenizer)
+
+
 def test_recorded_prompts_take_the_place_of_the_template(prompter: Prompter) -> None:
     recorded = prompts_from_json(json.loads(json.dumps(prompter.prompts.to_json())), "config.json")
     assert recorded == prompter.prompts
