@@ -91,6 +91,20 @@ done
 plan Qwen2.5-1.5B/v5e-4/encode v5e-4 encode --config qwen25_1p5b
 plan Qwen2.5-7B/v5e-4/encode v5e-4 encode --config qwen25_7b_lora
 
+# with_index NAME SLICE CONFIG DOCUMENTS ARGUMENT…: all that stage 2 does on its chips, with the vectors of so many documents on them.
+with_index() {
+    local name="device-index/$1/$2" slice="$2" config="$3" documents="$4"
+    shift 4
+    for stage in rl decode encode search; do
+        plan "$name/$stage" "$slice" "$stage" --config "$config" --documents "$documents" --index.kind device \
+            --index.vector-dtype bfloat16 "$@"
+    done
+}
+
+with_index Qwen2.5-1.5B-8.8M v5e-16 qwen25_1p5b 8800000
+with_index Qwen2.5-7B-8.8M v5p-16 qwen25_7b 8800000
+with_index Qwen2.5-1.5B-100M v6e-64 qwen25_1p5b 100000000
+
 if [ "$made" -eq 0 ]; then
     fail "${names[*]}: no such plan; --dry-run lists them"
 fi

@@ -13,6 +13,7 @@ import tyro
 
 from search_r3_jax.commands.options import Common, CommonOptions
 from search_r3_jax.config import RunConfig, check_ranges
+from search_r3_jax.errors import UserError
 from search_r3_jax.extras import require
 
 
@@ -29,10 +30,13 @@ class Plan:
             them.
         settings: The experiment's settings.
         stage: Program to plan. `sft`, `rl`: an update. `decode`: a rollout of rl.global_queries ×
-            rl.group_size replies. `encode`: a batch of the corpus.
+            rl.group_size replies. `encode`: a batch of the corpus. `search`: a search of a `device` index,
+            1,024 queries at most.
         topology: TPU slice: a shape such as v5p:2x2x2, or a name such as v5p-16.
         slices: Slices joined by the data-centre network. `--mesh.slice` says how they are used.
         auto: Try the meshes that make sense and print them all.
+        documents: Documents of an index on the chips (`index.kind device`), whose memory is counted too. With
+            them `encode` is that of `index.source rolling`, beside the optimiser.
         largest: Find the largest `sft.encode_chunk` or `rl.micro_queries` that fits.
         json: Print the plan as JSON.
         out: Also write the plan, or those of all meshes, to this file as JSON. None: print only.
@@ -41,9 +45,10 @@ class Plan:
 
     config: str
     settings: Annotated[RunConfig, tyro.conf.arg(name="")]
-    stage: Literal["sft", "rl", "decode", "encode"]
+    stage: Literal["sft", "rl", "decode", "encode", "search"]
     topology: str
     slices: int = 1
+    documents: int = 0
     auto: bool = False
     largest: bool = False
     json: bool = False
@@ -63,6 +68,10 @@ class Plan:
         show_log(sys.stderr)
         if "TPU_LIBRARY_PATH" not in os.environ:
             require("plan", "plan", "libtpu")
+        if self.documents < 0 or (self.stage == "search" and not self.documents):
+            raise UserError(f"--documents: {self.documents}: give the number of documents of the index")
+        if self.documents and (self.auto or self.largest):
+            raise UserError("--documents: not together with --auto or --largest; plan one mesh and one size")
         check_outputs(("--out", self.out))
         chips = open_slice(self.topology, self.slices)
         stream = message_stream(self.out)
@@ -73,8 +82,10 @@ class Plan:
             finally:
                 print_meshes(tried, as_json=self.json, stream=stream)
             return
-        find = largest_chunk if self.largest else make_plan
-        plan = find(self.settings, self.stage, chips)
+        if self.largest:
+            plan = largest_chunk(self.settings, self.stage, chips)
+        else:
+            plan = make_plan(self.settings, self.stage, chips, documents=self.documents)
         try:
             write_plans(dataclasses.asdict(plan), self.out)
         finally:

@@ -77,6 +77,7 @@ _SECTIONS: dict[str, dict[str, Range]] = {
     "rl.sampler": {
         # The trainer divides the logits by the temperature.
         **{"temperature": _TEMPERATURE, "max_think_tokens": _SOME, "top_k": _ANY, "prefill_chunk": _ANY},
+        "slots": _ANY,
         **{"top_p": Range(low=0, high=1, low_open=True)},
     },
     "rl.reward": {

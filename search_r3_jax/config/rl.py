@@ -20,6 +20,8 @@ class SamplerConfig:
         top_k: Sample from the k most likely tokens only. 0 samples from all.
         top_p: Then sample from the most likely tokens that together have this probability. 1 keeps all.
         prefill_chunk: Read longer prompts in chunks of this many tokens. 0 reads any prompt at once.
+        slots: Replies to write at a time: a finished one makes room for the next, so one long reply does not
+            hold up all. 0 writes all at once.
     """
 
     max_think_tokens: int = 32
@@ -27,6 +29,7 @@ class SamplerConfig:
     top_k: int = 0
     top_p: float = 1.0
     prefill_chunk: int = 1024
+    slots: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

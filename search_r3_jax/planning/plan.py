@@ -110,6 +110,7 @@ _REMEDIES: dict[Stage, str] = {
     "(--lora.rank 16)",
     "decode": "lower rl.global_queries or rl.group_size, or take more chips",
     "encode": "shard the weights over more chips (--mesh.fsdp), or take larger ones",
+    "search": "store vectors in bfloat16 (--index.vector-dtype bfloat16), or take more chips",
 }
 
 
@@ -176,15 +177,20 @@ class Plan:
 
 
 def make_plan(
-    config: RunConfig, stage: Stage, slices: Slice, *, mesh_config: MeshConfig | None = None
+    config: RunConfig,
+    stage: Stage,
+    slices: Slice,
+    *,
+    mesh_config: MeshConfig | None = None,
+    documents: int = 0,
 ) -> Plan:
-    """The plan of a stage on a slice.
+    """The plan of a stage on a slice, with `documents` of a `device` index on its chips.
 
     Raises UserError when the mesh does not fit, or when the compiler runs out of memory.
     """
     mesh = make_mesh(**dataclasses.asdict(mesh_config or config.mesh), devices=slices.devices)
     logger.info(f"{stage} of {config.model} on {slices.topology}: tracing the program of {mesh.size} chips …")
-    lowered = lower_stage(config, stage, mesh)
+    lowered = lower_stage(config, stage, mesh, documents=documents)
     started = time.perf_counter()
     logger.info("compiling it for these chips, which takes a minute or more …")
     try:
@@ -204,7 +210,8 @@ def make_plan(
         ) from None
     seconds = time.perf_counter() - started
     logger.info(f"compiled in {seconds:.0f} s")
-    return _plan(config, stage, slices, mesh, lowered, compiled, seconds)
+    settings = stage_settings(config, stage, documents=documents)
+    return _plan(config, stage, slices, mesh, lowered, compiled, settings, seconds)
 
 
 def _plan(
@@ -214,6 +221,7 @@ def _plan(
     mesh: Mesh,
     lowered: LoweredStage,
     compiled: jax.stages.Compiled,
+    settings: dict[str, Any],
     seconds: float,
 ) -> Plan:
     chip, chips = slices.chip, mesh.size
@@ -238,7 +246,7 @@ def _plan(
         model=config.model,
         topology=slices.topology,
         slices=slices.slices,
-        settings=stage_settings(config, stage),
+        settings=settings,
         chips=chips,
         mesh=dict(mesh.shape),
         fits=used <= (1 - SPARE) * chip.hbm,
@@ -249,7 +257,7 @@ def _plan(
         counted_bytes=sum(
             _bytes_on_chip(lowered.kept[kind]) for kind in ("parameters", "optimizer") if kind in lowered.kept
         ),
-        shardings=_shardings(lowered.kept["parameters"]),
+        shardings=_shardings(lowered.kept.get("parameters") or lowered.beside["parameters"]),
         arguments_bytes=_argument_bytes(lowered, compiled),
         tokens=lowered.tokens,
         model_flops=model_flops,
@@ -275,7 +283,7 @@ def _plan(
     )
 
 
-def stage_settings(config: RunConfig, stage: Stage) -> dict[str, Any]:
+def stage_settings(config: RunConfig, stage: Stage, *, documents: int = 0) -> dict[str, Any]:
     """The settings that determine the size of a stage; two configs that agree in them have the same plan."""
     settings: dict[str, Any] = {
         "text": dataclasses.asdict(config.text),
@@ -286,11 +294,19 @@ def stage_settings(config: RunConfig, stage: Stage) -> dict[str, Any]:
     if stage == "sft":
         names = ("global_batch", "encode_chunk", "negatives", "reasoned_share", "kl_weight")
         settings |= {name: getattr(config.sft, name) for name in names}
+    if documents:
+        settings |= {"documents": documents, "vector_dtype": config.index.vector_dtype}
+    if stage == "search":
+        names = ("global_queries", "group_size")
+        settings |= {name: getattr(config.rl, name) for name in names}
+        settings |= {"candidates": config.index.candidates, "recall_gate": config.index.recall_gate}
     if stage in ("rl", "decode"):
         names = ("global_queries", "group_size")
         names += ("micro_queries", "beta", "inner_epochs") if stage == "rl" else ()
         settings |= {name: getattr(config.rl, name) for name in names}
         settings["max_think_tokens"] = config.rl.sampler.max_think_tokens
+        if stage == "decode" and config.rl.sampler.slots:
+            settings["slots"] = config.rl.sampler.slots
     return settings
 
 

@@ -34,6 +34,7 @@ def print_plan(plan: Plan, *, as_json: bool, stream: TextIO | None = None) -> No
         else f", {plan.collective_ratio:.2f} × the least that sharding costs"
     )
     slices = f"{plan.slices} × " if plan.slices > 1 else ""
+    read = "queries" if plan.stage == "search" else "tokens"
     lines = [
         f"{plan.stage} of {plan.model} on {slices}{plan.topology}: {plan.chips} "
         f"chip{'s' if plan.chips > 1 else ''}{mesh}",
@@ -54,7 +55,7 @@ def print_plan(plan: Plan, *, as_json: bool, stream: TextIO | None = None) -> No
         "time at least      "
         + ", ".join(f"{name} {seconds:.3g} s" for name, seconds in plan.seconds.items())
         + f": {plan.binds} binds",
-        f"at most            {plan.tokens_per_second:,.0f} tokens/s of all chips ({plan.tokens:,} a run), "
+        f"at most            {plan.tokens_per_second:,.0f} {read}/s of all chips ({plan.tokens:,} a run), "
         f"MFU {plan.mfu_bound:.0%}",
         f"  peaks            {plan.peaks['flops'] / 1e12:.0f} TFLOP/s, HBM "
         f"{plan.peaks['hbm_bandwidth'] / 1e9:,.0f} GB/s, "

@@ -19,6 +19,7 @@ from search_r3_jax.mesh import BATCH_AXES, axis_size, check_divisible
 from search_r3_jax.models.flops import head_flops, layers_flops, training_flops
 from search_r3_jax.models.lora import trainable_filter
 from search_r3_jax.planning.models import planned_model
+from search_r3_jax.retrieval.index.device import lower_search
 from search_r3_jax.rollout.encoder import PASS_TOKENS, Encoder
 from search_r3_jax.rollout.sampler import Rollout, Sampler
 from search_r3_jax.text.packing import bucket_length
@@ -30,7 +31,7 @@ from search_r3_jax.training.sft_step import make_step
 from search_r3_jax.training.state import TrainState, state_shardings
 from search_r3_jax.training.throughput import Throughput
 
-Stage = Literal["sft", "rl", "decode", "encode"]
+Stage = Literal["sft", "rl", "decode", "encode", "search"]
 
 
 class LoweredStage(NamedTuple):
@@ -57,9 +58,23 @@ class LoweredStage(NamedTuple):
     open_rounds: int | None = None
 
 
-def lower_stage(config: RunConfig, stage: Stage, mesh: Mesh) -> LoweredStage:
-    """Lower a stage of a config for a mesh; raises UserError when the mesh does not divide the model."""
-    return {"sft": _sft, "rl": _rl, "decode": _decode, "encode": _encode}[stage](config, mesh)
+def lower_stage(config: RunConfig, stage: Stage, mesh: Mesh, *, documents: int = 0) -> LoweredStage:
+    """Lower a stage of a config for a mesh.
+
+    With `documents`, those of a `device` index are on the chips too. Raises UserError when the mesh does not
+    divide the model.
+    """
+    if stage == "search":
+        return _search(config, mesh, documents)
+    lowered = {"sft": _sft, "rl": _rl, "decode": _decode, "encode": _encode}[stage](config, mesh)
+    if not documents:
+        return lowered
+    _, index = _search_program(config, mesh, documents)
+    beside = dict(lowered.beside) | {"index": index}
+    if stage == "encode":
+        # The trainer encodes between two steps.
+        beside["optimizer"] = _trained(config, mesh, _rl_optimizer(config)).state.optimizer
+    return lowered._replace(beside=beside)
 
 
 class _Trained(NamedTuple):
@@ -117,7 +132,7 @@ def _sft(config: RunConfig, mesh: Mesh) -> LoweredStage:
 
 def _rl(config: RunConfig, mesh: Mesh) -> LoweredStage:
     rl, text = config.rl, config.text
-    trained = _trained(config, mesh, make_optimizer(rl.optimizer, rl.steps))
+    trained = _trained(config, mesh, _rl_optimizer(config))
     prompt, Q, G = trained.prompter.reason, rl.global_queries, rl.group_size
     S, T = (
         bucket_length(text.max_query_tokens + len(prompt.suffix)),
@@ -177,7 +192,7 @@ def _rl(config: RunConfig, mesh: Mesh) -> LoweredStage:
 
 def _decode(config: RunConfig, mesh: Mesh) -> LoweredStage:
     rl, text = config.rl, config.text
-    trained = _trained(config, mesh, make_optimizer(rl.optimizer, rl.steps))
+    trained = _trained(config, mesh, _rl_optimizer(config))
     # The policy samples with unmerged adapters, as in training.
     graph, state = nnx.split(nnx.merge(trained.graph, trained.state.params, trained.frozen))
     state = _with_shardings(state, sharding.params_shardings(state, mesh))
@@ -224,6 +239,40 @@ def _encode(config: RunConfig, mesh: Mesh) -> LoweredStage:
     )
     layers = _parameter_count(nnx.to_pure_dict(state)["layers"])
     return LoweredStage(lowered, texts * text_tokens, flops, {"parameters": state}, (), (layers, 0.0, 0.0))
+
+
+def _search(config: RunConfig, mesh: Mesh, documents: int) -> LoweredStage:
+    """The first search of a step: every reply, and as many means as queries."""
+    trained = _trained(config, mesh, _rl_optimizer(config))
+    lowered, index = _search_program(config, mesh, documents)
+    queries = lowered.in_avals[0][0].shape[0]
+    flops = 2.0 * queries * documents * trained.model.hidden_size
+    return LoweredStage(
+        lowered,
+        queries,
+        flops,
+        {"index": index},
+        (),
+        (0.0, 0.0, 0.0),
+        beside={"parameters": (trained.state.params, trained.frozen), "optimizer": trained.state.optimizer},
+    )
+
+
+def _search_program(
+    config: RunConfig, mesh: Mesh, documents: int
+) -> tuple[jax.stages.Lowered, jax.ShapeDtypeStruct]:
+    return lower_search(
+        mesh.devices.ravel().tolist(),
+        (documents, planned_model(config).decoder.config.hidden_size),
+        jnp.dtype(config.index.vector_dtype),
+        queries=config.rl.global_queries * config.rl.group_size,
+        k=config.index.candidates,
+        recall=config.index.recall_gate,
+    )
+
+
+def _rl_optimizer(config: RunConfig) -> Any:
+    return make_optimizer(config.rl.optimizer, config.rl.steps)
 
 
 def _longest_texts(config: RunConfig) -> Collection:

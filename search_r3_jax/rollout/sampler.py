@@ -83,18 +83,17 @@ class Sampler:
         prompter: Prompter,
         config: SamplerConfig,
         *,
-        slots: int = 0,
         mesh: Mesh | None = None,
     ):
-        """Make a sampler that writes `slots` rows at a time; 0 writes all at once.
+        """Make a sampler, which writes `config.slots` replies at a time.
 
-        A finished row makes room for the next. On a `mesh` the parameters keep the caller's sharding; each
+        On a `mesh` the parameters keep the caller's sharding; each
         process passes the same texts and seeds, and gets all replies. Raises UserError for a setting out of
         range.
         """
-        _check(config, slots)
+        _check(config)
         self._prompter = prompter
-        program = make_program(graph, prompter, config, slots)
+        program = make_program(graph, prompter, config)
 
         def sample_on_mesh(state: nnx.State, *arguments: Any) -> Replies:
             decoder = nnx.merge(graph, state)
@@ -218,7 +217,7 @@ def _bytes(tree: nnx.State) -> float:
     return float(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)))
 
 
-def _check(config: SamplerConfig, slots: int) -> None:
+def _check(config: SamplerConfig) -> None:
     if not (math.isfinite(config.temperature) and config.temperature >= 0):
         raise UserError(
             f"sampler.temperature: {config.temperature} is no finite number from 0 on; 0 is greedy, 1 the "
@@ -232,8 +231,8 @@ def _check(config: SamplerConfig, slots: int) -> None:
         raise UserError(f"sampler.top_k: {config.top_k} is below 0; 0 turns it off")
     if not 0 < config.top_p <= 1:
         raise UserError(f"sampler.top_p: {config.top_p} is not above 0 and at most 1; 1 turns it off")
-    if slots < 0:
-        raise UserError(f"sampler.slots: {slots} is below 0; 0 writes all rows at once")
+    if config.slots < 0:
+        raise UserError(f"sampler.slots: {config.slots} is below 0; 0 writes all rows at once")
 
 
 def rollout_seeds(seed: int, step: int, queries: Sequence[int], group_size: int) -> np.ndarray:

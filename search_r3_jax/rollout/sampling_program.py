@@ -70,12 +70,11 @@ class _Batch(NamedTuple):
 Program = Callable[[nnx.State, jax.Array, jax.Array, jax.Array, KVBlock | None], Replies]
 
 
-def make_program(
-    graph: nnx.GraphDef[Decoder], prompter: Prompter, config: SamplerConfig, slots: int
-) -> Program:
+def make_program(graph: nnx.GraphDef[Decoder], prompter: Prompter, config: SamplerConfig) -> Program:
     """Make `(state, prompt ids [Q,S], lengths [Q], seeds [Q,G], prefix) → Replies`.
 
-    `slots` rows are written at a time; 0 writes all. The prefix's keys and values are computed where None.
+    `config.slots` rows are written at a time; 0 writes all. Keys and values of the prefix are computed where
+    None.
     """
     T = config.max_think_tokens + len(prompter.reason.closing)
 
@@ -91,7 +90,7 @@ def make_program(
             prefix = prefix_block(decoder, prompter.reason.prefix)
         batch = _read_prompts(decoder, config, ids_qs, lengths_q, seeds_qg, prefix)
         B = seeds_qg.size
-        S = min(slots, B) if slots else B
+        S = min(config.slots, B) if config.slots else B
 
         def body(loop: _Loop) -> _Loop:
             loop = _write(decoder, prompter, config, batch, loop)

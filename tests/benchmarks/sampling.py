@@ -65,7 +65,7 @@ def replies_case(decoder: Decoder, prompter: Prompter, budget: int, rounds: int)
     """Seconds of each way to write the same replies."""
     graph, state = nnx.split(decoder)
     at_once, slotted = (
-        Sampler(graph, prompter, SamplerConfig(max_think_tokens=budget, temperature=1.0), slots=slots)
+        Sampler(graph, prompter, SamplerConfig(max_think_tokens=budget, temperature=1.0, slots=slots))
         for slots in (0, SLOTS)
     )
 

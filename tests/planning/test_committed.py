@@ -40,7 +40,10 @@ PARAMETERS = {
 }
 SIZES = PUBLISHED | {"smollm2": PUBLISHED["HuggingFaceTB/SmolLM2-135M-Instruct"]}
 UPDATES = [name for name, plan in PLANS.items() if plan["stage"] in ("sft", "rl")]
-ONE_PASS = [name for name in UPDATES if not name.startswith("experiments/")]
+ONE_PASS = [name for name in UPDATES if name.split("/")[0] in MODELS]
+# An index on the chips: of so many documents.
+DOCUMENTS = {"8.8M": 8_800_000, "100M": 100_000_000}
+WITH_INDEX = [name for name in PLANS if name.startswith("device-index/")]
 
 
 def test_every_stage_has_a_plan_and_so_has_every_experiment() -> None:
@@ -111,6 +114,29 @@ def adapters_on_chip(plan: dict[str, Any]) -> float:
     )
     whole = (heads + 2 * kv_heads + 2 * F) + (heads + F)
     return model.layers * rank * (7 * D / plan["chips"] + whole) + 2 * D
+
+
+def test_all_that_stage_2_does_is_planned_beside_an_index() -> None:
+    places = {name.rpartition("/")[0] for name in WITH_INDEX}
+    assert len(places) >= 3
+    assert set(WITH_INDEX) == {
+        f"{place}/{stage}" for place in places for stage in ("rl", "decode", "encode", "search")
+    }
+
+
+@pytest.mark.parametrize("name", WITH_INDEX)
+def test_the_vectors_of_an_index_take_what_a_count_by_hand_says(name: str) -> None:
+    plan = PLANS[name]
+    documents = DOCUMENTS[name.split("/")[1].rpartition("-")[2]]
+    dimension = SIZES[plan["model"]].hidden_size
+    assert plan["settings"]["documents"] == documents
+    # Padding: less than a chunk a chip.
+    assert plan["hbm"]["index"] == pytest.approx(2 * documents * dimension / plan["chips"], rel=0.01)
+    assert {"parameters", "optimizer"} <= plan["hbm"].keys()
+    if plan["stage"] == "search":
+        assert plan["tokens"] == 1024
+        assert plan["model_flops"] == pytest.approx(2 * 1024 * documents * dimension / plan["chips"])
+        assert 1 <= plan["recomputed"] <= 1.02
 
 
 @pytest.mark.parametrize("name", PLANS)

@@ -1,6 +1,7 @@
 """The sampler against teacher-forced forwards of the same decoder: one pass, same numbers."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers.jax_processes import run_processes
 from helpers.tiny_models import plain_hidden
 
 from search_r3_jax.config import SamplerConfig
@@ -33,9 +35,8 @@ def sampler_of(tiny_model: LoadedModel) -> Callable[..., Sampler]:
         settings = {"max_think_tokens": BUDGET, "prefill_chunk": 0} | settings
         name = str(sorted(settings.items()))
         if name not in made:
-            slots = settings.pop("slots", 0)
             graph, prompter = nnx.split(tiny_model.decoder)[0], Prompter(tiny_model.tokenizer)
-            made[name] = Sampler(graph, prompter, SamplerConfig(**settings), slots=slots)
+            made[name] = Sampler(graph, prompter, SamplerConfig(**settings))
         return made[name]
 
     return sampler_of
@@ -241,8 +242,7 @@ def test_the_loop_ends_with_the_longest_reply(
     sampler = Sampler(
         graph,
         Prompter(tiny_model.tokenizer),
-        SamplerConfig(max_think_tokens=400, temperature=1.0),
-        slots=slots,
+        SamplerConfig(max_think_tokens=400, temperature=1.0, slots=slots),
     )
     rollout = sampler.sample(state, TEXTS, rollout_seeds(0, 0, range(3), 4), max_tokens=16)
     jax.effects_barrier()
@@ -264,10 +264,10 @@ def test_tokens_a_second(sampled: Callable[..., Rollout]) -> None:
     "wrong", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"slots": -2}]
 )
 def test_settings_out_of_range_are_the_users_mistake(tiny_model: LoadedModel, wrong: dict[str, Any]) -> None:
-    name, slots = next(iter(wrong)), wrong.pop("slots", 0)
+    name = next(iter(wrong))
     graph, prompter = nnx.split(tiny_model.decoder)[0], Prompter(tiny_model.tokenizer)
     with pytest.raises(UserError, match=f"sampler.{name}: "):
-        Sampler(graph, prompter, SamplerConfig(max_think_tokens=2, **wrong), slots=slots)
+        Sampler(graph, prompter, SamplerConfig(max_think_tokens=2, **wrong))
 
 
 @pytest.mark.slow
@@ -299,3 +299,10 @@ def test_the_encoder_equals_a_plain_forward_in_any_batch(tiny_model: LoadedModel
     hidden = np.asarray(plain_hidden(tiny_model.decoder, rows)).astype(np.float64)
     last = np.stack([hidden[i, len(row) - 1] for i, row in enumerate(rows)])
     np.testing.assert_allclose(vectors, last / np.linalg.norm(last, axis=-1, keepdims=True), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_slots_on_meshes_write_what_one_device_writes(tiny_folders: dict[str, Path]) -> None:
+    program = Path(__file__).parents[1] / "helpers" / "slots_on_mesh.py"
+    (found,) = run_processes(program, [str(tiny_folders["llama"])], processes=1, devices=8, timeout=240)
+    assert found == dict.fromkeys(["fsdp 8", "fsdp 5", "all 8", "all 5"], True)

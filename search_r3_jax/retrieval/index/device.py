@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -15,6 +15,8 @@ from search_r3_jax.retrieval.index.exact import next_power_of_two
 from search_r3_jax.retrieval.index.protocol import check_corpus, check_queries, hash_of_ids, pad_results
 
 ROWS = "rows"
+# A device computes at most QUERY_CHUNK × CHUNK_ROWS scores at once.
+CHUNK_ROWS, QUERY_CHUNK = 65_536, 1_024
 _BY_ROW, _WHOLE = PartitionSpec(ROWS), PartitionSpec()
 
 
@@ -62,8 +64,8 @@ class DeviceIndex:
         version: int,
         *,
         recall: float = 1.0,
-        chunk_rows: int = 65_536,
-        query_chunk: int = 1_024,
+        chunk_rows: int = CHUNK_ROWS,
+        query_chunk: int = QUERY_CHUNK,
         devices: Sequence[Any] | None = None,
     ) -> None:
         """`vectors`, float32 or bfloat16, may be memory-mapped; they are read a device's rows at a time.
@@ -76,11 +78,7 @@ class DeviceIndex:
         self.ids, self.ids_hash, self.version = ids, hash_of_ids(ids), version
         self.vectors, self.shape = vectors, (int(vectors.shape[0]), int(vectors.shape[1]))
         mesh = Mesh(np.array(devices or jax.devices()), (ROWS,), axis_types=(AxisType.Auto,))
-        # Each device has whole chunks, of which only the last rows may be padding.
-        each = -(-self.shape[0] // mesh.size)
-        chunks = -(-each // chunk_rows)
-        chunk = -(-each // chunks)
-        self._rows = mesh.size * chunk * chunks
+        self._rows, chunk = _layout(self.shape[0], mesh.size, chunk_rows)
         self._query_chunk = query_chunk
         self._by_row, self._whole = NamedSharding(mesh, _BY_ROW), NamedSharding(mesh, _WHOLE)
         self.corpus = jax.make_array_from_callback(
@@ -148,6 +146,30 @@ class DeviceIndex:
         return jax.make_array_from_callback(array.shape, self._whole, lambda index: array[index or ()])
 
 
+def lower_search(
+    devices: Sequence[Any], shape: tuple[int, int], dtype: jnp.dtype, *, queries: int, k: int, recall: float
+) -> tuple[jax.stages.Lowered, jax.ShapeDtypeStruct]:
+    """The program of `DeviceIndex.search` for `QUERY_CHUNK` queries at most, and the array of the corpus."""
+    mesh = Mesh(np.array(devices), (ROWS,), axis_types=(AxisType.Auto,))
+    padded, chunk = _layout(shape[0], mesh.size, CHUNK_ROWS)
+    corpus = jax.ShapeDtypeStruct((padded, shape[1]), dtype, sharding=NamedSharding(mesh, _BY_ROW))
+    asked = jax.ShapeDtypeStruct(
+        (next_power_of_two(min(queries, QUERY_CHUNK)), shape[1]),
+        jnp.float32,
+        sharding=NamedSharding(mesh, _WHOLE),
+    )
+    search = _top_k_over(mesh, rows=shape[0], chunk=chunk, recall=recall)
+    return search.lower(asked, corpus, min(k, shape[0])), corpus
+
+
+def _layout(rows: int, devices: int, chunk_rows: int) -> tuple[int, int]:
+    """Rows with padding, and those of a chunk: a device has whole chunks, and padding only in the last."""
+    each = -(-rows // devices)
+    chunks = -(-each // chunk_rows)
+    chunk = -(-each // chunks)
+    return devices * chunk * chunks, chunk
+
+
 def _padded_rows(vectors: np.ndarray, rows: int, index: tuple[slice, ...] | None) -> np.ndarray:
     """The rows of one device, of `rows` in all; zero past the last document."""
     of_device = slice(None) if index is None else index[0]
@@ -157,9 +179,7 @@ def _padded_rows(vectors: np.ndarray, rows: int, index: tuple[slice, ...] | None
 
 
 @cache
-def _top_k_over(
-    mesh: Mesh, *, rows: int, chunk: int, recall: float
-) -> Callable[[jax.Array, jax.Array, int], tuple[jax.Array, jax.Array]]:
+def _top_k_over(mesh: Mesh, *, rows: int, chunk: int, recall: float) -> Any:
     """The search program of a corpus of `rows` documents spread over `mesh`, `chunk` rows at a time.
 
     One for all versions of a corpus: each would be compiled anew.
