@@ -1,5 +1,7 @@
 """The environment of stage 2: proposes candidates, refreshes their vectors, rewards completions."""
 
+from __future__ import annotations
+
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -102,22 +104,24 @@ class Environment:
         means = _unit_means(vectors, valid)
         candidates, agreement = self._propose(positives, vectors, valid, means)
         proposed = time.perf_counter()
-        reencoded = self._refresh(step, positives, vectors, valid, candidates)
+        rows = np.unique(np.concatenate(candidates))
+        documents = _Documents(rows, self.vectors_of(rows))
+        reencoded = self._refresh(step, positives, vectors, valid, candidates, documents)
         refreshed = time.perf_counter()
         rewards, terms, top_rows, fresh_share = self._rank(
-            positives, vectors, valid, candidates, tokens, direct
+            positives, vectors, valid, candidates, documents, tokens, direct
         )
         rewarded = time.perf_counter()
 
-        rows = self.index.shape[0]
+        corpus = self.index.shape[0]
         stats = {
             "index_step": float(self.index.version),
             "policy_step": float(step),
             "index_age": float(step - self.index.version),
             "reencoded": float(reencoded),
-            "reencoded_share": reencoded / rows,
-            "reencoded_period_share": (self._reencoded_total - self._reencoded_before_swap) / rows,
-            "reencoded_total_share": self._reencoded_total / rows,
+            "reencoded_share": reencoded / corpus,
+            "reencoded_period_share": (self._reencoded_total - self._reencoded_before_swap) / corpus,
+            "reencoded_total_share": self._reencoded_total / corpus,
             "overlay_size": float(len(self._overlay)),
             "candidate_fresh_share": fresh_share,
             "propose_seconds": proposed - started,
@@ -228,8 +232,9 @@ class Environment:
         vectors: np.ndarray,
         valid: np.ndarray,
         candidates: Sequence[np.ndarray],
+        documents: _Documents,
     ) -> int:
-        """Encode candidates without a fresh vector; returns how many.
+        """Encode candidates without a fresh vector, in `documents` too; returns how many.
 
         Positives come first, then the candidates by their best score.
         """
@@ -237,7 +242,7 @@ class Environment:
             return 0
         priority: dict[int, float] = {}
         for query in np.flatnonzero(valid.any(axis=1)).tolist():
-            best = (vectors[query][valid[query]] @ self.vectors_of(candidates[query]).T).max(axis=0)
+            best = (vectors[query][valid[query]] @ documents.of(candidates[query]).T).max(axis=0)
             for row, score in zip(candidates[query].tolist(), best.tolist(), strict=True):
                 if row not in self._overlay:
                     priority[row] = max(
@@ -252,6 +257,7 @@ class Environment:
             raise ValueError(f"encode_documents returned {fresh.shape} for {len(chosen)} rows")
         require_directions(fresh, lambda at: f"document in row {chosen[at]}")
         self._overlay.put(step, chosen, fresh)
+        documents.replace(np.array(chosen), fresh)
         self._reencoded_total += len(chosen)
         return len(chosen)
 
@@ -261,6 +267,7 @@ class Environment:
         vectors: np.ndarray,
         valid: np.ndarray,
         candidates: Sequence[np.ndarray],
+        documents: _Documents,
         tokens: np.ndarray | None,
         direct: np.ndarray | None,
     ) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray, float]:
@@ -269,8 +276,8 @@ class Environment:
         of_query: list[dict[str, np.ndarray]] = []
         top_rows = np.full((*valid.shape, TOP), -1, dtype=np.int32)
         for query, rows in enumerate(candidates):
-            documents = self.vectors_of(rows)
-            similarities = vectors[query] @ documents.T
+            own = documents.of(rows)
+            similarities = vectors[query] @ own.T
             relevance = np.array([positives[query].get(row, 0.0) for row in rows.tolist()])
             terms = reward_terms(
                 similarities,
@@ -279,7 +286,7 @@ class Environment:
                 self._reward,
                 tokens=None if tokens is None else tokens[query],
                 max_tokens=self._max_tokens,
-                direct_similarities=None if direct is None else direct[query] @ documents.T,
+                direct_similarities=None if direct is None else direct[query] @ own.T,
             )
             rewards[query] = total_reward(terms)
             of_query.append(terms)
@@ -322,6 +329,22 @@ class Environment:
                     f"query {query}: positives {dict(grades)} must be rows below {rows} with grades above 0, "
                     "at least one"
                 )
+
+
+class _Documents:
+    """The vectors of a step's candidates, taken from the index at once: each time costs a round trip."""
+
+    def __init__(self, rows: np.ndarray, vectors: np.ndarray):
+        """`rows` [n] ascending, their `vectors` [n,E]."""
+        self._rows, self._vectors = rows, vectors
+
+    def of(self, rows: np.ndarray) -> np.ndarray:
+        """The vectors [m,E] of some of the rows."""
+        return self._vectors[np.searchsorted(self._rows, rows)]
+
+    def replace(self, rows: np.ndarray, vectors: np.ndarray) -> None:
+        """Put fresher vectors [m,E] in the place of these rows'."""
+        self._vectors[np.searchsorted(self._rows, rows)] = vectors
 
 
 def _unit_means(vectors: np.ndarray, valid: np.ndarray) -> np.ndarray:

@@ -22,9 +22,13 @@ def drop_near_duplicates(
     """
     judged = [row for grades in positives for row in grades]
     best_qe = vectors_of(np.array(best_rows(positives), np.int32))
+    # Taken at once: each time costs a round trip.
+    vectors = np.split(
+        vectors_of(np.concatenate(candidates)), np.cumsum([len(rows) for rows in candidates])[:-1]
+    )
     kept = []
-    for rows in candidates:
-        duplicate = (vectors_of(rows) @ best_qe.T).max(axis=1) > max_cosine
+    for rows, own in zip(candidates, vectors, strict=True):
+        duplicate = (own @ best_qe.T).max(axis=1) > max_cosine
         kept.append(rows[~duplicate | np.isin(rows, judged)])
     return kept
 

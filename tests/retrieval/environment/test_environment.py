@@ -389,3 +389,32 @@ def test_near_duplicates_of_a_positive_are_no_negatives() -> None:
     assert not any(50 in rows for rows in kept)
     assert any(6 in rows for rows in kept)
     assert any(len(ours) < len(rows) - 1 for ours, rows in zip(kept, found, strict=True))
+
+
+@pytest.mark.parametrize("neighbours", [0, 3])
+def test_a_step_asks_the_index_a_few_times_however_many_queries(neighbours: int) -> None:
+    """Each time is a round trip to the devices, and to the other processes."""
+    asked: list[str] = []
+
+    class Counted(ExactIndex):
+        def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+            asked.append("search")
+            return super().search(queries, k)
+
+        def take(self, rows: np.ndarray) -> np.ndarray:
+            asked.append("take")
+            return super().take(rows)
+
+    positives, vectors, valid = batch()
+    subject = Environment(
+        Counted(corpus(0), IDS, 0), Encoder(10), candidates=12, refresh_budget=9, neighbours=neighbours
+    )
+    for copies in (1, 3):
+        asked.clear()
+        repeated = np.concatenate([vectors] * copies), np.concatenate([valid] * copies)
+        result = subject.score(10, positives * copies, *repeated)
+        # One take more for the share that the index finds, where the corpus is small.
+        assert sorted(asked) == ["search"] * (3 if neighbours else 2) + ["take"] * (3 if neighbours else 2)
+        asked.clear()
+        drop_near_duplicates(subject.vectors_of, positives * copies, result.candidates, max_cosine=0.9)
+        assert asked == ["take", "take"]
