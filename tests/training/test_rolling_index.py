@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from helpers.tiny_models import word_collection
 from search_r3_jax.config import IndexConfig, RlConfig, RunConfig
 from search_r3_jax.distributed.lockstep import Team
 from search_r3_jax.errors import StoppedError, UserError
+from search_r3_jax.retrieval.indexer.worker import run_indexer
 from search_r3_jax.retrieval.store.rolling_dumps import discard_dumps_after, dump_folder, dump_steps
 from search_r3_jax.training.live_index import IndexStart
 from search_r3_jax.training.rolling_index import RollingIndex, RollingVectors, check_rolling
@@ -208,6 +210,13 @@ def test_swaps_and_replays_are_refused(tmp_path: Path) -> None:
         check_rolling(dataclasses.replace(make_config(), rl=RlConfig(min_swaps=1)), None)
     with pytest.raises(UserError, match=r"--replay: .* leave it out"):
         check_rolling(make_config(), tmp_path)
+
+
+def test_an_indexer_of_such_a_run_is_refused(tmp_path: Path) -> None:
+    record = {"stage": "rl", "config": dataclasses.asdict(make_config()), "data": "../data", "split": "train"}
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"index\.source: rolling: the trainer needs no indexer"):
+        run_indexer(tmp_path)
 
 
 @pytest.mark.slow

@@ -91,6 +91,10 @@ def run_indexer(run: Path, *, parent: int | None = None, process: int = 0, proce
     config, record = read_run(run)
     if "data" not in record:
         raise UserError(f"{run / 'config.json'}: data: missing; only a run of stage 2 has an index")
+    if config.index.source == "rolling":
+        raise UserError(
+            f"{run / 'config.json'}: index.source: rolling: the trainer needs no indexer; start none"
+        )
     if parent is not None:
         end_with(parent)
     with only_indexer(run, process):
