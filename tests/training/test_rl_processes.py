@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,41 @@ def test_a_signal_to_one_ends_all_while_they_wait(place: Place, rank: int) -> No
     assert [process.wait(timeout=60) for process in processes] == [0, 0], said(place)
     assert time.monotonic() - asked < 20
     assert "stopped and saved at step 0" in said(place)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_ends_all_while_they_wait_for_a_newer_index(place: Place, rank: int) -> None:
+    settings = SETTINGS | KINDS["lora exact"] | {"rl__steps": 40}
+    command = place.command("rl", "waiting", "--index.no-local", **settings)
+    processes = place.cluster(command, processes=2)
+    until(lambda: (place.folder / "waiting" / "checkpoints" / "0").is_dir(), processes[0])
+    run = str(place.folder / "waiting")
+    indexer = place.start([sys.executable, "-m", "search_r3_jax", "indexer", "--run", run], log="indexer.txt")
+    until(lambda: len(place.lines("waiting")) >= 1, processes[0])
+    indexer.kill()
+    # Three steps behind the last index that it built, however many those were.
+    until(lambda: "waiting for a newer one" in said(place), processes[0])
+    time.sleep(1)
+    assert all(process.poll() is None for process in processes), said(place)
+    os.kill(processes[rank].pid, signal.SIGTERM)
+    asked = time.monotonic()
+    assert [process.wait(timeout=60) for process in processes] == [0, 0], said(place)
+    assert time.monotonic() - asked < 20
+    assert f"stopped and saved at step {len(place.lines('waiting'))}" in said(place)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_ends_all_between_two_steps(place: Place, rank: int) -> None:
+    settings = SETTINGS | KINDS["lora exact"] | {"rl__steps": 400, "index__max_index_age_steps": 0}
+    processes = place.cluster(place.command("rl", "running", **settings), processes=2)
+    wait_for_steps(place, "running", processes, 2)
+    os.kill(processes[rank].pid, signal.SIGTERM)
+    asked = time.monotonic()
+    assert [process.wait(timeout=60) for process in processes] == [0, 0], said(place)
+    assert time.monotonic() - asked < 20
+    assert f"stopped and saved at step {len(place.lines('running'))}" in said(place)
 
 
 def test_a_mistake_of_one_ends_all_with_its_status(place: Place, tmp_path: Path) -> None:
