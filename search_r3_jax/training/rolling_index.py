@@ -18,14 +18,7 @@ from search_r3_jax.errors import UserError
 from search_r3_jax.hub.checkpoint_reader import checkpoint_steps
 from search_r3_jax.retrieval.environment.environment import EncodeDocuments, Environment
 from search_r3_jax.retrieval.index.device import DeviceIndex
-from search_r3_jax.retrieval.store.rolling_dumps import (
-    Dump,
-    dump_steps,
-    prune_dumps,
-    read_dumps,
-    rows_since_whole,
-    write_dump,
-)
+from search_r3_jax.retrieval.store.rolling_dumps import Dump, RollingDumps, discard_dumps_after
 from search_r3_jax.retrieval.store.vector_files import CHUNK_ROWS
 from search_r3_jax.training.live_index import IndexStart, IndexStatistics, make_environment
 
@@ -93,13 +86,13 @@ class RollingIndex:
         self,
         run: Path,
         config: RunConfig,
-        corpus_hash: str,
+        dumps: RollingDumps,
         vectors: RollingVectors,
         *,
         start: IndexStart,
     ):
-        """`vectors` are those at `start`; `corpus_hash` is that of the collection."""
-        self._run, self._config, self._corpus_hash = run, config.index, corpus_hash
+        """`vectors` are those at `start`."""
+        self._run, self._config, self._dumps = run, config.index, dumps
         self._vectors, self._step, self._next_step = vectors, start.step, start.step
         self._statistics = replace(start.statistics, version=vectors.version)
         self.environment: Environment = make_environment(config, vectors, self._encode)
@@ -123,21 +116,21 @@ class RollingIndex:
 
         Raises UserError where the dumps of a checkpoint are gone, and that is not allowed.
         """
-        corpus_hash = collection.corpus_hash()
-        begins = start.step == 0 and 0 not in dump_steps(run)
+        dumps = RollingDumps(run, vectors.shape, config.index.vector_dtype, collection.corpus_hash())
+        begins = start.step == 0 and 0 not in dumps.steps()
         try:
-            dumps = (
-                [] if begins else read_dumps(run, start.step, shape=vectors.shape, corpus_hash=corpus_hash)
-            )
+            found = [] if begins else dumps.read(start.step)
         except UserError:
             if not start.allow_other_version:
                 raise
-            dumps, start = [], replace(start, arrays={})
-        if dumps:
-            _fill(vectors, dumps)
-            return cls(run, config, corpus_hash, vectors, start=start)
+            found, start = [], replace(start, arrays={})
+        # These steps are taken again, by other processes perhaps, or with another index.
+        discard_dumps_after(run, start.step)
+        if found:
+            _fill(vectors, found)
+            return cls(run, config, dumps, vectors, start=start)
         _encode_all(vectors, start.step, on_wait=on_wait)
-        index = cls(run, config, corpus_hash, vectors, start=start)
+        index = cls(run, config, dumps, vectors, start=start)
         index.write_dump(start.step)
         return index
 
@@ -172,30 +165,21 @@ class RollingIndex:
     def write_dump(self, step: int) -> None:
         """Write what has changed since the dump before, and delete dumps that no checkpoint needs."""
         N = self._vectors.shape[0]
-        before = [each for each in dump_steps(self._run) if each < step]
+        before = [each for each in self._dumps.steps() if each < step]
         rows = np.flatnonzero(self._vectors.encoded_at >= (before[-1] if before else 0))
-        if rows_since_whole(self._run, step, N) + len(rows) >= N:
+        if self._dumps.rows_since_whole(step) + len(rows) >= N:
             rows = np.arange(N)
+        blocks = (rows[at : at + CHUNK_ROWS].astype(np.int32) for at in range(0, len(rows), CHUNK_ROWS))
         try:
-            write_dump(
-                self._run,
-                step,
-                rows,
-                self._vectors.encoded_at[rows],
-                (
-                    self._vectors.take(rows[at : at + CHUNK_ROWS].astype(np.int32))
-                    for at in range(0, len(rows), CHUNK_ROWS)
-                ),
-                shape=self._vectors.shape,
-                dtype=self._config.vector_dtype,
-                corpus_hash=self._corpus_hash,
+            self._dumps.write(
+                step, rows, self._vectors.encoded_at[rows], (self._vectors.take(block) for block in blocks)
             )
         except OSError as error:
             raise UserError(
                 f"{self._run}: the index of step {step} cannot be written ({error.strerror or error}); make "
                 "room, then the same command goes on from the last checkpoint"
             ) from error
-        prune_dumps(self._run, checkpoint_steps(self._run), N)
+        self._dumps.prune(checkpoint_steps(self._run))
 
     def checkpoint_saved(self) -> None:
         """Nothing: drift is not measured where no indexer waits for a checkpoint."""

@@ -18,7 +18,12 @@ from search_r3_jax.config import IndexConfig, RlConfig, RunConfig
 from search_r3_jax.distributed.lockstep import Team
 from search_r3_jax.errors import StoppedError, UserError
 from search_r3_jax.retrieval.indexer.worker import run_indexer
-from search_r3_jax.retrieval.store.rolling_dumps import discard_dumps_after, dump_folder, dump_steps
+from search_r3_jax.retrieval.store.rolling_dumps import (
+    RollingDumps,
+    discard_dumps_after,
+    dump_folder,
+    dump_steps,
+)
 from search_r3_jax.training.live_index import IndexStart
 from search_r3_jax.training.rolling_index import RollingIndex, RollingVectors, check_rolling
 
@@ -117,9 +122,11 @@ def test_each_row_is_of_its_step_also_after_a_resume_from_any_checkpoint(
         shutil.copytree(dump_folder(tmp_path), dump_folder(run))
         again = Rolled(run, start, **settings)
         check(again, expected)
+        # Another number of processes would write them differently in the last bit.
+        assert max(dump_steps(dump_folder(run))) == step
         for later in range(step, STEPS):
             again.step(later, refreshes[later])
-            if later + 1 in saved and later % 2:
+            if later + 1 in saved:
                 again.save(later + 1)
         check(again, steps)
         newest = Rolled(run, saved[max(saved)][0], **settings)
@@ -137,7 +144,8 @@ def test_dumps_hold_what_changed_and_old_ones_go(tmp_path: Path) -> None:
             for kept in (step - 1, step + 1):
                 (tmp_path / "checkpoints" / str(kept)).mkdir(parents=True)
     sizes = {
-        step: len(np.load(dump_folder(tmp_path) / str(step) / "rows.npy")) for step in dump_steps(tmp_path)
+        step: len(np.load(dump_folder(tmp_path) / str(step) / "rows.npy"))
+        for step in dump_steps(dump_folder(tmp_path))
     }
     # 14 rows change between two dumps; the fourth would make it more than the corpus.
     assert set(sizes.values()) <= {14, ROWS}
@@ -161,9 +169,9 @@ def test_a_damaged_or_missing_dump_is_refused_and_may_be_encoded_anew(tmp_path: 
         Rolled(tmp_path, start)
     anew = Rolled(tmp_path, dataclasses.replace(start, allow_other_version=True))
     check(anew, np.full(ROWS, 4))
-    assert 4 in dump_steps(tmp_path)
+    assert 4 in dump_steps(dump_folder(tmp_path))
     discard_dumps_after(tmp_path, 3)
-    assert dump_steps(tmp_path) == [0]
+    assert dump_steps(dump_folder(tmp_path)) == [0]
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +181,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("search_r3_jax.training.rolling_index.write_dump", full)
+    monkeypatch.setattr(RollingDumps, "write", full)
     with pytest.raises(UserError, match=r"the index of step 1 cannot be written .No space left.*; make room"):
         subject.save(1)
 
@@ -186,7 +194,7 @@ def test_a_stop_while_the_corpus_is_encoded_leaves_no_dump(tmp_path: Path) -> No
     vectors = RollingVectors(Team(), lambda rows: vectors_of(rows, 0), COLLECTION, DIM, config)
     with pytest.raises(StoppedError):
         RollingIndex.open(tmp_path, config, COLLECTION, vectors, start=IndexStart(), on_wait=stop)
-    assert dump_steps(tmp_path) == []
+    assert dump_steps(dump_folder(tmp_path)) == []
 
 
 @pytest.mark.parametrize(

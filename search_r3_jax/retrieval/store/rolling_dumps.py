@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from etils import epath
@@ -47,113 +46,105 @@ class Dump:
         yield from zip(chunks_of(self.rows), steps, chunks_of(self.vectors), strict=True)
 
 
+class RollingDumps:
+    """The dumps of a run's index."""
+
+    def __init__(self, run: Path, shape: tuple[int, int], dtype: VectorDtype, corpus_hash: str):
+        """`shape` is that of the index, (N, E), and `dtype` that of its vectors."""
+        self._folder, self._shape, self._corpus_hash = dump_folder(run), shape, corpus_hash
+        self._dtype: VectorDtype = dtype
+
+    def steps(self) -> list[int]:
+        """The steps that have a dump, ascending."""
+        return dump_steps(self._folder)
+
+    def write(
+        self, step: int, rows: np.ndarray, encoded_at: np.ndarray, vectors: Iterable[np.ndarray]
+    ) -> None:
+        """Write the dump of a step, in place of one that is there; raises OSError when the disk refuses.
+
+        `vectors` come in blocks, in the order of `rows`.
+        """
+        temporary = epath.Path(self._folder / f"{_TEMPORARY}{step}")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        np.save(temporary / ROWS, rows.astype(np.int32))
+        np.save(temporary / ENCODED_AT, encoded_at.astype(np.int32))
+        write_vectors(temporary / VECTORS, vectors, (len(rows), self._shape[1]), self._dtype)
+        fields = {"step": step, "rows": len(rows), "shape": list(self._shape), "dtype": self._dtype}
+        write_manifest(temporary, {**fields, "corpus_hash": self._corpus_hash})
+        target = self._folder / str(step)
+        shutil.rmtree(target, ignore_errors=True)
+        Path(temporary).rename(target)
+
+    def read(self, step: int) -> list[Dump]:
+        """The dumps that together are the index at `step`, in their order: a whole one, and those after it.
+
+        Raises UserError where one is missing, damaged, or of another corpus or width.
+        """
+        steps = [each for each in self.steps() if each <= step]
+        if step not in steps:
+            raise UserError(
+                f"{self._folder / str(step)}: missing; --allow-config-change encodes the corpus anew"
+            )
+        found: list[Dump] = []
+        for each in reversed(steps):
+            found.insert(0, self._read(each))
+            if len(found[0].rows) == self._shape[0]:
+                return found
+        raise UserError(f"{self._folder}: no whole dump; --allow-config-change encodes the corpus anew")
+
+    def rows_since_whole(self, step: int) -> int:
+        """Rows in the dumps before `step`, back to the newest whole one; all where there is none."""
+        held = 0
+        for each in reversed([each for each in self.steps() if each < step]):
+            count = self._count(each)
+            if count >= self._shape[0]:
+                return held
+            held += count
+        return self._shape[0]
+
+    def prune(self, checkpoints: Sequence[int]) -> None:
+        """Delete dumps that none of the checkpoints needs: those before the last whole one of the oldest."""
+        needed = [each for each in self.steps() if each <= min(checkpoints, default=0)]
+        whole = [each for each in needed if self._count(each) >= self._shape[0]]
+        for each in needed:
+            if whole and each < whole[-1]:
+                shutil.rmtree(self._folder / str(each), ignore_errors=True)
+
+    def _read(self, step: int) -> Dump:
+        folder = self._folder / str(step)
+        manifest = verify(epath.Path(folder), step)
+        if manifest["corpus_hash"] != self._corpus_hash or tuple(manifest["shape"]) != self._shape:
+            raise UserError(f"{folder}: is of another corpus or width; give another --run")
+        return Dump(
+            step=step,
+            rows=np.load(folder / ROWS, allow_pickle=False),
+            encoded_at=np.load(folder / ENCODED_AT, allow_pickle=False),
+            vectors=open_vectors(folder / VECTORS, manifest["dtype"]),
+        )
+
+    def _count(self, step: int) -> int:
+        """Rows of a dump, as its manifest says; 0 for one without."""
+        try:
+            return int(json.loads((self._folder / str(step) / MANIFEST).read_text())["rows"])
+        except (OSError, ValueError, KeyError):
+            return 0
+
+
 def dump_folder(run: Path) -> Path:
     """Where a run keeps its dumps."""
     return run / "index" / "rolling"
 
 
-def write_dump(
-    run: Path,
-    step: int,
-    rows: np.ndarray,
-    encoded_at: np.ndarray,
-    vectors: Iterable[np.ndarray],
-    *,
-    shape: tuple[int, int],
-    dtype: VectorDtype,
-    corpus_hash: str,
-) -> None:
-    """Write the dump of a step, in place of one that is there; raises OSError when the disk refuses.
-
-    `shape` is that of the index, (N, E); `vectors` come in blocks, in the order of `rows`.
-    """
-    folder = dump_folder(run)
-    temporary = epath.Path(folder / f"{_TEMPORARY}{step}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    np.save(temporary / ROWS, rows.astype(np.int32))
-    np.save(temporary / ENCODED_AT, encoded_at.astype(np.int32))
-    write_vectors(temporary / VECTORS, vectors, (len(rows), shape[1]), dtype)
-    fields = {"step": step, "rows": len(rows), "shape": list(shape), "dtype": dtype}
-    write_manifest(temporary, {**fields, "corpus_hash": corpus_hash})
-    target = folder / str(step)
-    shutil.rmtree(target, ignore_errors=True)
-    Path(temporary).rename(target)
-
-
-def dump_steps(run: Path) -> list[int]:
-    """The steps that have a dump, ascending."""
-    folder = dump_folder(run)
+def dump_steps(folder: Path) -> list[int]:
+    """The steps that have a dump in a folder of them, ascending."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     return sorted(int(name) for name in names if name.isdigit())
 
 
-def read_dumps(run: Path, step: int, *, shape: tuple[int, int], corpus_hash: str) -> list[Dump]:
-    """The dumps that together are the index at `step`, in their order: a whole one, and those after it.
-
-    Raises UserError where one is missing, damaged, or of another corpus or width.
-    """
-    steps = [each for each in dump_steps(run) if each <= step]
-    if step not in steps:
-        raise UserError(
-            f"{dump_folder(run) / str(step)}: missing; --allow-config-change encodes the corpus anew"
-        )
-    found: list[Dump] = []
-    for each in reversed(steps):
-        dump = _read(run, each, shape=shape, corpus_hash=corpus_hash)
-        found.insert(0, dump)
-        if len(dump.rows) == shape[0]:
-            return found
-    raise UserError(f"{dump_folder(run)}: no whole dump; --allow-config-change encodes the corpus anew")
-
-
-def rows_since_whole(run: Path, step: int, rows: int) -> int:
-    """Rows in the dumps before `step`, back to the newest whole one, which has `rows`; all where none is."""
-    held = 0
-    for each in reversed([each for each in dump_steps(run) if each < step]):
-        count = _count(run, each)
-        if count >= rows:
-            return held
-        held += count
-    return rows
-
-
-def prune_dumps(run: Path, checkpoints: Sequence[int], rows: int) -> None:
-    """Delete dumps that none of the checkpoints needs: those before the last whole one of the oldest."""
-    needed = [each for each in dump_steps(run) if each <= min(checkpoints, default=0)]
-    whole = [each for each in needed if _count(run, each) >= rows]
-    for each in needed:
-        if whole and each < whole[-1]:
-            shutil.rmtree(dump_folder(run) / str(each), ignore_errors=True)
-
-
 def discard_dumps_after(run: Path, step: int) -> None:
-    """Delete the dumps of later steps: with other settings the run takes these steps anew."""
-    for each in dump_steps(run):
+    """Delete the dumps of later steps, which the run takes anew."""
+    for each in dump_steps(dump_folder(run)):
         if each > step:
             shutil.rmtree(dump_folder(run) / str(each))
-
-
-def _read(run: Path, step: int, *, shape: tuple[int, int], corpus_hash: str) -> Dump:
-    folder = dump_folder(run) / str(step)
-    manifest = verify(epath.Path(folder), step)
-    if manifest["corpus_hash"] != corpus_hash or tuple(manifest["shape"]) != shape:
-        raise UserError(f"{folder}: is of another corpus or width; give another --run")
-    return Dump(
-        step=step,
-        rows=_array(folder / ROWS),
-        encoded_at=_array(folder / ENCODED_AT),
-        vectors=open_vectors(folder / VECTORS, manifest["dtype"]),
-    )
-
-
-def _count(run: Path, step: int) -> int:
-    """Rows of a dump, as its manifest says; 0 for one without."""
-    try:
-        return int(json.loads((dump_folder(run) / str(step) / MANIFEST).read_text())["rows"])
-    except (OSError, ValueError, KeyError):
-        return 0
-
-
-def _array(path: Path) -> np.ndarray[Any, Any]:
-    return np.load(path, allow_pickle=False)
