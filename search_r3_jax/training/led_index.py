@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from flax import nnx
 
-from search_r3_jax.config import RunConfig
-from search_r3_jax.data.collection import Collection
 from search_r3_jax.distributed.lockstep import Message, Team
 from search_r3_jax.hub.checkpoint_reader import read_checkpoint
 from search_r3_jax.hub.snapshot_reader import read_snapshot, snapshot_steps
-from search_r3_jax.retrieval.environment.environment import EncodeDocuments, Environment, StepResult
-from search_r3_jax.training.live_index import IndexStart, IndexStatistics, LiveIndex, index_roots
+from search_r3_jax.retrieval.environment.environment import Environment, StepResult
+from search_r3_jax.training.live_index import (
+    IndexedCorpus,
+    IndexStart,
+    IndexStatistics,
+    LiveIndex,
+    index_roots,
+)
 from search_r3_jax.training.rolling_index import RollingIndex, RollingVectors
 from search_r3_jax.training.team_index import IndexShare
 
@@ -44,38 +49,24 @@ class LedIndex:
         cls,
         team: Team,
         run: Path,
-        config: RunConfig,
-        collection: Collection,
-        encode: EncodeDocuments,
+        corpus: IndexedCorpus,
         *,
-        embed_id: int,
-        dim: int,
         start: IndexStart,
         on_wait: Callable[[int], object],
     ) -> LedIndex:
-        """Open the index in use at `start`, of vectors of width `dim`; `on_wait` is called in process 0.
+        """Open the index in use at `start`; `on_wait` is called in process 0.
 
         See `LiveIndex.open` and `RollingIndex.open`.
         """
+        config = corpus.config
         if config.index.source == "rolling":
-            return cls._open_rolling(
-                team, run, config, collection, encode, dim=dim, start=start, on_wait=on_wait
-            )
+            return cls._open_rolling(team, run, corpus, start=start, on_wait=on_wait)
         opened: list[LiveIndex] = []
-        encode = team.together("encode documents", encode)
+        corpus = replace(corpus, encode=team.together("encode documents", corpus.encode))
         held = IndexShare(team, index_roots(run, config))
 
         def work() -> Message:
-            live = LiveIndex.open(
-                run,
-                config,
-                collection,
-                encode,
-                embed_id=embed_id,
-                start=start,
-                on_wait=on_wait,
-                share=held.shared,
-            )
+            live = LiveIndex.open(run, corpus, start=start, on_wait=on_wait, share=held.shared)
             opened.append(live)
             return live.statistics.to_json()
 
@@ -88,19 +79,16 @@ class LedIndex:
         cls,
         team: Team,
         run: Path,
-        config: RunConfig,
-        collection: Collection,
-        encode: EncodeDocuments,
+        corpus: IndexedCorpus,
         *,
-        dim: int,
         start: IndexStart,
         on_wait: Callable[[int], object],
     ) -> LedIndex:
         opened: list[RollingIndex] = []
-        vectors = RollingVectors(team, encode, collection, dim, config)
+        vectors = RollingVectors(team, corpus)
 
         def work() -> Message:
-            opened.append(RollingIndex.open(run, config, collection, vectors, start=start, on_wait=on_wait))
+            opened.append(RollingIndex.open(run, corpus, vectors, start=start, on_wait=on_wait))
             return opened[0].statistics.to_json()
 
         statistics = IndexStatistics.from_json(team.lead(work))

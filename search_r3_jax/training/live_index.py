@@ -84,6 +84,23 @@ class IndexStart:
     allow_other_version: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class IndexedCorpus:
+    """What a run indexes, and how.
+
+    Attributes:
+        encode: embeds rows of the corpus with the current parameters.
+        embed_id: id of the embed token.
+        dim: width of the vectors.
+    """
+
+    config: RunConfig
+    collection: Collection
+    encode: EncodeDocuments
+    embed_id: int
+    dim: int
+
+
 class LiveIndex:
     """Decides before each step which index version it uses; owns follower, schedule, pins, statistics.
 
@@ -126,26 +143,23 @@ class LiveIndex:
     def open(
         cls,
         run: Path,
-        config: RunConfig,
-        collection: Collection,
-        encode: EncodeDocuments,
+        corpus: IndexedCorpus,
         *,
-        embed_id: int,
         start: IndexStart | None = None,
         on_wait: Callable[[int], object] = lambda step: None,
         share: Callable[[Index], Index] = lambda index: index,
     ) -> LiveIndex:
         """Start the indexer and open the index in use at `start`; blocks until it is published.
 
-        `encode` embeds corpus rows with the current parameters. The schedule is that of the run folder (see
-        `load_or_copy_schedule`). Raises UserError where that index is gone, or none can be published.
+        The schedule is that of the run folder (see `load_or_copy_schedule`). Raises UserError where that
+        index is gone, or none can be published.
         """
-        start = start or IndexStart()
+        start, config = start or IndexStart(), corpus.config
         schedule = IndexSchedule(run)
         follower = IndexFollower(
             run,
-            collection.corpus_hash(),
-            embed_id,
+            corpus.collection.corpus_hash(),
+            corpus.embed_id,
             settings=config.index,
             versions_to_keep=functools.partial(versions_to_keep, run, schedule, config.rl.keep),
             replayed=index_roots(run, config)[:-1],
@@ -154,7 +168,7 @@ class LiveIndex:
         follower.start()
         try:
             index = open_initial_index(follower, schedule, start, on_wait=lambda: on_wait(start.step))
-            environment = make_environment(config, share(index), encode)
+            environment = make_environment(config, share(index), corpus.encode)
             live = cls(
                 run,
                 config,

@@ -103,15 +103,7 @@ def train_rl(
         state, progress, start = session.begin(state, replay, allow_other_version=allow_config_change)
         stage.current = stage.merged(state.params)
         index = LedIndex.open(
-            team,
-            run_folder,
-            config,
-            data.train,
-            stage.encode_documents,
-            embed_id=stage.model.embed_id,
-            dim=stage.model.decoder.config.hidden_size,
-            start=start,
-            on_wait=session.stop_waiting,
+            team, run_folder, stage.indexed_corpus(), start=start, on_wait=session.stop_waiting
         )
         with closing(index):
             # Act 3: the loop. The index changes between steps only.

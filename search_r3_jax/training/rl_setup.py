@@ -24,6 +24,7 @@ from search_r3_jax.rollout.encoder import Encoder, ReasonedEncoder
 from search_r3_jax.rollout.sampler import Sampler
 from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training.development import Development
+from search_r3_jax.training.live_index import IndexedCorpus
 from search_r3_jax.training.optimizer import learning_rates, make_optimizer
 from search_r3_jax.training.rl_step import Scorer, Update, make_scorer, make_update
 from search_r3_jax.training.state import TrainState, committed, init_state, state_shardings
@@ -76,6 +77,16 @@ class RlStage:
         """Direct embeddings [N,E] of queries, under the current parameters or `params`."""
         params = self.current if params is None else params
         return self.encoder.encode(params, texts, max_tokens=self.config.text.max_query_tokens)
+
+    def indexed_corpus(self) -> IndexedCorpus:
+        """The corpus as the index is told of it."""
+        return IndexedCorpus(
+            config=self.config,
+            collection=self.collection,
+            encode=self.encode_documents,
+            embed_id=self.model.embed_id,
+            dim=self.model.decoder.config.hidden_size,
+        )
 
     def encode_documents(self, rows: np.ndarray) -> np.ndarray:
         """Embeddings [n,E] of corpus rows [n] under the current parameters."""

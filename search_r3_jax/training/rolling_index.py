@@ -12,15 +12,14 @@ import ml_dtypes
 import numpy as np
 
 from search_r3_jax.config import RunConfig
-from search_r3_jax.data.collection import Collection
 from search_r3_jax.distributed.lockstep import Team
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub.checkpoint_reader import checkpoint_steps
-from search_r3_jax.retrieval.environment.environment import EncodeDocuments, Environment
+from search_r3_jax.retrieval.environment.environment import Environment
 from search_r3_jax.retrieval.index.device import DeviceIndex
 from search_r3_jax.retrieval.store.rolling_dumps import Dump, RollingDumps, discard_dumps_after
 from search_r3_jax.retrieval.store.vector_files import CHUNK_ROWS
-from search_r3_jax.training.live_index import IndexStart, IndexStatistics, make_environment
+from search_r3_jax.training.live_index import IndexedCorpus, IndexStart, IndexStatistics, make_environment
 
 CURSOR = "rolling_cursor"
 logger = logging.getLogger(__name__)
@@ -32,16 +31,14 @@ class RollingVectors:
     Every process of a run has one, and holds the rows of its devices.
     """
 
-    def __init__(
-        self, team: Team, encode: EncodeDocuments, collection: Collection, dim: int, config: RunConfig
-    ):
-        """`encode` embeds corpus rows with the current parameters, in all processes together."""
-        dtype = np.dtype(np.float32 if config.index.vector_dtype == "float32" else ml_dtypes.bfloat16)
-        ids = collection.document_ids
+    def __init__(self, team: Team, corpus: IndexedCorpus):
+        """All processes encode together, by `corpus.encode`."""
+        config, ids = corpus.config.index, corpus.collection.document_ids
+        dtype = np.dtype(np.float32 if config.vector_dtype == "float32" else ml_dtypes.bfloat16)
         # Not in memory: each device makes its own rows of it.
-        nothing = np.broadcast_to(np.zeros(dim, dtype), (len(ids), dim))
-        self._index = DeviceIndex(nothing, ids, 0, recall=config.index.recall_gate)
-        self._encode_rows = encode
+        nothing = np.broadcast_to(np.zeros(corpus.dim, dtype), (len(ids), corpus.dim))
+        self._index = DeviceIndex(nothing, ids, 0, recall=config.recall_gate)
+        self._encode_rows = corpus.encode
         self.kind, self.shape, self.ids_hash = self._index.kind, self._index.shape, self._index.ids_hash
         self._search_all = team.together("search index", self._search)
         self.take = team.together("take of index", self._index.take)
@@ -105,8 +102,7 @@ class RollingIndex:
     def open(
         cls,
         run: Path,
-        config: RunConfig,
-        collection: Collection,
+        corpus: IndexedCorpus,
         vectors: RollingVectors,
         *,
         start: IndexStart,
@@ -116,7 +112,9 @@ class RollingIndex:
 
         Raises UserError where the dumps of a checkpoint are gone, and that is not allowed.
         """
-        dumps = RollingDumps(run, vectors.shape, config.index.vector_dtype, collection.corpus_hash())
+        config = corpus.config
+        corpus_hash = corpus.collection.corpus_hash()
+        dumps = RollingDumps(run, vectors.shape, config.index.vector_dtype, corpus_hash)
         begins = start.step == 0 and 0 not in dumps.steps()
         try:
             found = [] if begins else dumps.read(start.step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from search_r3_jax.retrieval.store.rolling_dumps import (
     dump_folder,
     dump_steps,
 )
-from search_r3_jax.training.live_index import IndexStart
+from search_r3_jax.training.live_index import IndexedCorpus, IndexStart
 from search_r3_jax.training.rolling_index import RollingIndex, RollingVectors, check_rolling
 
 ROWS, DIM, STEPS = 50, 8, 20
@@ -44,13 +45,9 @@ class Rolled:
     def __init__(self, run: Path, start: IndexStart | None = None, **settings: Any):
         self.start, self.config = start or IndexStart(), make_config(**settings)
         self.now = self.start.step
-        vectors = RollingVectors(
-            Team(), lambda rows: vectors_of(rows, self.now), COLLECTION, DIM, self.config
-        )
-        self.vectors = vectors
-        self.index = RollingIndex.open(
-            run, self.config, COLLECTION, vectors, start=self.start, on_wait=lambda step: None
-        )
+        corpus = indexed(self.config, lambda rows: vectors_of(rows, self.now))
+        self.vectors = RollingVectors(Team(), corpus)
+        self.index = RollingIndex.open(run, corpus, self.vectors, start=self.start, on_wait=lambda step: None)
 
     def step(self, step: int, refreshed: np.ndarray) -> None:
         self.now = step
@@ -63,6 +60,10 @@ class Rolled:
     def save(self, step: int) -> IndexStart:
         arrays = self.index.checkpoint_arrays()
         return IndexStart(step=step, statistics=self.index.statistics, arrays=arrays)
+
+
+def indexed(config: RunConfig, encode: Callable[[np.ndarray], np.ndarray]) -> IndexedCorpus:
+    return IndexedCorpus(config=config, collection=COLLECTION, encode=encode, embed_id=0, dim=DIM)
 
 
 def make_config(**settings: Any) -> RunConfig:
@@ -190,10 +191,10 @@ def test_a_stop_while_the_corpus_is_encoded_leaves_no_dump(tmp_path: Path) -> No
     def stop(step: int) -> None:
         raise StoppedError("asked to")
 
-    config = make_config()
-    vectors = RollingVectors(Team(), lambda rows: vectors_of(rows, 0), COLLECTION, DIM, config)
+    corpus = indexed(make_config(), lambda rows: vectors_of(rows, 0))
+    vectors = RollingVectors(Team(), corpus)
     with pytest.raises(StoppedError):
-        RollingIndex.open(tmp_path, config, COLLECTION, vectors, start=IndexStart(), on_wait=stop)
+        RollingIndex.open(tmp_path, corpus, vectors, start=IndexStart(), on_wait=stop)
     assert dump_steps(dump_folder(tmp_path)) == []
 
 
