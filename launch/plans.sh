@@ -103,7 +103,8 @@ with_index() {
 
 with_index Qwen2.5-1.5B-8.8M v5e-16 qwen25_1p5b 8800000
 with_index Qwen2.5-7B-8.8M v5p-16 qwen25_7b 8800000
-with_index Qwen2.5-1.5B-100M v6e-64 qwen25_1p5b 100000000
+# A query a chip at least.
+with_index Qwen2.5-1.5B-100M v6e-64 qwen25_1p5b 100000000 --rl.micro-queries 64
 
 if [ "$made" -eq 0 ]; then
     fail "${names[*]}: no such plan; --dry-run lists them"

@@ -49,6 +49,7 @@ class Needed(NamedTuple):
     stage: Stage
     shape: str
     slices: int = 1
+    documents: int = 0
 
 
 def flag(words: list[str], name: str, default: str) -> str:
@@ -78,7 +79,14 @@ def needed_by(where: str, line: str) -> Iterator[Needed]:
     words = shlex.split(line)
     if words[:2] == ["search-r3", "plan"]:
         command = parse(words[1:])
-        yield Needed(where, command.settings, command.stage, slice_shape(command.topology), command.slices)
+        yield Needed(
+            where,
+            command.settings,
+            command.stage,
+            slice_shape(command.topology),
+            command.slices,
+            command.documents,
+        )
     if not words or "--" not in words:
         return
     at = words.index("--")
@@ -141,7 +149,8 @@ def mesh_of(needed: Needed) -> dict[str, int]:
 def plans_of(needed: Needed) -> list[dict[str, Any]]:
     """The kept plans of exactly this program."""
     unused = UNUSED.get(needed.stage, set())
-    settings = json.loads(json.dumps(stage_settings(needed.config, needed.stage)))
+    described = stage_settings(needed.config, needed.stage, documents=needed.documents)
+    settings = json.loads(json.dumps(described))
     wanted = {name: value for name, value in settings.items() if name not in unused}
     return [
         plan
