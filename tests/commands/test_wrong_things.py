@@ -87,3 +87,21 @@ def test_adapters_of_the_hub_are_no_model_either(things: Path, monkeypatch: pyte
     monkeypatch.setattr(load_model, "snapshot_download", lambda *_, **__: str(things / "adapters"))
     with pytest.raises(UserError, match="model: some/adapters: is a folder of PEFT adapters"):
         resolve("some/adapters")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--stage", "search"], "--documents: 0: give the number of documents of the index"),
+        (["--stage", "rl", "--documents", "-3"], "--documents: -3: give the number of documents"),
+        (
+            ["--stage", "rl", "--documents", "9", "--largest"],
+            "--documents: not together with --auto or --largest",
+        ),
+    ],
+)
+def test_a_plan_of_an_index_needs_its_size(flags: list[str], said: str) -> None:
+    pytest.importorskip("libtpu", reason="the TPU compiler has no wheel for this system")
+    shown = search_r3_here("plan", "--config", "qwen25_1p5b", "--topology", "v5e-16", *flags)
+    assert (shown.returncode, shown.stdout) == (2, "")
+    assert shown.stderr.startswith(f"search-r3: {said}")

@@ -178,7 +178,14 @@ def count(shape: list[int]) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["Qwen2.5-1.5B/v5e-16/encode", "Qwen2.5-1.5B/v5e-16/decode"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Qwen2.5-1.5B/v5e-16/encode",
+        "Qwen2.5-1.5B/v5e-16/decode",
+        "device-index/Qwen2.5-1.5B-8.8M/v5e-16/search",
+    ],
+)
 def test_the_compiler_says_the_same_again(tmp_path: Path, name: str) -> None:
     pytest.importorskip("libtpu", reason="the TPU compiler has no wheel for this system")
     done = subprocess.run([LAUNCH / "plans.sh", "--out", tmp_path, name], capture_output=True, text=True)
