@@ -232,7 +232,7 @@ def test_an_indexer_of_such_a_run_is_refused(tmp_path: Path) -> None:
 def test_a_run_killed_at_random_moments_ends_bit_equal_and_two_processes_agree(
     place: Place, tmp_path: Path
 ) -> None:
-    generator, steps = np.random.default_rng(3), 16
+    generator, steps = np.random.default_rng(3), 10
     settings = {"rl__steps": steps, "index__kind": "device", "index__source": "rolling"}
     settings |= {"index__rolling_documents": 9, "lora__dropout": 0.0, "rl__global_queries": 4}
     place.finish(place.command("rl", "whole", **settings))
@@ -243,7 +243,7 @@ def test_a_run_killed_at_random_moments_ends_bit_equal_and_two_processes_agree(
     # 40 documents, 9 a step: none is older than five steps.
     assert max(ages) <= 5
     command = place.command("rl", "killed", **settings)
-    for _ in range(3):
+    for _ in range(2):
         process = place.start(command)
         wanted = min(len(place.lines("killed")) + int(generator.integers(1, 4)), steps)
         until(partial(_has_lines, place, wanted), process)
