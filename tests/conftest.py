@@ -41,6 +41,7 @@ configure_libraries()
 
 # Of two workers neither should begin the longest tests last.
 LONGEST = (
+    "training/test_rl_processes.py",
     "training/test_survival.py",
     "training/test_planted.py",
     "training/test_rl_sharding.py",

@@ -228,22 +228,27 @@ def test_an_indexer_of_such_a_run_is_refused(tmp_path: Path) -> None:
         run_indexer(tmp_path)
 
 
+SETTINGS: dict[str, Any] = {
+    "rl__steps": 10,
+    "rl__global_queries": 4,
+    "lora__dropout": 0.0,
+    "index__kind": "device",
+    "index__source": "rolling",
+    "index__rolling_documents": 9,
+}
+
+
 @pytest.mark.slow
-def test_a_run_killed_at_random_moments_ends_bit_equal_and_two_processes_agree(
-    place: Place, tmp_path: Path
-) -> None:
-    generator, steps = np.random.default_rng(3), 10
-    settings = {"rl__steps": steps, "index__kind": "device", "index__source": "rolling"}
-    settings |= {"index__rolling_documents": 9, "lora__dropout": 0.0, "rl__global_queries": 4}
-    place.finish(place.command("rl", "whole", **settings))
+@pytest.mark.parametrize("kills", [1, pytest.param(4, marks=pytest.mark.exhaustive)])
+def test_a_run_killed_at_random_moments_ends_bit_equal(place: Place, tmp_path: Path, kills: int) -> None:
+    generator, steps = np.random.default_rng(3), SETTINGS["rl__steps"]
+    place.finish(place.command("rl", "whole", **SETTINGS))
     whole = [computed(line) for line in place.lines("whole")]
     assert not (tmp_path / "whole" / "indexer.log").exists()
-    ages = [line["index_age"] for line in whole]
-    assert max(ages) > 0
     # 40 documents, 9 a step: none is older than five steps.
-    assert max(ages) <= 5
-    command = place.command("rl", "killed", **settings)
-    for _ in range(2):
+    assert 0 < max(line["index_age"] for line in whole) <= 5
+    command = place.command("rl", "killed", **SETTINGS)
+    for _ in range(kills):
         process = place.start(command)
         wanted = min(len(place.lines("killed")) + int(generator.integers(1, 4)), steps)
         until(partial(_has_lines, place, wanted), process)
@@ -255,7 +260,14 @@ def test_a_run_killed_at_random_moments_ends_bit_equal_and_two_processes_agree(
     assert [computed(line) for line in place.lines("killed")] == whole
     equal(place.params("killed", steps), place.params("whole", steps))
 
-    for process in place.cluster(place.command("rl", "two", **settings), processes=2, devices=2):
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_two_processes_compute_what_one_computes(place: Place, tmp_path: Path) -> None:
+    place.finish(place.command("rl", "one", **SETTINGS), devices=4)
+    for process in place.cluster(place.command("rl", "two", **SETTINGS), processes=2, devices=2):
         assert process.wait(timeout=600) == 0, (tmp_path / "out-0.txt").read_text()[-3000:]
-    for ours, theirs in zip(map(computed, place.lines("two")), whole, strict=True):
+    one = [computed(line) for line in place.lines("one")]
+    assert len(one) == SETTINGS["rl__steps"]
+    for ours, theirs in zip(map(computed, place.lines("two")), one, strict=True):
         assert ours == {name: pytest.approx(value, rel=1e-5, abs=1e-5) for name, value in theirs.items()}
