@@ -104,7 +104,8 @@ def test_adapters_and_a_chunked_batch() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["rl", "decode"])
+# A rollout is compiled in `test_committed`, too, and held against what is kept.
+@pytest.mark.parametrize("stage", ["rl", pytest.param("decode", marks=pytest.mark.exhaustive)])
 def test_stage_2(stage: str) -> None:
     plan = make_plan(CONFIG, "rl" if stage == "rl" else "decode", open_slice("v6e:2x2"))
     assert plan.fits
