@@ -213,7 +213,12 @@ def digest_of(strings: Iterable[str]) -> str:
     """Hexadecimal sha256 of a sequence of strings, each preceded by its UTF-8 length (8 bytes)."""
     digest = hashlib.sha256()
     for string in strings:
-        encoded = string.encode()
-        # Lengths keep ("ab", "c") and ("a", "bc") apart.
-        digest.update(len(encoded).to_bytes(8, "big") + encoded)
+        digest.update(framed(string))
     return digest.hexdigest()
+
+
+def framed(string: str) -> bytes:
+    """A string as `digest_of` takes it: its UTF-8 length, then its bytes."""
+    encoded = string.encode()
+    # Lengths keep ("ab", "c") and ("a", "bc") apart.
+    return len(encoded).to_bytes(8, "big") + encoded

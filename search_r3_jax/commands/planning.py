@@ -64,14 +64,14 @@ class Plan:
         from search_r3_jax.planning.search import largest_chunk, try_meshes
 
         check_ranges(self.settings, "sft" if self.stage == "sft" else "rl")
-        # The result goes to standard output; progress goes to standard error.
-        show_log(sys.stderr)
-        if "TPU_LIBRARY_PATH" not in os.environ:
-            require("plan", "plan", "libtpu")
         if self.documents < 0 or (self.stage == "search" and not self.documents):
             raise UserError(f"--documents: {self.documents}: give the number of documents of the index")
         if self.documents and (self.auto or self.largest):
             raise UserError("--documents: not together with --auto or --largest; plan one mesh and one size")
+        # The result goes to standard output; progress goes to standard error.
+        show_log(sys.stderr)
+        if "TPU_LIBRARY_PATH" not in os.environ:
+            require("plan", "plan", "libtpu")
         check_outputs(("--out", self.out))
         chips = open_slice(self.topology, self.slices)
         stream = message_stream(self.out)

@@ -6,10 +6,12 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
 from search_r3_jax.errors import UserError
+from search_r3_jax.files import framed
 from search_r3_jax.text.words import as_read
 
 DIGEST_BYTES = 16
@@ -36,12 +38,9 @@ def gather_facts(bodies: Iterable[tuple[str, str]]) -> CorpusFacts:
     """The facts of documents, given as ids and bodies, in one pass."""
     corpus, ids, digests, blank = hashlib.sha256(), list[str](), bytearray(), list[bool]()
     for doc_id, body in bodies:
-        for field in (doc_id, body):
-            encoded = field.encode()
-            # As `files.digest_of` has it.
-            corpus.update(len(encoded).to_bytes(8, "big") + encoded)
+        corpus.update(framed(doc_id) + framed(body))
         ids.append(doc_id)
-        digests += body_digest(body)
+        digests += hashlib.sha256(as_read(body).encode()).digest()[:DIGEST_BYTES]
         blank.append(not body.strip())
     return CorpusFacts(
         ids=tuple(ids),
@@ -49,11 +48,6 @@ def gather_facts(bodies: Iterable[tuple[str, str]]) -> CorpusFacts:
         digests=np.frombuffer(bytes(digests), np.uint8).reshape(-1, DIGEST_BYTES),
         blank=np.array(blank, bool),
     )
-
-
-def body_digest(body: str) -> bytes:
-    """A digest of a body as prompts hold it."""
-    return hashlib.sha256(as_read(body).encode()).digest()[:DIGEST_BYTES]
 
 
 def write_facts(path: Path, facts: CorpusFacts) -> None:
@@ -83,5 +77,5 @@ def read_facts(path: Path) -> CorpusFacts:
                 digests=arrays["digests"],
                 blank=arrays["blank"],
             )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, BadZipFile) as error:
         raise UserError(f"{path}: unreadable ({error}); build the data set again") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,40 +60,21 @@ class LedIndex:
         See `LiveIndex.open` and `RollingIndex.open`.
         """
         config = corpus.config
+        opened: list[LiveIndex | RollingIndex] = []
         if config.index.source == "rolling":
-            return cls._open_rolling(team, run, corpus, start=start, on_wait=on_wait)
-        opened: list[LiveIndex] = []
-        corpus = replace(corpus, encode=team.together("encode documents", corpus.encode))
-        held = IndexShare(team, index_roots(run, config))
+            open_index = partial(RollingIndex.open, run, corpus, RollingVectors(team, corpus))
+        else:
+            corpus = replace(corpus, encode=team.together("encode documents", corpus.encode))
+            share = IndexShare(team, index_roots(run, config)).shared
+            open_index = partial(LiveIndex.open, run, corpus, share=share)
 
         def work() -> Message:
-            live = LiveIndex.open(run, corpus, start=start, on_wait=on_wait, share=held.shared)
-            opened.append(live)
-            return live.statistics.to_json()
+            opened.append(open_index(start=start, on_wait=on_wait))
+            return opened[0].statistics.to_json()
 
         statistics = IndexStatistics.from_json(team.lead(work))
         live = opened[0] if opened else None
         return cls(team, live, run, statistics, drift_every=config.index.drift_every)
-
-    @classmethod
-    def _open_rolling(
-        cls,
-        team: Team,
-        run: Path,
-        corpus: IndexedCorpus,
-        *,
-        start: IndexStart,
-        on_wait: Callable[[int], object],
-    ) -> LedIndex:
-        opened: list[RollingIndex] = []
-        vectors = RollingVectors(team, corpus)
-
-        def work() -> Message:
-            opened.append(RollingIndex.open(run, corpus, vectors, start=start, on_wait=on_wait))
-            return opened[0].statistics.to_json()
-
-        statistics = IndexStatistics.from_json(team.lead(work))
-        return cls(team, opened[0] if opened else None, run, statistics, drift_every=0)
 
     @property
     def statistics(self) -> IndexStatistics:

@@ -166,6 +166,16 @@ def test_a_run_goes_on_in_another_number_of_processes(place: Place, tmp_path: Pa
         check_same(place.lines("run"), one)
 
 
+def stop_one(place: Place, run: str, processes: list[subprocess.Popen[bytes]], rank: int) -> None:
+    """A signal to one ends all, soon and alike, and the steps that were told of are saved."""
+    assert all(process.poll() is None for process in processes), said(place)
+    os.kill(processes[rank].pid, signal.SIGTERM)
+    asked = time.monotonic()
+    assert [process.wait(timeout=60) for process in processes] == [0, 0], said(place)
+    assert time.monotonic() - asked < 20
+    assert f"stopped and saved at step {len(place.lines(run))}" in said(place)
+
+
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.exhaustive), 1])
 def test_a_signal_to_one_ends_all_while_they_wait(place: Place, rank: int) -> None:
     """Nobody builds an index: all wait for the first one."""
@@ -173,12 +183,8 @@ def test_a_signal_to_one_ends_all_while_they_wait(place: Place, rank: int) -> No
     processes = place.cluster(command, processes=2)
     until(lambda: (place.folder / "waiting" / "checkpoints" / "0").is_dir(), processes[0])
     time.sleep(3)
-    assert all(process.poll() is None for process in processes), said(place)
-    os.kill(processes[rank].pid, signal.SIGTERM)
-    asked = time.monotonic()
-    assert [process.wait(timeout=60) for process in processes] == [0, 0], said(place)
-    assert time.monotonic() - asked < 20
-    assert "stopped and saved at step 0" in said(place)
+    stop_one(place, "waiting", processes, rank)
+    assert place.lines("waiting") == []
 
 
 @pytest.mark.exhaustive
@@ -195,12 +201,7 @@ def test_a_signal_to_one_ends_all_while_they_wait_for_a_newer_index(place: Place
     # Three steps behind the last index that it built, however many those were.
     until(lambda: "waiting for a newer one" in said(place), processes[0])
     time.sleep(1)
-    assert all(process.poll() is None for process in processes), said(place)
-    os.kill(processes[rank].pid, signal.SIGTERM)
-    asked = time.monotonic()
-    assert [process.wait(timeout=60) for process in processes] == [0, 0], said(place)
-    assert time.monotonic() - asked < 20
-    assert f"stopped and saved at step {len(place.lines('waiting'))}" in said(place)
+    stop_one(place, "waiting", processes, rank)
 
 
 @pytest.mark.exhaustive
@@ -209,11 +210,7 @@ def test_a_signal_to_one_ends_all_between_two_steps(place: Place, rank: int) -> 
     settings = SETTINGS | KINDS["lora exact"] | {"rl__steps": 400, "index__max_index_age_steps": 0}
     processes = place.cluster(place.command("rl", "running", **settings), processes=2)
     wait_for_steps(place, "running", processes, 2)
-    os.kill(processes[rank].pid, signal.SIGTERM)
-    asked = time.monotonic()
-    assert [process.wait(timeout=60) for process in processes] == [0, 0], said(place)
-    assert time.monotonic() - asked < 20
-    assert f"stopped and saved at step {len(place.lines('running'))}" in said(place)
+    stop_one(place, "running", processes, rank)
 
 
 def test_a_mistake_of_one_ends_all_with_its_status(place: Place, tmp_path: Path) -> None:

@@ -5,11 +5,9 @@ from pathlib import Path
 import pytest
 from helpers.index_versions import publish
 from helpers.jax_processes import run_processes
-
-from search_r3_jax.retrieval.index.scann import scann_available
+from helpers.platforms import needs_scann
 
 pytestmark = pytest.mark.slow
-needs_scann = pytest.mark.skipif(not scann_available(), reason="scann has wheels for Linux only")
 PROGRAM = Path(__file__).parents[1] / "helpers" / "team_index.py"
 
 

@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.platforms import needs_scann
 
 from search_r3_jax.errors import UserError
 from search_r3_jax.retrieval.index.build import build_index
 from search_r3_jax.retrieval.index.device import DeviceIndex
 from search_r3_jax.retrieval.index.exact import ExactIndex
 from search_r3_jax.retrieval.index.protocol import LocalIndex, probe_recall, recall_at_k
-from search_r3_jax.retrieval.index.scann import ScannIndex, ScannSettings, scann_available
+from search_r3_jax.retrieval.index.scann import ScannIndex, ScannSettings
 
-needs_scann = pytest.mark.skipif(not scann_available(), reason="scann has wheels for Linux only")
 KINDS = ["exact", "device", pytest.param("scann", marks=needs_scann)]
 
 

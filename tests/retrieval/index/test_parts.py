@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 from helpers.index_versions import unit
+from helpers.platforms import needs_scann
 
 from search_r3_jax.retrieval.index.exact import ExactIndex
 from search_r3_jax.retrieval.index.parts import PartsIndex, merge_top_k, part_ranges
-from search_r3_jax.retrieval.index.scann import ScannIndex, scann_available
+from search_r3_jax.retrieval.index.scann import ScannIndex
 
-needs_scann = pytest.mark.skipif(not scann_available(), reason="scann has wheels for Linux only")
 N = 203
 IDS = [f"d{row}" for row in range(N)]
 

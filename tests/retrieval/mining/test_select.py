@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import sentence_transformers.util.hard_negatives as reference
 import torch
+from helpers.platforms import needs_scann
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +20,6 @@ from search_r3_jax.errors import UserError
 from search_r3_jax.retrieval.index.build import build_index
 from search_r3_jax.retrieval.index.exact import ExactIndex
 from search_r3_jax.retrieval.index.protocol import LocalIndex
-from search_r3_jax.retrieval.index.scann import scann_available
 from search_r3_jax.retrieval.mining.select import (
     MiningOptions,
     Selection,
@@ -241,7 +241,7 @@ def test_random_draws_take_every_rank_as_often() -> None:
     assert (np.diff(found, axis=1) > 0).all()
 
 
-@pytest.mark.skipif(not scann_available(), reason="scann has wheels for Linux only")
+@needs_scann
 def test_both_indexes_give_the_same() -> None:
     collection = made(3, documents=300, queries=40)
     documents, queries = vectors_for(collection, 3, dim=16)

@@ -16,9 +16,10 @@ from etils import epath
 from helpers.failing_disk import DISK_FULL, PowerCut, failing
 from helpers.fake_bucket import fake_bucket, forget
 from helpers.index_versions import FIELDS, publish, stored_files, unit
+from helpers.platforms import needs_scann
 
 from search_r3_jax.errors import UserError
-from search_r3_jax.retrieval.index.scann import ScannIndex, ScannSettings, scann_available
+from search_r3_jax.retrieval.index.scann import ScannIndex, ScannSettings
 from search_r3_jax.retrieval.store import versions
 from search_r3_jax.retrieval.store.vector_files import chunks_of, write_vectors
 from search_r3_jax.retrieval.store.versions import (
@@ -33,7 +34,6 @@ from search_r3_jax.retrieval.store.versions import (
     read_version,
 )
 
-needs_scann = pytest.mark.skipif(not scann_available(), reason="scann has wheels for Linux only")
 KINDS = ["exact", pytest.param("scann", marks=needs_scann)]
 
 
