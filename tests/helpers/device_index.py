@@ -11,6 +11,7 @@ import jax
 import ml_dtypes
 import numpy as np
 from helpers.index_versions import unit
+from helpers.jax_processes import joined
 
 from search_r3_jax.retrieval.index.device import DeviceIndex
 from search_r3_jax.retrieval.index.exact import ExactIndex
@@ -40,10 +41,7 @@ def differs(index: DeviceIndex, exact: ExactIndex) -> list[str]:
     return found
 
 
-def main(process: int, processes: int, port: int) -> None:
-    if processes > 1:
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(f"localhost:{port}", processes, process)
+def main() -> None:
     report: dict[str, Any] = {"devices": jax.device_count()}
     vectors = unit(N, dim=E)
     # Equal scores on different devices, told apart by their rows.
@@ -67,4 +65,5 @@ def main(process: int, processes: int, port: int) -> None:
 
 
 if __name__ == "__main__":
-    main(*(int(argument) for argument in sys.argv[1:]))
+    with joined(sys.argv[-3:]):
+        main()

@@ -7,16 +7,14 @@ Arguments: the model's folder, process index, number of processes, port of the c
 import json
 import sys
 
-import jax
 import numpy as np
+from helpers.jax_processes import joined
 
 from search_r3_jax.hub.load_model import load_model, torch_tensors
 from search_r3_jax.mesh import make_mesh
 
 
-def main(folder: str, process: int, processes: int, port: int) -> None:
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(f"localhost:{port}", processes, process)
+def main(folder: str) -> None:
     shared = load_model(folder, mesh=make_mesh(fsdp=4)).decoder
     alone = dict(torch_tensors(load_model(folder).decoder))
     found = {name: tensor.copy() for name, tensor in torch_tensors(shared)}
@@ -26,4 +24,5 @@ def main(folder: str, process: int, processes: int, port: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:]))
+    with joined(sys.argv[-3:]):
+        main(sys.argv[1])

@@ -10,15 +10,15 @@ from typing import Any
 
 import jax
 import numpy as np
+from helpers.jax_processes import joined
 
 from search_r3_jax.distributed.lockstep import Message, Team
 from search_r3_jax.errors import EmbeddingError, StoppedError, UserError
 
 
-def main(process: int, processes: int, port: int) -> None:
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(f"localhost:{port}", processes, process)
+def main() -> None:
     team, ran = Team(), list[Any]()
+    process = jax.process_index()
     report: dict[str, Any] = {"process": process}
 
     def double(rows: np.ndarray) -> np.ndarray:
@@ -103,4 +103,5 @@ def main(process: int, processes: int, port: int) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    with joined(sys.argv[-3:]):
+        main()

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from helpers.jax_processes import joined
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from search_r3_jax.objectives.contrastive import exclusions, info_nce, matryoshka, triplet_margin
@@ -136,10 +137,7 @@ def difference(ours: Any, expected: Any) -> float:
     )
 
 
-def main(process: int, processes: int, port: int) -> None:
-    if processes > 1:
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(f"localhost:{port}", processes, process)
+def main() -> None:
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     params, batch = arrays()
     batch["pairs"] = batch["documents"][:B]
@@ -171,4 +169,5 @@ def main(process: int, processes: int, port: int) -> None:
 
 
 if __name__ == "__main__":
-    main(*(int(argument) for argument in sys.argv[1:]))
+    with joined(sys.argv[-3:]):
+        main()

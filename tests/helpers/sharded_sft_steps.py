@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import optax
 from flax import nnx
+from helpers.jax_processes import joined
 from helpers.tiny_models import word_collection
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -130,13 +131,7 @@ def main(
     count: int,
     pairs: int,
     chunk: int,
-    process: int,
-    processes: int,
-    port: int,
 ) -> None:
-    if processes > 1:
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(f"localhost:{port}", processes, process)
     config = config_of(folder, lora=kind == "lora", pairs=pairs, chunk=chunk)
     expected = steps(config, count=count, mesh=None)
     report: dict[str, Any] = {
@@ -162,4 +157,5 @@ def main(
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3], *(int(argument) for argument in sys.argv[4:]))
+    with joined(sys.argv[-3:]):
+        main(sys.argv[1], sys.argv[2], sys.argv[3], *(int(argument) for argument in sys.argv[4:-3]))

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from helpers.jax_processes import joined
 from jax.sharding import NamedSharding, PartitionSpec
 
 from search_r3_jax.hub.checkpoint_reader import checkpoint_steps
@@ -22,9 +23,7 @@ from search_r3_jax.mesh import make_mesh, placed
 from search_r3_jax.models.lora import trainable_filter
 
 
-def main(folder: str, place: str, process: int, processes: int, port: int) -> None:
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(f"localhost:{port}", processes, process)
+def main(folder: str, place: str) -> None:
     run, dtype = Path(place), jnp.dtype("bfloat16")
     mesh = make_mesh(fsdp=4)
     shared = load_model(folder, mesh=mesh, compute_dtype="bfloat16").decoder
@@ -40,7 +39,7 @@ def main(folder: str, place: str, process: int, processes: int, port: int) -> No
 
     count = placed(np.zeros(1), NamedSharding(mesh, PartitionSpec()))
     writer = CheckpointWriter(run, keep=2, snapshot_dtype=dtype)
-    if process == 0:
+    if jax.process_index() == 0:
         pin_snapshots(run, "reader", [2])
     for step in (0, 2, 4, 6):
         # All together, and the next one as soon as the last is there.
@@ -69,4 +68,5 @@ def main(folder: str, place: str, process: int, processes: int, port: int) -> No
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:]))
+    with joined(sys.argv[-3:]):
+        main(sys.argv[1], sys.argv[2])

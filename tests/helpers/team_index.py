@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from etils import epath
 from helpers.index_versions import unit
+from helpers.jax_processes import joined
 
 from search_r3_jax.distributed.lockstep import Message, Team
 from search_r3_jax.errors import UserError
@@ -21,20 +22,17 @@ from search_r3_jax.retrieval.store.versions import open_version
 from search_r3_jax.training.team_index import IndexShare
 
 
-def main(folder: str, process: int, processes: int, port: int) -> None:
-    if processes > 1:
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(f"localhost:{port}", processes, process)
+def main(folder: str) -> None:
     team = Team()
     parts = IndexShare(team, [epath.Path(folder) / "replayed", epath.Path(folder) / "index"])
     whole = open_version(epath.Path(folder) / "index", 5, place=False)
     if whole.kind == "device":
         whole = ExactIndex(whole.vectors, whole.ids, 5)
-    share = (process, processes)
+    share = (jax.process_index(), jax.process_count())
     report: dict[str, Any] = {"equal": []}
 
     def search() -> Message:
-        own = open_version(epath.Path(folder) / "index", 5, share=share, place=processes == 1)
+        own = open_version(epath.Path(folder) / "index", 5, share=share, place=share == (0, 1))
         index = parts.shared(own)
         report["kinds"] = [type(index).__name__, index.kind, index.version, list(index.shape)]
         for queries, k in [(1, 5), (7, 20), (3, 150), (2, 220), (0, 3)]:
@@ -49,9 +47,7 @@ def main(folder: str, process: int, processes: int, port: int) -> None:
 
     def open_damaged() -> Message:
         # Process 0 has its share open; the manifest that the others read is of other files.
-        index = open_version(
-            epath.Path(folder) / "index", 6, share=(process, processes), place=processes == 1
-        )
+        index = open_version(epath.Path(folder) / "index", 6, share=share, place=share == (0, 1))
         manifest = Path(folder) / "index" / "v6" / "MANIFEST.json"
         manifest.write_text(manifest.read_text().replace("float32", "float64"))
         parts.shared(index)
@@ -66,4 +62,5 @@ def main(folder: str, process: int, processes: int, port: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *(int(argument) for argument in sys.argv[2:]))
+    with joined(sys.argv[-3:]):
+        main(sys.argv[1])

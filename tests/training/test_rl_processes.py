@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from helpers.command_folder import Place, back_to, computed, equal, until
 
-from search_r3_jax.distributed.runtime import STATUS
+from search_r3_jax.distributed.peers import STATUS
 
 pytestmark = pytest.mark.slow
 STEPS = 8

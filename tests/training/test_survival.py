@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from helpers.command_folder import Place, computed, equal, until
 
-from search_r3_jax.distributed.runtime import STATUS
+from search_r3_jax.distributed.peers import STATUS
 from search_r3_jax.hub.checkpoint_reader import checkpoint_steps
 from search_r3_jax.retrieval.indexer.heartbeat import read_beat
 from search_r3_jax.retrieval.indexer.schedule import IndexSchedule
