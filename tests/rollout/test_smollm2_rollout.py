@@ -23,12 +23,8 @@ TEXTS = [
     "sort a list of tuples by their second element in python",
     "who wrote the origin of species",
     "effects of vitamin d deficiency on bone density in older adults",
-    "difference between tcp and udp",
-    "symptoms of iron deficiency",
-    "parse a json file line by line",
-    "capital of the country whose currency is the zloty",
 ]
-G, TOKENS = 4, 32
+N, G, TOKENS = len(TEXTS), 4, 32
 
 
 def test_embedding_ratio_and_tokens_against_the_trainers_forward(smollm2: LoadedModel) -> None:
@@ -41,12 +37,12 @@ def test_embedding_ratio_and_tokens_against_the_trainers_forward(smollm2: Loaded
     whole = nnx.merge_state(params, frozen)
     full_graph = nnx.split(model.decoder)[0]
     sampler = Sampler(full_graph, prompter, SamplerConfig(max_think_tokens=TOKENS, temperature=1.0))
-    rollout = sampler.sample(whole, TEXTS, rollout_seeds(0, 0, range(8), G), max_tokens=32)
-    assert rollout.sampled.sum() > 8 * G * TOKENS / 2
+    rollout = sampler.sample(whole, TEXTS, rollout_seeds(0, 0, range(N), G), max_tokens=32)
+    assert rollout.sampled.sum() > N * G * TOKENS / 2
 
     # Two of the queries alone: the same tokens, though another shape of the batch rounds otherwise.
-    alone = sampler.sample(whole, TEXTS[3:5], rollout_seeds(0, 0, [3, 4], G), max_tokens=32)
-    np.testing.assert_array_equal(alone.ids, rollout.ids[3 * G : 5 * G])
+    alone = sampler.sample(whole, TEXTS[2:4], rollout_seeds(0, 0, [2, 3], G), max_tokens=32)
+    np.testing.assert_array_equal(alone.ids, rollout.ids[2 * G : 4 * G])
 
     # The embedding of whole rows in plain forwards.
     rows = [
@@ -60,9 +56,9 @@ def test_embedding_ratio_and_tokens_against_the_trainers_forward(smollm2: Loaded
         rollout.vectors[::G], last / np.linalg.norm(last, axis=-1, keepdims=True), atol=1e-5
     )
 
-    documents = generator.standard_normal((8, model.decoder.config.hidden_size))
+    documents = generator.standard_normal((N, model.decoder.config.hidden_size))
     documents /= np.linalg.norm(documents, axis=-1, keepdims=True)
-    batch = make_batch(rollout, generator.standard_normal(8 * G), documents, np.eye(8))
+    batch = make_batch(rollout, generator.standard_normal(N * G), documents, np.eye(N))
     config = RlConfig(
         beta=0.0,
         sampler=SamplerConfig(max_think_tokens=TOKENS),

@@ -153,7 +153,7 @@ def check(report: dict[str, Any], meshes: list[dict[str, int]], *, devices: int 
 def test_two_processes_of_two_devices_compute_what_one_computes(
     tiny_folders: dict[str, Path], family: str, kind: str, sizes: dict[str, int]
 ) -> None:
-    for report in run(tiny_folders[family], kind, [sizes], processes=2, devices=2):
+    for report in run(tiny_folders[family], kind, [sizes], processes=2, devices=2, pairs=16, chunk=8):
         assert report["processes"] == 2
         check(report, [sizes], devices=4)
 
