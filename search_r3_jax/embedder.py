@@ -29,7 +29,7 @@ from search_r3_jax.hub.weights import parameter_hash
 from search_r3_jax.models.kv_block import KVBlock
 from search_r3_jax.precision import Precision, quantize
 from search_r3_jax.profiling import ENCODE, step
-from search_r3_jax.rollout.encoder import Encoder, text_name
+from search_r3_jax.rollout.encoder import TEXTS_AT_ONCE, Encoder, text_name
 from search_r3_jax.rollout.sampler import Sampler
 from search_r3_jax.text.arguments import Kind, check_arguments, check_whole_numbers
 from search_r3_jax.text.inputs import text_list
@@ -194,7 +194,7 @@ class Embedder:
             vectors = self.vectors_of(thoughts, listed, truncate_dim=truncate_dim, precision=precision)
         else:
             encoded = self._encode_directly(listed, batch_size or max(1, len(listed)), progress)
-            vectors = _finished(encoded, listed, truncate_dim, precision)
+            vectors = self.finished(encoded, listed, truncate_dim=truncate_dim, precision=precision)
         return vectors[0] if isinstance(texts, str) else vectors
 
     def vectors_of(
@@ -212,7 +212,21 @@ class Embedder:
         check_arguments("query", "reason", self.dimension, truncate_dim, precision)
         vectors = np.array([thought.vector for thought in thoughts], np.float32).reshape(-1, self.dimension)
         require_directions(vectors, lambda row: text_name(row, texts))
-        return _finished(vectors, texts, truncate_dim, precision)
+        return self.finished(vectors, texts, truncate_dim=truncate_dim, precision=precision)
+
+    def finished(
+        self,
+        vectors: np.ndarray,
+        texts: Sequence[str],
+        *,
+        truncate_dim: int | None = None,
+        precision: Precision = "float32",
+    ) -> np.ndarray:
+        """Unit vectors [N,E] of `texts`, cut and in another precision, as `encode` gives them."""
+        check_arguments("query", "direct", self.dimension, truncate_dim, precision)
+        if truncate_dim is not None:
+            vectors = unit_vectors(vectors[:, :truncate_dim], lambda row: text_name(row, texts))
+        return quantize(vectors, precision)
 
     def encode_query(self, texts: str | Texts, *, mode: Mode = "direct", **options: Any) -> np.ndarray:
         """`encode` of queries."""
@@ -259,7 +273,12 @@ class Embedder:
         listed = text_list([texts] if isinstance(texts, str) else texts)
         budget = self._max_think_tokens if max_think_tokens is None else max_think_tokens
         most_tokens = self._thinking_room(budget)
-        lengths = [len(ids) for ids in self._text_ids(listed, most_tokens)]
+        lengths, cut = list[int](), 0
+        for start in range(0, len(listed), TEXTS_AT_ONCE):
+            ids, longer = self._text_ids(listed[start : start + TEXTS_AT_ONCE], most_tokens)
+            lengths += [len(row) for row in ids]
+            cut += longer
+        _warn_of_cut(cut, len(listed), most_tokens)
         # Sorted by length, so that batches need little padding.
         order = sorted(range(len(listed)), key=lambda i: -lengths[i])
         seeds = np.random.SeedSequence(seed).generate_state(len(listed))
@@ -317,26 +336,27 @@ class Embedder:
         return model_hash(self._state, self._config, self._prompter)
 
     def _encode_directly(self, texts: Sequence[str], most: int, progress: bool | None) -> np.ndarray:
-        rows = self._prompter.with_tail(self._text_ids(texts, self.max_tokens))
+        vectors, cut = np.zeros((len(texts), self.dimension), np.float32), 0
+        # Tokens take more memory than the texts: of so many at a time.
+        most = min(most, TEXTS_AT_ONCE * jax.device_count())
         with _bar("texts", len(texts), progress) as bar:
-            parts = [
-                self._encoder.encode_rows(
+            for start in range(0, len(texts), most):
+                ids, longer = self._text_ids(texts[start : start + most], self.max_tokens)
+                cut += longer
+                vectors[start : start + len(ids)] = self._encoder.encode_rows(
                     self._state,
-                    rows[start : start + most],
+                    self._prompter.with_tail(ids),
                     bar.advance if bar is not None else None,
                     name=lambda row, start=start: text_name(start + row, texts),
                     shared=self._direct_prefix,
                 )
-                for start in range(0, len(texts), most)
-            ]
-        return np.concatenate([np.zeros((0, self.dimension), np.float32), *parts])
+        _warn_of_cut(cut, len(texts), self.max_tokens)
+        return vectors
 
-    def _text_ids(self, texts: Sequence[str], most: int) -> list[list[int]]:
-        """Token ids of each text, cut to `most`, which is said."""
+    def _text_ids(self, texts: Sequence[str], most: int) -> tuple[list[list[int]], int]:
+        """Token ids of each text, cut to `most`, and how many were longer."""
         ids = self._prompter.text_ids(texts, most + 1)
-        if cut := sum(len(row) > most for row in ids):
-            logger.warning(f"{cut} of {len(texts)} texts cut to {most} tokens (max_tokens)")
-        return [row[:most] for row in ids]
+        return [row[:most] for row in ids], sum(len(row) > most for row in ids)
 
     def _thinking_room(self, budget: int) -> int:
         """Most tokens of a query that is thought about: the model's positions hold prompt and reply too."""
@@ -366,12 +386,9 @@ class Embedder:
         return self._samplers[max_think_tokens]
 
 
-def _finished(
-    vectors_ne: np.ndarray, texts: Sequence[str], truncate_dim: int | None, precision: Precision
-) -> np.ndarray:
-    if truncate_dim is not None:
-        vectors_ne = unit_vectors(vectors_ne[:, :truncate_dim], lambda row: text_name(row, texts))
-    return quantize(vectors_ne, precision)
+def _warn_of_cut(cut: int, texts: int, most: int) -> None:
+    if cut:
+        logger.warning(f"{cut} of {texts} texts cut to {most} tokens (max_tokens)")
 
 
 def _filled(count: int, sizes: Sequence[int]) -> int:

@@ -128,6 +128,8 @@ class Embed(InferenceConfig):
         max_tokens: Longest text, in tokens. None: what an exported folder says, else 512.
         max_think_tokens: Longest thought, in tokens. None: 32.
         thoughts: File to write what the model thought of each query to, as .jsonl. None: none.
+        vectors: Folder that keeps the vectors as they are made, in mode direct: for more than memory holds,
+            and to go on after an interruption. None: in memory.
         step: Checkpoint of a run: a step or `best` (on its development queries). None: the newest.
         profile_steps: Passes to trace for xprof, as FIRST:END, counted from 0; 3:6 is 3, 4 and 5. A batch of
             queries that think is one. None: none.
@@ -146,6 +148,7 @@ class Embed(InferenceConfig):
     max_tokens: int | None = None
     max_think_tokens: int | None = None
     thoughts: Path | None = None
+    vectors: Path | None = None
     step: Step = None
     profile_steps: str | None = None
     profile_folder: Path = Path("profile")
@@ -155,7 +158,13 @@ class Embed(InferenceConfig):
         """Run the subcommand."""
         from search_r3_jax.commands.vector_files import read_texts, writer_of
         from search_r3_jax.hub.load_model import check_model_name
-        from search_r3_jax.outputs import check_output, check_outputs, message_stream, write_result
+        from search_r3_jax.outputs import (
+            check_output,
+            check_output_folder,
+            check_outputs,
+            message_stream,
+            write_result,
+        )
         from search_r3_jax.profiling import ENCODE, trace_steps
         from search_r3_jax.rollout.encoding_rate import rate_text
 
@@ -170,6 +179,8 @@ class Embed(InferenceConfig):
         embedder = _embedder(self)
         size = 4 * len(listed.texts) * (self.truncate_dim or embedder.dimension)
         check_output("--out", self.out, size=size)
+        # In shards, and joined.
+        check_output_folder("--vectors", self.vectors, size=8 * len(listed.texts) * embedder.dimension)
         say = partial(print_line, stream=message_stream(self.out))
         started = time.perf_counter()
         with trace_steps(ENCODE, steps, self.profile_folder, say=say):
@@ -185,6 +196,13 @@ class Embed(InferenceConfig):
 
     def _vectors(self, embedder: Embedder, listed: Texts) -> np.ndarray:
         """The vectors [N,E] of the texts; what was thought is written where that is asked for."""
+        if self.vectors is not None:
+            from search_r3_jax.commands.vector_files import kept_vectors
+
+            kept = kept_vectors(embedder, listed, self.kind, self.vectors, self.compute_dtype)
+            return embedder.finished(
+                kept, listed.texts, truncate_dim=self.truncate_dim, precision=self.precision
+            )
         if self.mode == "direct":
             return embedder.encode(
                 listed.texts,
@@ -234,6 +252,8 @@ class Embed(InferenceConfig):
         for flag, value in (("--thoughts", self.thoughts), ("--max-think-tokens", self.max_think_tokens)):
             if self.mode == "direct" and value is not None:
                 raise UserError(f"{flag}: nothing is thought in mode direct; give --mode reason")
+        if self.mode == "reason" and self.vectors is not None:
+            raise UserError("--vectors: keeps vectors of mode direct only; leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,10 +7,11 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from search_r3_jax.console import TextConsole, progress_bar
 from search_r3_jax.data.beir import read_documents, read_query_texts
 from search_r3_jax.data.collection import Document
 from search_r3_jax.data.dataset import MANIFEST, load_collection, load_collections
@@ -26,6 +27,10 @@ from search_r3_jax.lines import (
     string_field,
 )
 
+if TYPE_CHECKING:
+    from search_r3_jax.embedder import Embedder
+
+Kind = Literal["query", "document"]
 STANDARD_INPUT = Path("-")
 _ID_FIELDS = ("_id", "id", "doc_id", "query_id")
 
@@ -38,7 +43,7 @@ class Texts:
     texts: Sequence[str]
 
 
-def read_texts(source: Path, kind: Literal["query", "document"], split: str | None = None) -> Texts:
+def read_texts(source: Path, kind: Kind, split: str | None = None) -> Texts:
     """The texts of a data set, of a .jsonl file, of a file with one a line, or of standard input (`-`).
 
     A data set is a BEIR folder or a built one; `split` chooses a split of it. Texts are joined with titles
@@ -109,6 +114,42 @@ def _texts_of_splits(folder: Path, kind: str, split: str | None) -> Texts:
                     f"choose one with --split ({', '.join(collections)})"
                 )
     return Texts(ids=list(texts), texts=list(texts.values()))
+
+
+def kept_vectors(
+    embedder: Embedder, listed: Texts, kind: Kind, folder: Path, compute_dtype: str
+) -> np.ndarray:
+    """Direct vectors [N,E] float32 of texts, memory-mapped from `folder`; those that are there are reused.
+
+    Raises UserError where the folder holds those of other texts or of another model.
+    """
+    # Imports jax, as reading texts need not.
+    from search_r3_jax.retrieval.store.corpus_vectors import (
+        SHARD_DOCUMENTS,
+        EncodingSettings,
+        encode_corpus,
+    )
+
+    documents = [
+        Document(doc_id=text_id, title="", text=text)
+        for text_id, text in zip(listed.ids, listed.texts, strict=True)
+    ]
+    settings = EncodingSettings(
+        # Vectors that were computed in another precision are others.
+        model_hash=f"{embedder.model_hash()}-{compute_dtype}",
+        max_tokens=embedder.max_tokens,
+        dimension=embedder.dimension,
+        shard_documents=SHARD_DOCUMENTS,
+    )
+    with progress_bar(TextConsole(sys.stderr), "texts", len(documents)) as bar:
+
+        def encode(texts: Sequence[str], *, on_progress: Callable[[int], object] | None = None) -> np.ndarray:
+            vectors = embedder.encode(list(texts), kind=kind, progress=False)
+            if on_progress is not None:
+                on_progress(len(texts))
+            return vectors
+
+        return encode_corpus(encode, documents, folder, settings, on_progress=bar.advance)
 
 
 def writer_of(path: Path, ids: Sequence[str]) -> Callable[[Path, np.ndarray], None]:

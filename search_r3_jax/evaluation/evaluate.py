@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -136,7 +136,14 @@ class Evaluator:
         self, state: nnx.State, collection: Collection, on_progress: OnProgress | None = None
     ) -> np.ndarray:
         """Vectors [N,E] of the corpus."""
-        texts = [document.body for document in collection.documents]
+        return self.document_texts(
+            state, [document.body for document in collection.documents], on_progress=on_progress
+        )
+
+    def document_texts(
+        self, state: nnx.State, texts: Sequence[str], *, on_progress: OnProgress | None = None
+    ) -> np.ndarray:
+        """Vectors [N,E] of bodies of documents."""
         return self._encoder.encode(
             state, texts, max_tokens=self._text.max_document_tokens, on_progress=on_progress
         )
@@ -283,7 +290,7 @@ def rows_per_pass(queries: int) -> int:
 
 def exact_index(collection: Collection, documents_ne: np.ndarray) -> LocalIndex:
     """Exact search over the vectors of a collection's corpus."""
-    return ExactIndex(documents_ne, [document.doc_id for document in collection.documents], 0)
+    return ExactIndex(documents_ne, collection.document_ids, 0)
 
 
 def search_depth(collection: Collection) -> int:

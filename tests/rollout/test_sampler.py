@@ -1,6 +1,6 @@
 """The sampler against teacher-forced forwards of the same decoder: one pass, same numbers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -299,6 +299,32 @@ def test_the_encoder_equals_a_plain_forward_in_any_batch(tiny_model: LoadedModel
     hidden = np.asarray(plain_hidden(tiny_model.decoder, rows)).astype(np.float64)
     last = np.stack([hidden[i, len(row) - 1] for i, row in enumerate(rows)])
     np.testing.assert_allclose(vectors, last / np.linalg.norm(last, axis=-1, keepdims=True), atol=1e-5)
+
+
+def test_of_many_texts_two_pieces_are_held_as_tokens(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, state = nnx.split(tiny_model.decoder)
+    prompter, pieces, finished = Prompter(tiny_model.tokenizer), list[int](), list[int]()
+    encoder = Encoder(graph, prompter, pass_tokens=256)
+    texts = [TEXTS[i % 3] * (1 + i % 5) for i in range(50)]
+    whole = encoder.encode(state, texts, max_tokens=40)
+    monkeypatch.setattr("search_r3_jax.rollout.encoder.TEXTS_AT_ONCE", 16)
+    rows = Prompter.direct_rows
+
+    def counted(prompter: Prompter, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
+        # Of those before, all but the last are finished.
+        assert sum(pieces) - sum(finished) <= 2 * 16
+        pieces.append(len(texts))
+        return rows(prompter, texts, max_tokens)
+
+    monkeypatch.setattr(Prompter, "direct_rows", counted)
+    vectors = encoder.encode(state, texts, max_tokens=40, on_progress=finished.append)
+    np.testing.assert_allclose(vectors, whole, atol=1e-6)
+    assert (pieces, sum(finished)) == ([16, 16, 16, 2], 50)
+    broken = nnx.clone(tiny_model.decoder)
+    token = prompter.tokenizer("~")["input_ids"][-1]
+    broken.embedding.set_value(broken.embedding[...].at[token].set(np.nan))
+    with pytest.raises(UserError, match=r"text 38 \('~'\)"):
+        encoder.encode(nnx.state(broken), [*texts[:37], "~", *texts], max_tokens=40)
 
 
 @pytest.mark.slow
