@@ -29,13 +29,10 @@ from search_r3_jax.compile_cache import keep_programs
 from search_r3_jax.config import RunConfig, renamed_flags
 from search_r3_jax.configs import load_config
 from search_r3_jax.console import prepare_streams, print_line, show_mistake
-from search_r3_jax.errors import StoppedError, TransientError, UserError
+from search_r3_jax.errors import DISK_ERRORS, TRY_AGAIN, USER_STATUS, StoppedError, TransientError, UserError
 from search_r3_jax.runtime_env import configure_libraries
 
 INTERRUPTED = 130
-# What a launcher starts again.
-TRY_AGAIN = 75
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.EPIPE)
 
 DESCRIPTION = (
     f"search-r3 {__version__}: train an LLM to think before it embeds. "
@@ -69,7 +66,7 @@ def main() -> None:
         if "--debug" in sys.argv:
             raise
         show_mistake(error)
-        sys.exit(2)
+        sys.exit(USER_STATUS)
     except TransientError as error:
         print_line(f"search-r3: {error}; try again", sys.stderr)
         sys.exit(TRY_AGAIN)

@@ -1,6 +1,12 @@
 """The exceptions that are meant for the user."""
 
+import errno
 from collections.abc import Sequence
+
+# Errors of a disk, or of a pipe whose reader has gone.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.EPIPE)
+# Exit statuses: of a user's mistake, and of what passes by itself, which launchers start again.
+USER_STATUS, TRY_AGAIN = 2, 75
 
 
 class UserError(Exception):
@@ -25,3 +31,11 @@ class StoppedError(Exception):
 
 class EmbeddingError(UserError):
     """An embedding without a direction: a number in it is not finite, or all are zero."""
+
+
+def status_of(error: Exception) -> int:
+    """The exit status of a command that ends by `error`."""
+    if isinstance(error, TransientError):
+        return TRY_AGAIN
+    is_disk = isinstance(error, OSError) and error.errno in DISK_ERRORS
+    return USER_STATUS if is_disk or isinstance(error, UserError) else 1

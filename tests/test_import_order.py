@@ -28,6 +28,7 @@ ORDER = [
     {"objectives"},
     {"configs", "distributed.lockstep"},
     {"mesh", "distributed.runtime", "compiler", "compile_cache", "compile_time", "profiling"},
+    {"distributed.peers"},
     {"config", "chips", "vectors", "precision"},
     {"outputs"},
     {"lease"},

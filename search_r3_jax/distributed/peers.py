@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -19,19 +21,17 @@ from jax._src import distributed
 from jax.experimental import multihost_utils
 
 from search_r3_jax.console import show_mistake
-from search_r3_jax.errors import UserError
+from search_r3_jax.errors import TRY_AGAIN, USER_STATUS, UserError
 
 # JAX takes a process without heartbeat for this long as dead and ends the others: the only signal when a
 # whole machine is lost.
 SILENT_SECONDS = 60
-# Exit status of a process that stops because another has died; a launcher then restarts all.
-STATUS = 75
-# That of a user's mistake: started again, the command would fail again.
-USER_STATUS = 2
 # What a process says before it ends: that it is done, that it met a user's mistake, that another is gone.
 DONE, MISTAKE, GONE = b"done", b"user", b"gone"
 # A mistake that all processes meet is reported by each; one that does not meet it ends after so long.
 MISTAKE_SECONDS = 5.0
+# The death of another process is heard of within so long after an error that it causes.
+BLAME_SECONDS = 2.0
 # Process 0 ends after the others, but waits no longer than this.
 LAST_SECONDS = 10.0
 # Waits until the process that started it is gone, and three seconds more.
@@ -42,7 +42,7 @@ DESCRIPTORS = Path("/proc/self/fd")
 class Peers:
     """The other processes: process 0 watches all, the others watch process 0.
 
-    This one exits with `STATUS` soon after another has died, and with `USER_STATUS` soon after another has
+    This one exits with `TRY_AGAIN` soon after another has died, and with `USER_STATUS` soon after another has
     met a user's mistake. Raises UserError where process 0, at `host`, is not reached.
     """
 
@@ -51,8 +51,7 @@ class Peers:
         self._process = jax.process_index()
         self._connections = _connections(host)
         self._keeper = _keep_open(self._connections) if self._process == 0 else None
-        # Set when this process ends for a reason that it knows.
-        self._ending = threading.Event()
+        self._lock, self._ends = threading.Lock(), False
         self._watchers = [
             threading.Thread(target=self._watch, args=(number,), daemon=True) for number in self._connections
         ]
@@ -76,43 +75,79 @@ class Peers:
                 with suppress(OSError):
                     connection.recv(1)
             service.shutdown()
-        self._close()
+        for connection in self._connections.values():
+            connection.close()
+        if self._keeper is not None:
+            self._keeper.kill()
+            self._keeper.wait()
 
     def leave(self, error: UserError) -> NoReturn:
         """End this process after a user's mistake, and so the others.
 
         At a normal exit JAX waits for the others, which may wait for this one in a collective.
         """
-        self._ending.set()
-        _say(MISTAKE, self._connections)
-        show_mistake(error)
+        # Its output may be gone, or on a full disk.
+        with suppress(OSError, ValueError):
+            show_mistake(error)
+        self._end_alone(MISTAKE)
         self._exit(USER_STATUS)
+
+    def fail(self, status: int) -> None:
+        """Let the others end after an error, and the interpreter end with `status` without them."""
+        self._end_alone(GONE)
+        # Before JAX's, which was registered earlier.
+        atexit.register(self._exit, status)
+
+    def _end_alone(self, word: bytes) -> None:
+        """Tell the others, unless this process ends because another is gone.
+
+        The error may come of that: a collective fails, or a file cannot be written.
+        """
+        time.sleep(BLAME_SECONDS)
+        if not self._is_first_reason():
+            # A watcher ends this process.
+            threading.Event().wait(2 * LAST_SECONDS)
+        _say(word, self._connections)
+
+    def _is_first_reason(self) -> bool:
+        """Whether this process has had no reason to end before; it has one now."""
+        with self._lock:
+            ended, self._ends = self._ends, True
+        return not ended
 
     def _watch(self, number: int) -> None:
         """Wait for what process `number` says last, and end this process unless that is `DONE`."""
-        try:
-            received = self._connections[number].recv(len(DONE), socket.MSG_WAITALL)
-        except OSError:
-            received = b""
-        if received == DONE or self._ending.is_set():
+        received = self._hear(number)
+        if received == DONE:
             return
-        who, why, then = f"process {number}", "is gone", "The same command, on all processes, goes on"
-        status, word = STATUS, GONE
         if received == MISTAKE:
             # Mostly all meet the same mistake; each says so itself, and ends.
             time.sleep(MISTAKE_SECONDS)
-            if self._ending.is_set():
-                return
+        if not self._is_first_reason():
+            # Process 0 waits until the others are gone.
+            while self._hear(number):
+                pass
+            return
+        who, why, then = f"process {number}", "is gone", "The same command, on all processes, goes on"
+        status, word = TRY_AGAIN, GONE
+        if received == MISTAKE:
             status, word, why, then = USER_STATUS, MISTAKE, "met a mistake", "Its output says which"
         elif received == GONE:
             who = "another process"
-        self._ending.set()
-        # Not an exception: the main thread may wait for ever in a collective with the dead process.
-        message = f"search-r3: {who} {why}; process {self._process} stops too. {then}\n"
-        os.write(sys.stderr.fileno(), message.encode())
         # Process 0 alone hears of it.
         _say(word, {other: each for other, each in self._connections.items() if other != number})
+        # Not an exception: the main thread may wait for ever in a collective with the dead process.
+        message = f"search-r3: {who} {why}; process {self._process} stops too. {then}\n"
+        with suppress(OSError, ValueError):
+            os.write(sys.stderr.fileno(), message.encode())
         self._exit(status)
+
+    def _hear(self, number: int) -> bytes:
+        """The next word of process `number`; nothing when it is gone."""
+        try:
+            return self._connections[number].recv(len(DONE), socket.MSG_WAITALL)
+        except OSError:
+            return b""
 
     def _exit(self, status: int) -> NoReturn:
         """End this process; process 0 after the others, for XLA aborts a process that loses the service."""
@@ -121,16 +156,10 @@ class Peers:
             for watcher in self._watchers:
                 if watcher is not threading.current_thread():
                     watcher.join(max(0.0, end - time.monotonic()))
-        if self._keeper is not None:
-            self._keeper.kill()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError, AttributeError):
+                stream.flush()
         os._exit(status)
-
-    def _close(self) -> None:
-        for connection in self._connections.values():
-            connection.close()
-        if self._keeper is not None:
-            self._keeper.kill()
-            self._keeper.wait()
 
 
 def _connections(host: str) -> dict[int, socket.socket]:
@@ -174,26 +203,31 @@ def _keep_open(connections: Mapping[int, socket.socket]) -> subprocess.Popen[byt
     """A process that holds the sockets of this one, but for `connections`, a little longer than it lives.
 
     XLA aborts a process whose connection to process 0 closes. So each hears by ours first, and says why it
-    ends. None where the system does not list a process' files.
+    ends. None where the system does not list a process' files, or has no shell.
     """
     if not DESCRIPTORS.is_dir():
         return None
     ours = {connection.fileno() for connection in connections.values()}
     kept = [int(entry.name) for entry in DESCRIPTORS.iterdir() if _is_open_socket(int(entry.name))]
-    return subprocess.Popen(
-        KEEPER,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        pass_fds=[descriptor for descriptor in kept if descriptor not in ours],
-        # Ctrl-C reaches all processes of a terminal.
-        start_new_session=True,
-    )
+    # Without a shell, or where a socket closed just now, the processes may end with an abort of XLA's.
+    with suppress(OSError):
+        return subprocess.Popen(
+            KEEPER,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=[descriptor for descriptor in kept if descriptor not in ours],
+            # Ctrl-C reaches all processes of a terminal.
+            start_new_session=True,
+        )
+    return None
 
 
 def _is_open_socket(descriptor: int) -> bool:
     """Whether it is a socket, and not one that waits for connections, whose port must become free."""
     try:
+        if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+            return False
         duplicate = socket.socket(fileno=os.dup(descriptor))
     except OSError:
         return False

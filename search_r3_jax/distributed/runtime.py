@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 
 from search_r3_jax.distributed.peers import SILENT_SECONDS, Peers
 from search_r3_jax.distributed.spec import Cluster, explicit_cluster, is_detectable
-from search_r3_jax.errors import StoppedError, TransientError, UserError
+from search_r3_jax.errors import StoppedError, TransientError, UserError, status_of
 
 
 @contextmanager
@@ -20,9 +20,9 @@ def join_cluster(cluster: Cluster, environment: Mapping[str, str] = os.environ) 
     """Join the other processes, if there are any, before JAX is used.
 
     The cluster comes from flags, the environment, SLURM or a TPU's metadata. While the context is open, this
-    process exits with `STATUS` soon after another has died, and with `USER_STATUS` soon after it or another
-    has left with a UserError. Raises UserError for incomplete settings, and TransientError where the
-    processes do not find each other.
+    process exits with `TRY_AGAIN` soon after another has died or failed, and with `USER_STATUS` soon after it
+    or another has left with a UserError. Raises UserError for incomplete settings, and TransientError where
+    the processes do not find each other.
     """
     named = explicit_cluster(cluster, environment)
     try:
@@ -48,6 +48,9 @@ def join_cluster(cluster: Cluster, environment: Mapping[str, str] = os.environ) 
         raise
     except UserError as error:
         peers.leave(error)
+    except Exception as error:
+        peers.fail(status_of(error))
+        raise
     peers.part()
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+import threading
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -67,6 +71,38 @@ class Rollout:
     def replies(self) -> list[list[int]]:
         """Each row's reply, without padding."""
         return [row[:length].tolist() for row, length in zip(self.ids, self.lengths, strict=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunningRollout:
+    """A rollout that the devices may still be busy with.
+
+    Attributes:
+        replies: arrays on the devices.
+        name: how an error names a row of them.
+        ended: gets the time at which they are there, on the clock of `time.perf_counter`.
+    """
+
+    prompt_ids: np.ndarray
+    prompt_lengths: np.ndarray
+    replies: Replies
+    name: Callable[[int], str]
+    ended: Future[float] = field(default_factory=Future)
+
+    def __post_init__(self) -> None:
+        # Whoever asks for the result may come later. What goes wrong is raised there.
+        threading.Thread(target=self._wait, daemon=True).start()
+
+    def _wait(self) -> None:
+        with suppress(Exception):
+            jax.block_until_ready(self.replies)
+        self.ended.set_result(time.perf_counter())
+
+    def result(self) -> Rollout:
+        """Wait for it; raises UserError naming the first text whose embedding is not finite."""
+        arrays = {name: np.asarray(array) for name, array in self.replies._asdict().items()}
+        require_finite(arrays["vectors"], self.name)
+        return Rollout(prompt_ids=self.prompt_ids, prompt_lengths=self.prompt_lengths, **arrays)
 
 
 def rollout_throughput(rollout: Rollout, seconds: float) -> dict[str, float]:
@@ -178,15 +214,39 @@ class Sampler:
         shape is compiled. `shared` is `prefix` of the same parameters. Raises UserError naming the first text
         whose embedding is not finite, by its `name(number)`.
         """
+        return self.start(
+            state,
+            texts,
+            seeds_qg,
+            max_tokens=max_tokens,
+            prompt_tokens=prompt_tokens,
+            shared=shared,
+            name=name,
+        ).result()
+
+    def start(
+        self,
+        state: nnx.State,
+        texts: Sequence[str],
+        seeds_qg: np.ndarray,
+        *,
+        max_tokens: int,
+        prompt_tokens: int | None = None,
+        shared: KVBlock | None = None,
+        name: Callable[[int], str] | None = None,
+    ) -> RunningRollout:
+        """`sample`, without waiting for the devices."""
         rows = self._prompter.reason_rows(texts, max_tokens)
         length = prompt_tokens or self.prompt_tokens(max_tokens)
         prompt_ids, prompt_lengths = pad_rows(rows, length=length, pad_id=0)
         replies = self._sample(state, prompt_ids, prompt_lengths, seeds_qg.astype(np.uint32), shared)
-        arrays = {name: np.asarray(array) for name, array in replies._asdict().items()}
-        group = seeds_qg.shape[1]
-        named = name or (lambda number: text_name(number, texts))
-        require_finite(arrays["vectors"], lambda row: named(row // group))
-        return Rollout(prompt_ids=prompt_ids, prompt_lengths=prompt_lengths, **arrays)
+        group, named = seeds_qg.shape[1], name or (lambda number: text_name(number, texts))
+        return RunningRollout(
+            prompt_ids=prompt_ids,
+            prompt_lengths=prompt_lengths,
+            replies=replies,
+            name=lambda row: named(row // group),
+        )
 
 
 def writing_meshes(mesh: Mesh | None, config: ModelConfig, size: float) -> list[Mesh | None]:

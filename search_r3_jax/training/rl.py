@@ -109,17 +109,18 @@ def train_rl(
             # Act 3: the loop. The index changes between steps only.
             first = progress.step
             session.time_left.start()
-            while not progress.finished(rl):
-                stalls = session.before_step(state, progress, index)
-                with step(TRAIN, progress.step):
-                    with announce_compiling("the rollout", when=progress.step == first), part("rollout"):
-                        sampled = sample(stage, progress.step)
-                    with announce_compiling("the update", when=progress.step == first):
-                        with part("rewards"):
-                            scored = score(stage, state, sampled, index, progress.step)
-                        with part("update"):
-                            state, metrics = update(stage, state, sampled, scored)
-                session.finish_step(state, progress, sampled, scored, metrics | stalls, index)
+            with stage.sampling_dropped():
+                while not progress.finished(rl):
+                    stalls = session.before_step(state, progress, index)
+                    with step(TRAIN, progress.step):
+                        with announce_compiling("the rollout", when=progress.step == first), part("rollout"):
+                            sampled = sample(stage, progress.step)
+                        with announce_compiling("the update", when=progress.step == first):
+                            with part("rewards"):
+                                scored = score(stage, state, sampled, index, progress.step)
+                            with part("update"):
+                                state, metrics = update(stage, state, sampled, scored, progress.step)
+                    session.finish_step(state, progress, sampled, scored, metrics | stalls, index)
             # Act 4: the last checkpoint.
             session.save_last(state, progress, index)
     require_learning(progress.skipped, progress.step, "rl")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from search_r3_jax.config import RlConfig
+from search_r3_jax.config import RlConfig, RunConfig
 from search_r3_jax.data.collection import Query
 from search_r3_jax.data.mixture import shuffled
 from search_r3_jax.distributed.lockstep import Message
@@ -24,7 +24,7 @@ from search_r3_jax.rollout.sampler import Rollout, rollout_seeds
 from search_r3_jax.training.led_index import LedIndex, result_message, result_of
 from search_r3_jax.training.optimizer import updates_made
 from search_r3_jax.training.rl_report import step_scalars
-from search_r3_jax.training.rl_setup import RlStage
+from search_r3_jax.training.rl_setup import RlStage, Sampling
 from search_r3_jax.training.rl_step import RlBatch, make_batch, put_batch, tokenize_documents
 from search_r3_jax.training.state import TrainState
 
@@ -35,13 +35,15 @@ class Sampled:
 
     Attributes:
         positives: each query's relevant documents, row → grade.
-        seconds: it took.
+        seconds: the devices took for them.
+        waited: seconds of these that the host waited.
     """
 
     queries: list[Query]
     positives: list[Mapping[int, int]]
     rollout: Rollout
     seconds: float
+    waited: float
 
     @property
     def texts(self) -> list[str]:
@@ -68,25 +70,47 @@ class Scored:
 
 
 def sample(stage: RlStage, step: int) -> Sampled:
-    """G replies to each of Q queries, written with the current parameters."""
+    """G replies to each of Q queries, written with the current parameters; `update` may have begun them."""
     started = time.perf_counter()
-    rl, collection, seed = stage.config.rl, stage.collection, stage.config.seed
-    rows = shuffled(len(collection.queries), seed, step * rl.global_queries, rl.global_queries)
-    queries = [collection.queries[row] for row in rows]
-    seeds_qg = rollout_seeds(seed, step, rows, rl.group_size)
-    rollout = stage.sampler.sample(
-        stage.current,
-        [query.body for query in queries],
-        seeds_qg,
-        max_tokens=stage.config.text.max_query_tokens,
-    )
+    rl, collection, sampling = stage.config.rl, stage.collection, stage.sampling
+    stage.sampling = None
+    if sampling is None:
+        sampling = _start_sampling(stage, step, started)
+    assert sampling.step == step
+    rollout = sampling.rollout.result()
+    rows = sampling.rows
     long_enough = rollout.lengths >= rl.min_tokens
     return Sampled(
-        queries=queries,
+        queries=[collection.queries[row] for row in rows],
         positives=[stage.known[row] for row in rows],
         rollout=dataclasses.replace(rollout, valid=rollout.valid & long_enough),
-        seconds=time.perf_counter() - started,
+        seconds=sampling.rollout.ended.result() - sampling.began,
+        waited=time.perf_counter() - started,
     )
+
+
+def _start_sampling(stage: RlStage, step: int, began: float) -> Sampling:
+    """Dispatch the rollout of a step with the current parameters."""
+    rl, collection, seed = stage.config.rl, stage.collection, stage.config.seed
+    rows = shuffled(len(collection.queries), seed, step * rl.global_queries, rl.global_queries)
+    rollout = stage.sampler.start(
+        stage.current,
+        [collection.queries[row].body for row in rows],
+        rollout_seeds(seed, step, rows, rl.group_size),
+        max_tokens=stage.config.text.max_query_tokens,
+    )
+    return Sampling(step=step, rows=rows, rollout=rollout, began=began)
+
+
+def _follows_at_once(config: RunConfig, step: int) -> bool:
+    """Whether the devices have nothing to do between a step's rollout and the step before.
+
+    An evaluation, a checkpoint, and the documents that a rolling index encodes come before it.
+    """
+    rl = config.rl
+    evaluates = rl.eval_every > 0 and step % rl.eval_every == 0
+    between = evaluates or step % rl.save_every == 0 or config.index.source == "rolling"
+    return step < rl.steps and not between
 
 
 def score(stage: RlStage, state: TrainState, sampled: Sampled, index: LedIndex, step: int) -> Scored:
@@ -130,9 +154,13 @@ def score(stage: RlStage, state: TrainState, sampled: Sampled, index: LedIndex, 
 
 
 def update(
-    stage: RlStage, state: TrainState, sampled: Sampled, scored: Scored
+    stage: RlStage, state: TrainState, sampled: Sampled, scored: Scored, step: int
 ) -> tuple[TrainState, dict[str, float]]:
-    """`rl.inner_epochs` updates on the rollout, and the step's metrics."""
+    """`rl.inner_epochs` updates on the rollout, and the step's metrics.
+
+    The next rollout is dispatched before the metrics are read: the devices go on while the host counts, logs
+    and writes.
+    """
     started = time.perf_counter()
     rl, rollout, frozen = stage.config.rl, sampled.rollout, stage.frozen
     batch = _make_batch(stage, sampled, scored)
@@ -151,13 +179,21 @@ def update(
     for _ in range(rl.inner_epochs):
         state, scalars, policy_log_probs = stage.update(state, frozen, batch, before, reference)
         log_probs.append(policy_log_probs)
+    stage.current = stage.merged(state.params)
+    if _follows_at_once(stage.config, step + 1):
+        stage.sampling = _start_sampling(stage, step + 1, time.perf_counter())
     metrics = {name: float(value) for name, value in scalars.items()}
-    seconds = time.perf_counter() - started
+    ended = time.perf_counter()
+    if stage.sampling is not None:
+        # Before, the devices were busy with the update.
+        stage.sampling = dataclasses.replace(stage.sampling, began=ended)
+    seconds = ended - started
     trainer_bt = np.asarray(log_probs[0]).reshape(rollout.ids.shape)
     metrics |= step_scalars(rollout, scored.result, trainer_bt, sampled.seconds)
     metrics |= {
         "learning_rate": rate,
         "rollout_seconds": sampled.seconds,
+        "rollout_wait_seconds": sampled.waited,
         "environment_seconds": scored.seconds,
         "update_seconds": seconds,
     }

@@ -210,7 +210,7 @@ class RlSession:
     ) -> None:
         """Count, log, evaluate and save a step; raises UserError where the run cannot go on, StoppedError."""
         rl, step = self._stage.config.rl, progress.step
-        phases = ("swap", "index_wait", "rollout", "environment", "update")
+        phases = ("swap", "index_wait", "rollout_wait", "environment", "update")
         metrics["seconds"] = sum(metrics[f"{phase}_seconds"] for phase in phases)
         progress.skipped_in_a_row = int(metrics.pop("skipped_in_a_row"))
         progress.skipped += progress.skipped_in_a_row > 0
@@ -223,7 +223,6 @@ class RlSession:
         self._write_samples(step, sampled, scored)
         progress.step, progress.index = step + 1, index.statistics
         done = progress.step
-        self._stage.current = self._stage.merged(state.params)
         evaluated = rl.eval_every > 0 and (done % rl.eval_every == 0 or done == rl.steps)
         if evaluated:
             metrics |= self._evaluate(state, done)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,19 +16,34 @@ from search_r3_jax.config import RunConfig, check_ranges
 from search_r3_jax.data.collection import Collection
 from search_r3_jax.data.development import TrainingSet
 from search_r3_jax.data.known_relevance import known_rows
-from search_r3_jax.errors import EmbeddingError, UserError
+from search_r3_jax.errors import EmbeddingError, StoppedError, UserError
 from search_r3_jax.hub.load_model import LoadedModel
 from search_r3_jax.models.decoder import Decoder
 from search_r3_jax.models.lora import trainable_filter
 from search_r3_jax.retrieval.environment.rewards import check_reward, check_rewards
 from search_r3_jax.rollout.encoder import Encoder, ReasonedEncoder
-from search_r3_jax.rollout.sampler import Sampler
+from search_r3_jax.rollout.sampler import RunningRollout, Sampler
 from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training.development import Development
 from search_r3_jax.training.live_index import IndexedCorpus
 from search_r3_jax.training.optimizer import learning_rates, make_optimizer
 from search_r3_jax.training.rl_step import Scorer, Update, make_scorer, make_update
 from search_r3_jax.training.state import TrainState, committed, init_state, state_shardings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """A step's replies, which the devices may still be writing.
+
+    Attributes:
+        rows: its queries, by their rows in the collection.
+        began: when the devices could begin, on the clock of `time.perf_counter`.
+    """
+
+    step: int
+    rows: Sequence[int]
+    rollout: RunningRollout
+    began: float
 
 
 @dataclass(kw_only=True)
@@ -42,6 +58,7 @@ class RlStage:
         update: one update on a batch.
         development: evaluation on the development queries; None where there are none.
         rates: the learning rate of each update.
+        sampling: the rollout of the next step, where it is dispatched.
     """
 
     config: RunConfig
@@ -58,6 +75,7 @@ class RlStage:
     update: Update
     development: Development | None
     rates: np.ndarray
+    sampling: Sampling | None = None
 
     @cached_property
     def known(self) -> tuple[dict[int, int], ...]:
@@ -68,6 +86,17 @@ class RlStage:
     def mesh(self) -> Mesh | None:
         """The mesh of training."""
         return self.model.mesh
+
+    @contextmanager
+    def sampling_dropped(self) -> Iterator[None]:
+        """When training ends early, wait for the rollout that is begun: none may leave the others in it."""
+        try:
+            yield
+        except (UserError, StoppedError):
+            if self.sampling is not None:
+                self.sampling.rollout.ended.result()
+            self.sampling = None
+            raise
 
     def merged(self, params: nnx.State) -> nnx.State:
         """All parameters of the decoder, given the trainable ones."""

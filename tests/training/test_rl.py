@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers.command_folder import computed, equal
 from helpers.tiny_models import word_collection
 
 from search_r3_jax.config import (
@@ -36,16 +37,18 @@ from search_r3_jax.config import (
 from search_r3_jax.data.collection import Collection
 from search_r3_jax.data.dataset import build_dataset, load_collection
 from search_r3_jax.data.development import TrainingSet, for_stage_2
-from search_r3_jax.errors import UserError
+from search_r3_jax.errors import StoppedError, UserError
 from search_r3_jax.hub.checkpoint_reader import best_checkpoint, latest_checkpoint
 from search_r3_jax.hub.load_model import LoadedModel, load_model, with_lora
 from search_r3_jax.retrieval.indexer.worker import index_folder
 from search_r3_jax.retrieval.store.versions import list_versions, open_version
 from search_r3_jax.rollout.encoder import Encoder
-from search_r3_jax.rollout.sampler import Rollout, Sampler
+from search_r3_jax.rollout.sampler import Rollout, RunningRollout, Sampler
+from search_r3_jax.rollout.sampling_program import Replies
 from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training import rl_acts
 from search_r3_jax.training.rl import RlResult, train_rl
+from search_r3_jax.training.rl_session import RlSession
 from search_r3_jax.training.rl_setup import make_stage
 from search_r3_jax.training.run import RlRecord
 
@@ -86,22 +89,23 @@ class _NoSampler(Sampler):
     def __init__(self) -> None:
         self.texts: list[str] = []
 
-    def sample(
-        self, state: nnx.State, texts: Sequence[str], seeds_qg: np.ndarray, *, max_tokens: int
-    ) -> Rollout:
+    def start(
+        self, state: nnx.State, texts: Sequence[str], seeds_qg: np.ndarray, **named: Any
+    ) -> RunningRollout:
         self.texts += texts
         B = seeds_qg.size
         tokens, flags = np.zeros((B, 1), np.int32), np.zeros((B, 1), bool)
-        return Rollout(
-            prompt_ids=tokens,
-            prompt_lengths=tokens[:, 0],
-            ids=tokens,
-            lengths=tokens[:, 0],
-            sampled=flags,
-            log_probs=np.zeros((B, 1), np.float32),
-            entropies=np.zeros((B, 1), np.float32),
-            vectors=np.zeros((B, 4), np.float32),
-            valid=flags[:, 0],
+        replies = Replies(
+            ids=jnp.asarray(tokens),
+            lengths=jnp.asarray(tokens[:, 0]),
+            sampled=jnp.asarray(flags),
+            log_probs=jnp.zeros((B, 1)),
+            entropies=jnp.zeros((B, 1)),
+            vectors=jnp.zeros((B, 4)),
+            valid=jnp.asarray(flags[:, 0]),
+        )
+        return RunningRollout(
+            prompt_ids=tokens, prompt_lengths=tokens[:, 0], replies=replies, name=lambda row: str(row)
         )
 
 
@@ -132,11 +136,11 @@ def run_it(
     model: LoadedModel,
     *,
     pause: float = 0.0,
+    **named: Any,
 ) -> RlResult:
     record = RlRecord(data="../data", split="train")
-    return train_rl(
-        config, folder, data=data, model=model, record=record, on_step=lambda *_: time.sleep(pause)
-    )
+    options: dict[str, Any] = {"on_step": lambda *_: time.sleep(pause)} | named
+    return train_rl(config, folder, data=data, model=model, record=record, **options)
 
 
 def lines_of(file: Path) -> list[dict[str, Any]]:
@@ -176,6 +180,63 @@ def test_a_run_swaps_to_an_index_built_meanwhile_and_resumes(
     again = run_it(config, run, data, model)
     assert again.steps == result.steps
     assert again.swaps == result.swaps
+
+
+@pytest.mark.slow
+def test_the_next_rollout_is_begun_before_a_step_is_counted_and_is_the_same(
+    tiny_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for where a checkpoint lies between them: with one after every step, none is begun early."""
+    events, start, finish = list[str](), Sampler.start, RlSession.finish_step
+
+    def started(sampler: Sampler, *arguments: Any, **named: Any) -> RunningRollout:
+        events.append("rollout")
+        return start(sampler, *arguments, **named)
+
+    def finished(session: RlSession, *arguments: Any) -> None:
+        events.append("counted")
+        finish(session, *arguments)
+
+    monkeypatch.setattr(Sampler, "start", started)
+    monkeypatch.setattr(RlSession, "finish_step", finished)
+    found, results, replay = list[list[str]](), list[RlResult](), None
+    for save_every in (4, 1):
+        config, data, model = start_of_run(
+            tmp_path / str(save_every), tiny_folders["llama"], save_every=save_every
+        )
+        run = tmp_path / str(save_every) / "run"
+        events.clear()
+        results.append(run_it(config, run, data, model, replay=replay))
+        found.append(list(events))
+        replay = run
+    step, early = ["rollout", "counted"], ["rollout", "rollout", "counted"]
+    assert found == [[*early, *step, *step, "counted", *early, "counted"], step * 6]
+    ours, theirs = (lines_of(tmp_path / str(save_every) / "run" / "metrics.jsonl") for save_every in (4, 1))
+    assert [computed(line) for line in ours] == [computed(line) for line in theirs]
+    equal(*(nnx.to_pure_dict(result.params) for result in results))
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_waits_for_the_rollout_that_is_begun(
+    tiny_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, start = list[RunningRollout](), Sampler.start
+
+    def started(sampler: Sampler, *arguments: Any, **named: Any) -> RunningRollout:
+        begun.append(start(sampler, *arguments, **named))
+        return begun[-1]
+
+    def stop(done: int, total: int, metrics: dict[str, float]) -> None:
+        if done == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Sampler, "start", started)
+    config, data, model = start_of_run(tmp_path, tiny_folders["llama"], save_every=10)
+    with pytest.raises(StoppedError):
+        run_it(config, tmp_path / "run", data, model, on_step=stop)
+    # That of the next step was begun, and nobody asked for it.
+    assert len(begun) == len(lines_of(tmp_path / "run" / "metrics.jsonl")) + 1
+    assert begun[-1].ended.done()
 
 
 @pytest.mark.slow
@@ -253,9 +314,13 @@ def test_everything_turned_on_and_what_is_logged_of_it(tiny_folders: dict[str, P
         assert line["importance_capped_share"] == 0
         assert (
             line["seconds"]
-            >= line["rollout_seconds"] + line["environment_seconds"] + line["update_seconds"]
-            > 0
+            == line["swap_seconds"]
+            + line["index_wait_seconds"]
+            + line["rollout_wait_seconds"]
+            + line["environment_seconds"]
+            + line["update_seconds"]
         )
+        assert min(line["rollout_seconds"], line["environment_seconds"], line["update_seconds"]) > 0
         assert {
             "kl",
             "entropy",
@@ -343,14 +408,14 @@ def test_a_collapse_stops_the_run_and_keeps_its_checkpoint(
 def test_replies_that_are_too_short_earn_nothing(
     tiny_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sample = Sampler.sample
+    result = RunningRollout.result
 
-    def every_other_is_short(sampler: Sampler, *asked: Any, **options: Any) -> Rollout:
-        rollout = sample(sampler, *asked, **options)
+    def every_other_is_short(running: RunningRollout) -> Rollout:
+        rollout = result(running)
         lengths = np.where(np.arange(len(rollout.lengths)) % 2, 6, 7).astype(np.int32)
         return dataclasses.replace(rollout, lengths=lengths, valid=np.ones(len(lengths), bool))
 
-    monkeypatch.setattr(Sampler, "sample", every_other_is_short)
+    monkeypatch.setattr(RunningRollout, "result", every_other_is_short)
     config, data, model = start_of_run(tmp_path, tiny_folders["llama"], steps=1, min_tokens=7, sample_every=1)
     run_it(config, tmp_path / "run", data, model)
     assert [line["valid_rate"] for line in lines_of(tmp_path / "run" / "metrics.jsonl")] == [0.5]

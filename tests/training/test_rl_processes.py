@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from helpers.command_folder import Place, back_to, computed, equal, until
 
-from search_r3_jax.distributed.peers import STATUS
+from search_r3_jax.errors import TRY_AGAIN
 
 pytestmark = pytest.mark.slow
 STEPS = 8
@@ -111,7 +111,7 @@ def test_any_process_may_be_killed_and_one_of_them_be_odd(place: Place, kills: i
         victim = number % 2
         processes[victim].kill()
         killed = time.monotonic()
-        assert processes[1 - victim].wait(timeout=120) == STATUS, said(place)
+        assert processes[1 - victim].wait(timeout=120) == TRY_AGAIN, said(place)
         assert time.monotonic() - killed < 20
         for line in place.lines("killed"):
             assert told.setdefault(line["step"], computed(line)) == computed(line)
@@ -147,7 +147,7 @@ def test_a_process_that_dies_in_a_call_of_the_leader_ends_all(place: Place, call
     processes = place.cluster(command, processes=2, commands=commands)
     assert processes[victim].wait(timeout=300) == -signal.SIGKILL, said(place)
     died = time.monotonic()
-    assert processes[1 - victim].wait(timeout=120) == STATUS, said(place)
+    assert processes[1 - victim].wait(timeout=120) == TRY_AGAIN, said(place)
     assert time.monotonic() - died < 20
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from helpers.command_folder import Place, computed, equal, until
 
-from search_r3_jax.distributed.peers import STATUS
+from search_r3_jax.errors import TRY_AGAIN
 from search_r3_jax.hub.checkpoint_reader import checkpoint_steps
 from search_r3_jax.retrieval.indexer.heartbeat import read_beat
 from search_r3_jax.retrieval.indexer.schedule import IndexSchedule
@@ -151,7 +151,7 @@ def test_two_processes_one_of_them_killed_end_bit_equal(place: Place, tmp_path: 
         assert processes[victim].poll() is None
         processes[victim].kill()
         killed = time.monotonic()
-        assert processes[1 - victim].wait(timeout=300) == STATUS
+        assert processes[1 - victim].wait(timeout=300) == TRY_AGAIN
         assert time.monotonic() - killed < BOUND_SECONDS
         assert (
             f"process {victim} is gone; process {1 - victim} stops too"
