@@ -85,7 +85,7 @@ def train_rl(
     check_ranges(config, "rl")
     check_rolling(config, replay)
     check_trackers(trackers)
-    check_stage(Path(run_folder), "rl")
+    check_stage(Path(run_folder), "rl", team)
     check_model_name(config.model)
     config, run_folder, rl = with_absolute_paths(config), Path(run_folder), config.rl
     data = data or load_rl_data(config)

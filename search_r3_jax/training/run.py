@@ -278,11 +278,14 @@ def recorded_prompts(model: LoadedModel, run: Path, team: Team) -> LoadedModel:
     return with_recorded_prompts(model, run, team.lead(read))
 
 
-def check_stage(run: Path, stage: str) -> None:
+def check_stage(run: Path, stage: str, team: Team) -> None:
     """Raise UserError, before any long work, where a run folder holds a run of the other stage."""
-    if not (run / "config.json").is_file():
-        return
-    there = read_run(run)[1].get("stage", stage)
+
+    def read() -> Message:
+        return {"there": read_run(run)[1].get("stage", stage) if (run / "config.json").is_file() else stage}
+
+    # Of process 0 alone: another may see what it has written a moment ago, in part.
+    there = team.lead(read)["there"]
     if there != stage:
         remedy = (
             f"give another --run, and --model {run} to start from it"

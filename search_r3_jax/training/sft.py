@@ -112,14 +112,14 @@ def train_sft(
     StoppedError on a stop signal, saved.
     """
     # 1. Build the stage.
+    team = Team()
     check_ranges(config, "sft")
     check_trackers(trackers)
-    check_stage(Path(run_folder), "sft")
+    check_stage(Path(run_folder), "sft", team)
     check_model_name(config.model)
     config, run_folder, sft = with_absolute_paths(config), Path(run_folder), config.sft
     sets = load_sft_data(config) if sets is None else sets
     _check(config, sets)
-    team = Team()
     model = recorded_prompts(model or load_training_model(config), run_folder, team)
     check_sizes(config, model, "sft")
     for each in sets:
