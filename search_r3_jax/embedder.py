@@ -292,7 +292,7 @@ class Embedder:
                 # Filled up with the last text.
                 filled = rows + rows[-1:] * (_filled(len(rows), THINK_ROWS) - len(rows))
                 with step(ENCODE):
-                    rollout = sampler.sample(
+                    rollout = sampler.start(
                         self._state,
                         [listed[i] for i in filled],
                         seeds[filled][:, None],
@@ -300,7 +300,7 @@ class Embedder:
                         prompt_tokens=_filled(lengths[rows[0]] + suffix, PROMPT_TOKENS),
                         shared=self._reason_prefix,
                         name=lambda row, filled=filled: text_name(filled[row], listed),
-                    )
+                    ).result()
                 for at, (i, reply) in enumerate(zip(rows, rollout.replies(), strict=False)):
                     thoughts_by_row[i] = Thought(
                         text=self._prompter.thought_text(reply),

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import math
-import threading
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -80,23 +76,12 @@ class RunningRollout:
     Attributes:
         replies: arrays on the devices.
         name: how an error names a row of them.
-        ended: gets the time at which they are there, on the clock of `time.perf_counter`.
     """
 
     prompt_ids: np.ndarray
     prompt_lengths: np.ndarray
     replies: Replies
     name: Callable[[int], str]
-    ended: Future[float] = field(default_factory=Future)
-
-    def __post_init__(self) -> None:
-        # Whoever asks for the result may come later. What goes wrong is raised there.
-        threading.Thread(target=self._wait, daemon=True).start()
-
-    def _wait(self) -> None:
-        with suppress(Exception):
-            jax.block_until_ready(self.replies)
-        self.ended.set_result(time.perf_counter())
 
     def result(self) -> Rollout:
         """Wait for it; raises UserError naming the first text whose embedding is not finite."""
@@ -197,32 +182,10 @@ class Sampler:
         return bucket_length(max_tokens + len(self._prompter.reason.suffix))
 
     def sample(
-        self,
-        state: nnx.State,
-        texts: Sequence[str],
-        seeds_qg: np.ndarray,
-        *,
-        max_tokens: int,
-        prompt_tokens: int | None = None,
-        shared: KVBlock | None = None,
-        name: Callable[[int], str] | None = None,
+        self, state: nnx.State, texts: Sequence[str], seeds_qg: np.ndarray, *, max_tokens: int
     ) -> Rollout:
-        """Sample replies to each text [Q] under the seeds [Q,G] (uint32).
-
-        The same seed and text give the same reply, whatever else is sampled. The loop runs as long as the
-        longest reply. Prompts are padded to `prompt_tokens`, by default what `max_tokens` allows, so one
-        shape is compiled. `shared` is `prefix` of the same parameters. Raises UserError naming the first text
-        whose embedding is not finite, by its `name(number)`.
-        """
-        return self.start(
-            state,
-            texts,
-            seeds_qg,
-            max_tokens=max_tokens,
-            prompt_tokens=prompt_tokens,
-            shared=shared,
-            name=name,
-        ).result()
+        """`start`, and wait for the result."""
+        return self.start(state, texts, seeds_qg, max_tokens=max_tokens).result()
 
     def start(
         self,
@@ -235,7 +198,13 @@ class Sampler:
         shared: KVBlock | None = None,
         name: Callable[[int], str] | None = None,
     ) -> RunningRollout:
-        """`sample`, without waiting for the devices."""
+        """Begin to sample replies to each text [Q] under the seeds [Q,G] (uint32).
+
+        The same seed and text give the same reply, whatever else is sampled. The loop runs as long as the
+        longest reply. Prompts are padded to `prompt_tokens`, by default what `max_tokens` allows, so one
+        shape is compiled. `shared` is `prefix` of the same parameters. The result raises UserError naming the
+        first text whose embedding is not finite, by its `name(number)`.
+        """
         rows = self._prompter.reason_rows(texts, max_tokens)
         length = prompt_tokens or self.prompt_tokens(max_tokens)
         prompt_ids, prompt_lengths = pad_rows(rows, length=length, pad_id=0)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 
 import jax
@@ -20,7 +23,7 @@ from search_r3_jax.objectives.policy_gradient import group_advantages
 from search_r3_jax.retrieval.environment.environment import Environment, StepResult
 from search_r3_jax.retrieval.environment.negatives import drop_near_duplicates, infonce_document_rows
 from search_r3_jax.rollout.encoder import ReasonedEncoder
-from search_r3_jax.rollout.sampler import Rollout, rollout_seeds
+from search_r3_jax.rollout.sampler import Rollout, RunningRollout, rollout_seeds
 from search_r3_jax.training.led_index import LedIndex, result_message, result_of
 from search_r3_jax.training.optimizer import updates_made
 from search_r3_jax.training.rl_report import step_scalars
@@ -84,7 +87,7 @@ def sample(stage: RlStage, step: int) -> Sampled:
         queries=[collection.queries[row] for row in rows],
         positives=[stage.known[row] for row in rows],
         rollout=dataclasses.replace(rollout, valid=rollout.valid & long_enough),
-        seconds=sampling.rollout.ended.result() - sampling.began,
+        seconds=sampling.ended.result() - sampling.began,
         waited=time.perf_counter() - started,
     )
 
@@ -99,7 +102,21 @@ def _start_sampling(stage: RlStage, step: int, began: float) -> Sampling:
         rollout_seeds(seed, step, rows, rl.group_size),
         max_tokens=stage.config.text.max_query_tokens,
     )
-    return Sampling(step=step, rows=rows, rollout=rollout, began=began)
+    return Sampling(step=step, rows=rows, rollout=rollout, began=began, ended=_end_of(rollout))
+
+
+def _end_of(rollout: RunningRollout) -> Future[float]:
+    """Gets the time at which the devices have ended; whoever asks for the result may come later."""
+    ended = Future[float]()
+
+    def wait() -> None:
+        # What goes wrong is raised to whoever asks for the result.
+        with suppress(Exception):
+            jax.block_until_ready(rollout.replies)
+        ended.set_result(time.perf_counter())
+
+    threading.Thread(target=wait, daemon=True).start()
+    return ended
 
 
 def _follows_at_once(config: RunConfig, step: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -38,12 +39,14 @@ class Sampling:
     Attributes:
         rows: its queries, by their rows in the collection.
         began: when the devices could begin, on the clock of `time.perf_counter`.
+        ended: gets the time at which they have ended, on that clock.
     """
 
     step: int
     rows: Sequence[int]
     rollout: RunningRollout
     began: float
+    ended: Future[float]
 
 
 @dataclass(kw_only=True)
@@ -94,7 +97,7 @@ class RlStage:
             yield
         except (UserError, StoppedError):
             if self.sampling is not None:
-                self.sampling.rollout.ended.result()
+                self.sampling.ended.result()
             self.sampling = None
             raise
 
