@@ -1,10 +1,18 @@
 """The exceptions that are meant for the user."""
 
 import errno
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 
 # Errors of a disk, or of a pipe whose reader has gone.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.EPIPE)
+# Errors of a share or a network that come and go.
+PASSING_ERRORS = (
+    *(errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNREFUSED, errno.ENOTCONN, errno.EREMOTEIO),
+    *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET),
+)
+# So libraries call them that tell no number.
+_PASSING_WORDS = (*map(os.strerror, PASSING_ERRORS), "DEADLINE_EXCEEDED", "UNAVAILABLE")
 # Exit statuses: of a user's mistake, and of what passes by itself, which launchers start again.
 USER_STATUS, TRY_AGAIN = 2, 75
 
@@ -33,9 +41,27 @@ class EmbeddingError(UserError):
     """An embedding without a direction: a number in it is not finite, or all are zero."""
 
 
+def causes_of(error: BaseException) -> Iterator[BaseException]:
+    """The error, and what it came from, one after another."""
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = found.__cause__ or found.__context__
+
+
+def passes_by_itself(error: BaseException) -> bool:
+    """Whether an error is of a share or a network that comes and goes."""
+    return any(
+        each.errno in PASSING_ERRORS
+        if isinstance(each, OSError) and each.errno is not None
+        else any(word in str(each) for word in _PASSING_WORDS)
+        for each in causes_of(error)
+    )
+
+
 def status_of(error: Exception) -> int:
     """The exit status of a command that ends by `error`."""
-    if isinstance(error, TransientError):
+    if isinstance(error, TransientError) or (isinstance(error, OSError) and passes_by_itself(error)):
         return TRY_AGAIN
     is_disk = isinstance(error, OSError) and error.errno in DISK_ERRORS
     return USER_STATUS if is_disk or isinstance(error, UserError) else 1

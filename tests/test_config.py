@@ -44,7 +44,7 @@ OLDER: dict[str, Any] = {
         "collapse_valid": 0.3,
         "collapse_entropy": 0.02,
     },
-    "index": {"overlay_max_age": 9, "max_age": 11, "when_old": "stop"},
+    "index": {"overlay_max_age": 9, "max_age": 11, "when_old": "stop", "rolling_documents": 13},
 }
 
 
@@ -58,6 +58,7 @@ def test_settings_of_older_runs_are_read_under_their_present_names() -> None:
     assert dataclasses.astuple(config.rl.collapse) == (8, 0.3, 0.02)
     index = config.index
     assert (index.overlay_max_age_steps, index.max_index_age_steps, index.on_stale_index) == (9, 11, "stop")
+    assert index.documents_per_step == 13
 
 
 def test_every_renamed_setting_is_tried_above_and_exists() -> None:

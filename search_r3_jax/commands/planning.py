@@ -30,7 +30,8 @@ class Plan:
             them.
         settings: The experiment's settings.
         stage: Program to plan. `sft`, `rl`: an update. `decode`: a rollout of rl.global_queries ×
-            rl.group_size replies. `encode`: a batch of the corpus. `search`: a search of a `device` index,
+            rl.group_size replies. `encode`: a batch of the corpus; with index.source trainer, beside all
+            that the trainer holds. `search`: a search of a `device` index,
             1,024 queries at most.
         topology: TPU slice: a shape such as v5p:2x2x2, or a name such as v5p-16.
         slices: Slices joined by the data-centre network. `--mesh.slice` says how they are used.

@@ -18,9 +18,11 @@ class IndexConfig:
             installed, else exact search.
         source: Where its vectors come from. `snapshots`: an indexer beside the trainer builds versions from
             the run's snapshots. `rolling`, with kind `device`: before each step the trainer encodes
-            rolling_documents of the corpus with the current parameters, and replaces them in the index.
-        rolling_documents: With source `rolling`: documents to encode a step. The whole corpus takes N /
-            rolling_documents steps.
+            documents_per_step of the corpus with the current parameters, and replaces them in the index. With
+            source `trainer` it encodes them with its newest snapshot, and the indexer, a process that needs
+            no accelerator, builds versions from the vectors.
+        documents_per_step: With source `rolling` or `trainer`: documents to encode a step. The whole corpus
+            takes N / documents_per_step steps.
         scoring: Which vectors rank the candidates. `fresh`: re-encode them with the current parameters, up to
             refresh_budget documents a step; the rest keep the index's. `stale`: the index's
             own. `consistent_stale`: those, and queries embedded with the index's checkpoint too.
@@ -53,8 +55,8 @@ class IndexConfig:
     """
 
     kind: Literal["auto", "scann", "exact", "device"] = "auto"
-    source: Literal["snapshots", "rolling"] = "snapshots"
-    rolling_documents: int = 1024
+    source: Literal["snapshots", "trainer", "rolling"] = "snapshots"
+    documents_per_step: int = 1024
     scoring: Literal["fresh", "stale", "consistent_stale"] = "fresh"
     candidates: int = 64
     neighbours: int = 0

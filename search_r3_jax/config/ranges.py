@@ -72,7 +72,7 @@ _SECTIONS: dict[str, dict[str, Range]] = {
         **dict.fromkeys(("micro_queries", "min_tokens", "clip_high", "beta", "importance_cap"), _ANY),
         **dict.fromkeys(("eval_every", "keep_every", "min_swaps", "max_extra_steps"), _ANY),
         # A group of one has no advantage: its reward is its own mean.
-        **{"group_size": Range(low=2), "clip_low": _SHARE},
+        **{"group_size": Range(low=2), "clip_low": _SHARE, "off_policy_steps": Range(low=0, high=1)},
     },
     "rl.sampler": {
         # The trainer divides the logits by the temperature.
@@ -91,9 +91,9 @@ _SECTIONS: dict[str, dict[str, Range]] = {
     "rl.collapse": {"steps": _ANY, "valid_rate": _SHARE, "entropy": _ANY},
     "rl.optimizer": _OPTIMIZER,
     "index": {
-        **dict.fromkeys(
-            ("candidates", "drift_documents", "keep_versions", "parts", "rolling_documents"), _SOME
-        ),
+        **dict.fromkeys(("candidates", "documents_per_step", "keep_versions", "parts"), _SOME),
+        # Two documents have a nearest one each.
+        "drift_documents": Range(low=2),
         **dict.fromkeys(("neighbours", "refresh_budget", "overlay_max_age_steps", "drift_every"), _ANY),
         **dict.fromkeys(("max_index_age_steps", "threads", "cores"), _ANY),
         **{"drift_cosine": _COSINE, "drift_overlap": _SHARE, "recall_gate": _SHARE},

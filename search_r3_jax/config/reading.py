@@ -37,6 +37,7 @@ RENAMED: dict[str, str | None] = {
     "index.overlay_max_age": "index.overlay_max_age_steps",
     "index.max_age": "index.max_index_age_steps",
     "index.when_old": "index.on_stale_index",
+    "index.rolling_documents": "index.documents_per_step",
 }
 
 

@@ -120,6 +120,8 @@ class RlConfig:
             do not divide.
         inner_epochs: Updates on the same rollout. The ratio is to the policy before the first.
         importance_cap: Weight tokens by trainer probability / sampler probability, up to this. 0: off.
+        off_policy_steps: 1: sample a step's replies while the step before is rewarded and updated, with the
+            parameters that it began with. Needs importance_cap. 0: on policy.
         eval_every: Steps between evaluations on the development queries, direct and reasoned. 0 never.
         save_every: Steps between checkpoints. The indexer builds an index of each. Evaluations save too.
         keep: Newest checkpoints to keep. The best one is kept as well.
@@ -149,6 +151,7 @@ class RlConfig:
     scale_rewards: Literal["group", "batch", "none"] = "group"
     inner_epochs: int = 1
     importance_cap: float = 0.0
+    off_policy_steps: int = 0
     eval_every: int = 0
     save_every: int = 50
     keep: int = 3

@@ -84,14 +84,16 @@ class Team:
 
     def require_same(self, field: str, value: Any) -> None:
         """Raise UserError in all processes where the value, which is JSON, differs from that of process 0."""
-        if jax.process_count() == 1:
-            return
-        mine = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()
-        digests = np.asarray(multihost_utils.process_allgather(np.frombuffer(mine, np.uint8)))
-        others = [process for process, digest in enumerate(digests) if (digest != digests[0]).any()]
-        if others:
+        for _, process in _differing({field: value}):
             raise UserError(
-                f"{field}: process {others[0]} has other content than process 0; give all the same files"
+                f"{field}: process {process} has other content than process 0; give all the same files"
+            )
+
+    def require_same_settings(self, settings: Mapping[str, Any]) -> None:
+        """Raise UserError in all processes, naming a setting that differs from that of process 0."""
+        for name, process in _differing(settings):
+            raise UserError(
+                f"{name}: process {process} has another value than process 0; give all the same settings"
             )
 
     def _serve(self) -> Message:
@@ -112,6 +114,17 @@ class Team:
                 # Vectors are the same everywhere: process 0 met it too, and says what becomes of it.
                 # Any other error ends this process, and so the others.
                 failed = error
+
+
+def _differing(values: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """The names whose values, which are JSON, differ from those of process 0, and in which process."""
+    if jax.process_count() == 1:
+        return []
+    mine = [hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest() for value in values.values()]
+    digests = np.asarray(multihost_utils.process_allgather(np.frombuffer(b"".join(mine), np.uint8)))
+    each = digests.reshape(len(digests), len(mine), -1)
+    differs = (each != each[0]).any(axis=2)
+    return [(name, int(np.argmax(differs[:, at]))) for at, name in enumerate(values) if differs[:, at].any()]
 
 
 def _error_message(error: UserError | StoppedError) -> Message:

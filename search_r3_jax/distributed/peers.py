@@ -94,7 +94,7 @@ class Peers:
 
     def fail(self, status: int) -> None:
         """Let the others end after an error, and the interpreter end with `status` without them."""
-        self._end_alone(GONE)
+        self._end_alone(MISTAKE if status == USER_STATUS else GONE)
         # Before JAX's, which was registered earlier.
         atexit.register(self._exit, status)
 

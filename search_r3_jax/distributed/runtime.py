@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import jax
-from jax.experimental import multihost_utils
 
 from search_r3_jax.distributed.peers import SILENT_SECONDS, Peers
 from search_r3_jax.distributed.spec import Cluster, explicit_cluster, is_detectable
@@ -57,12 +56,6 @@ def join_cluster(cluster: Cluster, environment: Mapping[str, str] = os.environ) 
 def is_first() -> bool:
     """Whether this is the process that writes shared files."""
     return jax.process_index() == 0
-
-
-def wait_for_all(what: str) -> None:
-    """Wait until every process has reached the barrier `what`."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
 
 
 def _local_address() -> str:

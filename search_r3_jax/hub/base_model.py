@@ -13,7 +13,7 @@ from huggingface_hub.repocard import metadata_load
 from yaml import YAMLError
 
 from search_r3_jax.hub.gguf_header import read_header
-from search_r3_jax.hub.load_model import EXPORT_MANIFEST, HUB_ID, PACKAGED, resolve
+from search_r3_jax.hub.load_model import EXPORT_MANIFEST, HUB_ID, PACKAGED, is_hub_id, resolve
 
 # The packaged file does not say which of the published models it is.
 PACKAGED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -69,7 +69,7 @@ def base_model(name: str) -> BaseModel:
         found = _license_of(fields, "general.license", ".name", ".link")
         return BaseModel(name=hub_id or path.name, hub_id=hub_id, license=found)
     card = _card_of(path)
-    hub_id = name if HUB_ID.fullmatch(name) and not Path(name).exists() else _id_of_snapshot(path)
+    hub_id = name.partition("@")[0] if is_hub_id(name) else _id_of_snapshot(path)
     if (path / EXPORT_MANIFEST).is_file():
         # Made of another model, as its card says.
         hub_id = hub_id or _id_in(card.get("base_model"))

@@ -121,12 +121,15 @@ def read_run(path: Path) -> tuple[RunConfig, dict[str, Any]]:
 
 
 def starting_model(run: Path, run_json: dict[str, Any]) -> str:
-    """The model that a run starts from.
+    """The model that a run starts from; one of the hub at the commit that was recorded.
 
     Another run is stored relative to this one, so that both can move together.
     """
-    start = run_json.get("start")
-    return run_json["config"]["model"] if start is None else str((run / start).resolve())
+    start, revision = run_json.get("start"), run_json.get("revision")
+    if start is not None:
+        return str((run / start).resolve())
+    model = run_json["config"]["model"]
+    return model if revision is None else f"{model}@{revision}"
 
 
 def starting_step(run_json: dict[str, Any]) -> int | None:

@@ -13,12 +13,17 @@ from typing import Any
 import jax
 from flax import nnx
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from search_r3_jax.config import InferenceConfig, LoraConfig, ModelConfig, Step
-from search_r3_jax.errors import TransientError, UserError
+from search_r3_jax.errors import TransientError, UserError, causes_of
 from search_r3_jax.hub.checkpoint_reader import (
     read_checkpoint,
     read_run,
@@ -56,6 +61,7 @@ PASSING = {429, 500, 502, 503, 504}
 EXPORT_MANIFEST = "search_r3.json"
 logger = logging.getLogger(__name__)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_FILES = [
     "*.safetensors",
     "*.safetensors.index.json",
@@ -261,14 +267,30 @@ def resolve(name: str | Path) -> Path:
     path = Path(name)
     if path.exists():
         return path
-    if isinstance(name, str) and HUB_ID.fullmatch(name) and not _is_local(path):
-        path = _from_hub(str(name))
+    if isinstance(name, str) and is_hub_id(name):
+        repo, _, revision = name.partition("@")
+        path = _from_hub(repo, revision or None)
         _refuse_adapters(path, name)
         return path
     raise UserError(
         f"model: {name}: no such file or folder; give a GGUF file, a Hugging Face folder or id, a run, or "
         "'smollm2'"
     )
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a model name is an id of the hub, ORGANISATION/NAME, or one with its commit after an @."""
+    repo, at, revision = name.partition("@")
+    known = HUB_ID.fullmatch(repo) is not None and (not at or _COMMIT.fullmatch(revision) is not None)
+    return known and not Path(name).exists() and not _is_local(Path(name))
+
+
+def hub_revision(name: str) -> str | None:
+    """The commit that an id of the hub means now, from its files in the local cache; None for other names."""
+    if not is_hub_id(name) or "@" in name:
+        return None
+    commit = resolve(name).name
+    return commit if _COMMIT.fullmatch(commit) else None
 
 
 def check_model_name(name: str | Path) -> None:
@@ -314,19 +336,37 @@ def model_config(name: str | Path) -> ModelConfig:
     return _folder_config(path / "config.json") if path.is_dir() else GgufFile(path).config
 
 
-def _from_hub(repo: str) -> Path:
+def _from_hub(repo: str, revision: str | None) -> Path:
     try:
-        return Path(snapshot_download(repo, allow_patterns=_HUB_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=_HUB_FILES))
+    except Exception as error:
         reason = " ".join(str(error).split())
-        if isinstance(error, HfHubHTTPError) and error.response.status_code in PASSING:
-            raise TransientError(
-                f"model: {repo}: the hub is busy (status {error.response.status_code}: {reason[:200]})"
-            ) from None
+        for cause in causes_of(error):
+            if isinstance(cause, HfHubHTTPError) and cause.response.status_code in PASSING:
+                raise TransientError(
+                    f"model: {repo}: the hub is busy (status {cause.response.status_code}: {reason[:200]})"
+                ) from None
+            # Asked for: it does not pass.
+            if isinstance(cause, OfflineModeIsEnabled):
+                break
+            if _is_of_network(cause):
+                raise TransientError(
+                    f"model: {repo}: no such folder, nor in the local Hugging Face cache, and the hub cannot "
+                    f"be reached ({reason[:200]}); check the network, or the name"
+                ) from None
+        if not isinstance(error, (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError)):
+            raise
         raise UserError(
             f"model: {repo}: no such folder, and neither in the local Hugging Face cache nor on the hub "
             f"({reason[:200]}); check the name"
         ) from None
+
+
+def _is_of_network(error: BaseException) -> bool:
+    """Whether a connection failed."""
+    # Of httpx or of httpx2, by the release of huggingface_hub.
+    named = any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
+    return named or isinstance(error, (ConnectionError, TimeoutError))
 
 
 def _end_ids(folder: Path) -> tuple[int, ...]:

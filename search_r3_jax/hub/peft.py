@@ -29,7 +29,13 @@ from search_r3_jax.hub.export import (
     write_export_manifest,
 )
 from search_r3_jax.hub.folders import replaced_folder
-from search_r3_jax.hub.load_model import LoadedModel, load_model, with_lora, with_recorded_prompts
+from search_r3_jax.hub.load_model import (
+    LoadedModel,
+    is_hub_id,
+    load_model,
+    with_lora,
+    with_recorded_prompts,
+)
 from search_r3_jax.hub.model_card import adapter_card
 from search_r3_jax.hub.model_facts import ModelFacts
 from search_r3_jax.models.decoder import Decoder
@@ -65,6 +71,7 @@ def export_peft(
     there are no adapters.
     """
     decoder = model.decoder
+    base, _, revision = base.partition("@") if is_hub_id(base) else (base, "", "")
     if decoder.lora is None or decoder.embed_row is None:
         raise UserError(f"{base}: lora.rank: the model has no adapters of its own; export it without --peft")
     adapters = _adapters_of(decoder)
@@ -86,6 +93,7 @@ def export_peft(
                 "peft_type": "LORA",
                 "task_type": "CAUSAL_LM",
                 "base_model_name_or_path": base,
+                "revision": revision or None,
                 "inference_mode": True,
                 "r": adapters.rank,
                 "lora_alpha": adapters.alpha,

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from search_r3_jax.config import ModelConfig, RunConfig
 from search_r3_jax.data.collection import Collection, Document, Query
+from search_r3_jax.hub.snapshot_reader import snapshot_dtype
 from search_r3_jax.mesh import BATCH_AXES, axis_size, check_divisible
 from search_r3_jax.models.flops import head_flops, layers_flops, training_flops
 from search_r3_jax.models.lora import trainable_filter
@@ -61,20 +62,30 @@ class LoweredStage(NamedTuple):
 def lower_stage(config: RunConfig, stage: Stage, mesh: Mesh, *, documents: int = 0) -> LoweredStage:
     """Lower a stage of a config for a mesh.
 
-    With `documents`, those of a `device` index are on the chips too. Raises UserError when the mesh does not
-    divide the model.
+    With `documents`, those of a `device` index are on the chips too; with `index.source trainer`, the
+    parameters of the snapshot that is encoded. Raises UserError when the mesh does not divide the model.
     """
     if stage == "search":
         return _search(config, mesh, documents)
     lowered = {"sft": _sft, "rl": _rl, "decode": _decode, "encode": _encode}[stage](config, mesh)
-    if not documents:
-        return lowered
-    _, index = _search_program(config, mesh, documents)
-    beside = dict(lowered.beside) | {"index": index}
-    if stage == "encode":
-        # The trainer encodes between two steps.
-        beside["optimizer"] = _trained(config, mesh, _rl_optimizer(config)).state.optimizer
+    beside = dict(lowered.beside)
+    encodes = config.index.source == "trainer" and stage != "sft"
+    if documents:
+        beside["index"] = _search_program(config, mesh, documents)[1]
+    if documents or encodes:
+        trained = _trained(config, mesh, _rl_optimizer(config))
+        if stage == "encode":
+            # The trainer encodes between two steps.
+            beside["optimizer"] = trained.state.optimizer
+            if encodes:
+                beside["trained"] = trained.state.params
+        elif encodes:
+            beside["snapshot"] = _with_dtype(trained.state.params, snapshot_dtype(config))
     return lowered._replace(beside=beside)
+
+
+def _with_dtype(params: Any, dtype: jnp.dtype) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), params)
 
 
 class _Trained(NamedTuple):
@@ -227,6 +238,8 @@ def _encode(config: RunConfig, mesh: Mesh) -> LoweredStage:
     check_divisible(model.decoder.config, mesh)
     graph, state = nnx.split(model.decoder)
     state = _with_shardings(state, sharding.params_shardings(state, mesh))
+    if config.index.source == "trainer" and not config.lora.rank:
+        state = _with_dtype(state, snapshot_dtype(config))
     prompt = model.prompter.direct
     text_tokens = config.text.max_document_tokens + len(prompt.suffix) + len(prompt.closing)
     lowered = Encoder(graph, model.prompter, mesh=mesh).lower(

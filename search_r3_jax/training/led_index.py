@@ -15,15 +15,11 @@ from search_r3_jax.distributed.lockstep import Message, Team
 from search_r3_jax.hub.checkpoint_reader import read_checkpoint
 from search_r3_jax.hub.snapshot_reader import read_snapshot, snapshot_steps
 from search_r3_jax.retrieval.environment.environment import Environment, StepResult
-from search_r3_jax.training.live_index import (
-    IndexedCorpus,
-    IndexStart,
-    IndexStatistics,
-    LiveIndex,
-    index_roots,
-)
+from search_r3_jax.training.index_state import IndexedCorpus, IndexStart, IndexStatistics
+from search_r3_jax.training.live_index import LiveIndex, index_roots
 from search_r3_jax.training.rolling_index import RollingIndex, RollingVectors
 from search_r3_jax.training.team_index import IndexShare
+from search_r3_jax.training.trainer_encoding import SnapshotEncoder, TrainerEncoding
 
 _TERM = "term "
 
@@ -64,9 +60,12 @@ class LedIndex:
         if config.index.source == "rolling":
             open_index = partial(RollingIndex.open, run, corpus, RollingVectors(team, corpus))
         else:
+            encoding = None
+            if config.index.source == "trainer":
+                encoding = TrainerEncoding(run, corpus, SnapshotEncoder(team, run, corpus))
             corpus = replace(corpus, encode=team.together("encode documents", corpus.encode))
             share = IndexShare(team, index_roots(run, config)).shared
-            open_index = partial(LiveIndex.open, run, corpus, share=share)
+            open_index = partial(LiveIndex.open, run, corpus, share=share, encoding=encoding)
 
         def work() -> Message:
             opened.append(open_index(start=start, on_wait=on_wait))

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import functools
 import logging
+import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
 from search_r3_jax.config import RunConfig
-from search_r3_jax.data.collection import Collection
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub.checkpoint_reader import checkpoint_steps, read_run
 from search_r3_jax.hub.checkpoint_writer import newest_valid_checkpoint
@@ -25,80 +24,16 @@ from search_r3_jax.retrieval.environment.drift import measure_drift, probe_rows
 from search_r3_jax.retrieval.environment.environment import EncodeDocuments, Environment
 from search_r3_jax.retrieval.index.protocol import Index
 from search_r3_jax.retrieval.indexer.follower import Follower, IndexFollower
+from search_r3_jax.retrieval.indexer.publishing import encoding_folder, index_folder
 from search_r3_jax.retrieval.indexer.schedule import IndexSchedule
-from search_r3_jax.retrieval.indexer.worker import index_folder
 from search_r3_jax.retrieval.store.rolling_dumps import discard_dumps_after
 from search_r3_jax.retrieval.store.versions import delete_version, list_versions
+from search_r3_jax.training.index_state import IndexedCorpus, IndexStart, IndexStatistics
+from search_r3_jax.training.trainer_encoding import TrainerEncoding
 
 PIN = "trainer"
 PROBE = "drift_probe"
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class IndexStatistics:
-    """Which index versions a run has used.
-
-    Attributes:
-        version: the one in use.
-        swaps: (step, version) of every change of version.
-        versions: each version's step, recall@10 against exact search, seconds to encode and to build.
-    """
-
-    version: int = 0
-    swaps: tuple[tuple[int, int], ...] = ()
-    versions: tuple[Mapping[str, float], ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """The statistics as JSON."""
-        return {
-            "index_version": self.version,
-            "swaps": [list(swap) for swap in self.swaps],
-            "index_versions": [dict(version) for version in self.versions],
-        }
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> IndexStatistics:
-        """The inverse of `to_json`."""
-        return cls(
-            version=values["index_version"],
-            swaps=tuple((int(at), int(version)) for at, version in values["swaps"]),
-            versions=tuple(values["index_versions"]),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class IndexStart:
-    """Where a live index starts: at the start of a run, or at the checkpoint that it resumes from.
-
-    Attributes:
-        step: the checkpoint's step.
-        statistics: those of the checkpoint.
-        arrays: what `checkpoint_arrays` gave at the checkpoint.
-        allow_other_version: take another version where the one in use is gone.
-    """
-
-    step: int = 0
-    statistics: IndexStatistics = field(default_factory=IndexStatistics)
-    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
-    allow_other_version: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class IndexedCorpus:
-    """What a run indexes, and how.
-
-    Attributes:
-        encode: embeds rows of the corpus with the current parameters.
-        embed_id: id of the embed token.
-        dim: width of the vectors.
-    """
-
-    config: RunConfig
-    collection: Collection
-    encode: EncodeDocuments
-    embed_id: int
-    dim: int
 
 
 class LiveIndex:
@@ -118,16 +53,17 @@ class LiveIndex:
         statistics: IndexStatistics | None = None,
         on_wait: Callable[[int], object] = lambda step: None,
         share: Callable[[Index], Index] = lambda index: index,
+        encoding: TrainerEncoding | None = None,
     ):
         """Use the versions in `schedule` for its steps, and the newest for later ones.
 
         The version of a later step is added to the schedule. `on_wait` is called repeatedly with the step
         while training waits; it may raise. `share` makes of an index that comes into use the one that all
-        processes search.
+        processes search. `encoding` encodes the corpus here, where no indexer does.
         """
         self.environment = environment
         self._run, self._config, self._follower, self._schedule = run, config.index, follower, schedule
-        self._on_wait, self._share = on_wait, share
+        self._on_wait, self._share, self._encoding = on_wait, share, encoding
         self._statistics = statistics or IndexStatistics()
         rows, drift_every = environment.index.shape[0], self._config.drift_every
         self._probe_rows = (
@@ -148,6 +84,7 @@ class LiveIndex:
         start: IndexStart | None = None,
         on_wait: Callable[[int], object] = lambda step: None,
         share: Callable[[Index], Index] = lambda index: index,
+        encoding: TrainerEncoding | None = None,
     ) -> LiveIndex:
         """Start the indexer and open the index in use at `start`; blocks until it is published.
 
@@ -155,6 +92,8 @@ class LiveIndex:
         index is gone, or none can be published.
         """
         start, config = start or IndexStart(), corpus.config
+        if encoding is not None:
+            on_wait = _encoding_first(encoding, on_wait)
         schedule = IndexSchedule(run)
         follower = IndexFollower(
             run,
@@ -178,6 +117,7 @@ class LiveIndex:
                 statistics=replace(start.statistics, version=index.version),
                 on_wait=on_wait,
                 share=share,
+                encoding=encoding,
             )
             if start.arrays and index.version == start.statistics.version:
                 live.restore(start.arrays)
@@ -200,6 +140,8 @@ class LiveIndex:
         stop the run, where no new version can come, and where a scheduled version is gone.
         """
         started = time.perf_counter()
+        if self._encoding is not None:
+            self._encoding.advance()
         if step in self._to_build:
             save()
             self._pin_snapshot(step)
@@ -334,6 +276,7 @@ def discard_index_versions_after(run: Path, config: RunConfig) -> None:
     # That of the newest checkpoint too: the settings may ask for another dtype. It is written again.
     discard_snapshots_from(run, step)
     discard_dumps_after(run, step)
+    shutil.rmtree(encoding_folder(run), ignore_errors=True)
     root = index_folder(run, config.index.folder)
     for version in list_versions(root):
         if version > step:
@@ -397,3 +340,13 @@ def make_environment(config: RunConfig, index: Index, encode_documents: EncodeDo
         reward=config.rl.reward,
         max_tokens=config.rl.sampler.max_think_tokens,
     )
+
+
+def _encoding_first(encoding: TrainerEncoding, on_wait: Callable[[int], object]) -> Callable[[int], object]:
+    """Encode documents while training waits, beside what else is done then."""
+
+    def waiting(step: int) -> None:
+        encoding.wait()
+        on_wait(step)
+
+    return waiting

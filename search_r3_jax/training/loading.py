@@ -45,14 +45,17 @@ def load_rl_data(config: RunConfig) -> TrainingSet:
     return data
 
 
-def load_training_model(config: RunConfig, *, step: int | None = None) -> LoadedModel:
+def load_training_model(
+    config: RunConfig, *, step: int | None = None, revision: str | None = None
+) -> LoadedModel:
     """Load the model to train, with adapters, on the config's mesh.
 
-    `step` selects the checkpoint where `config.model` is a run.
+    `step` selects the checkpoint where `config.model` is a run, `revision` the commit where it is of the hub.
     """
-    logger.info(f"loading {config.model}" + ("" if step is None else f", step {step}"))
+    name = config.model if revision is None else f"{config.model}@{revision}"
+    logger.info(f"loading {name}" + ("" if step is None else f", step {step}"))
     model = load_model(
-        config.model,
+        name,
         step=step,
         compute_dtype=config.compute_dtype,
         remat=config.remat,

@@ -26,9 +26,11 @@ from search_r3_jax.training.rolling_index import check_rolling
 from search_r3_jax.training.run import (
     RlRecord,
     check_stage,
+    data_version,
     led_record,
     prompt_record,
     recorded_prompts,
+    require_same_settings,
     with_absolute_paths,
 )
 from search_r3_jax.training.trackers import check_trackers
@@ -87,16 +89,19 @@ def train_rl(
     check_trackers(trackers)
     check_stage(Path(run_folder), "rl", team)
     check_model_name(config.model)
+    require_same_settings(team, config)
     config, run_folder, rl = with_absolute_paths(config), Path(run_folder), config.rl
     data = data or load_rl_data(config)
     check_settings(config, data.train)
     record = record or led_record(team, run_folder, config)
-    model = recorded_prompts(model or load_training_model(config, step=record.start_step), run_folder, team)
+    model = model or load_training_model(config, step=record.start_step, revision=record.revision)
+    model = recorded_prompts(model, run_folder, team)
     check_sizes(config, model, "rl")
     log_cut_texts(model.prompter(), config.text, data.train)
     stage, state = make_stage(config, data, model)
     described = record.to_json(data.train, replay) | prompt_record(stage.prompter)
-    team.require_same("data.sets, model", described)
+    watched = None if data.dev is None else data_version(data.dev)
+    team.require_same("data.sets, model", described | {"dev": watched})
     listeners = Listeners(on_step=on_step, on_evaluation=on_evaluation, trackers=trackers)
     with open_session(stage, team, run_folder, described, allow_config_change, listeners) as session:
         # Act 2: where to begin, and the index in use there.

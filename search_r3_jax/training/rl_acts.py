@@ -24,12 +24,15 @@ from search_r3_jax.retrieval.environment.environment import Environment, StepRes
 from search_r3_jax.retrieval.environment.negatives import drop_near_duplicates, infonce_document_rows
 from search_r3_jax.rollout.encoder import ReasonedEncoder
 from search_r3_jax.rollout.sampler import Rollout, RunningRollout, rollout_seeds
+from search_r3_jax.rollout.sampling_program import Replies
 from search_r3_jax.training.led_index import LedIndex, result_message, result_of
 from search_r3_jax.training.optimizer import updates_made
 from search_r3_jax.training.rl_report import step_scalars
 from search_r3_jax.training.rl_setup import RlStage, Sampling
 from search_r3_jax.training.rl_step import RlBatch, make_batch, put_batch, tokenize_documents
 from search_r3_jax.training.state import TrainState
+
+_PENDING = "pending "
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +76,11 @@ class Scored:
 
 
 def sample(stage: RlStage, step: int) -> Sampled:
-    """G replies to each of Q queries, written with the current parameters; `update` may have begun them."""
+    """G replies to each of Q queries; the step before may have begun them.
+
+    They are of the current parameters, or with `rl.off_policy_steps` of those that the step before began
+    with; the next replies are then dispatched here, so that the devices write them while these are rewarded.
+    """
     started = time.perf_counter()
     rl, collection, sampling = stage.config.rl, stage.collection, stage.sampling
     stage.sampling = None
@@ -82,6 +89,8 @@ def sample(stage: RlStage, step: int) -> Sampled:
     assert sampling.step == step
     rollout = sampling.rollout.result()
     rows = sampling.rows
+    if rl.off_policy_steps and step + 1 < rl.steps:
+        stage.sampling = _start_sampling(stage, step + 1, time.perf_counter())
     long_enough = rollout.lengths >= rl.min_tokens
     return Sampled(
         queries=[collection.queries[row] for row in rows],
@@ -94,8 +103,7 @@ def sample(stage: RlStage, step: int) -> Sampled:
 
 def _start_sampling(stage: RlStage, step: int, began: float) -> Sampling:
     """Dispatch the rollout of a step with the current parameters."""
-    rl, collection, seed = stage.config.rl, stage.collection, stage.config.seed
-    rows = shuffled(len(collection.queries), seed, step * rl.global_queries, rl.global_queries)
+    rl, collection, seed, rows = stage.config.rl, stage.collection, stage.config.seed, _rows_of(stage, step)
     rollout = stage.sampler.start(
         stage.current,
         [collection.queries[row].body for row in rows],
@@ -103,6 +111,12 @@ def _start_sampling(stage: RlStage, step: int, began: float) -> Sampling:
         max_tokens=stage.config.text.max_query_tokens,
     )
     return Sampling(step=step, rows=rows, rollout=rollout, began=began, ended=_end_of(rollout))
+
+
+def _rows_of(stage: RlStage, step: int) -> Sequence[int]:
+    """The queries of a step."""
+    count = stage.config.rl.global_queries
+    return shuffled(len(stage.collection.queries), stage.config.seed, step * count, count)
 
 
 def _end_of(rollout: RunningRollout) -> Future[float]:
@@ -122,12 +136,51 @@ def _end_of(rollout: RunningRollout) -> Future[float]:
 def _follows_at_once(config: RunConfig, step: int) -> bool:
     """Whether the devices have nothing to do between a step's rollout and the step before.
 
-    An evaluation, a checkpoint, and the documents that a rolling index encodes come before it.
+    An evaluation, a checkpoint, and the documents that are encoded for the index come before it.
     """
     rl = config.rl
     evaluates = rl.eval_every > 0 and step % rl.eval_every == 0
-    between = evaluates or step % rl.save_every == 0 or config.index.source == "rolling"
-    return step < rl.steps and not between
+    between = evaluates or step % rl.save_every == 0 or config.index.source != "snapshots"
+    return rl.off_policy_steps == 0 and step < rl.steps and not between
+
+
+def pending_arrays(stage: RlStage) -> dict[str, np.ndarray]:
+    """The replies of the next step for a checkpoint, where they are of other parameters than the checkpoint.
+
+    All processes call it.
+    """
+    if not stage.config.rl.off_policy_steps or stage.sampling is None:
+        return {}
+    sampling = stage.sampling
+    rollout = sampling.rollout.result()
+    arrays = {field.name: getattr(rollout, field.name) for field in dataclasses.fields(rollout)}
+    arrays["rows"] = np.array(sampling.rows, np.int64)
+    arrays["seconds"] = np.array(sampling.ended.result() - sampling.began)
+    return {f"{_PENDING}{name}": array for name, array in arrays.items()}
+
+
+def restore_pending(stage: RlStage, step: int, arrays: Mapping[str, np.ndarray]) -> None:
+    """Take up the replies of `pending_arrays`; those to other queries, or of other sizes, are left."""
+    rl, found = (
+        stage.config.rl,
+        {name.removeprefix(_PENDING): array for name, array in arrays.items() if name.startswith(_PENDING)},
+    )
+    rows = _rows_of(stage, step)
+    tokens = rl.sampler.max_think_tokens + len(stage.prompter.reason.closing)
+    fits = found and found["rows"].tolist() == list(rows)
+    if not rl.off_policy_steps or not fits or found["ids"].shape != (len(rows) * rl.group_size, tokens):
+        return
+    replies = Replies(**{name: found[name] for name in Replies._fields})
+    rollout = RunningRollout(
+        prompt_ids=found["prompt_ids"],
+        prompt_lengths=found["prompt_lengths"],
+        replies=replies,
+        name=lambda row: f"reply {row}",
+    )
+    ended = Future[float]()
+    ended.set_result(time.perf_counter())
+    began = ended.result() - float(found["seconds"])
+    stage.sampling = Sampling(step=step, rows=rows, rollout=rollout, began=began, ended=ended)
 
 
 def score(stage: RlStage, state: TrainState, sampled: Sampled, index: LedIndex, step: int) -> Scored:
@@ -201,7 +254,7 @@ def update(
         stage.sampling = _start_sampling(stage, step + 1, time.perf_counter())
     metrics = {name: float(value) for name, value in scalars.items()}
     ended = time.perf_counter()
-    if stage.sampling is not None:
+    if stage.sampling is not None and not rl.off_policy_steps:
         # Before, the devices were busy with the update.
         stage.sampling = dataclasses.replace(stage.sampling, began=ended)
     seconds = ended - started

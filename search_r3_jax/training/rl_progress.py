@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from search_r3_jax.config import RlConfig
-from search_r3_jax.training.live_index import IndexStatistics
+from search_r3_jax.training.index_state import IndexStatistics
 
 
 @dataclass(kw_only=True)

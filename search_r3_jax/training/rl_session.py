@@ -21,14 +21,11 @@ from search_r3_jax.hub.checkpoint_writer import CheckpointWriter, latest_valid_c
 from search_r3_jax.hub.snapshot_reader import has_snapshot, snapshot_dtype
 from search_r3_jax.mesh import placed
 from search_r3_jax.training.development import OnEvaluation
+from search_r3_jax.training.index_state import IndexStart
 from search_r3_jax.training.led_index import LedIndex
-from search_r3_jax.training.live_index import (
-    IndexStart,
-    discard_index_versions_after,
-    load_or_copy_schedule,
-)
+from search_r3_jax.training.live_index import discard_index_versions_after, load_or_copy_schedule
 from search_r3_jax.training.monitor import CollapseGuard, effective_rank
-from search_r3_jax.training.rl_acts import Sampled, Scored
+from search_r3_jax.training.rl_acts import Sampled, Scored, pending_arrays, restore_pending
 from search_r3_jax.training.rl_progress import RlProgress
 from search_r3_jax.training.rl_report import ConstantTerms, sample_records
 from search_r3_jax.training.rl_setup import RlStage
@@ -77,7 +74,7 @@ class RlSession:
         self.time_left = TimeLeft(
             rl.steps, eval_every=rl.eval_every if evaluates else 0, save_every=rl.save_every
         )
-        self._has_evaluated, self._has_versions = False, stage.config.index.source == "snapshots"
+        self._has_evaluated, self._has_versions = False, stage.config.index.source != "rolling"
         self._guard = CollapseGuard(
             valid_below=rl.collapse.valid_rate, entropy_below=rl.collapse.entropy, steps=rl.collapse.steps
         )
@@ -105,6 +102,7 @@ class RlSession:
             in_a_row = placed(np.int32(progress.skipped_in_a_row), state.skipped.sharding)
             state = TrainState(restored.params, restored.optimizer, in_a_row)
             self._guard.restore(progress.guard)
+            restore_pending(self._stage, first, arrays)
             logger.info("going on from step %d", first)
             self.time_left.expect("evaluation", self._run.last("evaluation_seconds"))
         if first is None:
@@ -174,7 +172,8 @@ class RlSession:
     ) -> None:
         """Begin to save a checkpoint of this step."""
         progress.index = index.statistics
-        self._save(state, progress, index.checkpoint_arrays(), metrics or {})
+        arrays = index.checkpoint_arrays() | pending_arrays(self._stage)
+        self._save(state, progress, arrays, metrics or {})
 
     def save_last(self, state: TrainState, progress: RlProgress, index: LedIndex) -> None:
         """Save the last step, where a finished run was called again with fewer steps between checkpoints."""
@@ -333,7 +332,7 @@ def open_session(
             run_folder,
             keep=rl.keep,
             keep_every=rl.keep_every,
-            snapshot_dtype=snapshot_dtype(stage.config) if stage.config.index.source == "snapshots" else None,
+            snapshot_dtype=None if stage.config.index.source == "rolling" else snapshot_dtype(stage.config),
         )
         with StopRequest() as request, closing(checkpoints):
             yield RlSession(stage, team, run, checkpoints, request, first, listeners)

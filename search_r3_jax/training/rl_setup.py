@@ -22,11 +22,12 @@ from search_r3_jax.hub.load_model import LoadedModel
 from search_r3_jax.models.decoder import Decoder
 from search_r3_jax.models.lora import trainable_filter
 from search_r3_jax.retrieval.environment.rewards import check_reward, check_rewards
+from search_r3_jax.retrieval.index.scann import scann_available
 from search_r3_jax.rollout.encoder import Encoder, ReasonedEncoder
 from search_r3_jax.rollout.sampler import RunningRollout, Sampler
 from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training.development import Development
-from search_r3_jax.training.live_index import IndexedCorpus
+from search_r3_jax.training.index_state import IndexedCorpus
 from search_r3_jax.training.optimizer import learning_rates, make_optimizer
 from search_r3_jax.training.rl_step import Scorer, Update, make_scorer, make_update
 from search_r3_jax.training.state import TrainState, committed, init_state, state_shardings
@@ -61,7 +62,7 @@ class RlStage:
         update: one update on a batch.
         development: evaluation on the development queries; None where there are none.
         rates: the learning rate of each update.
-        sampling: the rollout of the next step, where it is dispatched.
+        sampling: the rollout of the next step, where it is dispatched or read from a checkpoint.
     """
 
     config: RunConfig
@@ -116,14 +117,19 @@ class RlStage:
             config=self.config,
             collection=self.collection,
             encode=self.encode_documents,
+            encode_with=lambda params, rows: self._encode_rows(self.merged(params), rows),
+            trainable=self.start,
             embed_id=self.model.embed_id,
             dim=self.model.decoder.config.hidden_size,
         )
 
     def encode_documents(self, rows: np.ndarray) -> np.ndarray:
         """Embeddings [n,E] of corpus rows [n] under the current parameters."""
+        return self._encode_rows(self.current, rows)
+
+    def _encode_rows(self, params: nnx.State, rows: np.ndarray) -> np.ndarray:
         bodies = [document.body for document in self.collection.documents_at(rows.tolist())]
-        return self.encoder.encode(self.current, bodies, max_tokens=self.config.text.max_document_tokens)
+        return self.encoder.encode(params, bodies, max_tokens=self.config.text.max_document_tokens)
 
 
 def make_stage(config: RunConfig, data: TrainingSet, model: LoadedModel) -> tuple[RlStage, TrainState]:
@@ -186,6 +192,16 @@ def check_settings(config: RunConfig, collection: Collection) -> None:
         raise UserError(
             f"rl.global_queries: {rl.global_queries}: there are {len(collection.queries)} queries to train "
             "on; give 1 to that many"
+        )
+    if index.kind == "scann" and index.local and not scann_available():
+        raise UserError(
+            "index.kind: scann: is not installed here, where the indexer runs; pip install scann (Linux "
+            "only), or give exact"
+        )
+    if rl.off_policy_steps and not rl.importance_cap:
+        raise UserError(
+            "rl.importance_cap: 0: with rl.off_policy_steps 1 other parameters draw the replies than are "
+            "updated; give a cap, such as 2"
         )
     most = len(collection.documents) - rl.global_queries
     if rl.infonce.negatives > most:

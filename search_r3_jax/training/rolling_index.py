@@ -19,7 +19,8 @@ from search_r3_jax.retrieval.environment.environment import Environment
 from search_r3_jax.retrieval.index.device import DeviceIndex
 from search_r3_jax.retrieval.store.rolling_dumps import Dump, RollingDumps, discard_dumps_after
 from search_r3_jax.retrieval.store.vector_files import CHUNK_ROWS
-from search_r3_jax.training.live_index import IndexedCorpus, IndexStart, IndexStatistics, make_environment
+from search_r3_jax.training.index_state import IndexedCorpus, IndexStart, IndexStatistics
+from search_r3_jax.training.live_index import make_environment
 
 CURSOR = "rolling_cursor"
 logger = logging.getLogger(__name__)
@@ -141,7 +142,7 @@ class RollingIndex:
         """Encode the next rows with the parameters of this step; returns the seconds that it took."""
         started = time.perf_counter()
         self._step, self._next_step = step, step + 1
-        count = min(self._config.rolling_documents, self._vectors.shape[0])
+        count = min(self._config.documents_per_step, self._vectors.shape[0])
         rows = (self._cursor + np.arange(count, dtype=np.int32)) % self._vectors.shape[0]
         self._cursor = (self._cursor + count) % self._vectors.shape[0]
         # At the first step all rows are of these parameters already.

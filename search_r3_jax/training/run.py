@@ -19,11 +19,11 @@ from search_r3_jax.config import RunConfig
 from search_r3_jax.data.collection import Collection
 from search_r3_jax.data.dataset import ordered_queries_hash
 from search_r3_jax.distributed.lockstep import Message, Team
-from search_r3_jax.errors import UserError
+from search_r3_jax.errors import TransientError, UserError, passes_by_itself
 from search_r3_jax.files import append_json_line, read_json_lines, write_json, write_json_lines
 from search_r3_jax.hub.checkpoint_reader import latest_checkpoint, read_run
-from search_r3_jax.hub.load_model import LoadedModel, pinned_step, with_recorded_prompts
-from search_r3_jax.lease import Lease, LeaseHeldError, take_lease
+from search_r3_jax.hub.load_model import LoadedModel, hub_revision, pinned_step, with_recorded_prompts
+from search_r3_jax.lease import Lease, LeaseHeldError, take_lease, this_machine
 from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training.config_changes import change_table, changes_of, describe_changes, longer_run
 from search_r3_jax.training.development import Embeddings
@@ -32,7 +32,7 @@ from search_r3_jax.training.trackers import Tracker, open_trackers, sample_tag, 
 _STAGES = {"sft": "stage 1", "rl": "stage 2"}
 LOCK, HISTORY = "trainer.lock", "changes"
 # What runs of older versions did not record.
-RECORDED_SINCE = ("prompts", "end_ids", "data_sizes")
+RECORDED_SINCE = ("prompts", "end_ids", "data_sizes", "start_step")
 logger = logging.getLogger(__name__)
 
 
@@ -73,10 +73,14 @@ class Run:
             try:
                 self._lease = take_lease(path / LOCK)
             except LeaseHeldError as error:
-                raise UserError(
+                message = (
                     f"{path}: another trainer has this run open; stop it first, or give another --run (it is "
                     f"{error.holder})"
-                ) from error
+                )
+                # One elsewhere may be on its way out.
+                if error.holder.machine != this_machine():
+                    raise TransientError(message) from error
+                raise UserError(message) from error
             try:
                 self._claim(
                     {"stage": stage, "config": dataclasses.asdict(config), **(record or {})},
@@ -107,6 +111,12 @@ class Run:
         # From now on they do.
         added = {key: record[key] for key in RECORDED_SINCE if key in record and key not in before}
         changes = changes_of(before | added, record)
+        for change in changes:
+            if change.field == "config.index.source" and "rolling" in (change.before, change.now):
+                raise UserError(
+                    f"{file}: index.source: was {change.before}, is {change.now}: a run keeps its kind of "
+                    "index; give another --run"
+                )
         done = latest_checkpoint(self.path) or 0
         longer = longer_run(changes, record, done)
         harmful = [change for change in changes if not change.harmless and change not in longer.harmless]
@@ -202,10 +212,10 @@ class Run:
         try:
             append_json_line(file, record)
         except OSError as error:
-            raise UserError(
-                f"{file}: cannot be written ({error.strerror or error}); make room, then the same command "
-                "goes on"
-            ) from error
+            message = f"{file}: cannot be written ({error.strerror or error})"
+            if passes_by_itself(error):
+                raise TransientError(message) from error
+            raise UserError(f"{message}; make room, then the same command goes on") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,36 +229,65 @@ class RlRecord:
         split: its split.
         start: the run that this one starts from; None where it starts from no run.
         start_step: the checkpoint of that run.
+        revision: the commit of a model of the hub.
     """
 
     data: str
     split: str
     start: str | None = None
     start_step: int | None = None
+    revision: str | None = None
 
     def to_json(self, collection: Collection, replay: Path | None) -> dict[str, Any]:
         """The record's fields, what the collection contains, and the run that is replayed."""
         record: dict[str, Any] = {"data": self.data, "split": self.split, "start_step": self.start_step}
         if self.start is not None:
             record["start"] = self.start
+        if self.revision is not None:
+            record["revision"] = self.revision
         if replay is not None:
             record["replay"] = str(Path(replay).resolve())
         return record | {"data_version": data_version(collection), "data_sizes": data_sizes(collection)}
 
 
 def rl_record(run: Path, config: RunConfig) -> RlRecord:
-    """The record of a run of stage 2 on the config's first data set, starting from the config's model.
+    """The record of a run of stage 2 on the config's first data set, starting from the config's model."""
+    point = starting_point(run, config)
+    step = point.get("start_step")
+    return RlRecord(
+        data=config.data.sets[0],
+        split=config.data.split,
+        start=None if step is None else os.path.relpath(config.model, run.resolve()),
+        start_step=step,
+        revision=point.get("revision"),
+    )
 
-    The checkpoint to start from is chosen once: a resumed run keeps it, whatever stage 1 has saved since.
+
+def starting_point(run: Path, config: RunConfig) -> dict[str, Any]:
+    """Which checkpoint of the run, or which commit of the hub's model, a run starts from; {} for files.
+
+    It is chosen once: a resumed run keeps it, whatever has been saved or uploaded since. Raises UserError
+    for a step of what is no run.
     """
     file = run / "config.json"
     before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    recorded: int | None = before.get("start_step") if config.start_step is None else None
-    step = recorded
-    if step is None:
-        step = pinned_step(config.model, config.start_step, flag="--start-step")
-    start = None if step is None else os.path.relpath(config.model, run.resolve())
-    return RlRecord(data=config.data.sets[0], split=config.data.split, start=start, start_step=step)
+    same_model = bool(before) and before["config"]["model"] == config.model
+    if same_model and config.start_step is None:
+        recorded = {name: before.get(name) for name in ("revision", "start_step")}
+        known = {name: value for name, value in recorded.items() if value is not None}
+        if known:
+            return known
+    step = pinned_step(config.model, config.start_step, flag="--start-step")
+    if step is not None:
+        return {"start_step": step}
+    # A run of an older version recorded none, and may have had another.
+    revision = None if same_model else hub_revision(config.model)
+    return {} if revision is None else {"revision": revision}
+
+
+def led_starting_point(team: Team, run: Path, config: RunConfig) -> dict[str, Any]:
+    """`starting_point` as process 0 finds it."""
+    return dict(team.lead(lambda: starting_point(run, config)))
 
 
 def led_record(team: Team, run: Path, config: RunConfig) -> RlRecord:
@@ -261,6 +300,20 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     sets = tuple(str(Path(folder).resolve()) for folder in config.data.sets)
     model = str(Path(config.model).resolve()) if Path(config.model).exists() else config.model
     return dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, sets=sets))
+
+
+def require_same_settings(team: Team, config: RunConfig) -> None:
+    """Raise UserError in all processes where the settings of one differ; each may have files of its own.
+
+    A process that evaluates or saves at other steps would wait for the others for ever.
+    """
+    settings = {
+        f"{section}.{name}" if isinstance(values, dict) else section: value
+        for section, values in dataclasses.asdict(config).items()
+        for name, value in (values if isinstance(values, dict) else {"": values}).items()
+    }
+    del settings["model"], settings["data.sets"]
+    team.require_same_settings(settings)
 
 
 def prompt_record(prompter: Prompter) -> dict[str, Any]:

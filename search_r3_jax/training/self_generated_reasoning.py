@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,8 @@ from flax import nnx
 
 from search_r3_jax.config import RunConfig, SamplerConfig
 from search_r3_jax.data.collection import Collection, Query
-from search_r3_jax.distributed.runtime import is_first, wait_for_all
+from search_r3_jax.distributed.lockstep import Team
+from search_r3_jax.distributed.runtime import is_first
 from search_r3_jax.files import digest_of, read_json_lines, write_json_lines
 from search_r3_jax.hub.load_model import LoadedModel
 from search_r3_jax.rollout.sampler import Rollout, Sampler
@@ -27,6 +28,7 @@ def with_self_generated_reasoning(
     wanted: Iterable[tuple[int, int]],
     model: LoadedModel,
     on_progress: Callable[[int, int], object],
+    team: Team,
 ) -> tuple[Collection, ...]:
     """Fill in the model's text as `reasoning` of the wanted `(set, query row)`.
 
@@ -38,15 +40,14 @@ def with_self_generated_reasoning(
     )
     prompter = model.prompter()
     settings = _settings(config, prompter)
-    known = _read(file)
+    # Of process 0 alone: another may see the file as it was before the last pass.
+    known: Mapping[str, str] = team.lead(lambda: _read(file))
     thoughts = {
         (number, query.query_id): known[key]
         for number, row in missing
         for query in [collections[number].queries[row]]
         if (key := _key(settings, number, query)) in known
     }
-    # All processes must read the same file before process 0 appends to it.
-    wait_for_all("own reasoning is read")
     graph, state = nnx.split(model.decoder)
     greedy = SamplerConfig(max_think_tokens=config.text.max_thought_tokens, temperature=0.0, prefill_chunk=0)
     sampler = Sampler(graph, prompter, greedy, mesh=model.mesh)

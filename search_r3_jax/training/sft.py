@@ -43,8 +43,10 @@ from search_r3_jax.training.run import (
     check_stage,
     data_sizes,
     data_version,
+    led_starting_point,
     prompt_record,
     recorded_prompts,
+    require_same_settings,
     with_absolute_paths,
 )
 from search_r3_jax.training.self_generated_reasoning import with_self_generated_reasoning
@@ -117,25 +119,23 @@ def train_sft(
     check_trackers(trackers)
     check_stage(Path(run_folder), "sft", team)
     check_model_name(config.model)
+    require_same_settings(team, config)
     config, run_folder, sft = with_absolute_paths(config), Path(run_folder), config.sft
     sets = load_sft_data(config) if sets is None else sets
     _check(config, sets)
-    model = recorded_prompts(model or load_training_model(config), run_folder, team)
+    point = led_starting_point(team, run_folder, config) if model is None else {}
+    model = model or load_training_model(config, step=point.get("start_step"), revision=point.get("revision"))
+    model = recorded_prompts(model, run_folder, team)
     check_sizes(config, model, "sft")
     for each in sets:
         log_cut_texts(model.prompter(), config.text, each.train)
     stage, state = _make_stage(config, sets, model, on_evaluation)
-    record = {
-        "data_version": [data_version(each.train) for each in sets],
-        "data_sizes": [data_sizes(each.train) for each in sets],
-        **prompt_record(model.prompter()),
-    }
-    team.require_same("data.sets, model", record)
+    record = _record(team, sets, model) | point
     with _open_run(config, run_folder, record, model, trackers, allow_config_change) as opened:
         run, checkpoints, request, first = opened
         # 2. Restore the last checkpoint.
         if sft.reasoning == "self":
-            stage.pipeline = _self_generated_reasoning(config, run_folder, stage.pipeline, model)
+            stage.pipeline = _self_generated_reasoning(config, run_folder, stage.pipeline, model, team)
         state, skipped = _begin(stage, state, first, run, checkpoints)
         # 3. The loop.
         batch, save_seconds = stage.pipeline.batch(min(first, sft.steps - 1)), 0.0
@@ -368,8 +368,20 @@ def make_pipeline(config: RunConfig, collections: Sequence[Collection], prompter
     )
 
 
+def _record(team: Team, sets: Sequence[TrainingSet], model: LoadedModel) -> dict[str, Any]:
+    """What `config.json` tells of data and prompts; UserError in all processes where they differ."""
+    record = {
+        "data_version": [data_version(each.train) for each in sets],
+        "data_sizes": [data_sizes(each.train) for each in sets],
+        **prompt_record(model.prompter()),
+    }
+    watched = [None if each.dev is None else data_version(each.dev) for each in sets]
+    team.require_same("data.sets, model", record | {"dev": watched})
+    return record
+
+
 def _self_generated_reasoning(
-    config: RunConfig, folder: Path, pipeline: PairPipeline, model: LoadedModel
+    config: RunConfig, folder: Path, pipeline: PairPipeline, model: LoadedModel, team: Team
 ) -> PairPipeline:
     """The pipeline with the model's text as reasoning of the queries trained in the reasoned format."""
     wanted = {
@@ -382,6 +394,7 @@ def _self_generated_reasoning(
         wanted,
         model,
         lambda done, total: logger.info(f"the model writes its own reasoning: {done}/{total} queries"),
+        team,
     )
     return dataclasses.replace(
         pipeline, mixture=dataclasses.replace(pipeline.mixture, collections=collections)

@@ -37,8 +37,8 @@ from search_r3_jax.retrieval.environment.environment import Environment
 from search_r3_jax.retrieval.index.protocol import IndexKind
 from search_r3_jax.retrieval.indexer.follower import IndexFollower
 from search_r3_jax.retrieval.indexer.heartbeat import read_beat
+from search_r3_jax.retrieval.indexer.publishing import index_folder
 from search_r3_jax.retrieval.indexer.schedule import IndexSchedule
-from search_r3_jax.retrieval.indexer.worker import index_folder
 from search_r3_jax.retrieval.store.versions import PublishOptions, publish_version
 from search_r3_jax.training.live_index import LiveIndex
 from search_r3_jax.training.rl import train_rl

@@ -28,6 +28,8 @@ def test_two_processes_get_run_and_raise_the_same() -> None:
     assert min(first["waited"], second["waited"]) > 44
     assert "data.sets: process 1 has other content than process 0" in first["differs"]
     assert first["differs"] == second["differs"]
+    setting = "rl.beta: process 1 has another value than process 0; give all the same settings"
+    assert first["settings"] == second["settings"] == setting
     assert (first["caught"], second["caught"]) == ({"caught": True}, "rows: below 0")
 
 
@@ -42,6 +44,7 @@ def test_one_process_leads_itself() -> None:
     assert team.lead(work) == {"there": True}
     assert ran == [6]
     team.require_same("data.sets", {"a": 1})
+    team.require_same_settings({"rl.beta": 0.5})
 
     def fail() -> Message:
         raise UserError("no")

@@ -93,6 +93,11 @@ def main() -> None:
         team.require_same("data.sets", {"process": process})
     except UserError as found:
         report["differs"] = str(found)
+    try:
+        team.require_same_settings({"sft.steps": 3, "rl.beta": 0.5, "rl.reward": {"variant": "dcg"}})
+        team.require_same_settings({"sft.steps": 3, "rl.beta": 0.5 + process, "rl.eval_every": process})
+    except UserError as found:
+        report["settings"] = str(found)
     # Process 0 may go on after an embedding failed; the others, which it failed in too, may not.
     try:
         report["caught"] = dict(team.lead(caught))

@@ -3,7 +3,9 @@ needed is kept."""
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 from flax import nnx
 from helpers.failing_disk import DISK_FULL
 
-from search_r3_jax.errors import UserError
+from search_r3_jax.errors import TransientError, UserError
 from search_r3_jax.files import write_json
 from search_r3_jax.hub import checkpoint_writer
 from search_r3_jax.hub.checkpoint_integrity import CHECKSUMS, verify_checkpoint
@@ -157,6 +159,20 @@ def test_a_full_disk_comes_up_at_the_next_call_and_leaves_the_steps_before(
         for path in checkpoint_folder(tmp_path).iterdir()
         if checkpoint_writer.TEMPORARY in path.name
     ] == []
+
+
+def test_a_share_that_is_away_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = CheckpointWriter(tmp_path, keep=9)
+
+    def away(path: Path, value: Any) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr("search_r3_jax.hub.checkpoint_integrity.write_json", away)
+    writer.save(2, params_of(2), {"count": jnp.asarray(2)}, {})
+    with pytest.raises(TransientError, match=r"step 2: cannot be written \(.*Stale file handle"):
+        writer.wait()
+    monkeypatch.setattr("search_r3_jax.hub.checkpoint_integrity.write_json", write_json)
+    writer.close()
 
 
 def test_multiples_pinned_and_the_newest_are_kept(tmp_path: Path) -> None:

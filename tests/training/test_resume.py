@@ -184,3 +184,26 @@ def test_a_run_that_is_made_longer_is_the_longer_run(runs: Runs) -> None:
     assert "changed since this run was started, harmless: config.sft.steps was 4, is 8" in said
     jax.tree.map(np.testing.assert_array_equal, whole, grown)
     assert runs.losses("grown") == runs.losses("whole")
+
+
+@pytest.mark.slow
+def test_stage_1_starts_from_the_checkpoint_that_it_was_started_from(runs: Runs) -> None:
+    """Which is chosen once: by default the newest at that time."""
+    runs.train("first")
+    first, chosen = runs.folder / "first", checkpoint_steps(runs.folder / "first")
+    assert chosen[-1] == STEPS
+    sets = [TrainingSet(train=word_collection(documents=24, queries=24), dev=None)]
+    config = dataclasses.replace(
+        runs.config, model=str(first), sft=dataclasses.replace(runs.config.sft, steps=2)
+    )
+    for name, asked, expected in (("newest", None, STEPS), ("named", chosen[0], chosen[0])):
+        with collect_log_lines() as said:
+            train_sft(dataclasses.replace(config, start_step=asked), runs.folder / name, sets=sets)
+        assert f"loading {first}, step {expected}" in said
+        assert json.loads((runs.folder / name / "config.json").read_text())["start_step"] == expected
+    (checkpoint_folder(first) / str(STEPS)).rename(checkpoint_folder(first) / str(STEPS + 1))
+    longer = dataclasses.replace(config, sft=dataclasses.replace(config.sft, save_every=1))
+    with pytest.raises(UserError, match=f"step {STEPS}"):
+        train_sft(longer, runs.folder / "newest", sets=sets)
+    with pytest.raises(UserError, match=r"--start-step: .*: is no run"):
+        train_sft(dataclasses.replace(runs.config, start_step=2), runs.folder / "none", sets=sets)

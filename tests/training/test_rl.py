@@ -25,7 +25,7 @@ from search_r3_jax.config import (
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub.checkpoint_reader import best_checkpoint, latest_checkpoint
 from search_r3_jax.hub.load_model import load_model
-from search_r3_jax.retrieval.indexer.worker import index_folder
+from search_r3_jax.retrieval.indexer.publishing import index_folder
 from search_r3_jax.retrieval.store.versions import list_versions, open_version
 from search_r3_jax.rollout.encoder import Encoder
 from search_r3_jax.text.prompts import Prompter

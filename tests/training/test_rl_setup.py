@@ -55,6 +55,8 @@ def with_first_query(**changes: Any) -> Collection:
             "rl.min_tokens: 9: at most rl.sampler.max_think_tokens 8 are written",
         ),
         ({"rl": {"sample_every": 0}}, {}, "rl.sample_every: 0"),
+        ({"rl": {"off_policy_steps": 1}}, {}, "rl.importance_cap: 0: .*give a cap"),
+        ({"rl": {"off_policy_steps": 2}}, {}, "rl.off_policy_steps: 2: give"),
         ({"rl": {"reward": RewardConfig(length_weight=0.1, free_tokens=8)}}, {}, "free_tokens 8"),
         ({"rl": {"reward": RewardConfig(floor_gap=0.0)}}, {}, "floor_gap: 0"),
         ({}, {"text": " \t"}, "words: query 'q0': is empty"),

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flax import nnx
 from helpers.command_folder import Place, computed, equal, until
 from helpers.tiny_models import word_collection
 
@@ -25,7 +26,7 @@ from search_r3_jax.retrieval.store.rolling_dumps import (
     dump_folder,
     dump_steps,
 )
-from search_r3_jax.training.live_index import IndexedCorpus, IndexStart
+from search_r3_jax.training.index_state import IndexedCorpus, IndexStart
 from search_r3_jax.training.rolling_index import RollingIndex, RollingVectors, check_rolling
 
 ROWS, DIM, STEPS = 50, 8, 20
@@ -63,11 +64,19 @@ class Rolled:
 
 
 def indexed(config: RunConfig, encode: Callable[[np.ndarray], np.ndarray]) -> IndexedCorpus:
-    return IndexedCorpus(config=config, collection=COLLECTION, encode=encode, embed_id=0, dim=DIM)
+    return IndexedCorpus(
+        config=config,
+        collection=COLLECTION,
+        encode=encode,
+        encode_with=lambda params, rows: pytest.fail("there are no snapshots"),
+        trainable=nnx.State({}),
+        embed_id=0,
+        dim=DIM,
+    )
 
 
 def make_config(**settings: Any) -> RunConfig:
-    index = IndexConfig(kind="device", source="rolling", recall_gate=1.0, rolling_documents=7)
+    index = IndexConfig(kind="device", source="rolling", recall_gate=1.0, documents_per_step=7)
     return RunConfig(index=dataclasses.replace(index, **settings))
 
 
@@ -97,7 +106,7 @@ def test_each_row_is_of_its_step_also_after_a_resume_from_any_checkpoint(
     tmp_path: Path, seed: int, dtype: str
 ) -> None:
     generator = np.random.default_rng(seed)
-    settings = {"vector_dtype": dtype, "rolling_documents": int(generator.integers(1, 60))}
+    settings = {"vector_dtype": dtype, "documents_per_step": int(generator.integers(1, 60))}
     subject = Rolled(tmp_path, **settings)
     steps, cursor = np.zeros(ROWS, np.int64), 0
     saved: dict[int, tuple[IndexStart, np.ndarray]] = {0: (IndexStart(), steps.copy())}
@@ -105,7 +114,7 @@ def test_each_row_is_of_its_step_also_after_a_resume_from_any_checkpoint(
     refreshes = [
         generator.permutation(ROWS)[: generator.integers(0, 6)].astype(np.int32) for _ in range(STEPS)
     ]
-    count = min(settings["rolling_documents"], ROWS)
+    count = min(settings["documents_per_step"], ROWS)
     for step in range(STEPS):
         subject.step(step, refreshes[step])
         if step:
@@ -234,7 +243,7 @@ SETTINGS: dict[str, Any] = {
     "lora__dropout": 0.0,
     "index__kind": "device",
     "index__source": "rolling",
-    "index__rolling_documents": 9,
+    "index__documents_per_step": 9,
 }
 
 

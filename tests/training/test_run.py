@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,11 @@ from typing import Any
 import pytest
 from helpers.tiny_models import word_collection
 
-from search_r3_jax.config import LoraConfig, MeshConfig, OptimizerConfig, RunConfig, SftConfig
-from search_r3_jax.errors import UserError
+from search_r3_jax.config import IndexConfig, LoraConfig, MeshConfig, OptimizerConfig, RunConfig, SftConfig
+from search_r3_jax.errors import TransientError, UserError
+from search_r3_jax.lease import take_lease
 from search_r3_jax.training.config_changes import HARMLESS, changes_of
-from search_r3_jax.training.run import Run, data_version
+from search_r3_jax.training.run import LOCK, Run, data_version
 
 CONFIG = RunConfig()
 
@@ -43,6 +46,45 @@ def test_another_trainer_is_refused_until_the_first_has_closed(tmp_path: Path) -
         opened(tmp_path / "run")
     run.close()
     opened(tmp_path / "run").close()
+
+
+def test_a_trainer_elsewhere_may_be_on_its_way_out(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    other = take_lease(tmp_path / "run" / LOCK, machine="far", renew_seconds=0.1)
+    try:
+        with pytest.raises(TransientError, match="another trainer has this run open"):
+            opened(tmp_path / "run")
+    finally:
+        other.release()
+
+
+def test_a_share_that_is_away_passes_and_a_full_disk_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = opened(tmp_path / "run")
+    for number, kind in ((errno.ESTALE, TransientError), (errno.ENOSPC, UserError)):
+        error = OSError(number, os.strerror(number))
+        monkeypatch.setattr("search_r3_jax.training.run.append_json_line", raising(error))
+        with pytest.raises(kind, match=r"metrics\.jsonl: cannot be written"):
+            run.log(0, {"loss": 1.0})
+    run.close()
+
+
+def raising(error: Exception) -> Any:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    return fail
+
+
+def test_a_run_keeps_its_kind_of_index(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    opened(path).close()
+    rolling = dataclasses.replace(CONFIG, index=IndexConfig(source="rolling", kind="device"))
+    before = (path / "config.json").read_bytes()
+    with pytest.raises(UserError, match=r"index\.source: was snapshots, is rolling: .*give another --run"):
+        opened(path, rolling, allow_config_change=True)
+    assert (path / "config.json").read_bytes() == before
 
 
 def test_a_bucket_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

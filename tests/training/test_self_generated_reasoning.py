@@ -9,6 +9,7 @@ from helpers.tiny_models import word_collection
 
 from search_r3_jax.config import RunConfig, SamplerConfig, TextConfig
 from search_r3_jax.data.collection import Collection
+from search_r3_jax.distributed.lockstep import Team
 from search_r3_jax.hub.load_model import LoadedModel
 from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training import self_generated_reasoning
@@ -42,6 +43,7 @@ def test_a_text_is_reused_for_the_same_query_and_limits_only(
             [(0, row) for row in range(len(collection.queries))],
             tiny_model,
             lambda done, total: passes.append((done, total)),
+            Team(),
         )
         return [query.reasoning for query in result.queries]
 

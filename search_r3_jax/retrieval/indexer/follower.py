@@ -17,8 +17,8 @@ from search_r3_jax.config import IndexConfig
 from search_r3_jax.errors import UserError
 from search_r3_jax.retrieval.index.device import StoredVectors
 from search_r3_jax.retrieval.index.protocol import Index
+from search_r3_jax.retrieval.indexer.publishing import index_folder
 from search_r3_jax.retrieval.indexer.supervisor import IndexerProcess
-from search_r3_jax.retrieval.indexer.worker import index_folder
 from search_r3_jax.retrieval.store import storage
 from search_r3_jax.retrieval.store.manifest import MANIFEST
 from search_r3_jax.retrieval.store.versions import (
@@ -253,6 +253,9 @@ class IndexFollower:
                 step = self._next()
                 if step is not None:
                     self._try_open(step)
+            except OSError as error:
+                # The share or the bucket will be there again; the index in use stays meanwhile.
+                self._log_once(f"the index cannot be looked up ({error}); keeping the one in use")
             except BaseException as error:
                 # Raised in the training thread, by `check`.
                 with self._lock:

@@ -12,9 +12,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
-from search_r3_jax.errors import UserError
+from search_r3_jax.errors import TransientError, UserError
 from search_r3_jax.files import write_json
-from search_r3_jax.lease import LeaseHeldError, LeaseWatch, take_lease
+from search_r3_jax.lease import LeaseHeldError, LeaseWatch, take_lease, this_machine
 
 HEARTBEAT, LOCK = "indexer.json", "indexer.lock"
 TICK_SECONDS = 5.0
@@ -110,10 +110,14 @@ def only_indexer(run: Path, process: int = 0) -> Iterator[None]:
     try:
         lease = take_lease(file)
     except LeaseHeldError as error:
-        raise UserError(
+        message = (
             f"{file}: another indexer follows this run ({error.holder}); stop it first, or leave the run "
             "to it"
-        ) from error
+        )
+        # One elsewhere may be on its way out.
+        if error.holder.machine != this_machine():
+            raise TransientError(message) from error
+        raise UserError(message) from error
     try:
         yield
     finally:

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 
 from search_r3_jax.errors import UserError
+from search_r3_jax.hub.snapshot_reader import latest_snapshot
 from search_r3_jax.retrieval.indexer.heartbeat import read_beat, watch_indexer
 
 LONGEST_PAUSE = 300.0
@@ -136,6 +137,8 @@ class IndexerProcess:
         if (
             beat is not None
             and beat.phase == "refused"
+            # A snapshot that came since has not been tried yet.
+            and beat.step >= (latest_snapshot(self._run) or 0)
             and (self._process is None or beat.pid == self._process.pid)
         ):
             raise UserError(f"{self._run / 'indexer.log'}: no index to go on with: {beat.message}")

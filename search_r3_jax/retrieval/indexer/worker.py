@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from etils import epath
 from flax import nnx
 
 from search_r3_jax.config import RunConfig
+from search_r3_jax.data.collection import Collection
 from search_r3_jax.data.development import for_stage_2, load_training_sets
-from search_r3_jax.errors import EmbeddingError, UserError
+from search_r3_jax.errors import EmbeddingError, TransientError, UserError
 from search_r3_jax.files import write_text
 from search_r3_jax.hub.checkpoint_reader import read_run, starting_model, starting_step
 from search_r3_jax.hub.load_model import load_model, with_lora, with_recorded_prompts
@@ -34,7 +32,9 @@ from search_r3_jax.hub.weights import parameter_hash
 from search_r3_jax.mesh import mesh_from_config
 from search_r3_jax.models.lora import merge_lora, trainable_filter
 from search_r3_jax.retrieval.indexer.heartbeat import Heartbeat, only_indexer, read_beat
+from search_r3_jax.retrieval.indexer.publishing import Publisher, encoding_folder
 from search_r3_jax.retrieval.indexer.resources import end_with, limit_resources
+from search_r3_jax.retrieval.indexer.trainer_vectors import TrainerVectorsPublisher
 from search_r3_jax.retrieval.store.corpus_vectors import (
     RECORD,
     SHARD_DOCUMENTS,
@@ -44,19 +44,7 @@ from search_r3_jax.retrieval.store.corpus_vectors import (
     encode_corpus,
     is_encoded_with,
 )
-from search_r3_jax.retrieval.store.versions import (
-    IndexGateError,
-    IndexVersionError,
-    PublishOptions,
-    current_version,
-    delete_version,
-    list_versions,
-    open_version,
-    prune_versions,
-    publish_version,
-    read_version,
-    rejected_version,
-)
+from search_r3_jax.retrieval.store.versions import IndexGateError, list_versions, read_version
 from search_r3_jax.rollout.encoder import Encoder
 
 logger = logging.getLogger(__name__)
@@ -64,20 +52,10 @@ POLL_SECONDS = 0.5
 RETRY_SECONDS = 10.0
 PROBE_QUERIES = 64
 PIN, TASK = "indexer", "step"
-# How often a rejected version is built again.
-MAX_REMAKES = 2
 
 
 class SnapshotGoneError(Exception):
     """A snapshot was deleted before it had been read."""
-
-
-def index_folder(run: Path, folder: str = "") -> epath.Path:
-    """The folder of a run's index versions: `folder` of its config, else the default in the run.
-
-    Absolute, because ScaNN needs that.
-    """
-    return epath.Path(folder) if folder else epath.Path((run / "index").absolute())
 
 
 def run_indexer(run: Path, *, parent: int | None = None, process: int = 0, processes: int = 1) -> None:
@@ -95,6 +73,11 @@ def run_indexer(run: Path, *, parent: int | None = None, process: int = 0, proce
         raise UserError(
             f"{run / 'config.json'}: index.source: rolling: the trainer needs no indexer; start none"
         )
+    if config.index.source != "snapshots" and processes > 1:
+        raise UserError(
+            f"--processes: {processes}: with index.source {config.index.source} the trainer encodes; start "
+            "one"
+        )
     if parent is not None:
         end_with(parent)
     with only_indexer(run, process):
@@ -102,7 +85,11 @@ def run_indexer(run: Path, *, parent: int | None = None, process: int = 0, proce
         heartbeat = Heartbeat(run, process)
         heartbeat.beat("starting")
         with heartbeat.ticking():
-            worker = IndexWorker(run, config, record, heartbeat, process=process, processes=processes)
+            if config.index.source == "snapshots":
+                worker = IndexWorker(run, config, record, heartbeat, process=process, processes=processes)
+            else:
+                collection = recorded_collection(run, config, record)
+                worker = TrainerVectorsPublisher(run, config, collection, heartbeat)
         while True:
             if not worker.advance():
                 time.sleep(POLL_SECONDS)
@@ -111,6 +98,14 @@ def run_indexer(run: Path, *, parent: int | None = None, process: int = 0, proce
 def start_relative(run: Path, recorded: str) -> Path:
     """Resolve a path that a run recorded relative to its folder."""
     return (run / recorded).resolve()
+
+
+def recorded_collection(run: Path, config: RunConfig, record: dict[str, Any]) -> Collection:
+    """The collection that a run of stage 2 trains on."""
+    data = dataclasses.replace(
+        config.data, sets=(str(start_relative(run, record["data"])),), split=record["split"]
+    )
+    return for_stage_2(load_training_sets(data, stored=True)[0], data).train
 
 
 class IndexWorker:
@@ -128,11 +123,7 @@ class IndexWorker:
     ):
         self._process, self._processes = process, processes
         self._run, self._config, self._heartbeat = run, config, heartbeat
-        data = dataclasses.replace(
-            config.data, sets=(str(start_relative(run, record["data"])),), split=record["split"]
-        )
-        self._collection = for_stage_2(load_training_sets(data, stored=True)[0], data).train
-        self._corpus_hash = self._collection.corpus_hash()
+        self._collection = recorded_collection(run, config, record)
         mesh = mesh_from_config(config.index.mesh)
         start = load_model(
             starting_model(run, record),
@@ -147,24 +138,22 @@ class IndexWorker:
         self.encoder = Encoder(nnx.split(start.decoder)[0], start.prompter(), mesh=mesh)
         self._model = with_lora(start, config.lora, seed=config.seed)
         nnx.update(self._model.decoder, as_snapshot(self._trainable(), snapshot_dtype(config)))
-        self._root = index_folder(run, config.index.folder)
-        self._shards = run / "encoding"
-        self._abandoned_step: int | None = None
+        self._publisher = Publisher(run, config, self._collection, heartbeat)
+        self._shards = encoding_folder(run)
         self._last_assisted_step: int | None = None
         self._encoded = 0
-        self._remade: Counter[int] = Counter()
         self._pin = f"{PIN}-{process}" if process else PIN
         pin_snapshots(run, self._pin, [])
         if process == 0:
-            self._check_current()
+            self._publisher.check_current(self._model.embed_id)
 
     def advance(self) -> bool:
         """Publish a version of the newest snapshot, if it has none; returns whether there was work."""
         if self._process:
             return self._encode_assigned_shards()
-        self._check_rejected()
+        self._publisher.check_rejected()
         newest = latest_snapshot(self._run)
-        if newest is None or newest in (self._abandoned_step, self._current()):
+        if newest is None or newest in (self._publisher.abandoned, self._publisher.current()):
             last = read_beat(self._run)
             # Keep the message of the last failure in the file.
             if last is None or last.phase not in ("refused", "failed"):
@@ -175,7 +164,7 @@ class IndexWorker:
         except SnapshotGoneError as error:
             logger.info(f"{error}; taking the newest")
         except (IndexGateError, EmbeddingError) as error:
-            self._abandon(newest, str(error))
+            self._publisher.abandon(newest, str(error))
         except OSError as error:
             message = f"index v{newest}: cannot be written ({error.strerror or error}); trying again"
             logger.info(message)
@@ -190,42 +179,18 @@ class IndexWorker:
         has no finite embedding, and OSError when the disk refuses.
         """
         started = time.time()
-        config, documents = self._config, self._collection.documents
+        config = self._config
         vectors, state, of_parameters = self._encode(step)
         probes = [query.body for query in self._collection.queries[:PROBE_QUERIES]]
-        probe_vectors = self.encoder.encode(state, probes, max_tokens=config.text.max_query_tokens)
-        encoded = time.time()
-        self._heartbeat.beat("publishing", step=step, encoded=len(documents), documents=len(documents))
-        with self._heartbeat.ticking():
-            publish_version(
-                self._root,
-                step=step,
-                vectors=vectors,
-                ids=self._collection.document_ids,
-                manifest_fields={
-                    "parameter_hash": of_parameters,
-                    "corpus_hash": self._corpus_hash,
-                    "embed_token_id": self._model.embed_id,
-                    "pooling": "embed_token",
-                    "max_document_tokens": config.text.max_document_tokens,
-                    "encode_seconds": encoded - started,
-                },
-                options=PublishOptions(
-                    kind=config.index.kind,
-                    recall_gate=config.index.recall_gate,
-                    parts=config.index.parts,
-                    probe_queries=probe_vectors,
-                    vector_dtype=config.index.vector_dtype,
-                    threads=config.index.threads,
-                ),
-            )
-            shutil.rmtree(self._shards / str(step))
-            # This is the only writer, so every temporary folder is left over from an interrupted one.
-            prune_versions(self._root, keep=config.index.keep_versions, stale_seconds=-math.inf)
-        logger.info(
-            f"index v{step}: published; {encoded - started:.1f} s to encode, {time.time() - encoded:.1f} s "
-            "to build"
+        self._publisher.publish(
+            step,
+            vectors,
+            parameter_hash=of_parameters,
+            embed_id=self._model.embed_id,
+            encode_seconds=time.time() - started,
+            probes=self.encoder.encode(state, probes, max_tokens=config.text.max_query_tokens),
         )
+        shutil.rmtree(self._shards / str(step))
 
     def _encode(self, step: int) -> tuple[np.ndarray, nnx.State, str]:
         """Encode the corpus [N,E] with the snapshot of `step`, which is pinned meanwhile.
@@ -259,8 +224,8 @@ class IndexWorker:
 
         One of a release that read float32 checkpoints may be, under bfloat16.
         """
-        if step in list_versions(self._root):
-            there = read_version(self._root, step).manifest["parameter_hash"]
+        if step in list_versions(self._publisher.root):
+            there = read_version(self._publisher.root, step).manifest["parameter_hash"]
             if there != of_parameters:
                 raise IndexGateError(f"index v{step}: is there already, of other parameters, and stays")
 
@@ -291,7 +256,7 @@ class IndexWorker:
                 dimension=self._model.decoder.config.hidden_size,
                 dtype=config.index.vector_dtype,
                 shard_documents=SHARD_DOCUMENTS,
-                documents_hash=self._corpus_hash,
+                documents_hash=self._publisher.corpus_hash,
             ),
             share=Share(
                 process=self._process,
@@ -320,7 +285,7 @@ class IndexWorker:
         try:
             self._encode(step)
             self._last_assisted_step = step
-        except (SnapshotGoneError, UserError) as error:
+        except (SnapshotGoneError, UserError, TransientError) as error:
             if self._encoded == assigned:
                 # Only the shards of others are missing; process 0 waits for those.
                 self._last_assisted_step = step
@@ -352,7 +317,7 @@ class IndexWorker:
         # version in, has pinned it.
         if self._config.index.scoring != "consistent_stale":
             return set()
-        published = self._current()
+        published = self._publisher.current()
         return {step} if published is None else {step, published}
 
     def _announce(self, step: int, of_parameters: str) -> None:
@@ -363,48 +328,3 @@ class IndexWorker:
                 shutil.rmtree(folder, ignore_errors=True)
         self._shards.mkdir(exist_ok=True)
         write_text(self._shards / TASK, f"{step}\n")
-
-    def _current(self) -> int | None:
-        try:
-            current = current_version(self._root)
-        except IndexVersionError as error:
-            logger.info(f"{error}; making a new one")
-            return None
-        return current if current in list_versions(self._root) else None
-
-    def _check_current(self) -> None:
-        """Discard the current version where it is damaged, or of another corpus or token."""
-        current = self._current()
-        if current is None:
-            return
-        try:
-            open_version(
-                self._root,
-                current,
-                expect_corpus_hash=self._corpus_hash,
-                expect_embed_token_id=self._model.embed_id,
-                place=False,
-            )
-        except IndexVersionError as error:
-            logger.info(f"{error}; making it anew")
-            delete_version(self._root, current)
-
-    def _check_rejected(self) -> None:
-        """Delete a version that a reader rejected, so that it is built again, at most MAX_REMAKES times."""
-        rejected = rejected_version(self._root)
-        if rejected is None:
-            return
-        delete_version(self._root, rejected)
-        self._remade[rejected] += 1
-        if self._remade[rejected] > MAX_REMAKES:
-            self._abandon(
-                rejected,
-                f"index v{rejected}: was refused {MAX_REMAKES + 1} times by the trainer, whose log says why",
-            )
-        else:
-            logger.info(f"index v{rejected}: was refused by the trainer; making it anew")
-
-    def _abandon(self, step: int, message: str) -> None:
-        self._abandoned_step = step
-        logger.info(f"{message}; waiting for the next checkpoint")
-        self._heartbeat.beat("refused", step=step, message=message)

@@ -14,7 +14,7 @@ import numpy as np
 
 from search_r3_jax.data.collection import Document
 from search_r3_jax.data.corpus_facts import gather_facts
-from search_r3_jax.errors import UserError
+from search_r3_jax.errors import TransientError, UserError
 from search_r3_jax.files import replacing, write_array, write_json
 from search_r3_jax.retrieval.store.vector_files import (
     VectorDtype,
@@ -115,8 +115,8 @@ def encode_corpus(
 
     Several processes that share `folder` each encode their `share`; process 0 joins the shards, and all
     return when that is done. Raises UserError when the folder holds the vectors of another corpus or model,
-    when the disk refuses, and when a file of another process does not come; EmbeddingError naming the first
-    document whose vector is not finite or zero.
+    and when the disk refuses; TransientError when a file of another process does not come; EmbeddingError
+    naming the first document whose vector is not finite or zero.
     """
     process, wait_seconds = share.process, share.wait_seconds
     dimension, dtype = settings.dimension, settings.dtype
@@ -128,8 +128,7 @@ def encode_corpus(
         if shard.read(dtype) is None:
             encoded = documents[shard.start : shard.stop]
             vectors = encode([document.body for document in encoded], on_progress=on_progress)
-            require_directions(vectors, lambda row, encoded=encoded: f"document {encoded[row].doc_id}")
-            write_array(shard.file, to_stored(vectors, dtype))
+            shard.write(vectors, dtype, [document.doc_id for document in encoded])
         elif on_progress is not None:
             on_progress(shard.stop - shard.start)
     joined, shape = folder / VECTORS, (len(documents), dimension)
@@ -140,6 +139,37 @@ def encode_corpus(
         return _wait(partial(_joined, joined, shape, dtype), joined, 0, wait_seconds)
     _join(joined, shape, dtype, _in_order(shards, dtype, wait_seconds, on_progress))
     return open_vectors(joined, dtype)
+
+
+def missing_shards(folder: Path, documents: Sequence[Document], settings: EncodingSettings) -> list[Shard]:
+    """The shards that `folder` does not hold yet, in order; a new folder gets its `corpus.json`.
+
+    Raises UserError as `encode_corpus`.
+    """
+    _claim(folder, settings.description(documents), write=True)
+    shards = _shards(folder, len(documents), settings.dimension, settings.shard_documents, 1)
+    return [shard for shard in shards if shard.read(settings.dtype) is None]
+
+
+def join_shards(folder: Path) -> np.ndarray:
+    """The vectors [N,E] of a folder whose shards are all there, memory-mapped, of its dtype.
+
+    Raises OSError, ValueError or KeyError where its `corpus.json` cannot be read, ValueError where a shard is
+    missing or damaged, and UserError when the disk refuses.
+    """
+    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    dtype: VectorDtype = record["dtype"]
+    shape = int(record["documents"]), int(record["dimension"])
+
+    def each() -> Iterator[np.ndarray]:
+        for shard in _shards(folder, *shape, int(record["shard_documents"]), 1):
+            vectors = shard.read(dtype)
+            if vectors is None:
+                raise ValueError(f"{shard.file.name} is missing or damaged")
+            yield vectors
+
+    _join(folder / VECTORS, shape, dtype, each())
+    return open_vectors(folder / VECTORS, dtype)
 
 
 def is_encoded_with(folder: Path, model_hash: str) -> bool:
@@ -153,7 +183,7 @@ def is_encoded_with(folder: Path, model_hash: str) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Shard:
+class Shard:
     """The documents `start` to `stop` and the file of their vectors, which process `owner` writes."""
 
     file: Path
@@ -174,12 +204,17 @@ class _Shard:
         vectors = from_stored(stored, dtype)
         return vectors if np.isfinite(vectors).all() else None
 
+    def write(self, vectors: np.ndarray, dtype: VectorDtype, ids: Sequence[str]) -> None:
+        """Write its vectors [n,E]; raises EmbeddingError naming the first that is not finite or zero."""
+        require_directions(vectors, lambda row: f"document {ids[row]}")
+        write_array(self.file, to_stored(vectors, dtype))
+
 
 def _shards(
     folder: Path, documents: int, dimension: int, shard_documents: int, processes: int
-) -> list[_Shard]:
+) -> list[Shard]:
     return [
-        _Shard(
+        Shard(
             file=folder / f"shard-{number:05d}.npy",
             start=start,
             stop=min(start + shard_documents, documents),
@@ -191,7 +226,7 @@ def _shards(
 
 
 def _in_order(
-    shards: Sequence[_Shard],
+    shards: Sequence[Shard],
     dtype: VectorDtype,
     wait_seconds: float,
     on_progress: Callable[[int], object] | None,
@@ -204,11 +239,11 @@ def _in_order(
 
 
 def _wait(read: Callable[[], T | None], file: Path, owner: int, seconds: float) -> T:
-    """Poll `read` until it returns a result; raises UserError after `wait_seconds`."""
+    """Poll `read` until it returns a result; raises TransientError after `wait_seconds`."""
     deadline = time.monotonic() + seconds
     while (result := read()) is None:
         if time.monotonic() >= deadline:
-            raise UserError(
+            raise TransientError(
                 f"{file}: has not come for {seconds:g} seconds; see that process {owner} runs, and repeat "
                 "the command"
             )

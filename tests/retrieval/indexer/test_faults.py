@@ -28,11 +28,12 @@ from search_r3_jax.hub.snapshot_reader import (
 )
 from search_r3_jax.retrieval.environment.environment import Environment
 from search_r3_jax.retrieval.index.protocol import Index
-from search_r3_jax.retrieval.indexer import worker as indexer
+from search_r3_jax.retrieval.indexer import publishing
 from search_r3_jax.retrieval.indexer.follower import IndexFollower
 from search_r3_jax.retrieval.indexer.heartbeat import Beat, Heartbeat, only_indexer, read_beat, watch_indexer
+from search_r3_jax.retrieval.indexer.publishing import index_folder
 from search_r3_jax.retrieval.indexer.supervisor import IndexerProcess
-from search_r3_jax.retrieval.indexer.worker import IndexWorker, index_folder
+from search_r3_jax.retrieval.indexer.worker import IndexWorker
 from search_r3_jax.retrieval.store import manifest as version_files
 from search_r3_jax.retrieval.store import versions
 from search_r3_jax.retrieval.store.versions import current_version, list_versions, open_version
@@ -249,7 +250,7 @@ def test_an_indexer_that_starts_looks_at_the_current_version_first(
 def test_what_is_refused_again_and_again_is_given_up(run: IndexedRun) -> None:
     worker = worker_of(run)
     worker.build(0)
-    for _ in range(indexer.MAX_REMAKES):
+    for _ in range(publishing.MAX_REMAKES):
         (index_folder(run.path) / "REFUSED").write_text("0\n")
         assert worker.advance()
         assert list_versions(index_folder(run.path)) == [0]
@@ -377,9 +378,18 @@ class TestSupervisor:
 
     def test_a_refused_checkpoint_ends_the_wait(self, tmp_path: Path) -> None:
         process = self.start(tmp_path, "import time; time.sleep(60)", local=False)
-        Heartbeat(tmp_path).beat("refused", step=0, message="recall too low")
+        heartbeat = Heartbeat(tmp_path)
+        heartbeat.beat("refused", step=0, message="recall too low")
         process.check()
         with pytest.raises(UserError, match="no index to go on with: recall too low"):
+            process.raise_if_failing()
+        # One that has come since is not tried yet.
+        snapshot = tmp_path / "snapshots" / "4"
+        snapshot.mkdir(parents=True)
+        process.raise_if_failing()
+        heartbeat.beat("refused", step=4, message="recall too low again")
+        process.check()
+        with pytest.raises(UserError, match="no index to go on with: recall too low again"):
             process.raise_if_failing()
 
     def test_silence_elsewhere_is_told_once(self, tmp_path: Path, log_lines: list[str]) -> None:

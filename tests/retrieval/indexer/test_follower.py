@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from collections.abc import Callable
@@ -16,9 +17,10 @@ from search_r3_jax.config import IndexConfig
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub.checkpoint_reader import checkpoint_folder
 from search_r3_jax.retrieval.index.protocol import Index
+from search_r3_jax.retrieval.indexer import follower as follower_module
 from search_r3_jax.retrieval.indexer.follower import POLL_SECONDS, IndexFollower
+from search_r3_jax.retrieval.indexer.publishing import index_folder
 from search_r3_jax.retrieval.indexer.schedule import IndexSchedule
-from search_r3_jax.retrieval.indexer.worker import index_folder
 from search_r3_jax.retrieval.store.versions import (
     PublishOptions,
     list_versions,
@@ -126,6 +128,31 @@ def test_a_version_that_training_and_the_thread_open_at_once_hides_no_later_one(
         holds(follower.newer_than(0, at_most=2), 2)
     finally:
         follower.close()
+
+
+def test_a_share_that_is_away_for_a_moment_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_lines: list[str]
+) -> None:
+    run, asked = tmp_path / "run", list[int]()
+    publish(run, 0)
+    current = follower_module.current_version
+
+    def flaky(root: Any) -> int | None:
+        asked.append(0)
+        if len(asked) <= 3:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return current(root)
+
+    monkeypatch.setattr(follower_module, "current_version", flaky)
+    follower = follower_of(run)
+    follower.start()
+    try:
+        wait_until(lambda: 0 in follower.open_versions())
+        follower.check()
+    finally:
+        follower.close()
+    assert len(asked) > 3
+    assert len([line for line in log_lines if "cannot be looked up" in line]) == 1
 
 
 def wait_until(true: Callable[[], bool]) -> None:

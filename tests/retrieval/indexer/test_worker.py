@@ -23,7 +23,8 @@ from search_r3_jax.errors import UserError
 from search_r3_jax.hub.snapshot_reader import pinned_snapshots, snapshot_steps
 from search_r3_jax.retrieval.indexer.follower import IndexFollower
 from search_r3_jax.retrieval.indexer.heartbeat import Heartbeat, read_beat
-from search_r3_jax.retrieval.indexer.worker import IndexWorker, index_folder, run_indexer
+from search_r3_jax.retrieval.indexer.publishing import index_folder
+from search_r3_jax.retrieval.indexer.worker import IndexWorker, run_indexer
 from search_r3_jax.retrieval.store.versions import current_version, list_versions, open_version
 
 

@@ -18,7 +18,7 @@ from helpers.failing_disk import DISK_FULL, failing
 from helpers.tiny_models import word_collection
 
 from search_r3_jax.data.collection import Document
-from search_r3_jax.errors import EmbeddingError, UserError
+from search_r3_jax.errors import EmbeddingError, TransientError, UserError
 from search_r3_jax.hub.load_model import LoadedModel
 from search_r3_jax.retrieval.store.corpus_vectors import EncodingSettings, Share, encode_corpus
 from search_r3_jax.rollout.encoder import Encoder
@@ -241,13 +241,13 @@ def test_processes_share_the_shards(tmp_path: Path, processes: int) -> None:
 def test_a_process_that_does_not_come_is_missed(tmp_path: Path) -> None:
     zero, one = (Share(process=process, processes=2, wait_seconds=0.1) for process in (0, 1))
     with pytest.raises(
-        UserError, match=r"corpus.json: has not come for 0\.1 seconds; see that process 0 runs"
+        TransientError, match=r"corpus.json: has not come for 0\.1 seconds; see that process 0 runs"
     ):
         encode_corpus(Counted(), DOCUMENTS, tmp_path, SETTINGS, share=one)
-    with pytest.raises(UserError, match=r"shard-00001\.npy: has not come .* process 1 runs"):
+    with pytest.raises(TransientError, match=r"shard-00001\.npy: has not come .* process 1 runs"):
         encode_corpus(Counted(), DOCUMENTS, tmp_path, SETTINGS, share=zero)
     assert not (tmp_path / "vectors.npy").exists()
-    with pytest.raises(UserError, match=r"vectors\.npy: has not come .* process 0 runs"):
+    with pytest.raises(TransientError, match=r"vectors\.npy: has not come .* process 0 runs"):
         encode_corpus(Counted(), DOCUMENTS, tmp_path, SETTINGS, share=one)
     np.testing.assert_array_equal(
         encode_corpus(Counted(stop_before=0), DOCUMENTS, tmp_path, SETTINGS, share=zero), EXPECTED
