@@ -23,8 +23,9 @@ from search_r3_jax.config import SamplerConfig, Step
 from search_r3_jax.console import Bar, TextConsole, progress_bar
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub.export import MAX_TOKENS, max_text_tokens, read_export_manifest
-from search_r3_jax.hub.load_model import LoadedModel, load_model, resolve
+from search_r3_jax.hub.load_model import LoadedModel, load_model
 from search_r3_jax.hub.model_hash import model_hash
+from search_r3_jax.hub.model_names import resolve
 from search_r3_jax.hub.weights import parameter_hash
 from search_r3_jax.models.kv_block import KVBlock
 from search_r3_jax.precision import Precision, quantize

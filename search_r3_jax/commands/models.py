@@ -157,7 +157,7 @@ class Embed(InferenceConfig):
     def run(self) -> None:
         """Run the subcommand."""
         from search_r3_jax.commands.vector_files import read_texts, writer_of
-        from search_r3_jax.hub.load_model import check_model_name
+        from search_r3_jax.hub.model_names import check_model_name
         from search_r3_jax.outputs import (
             check_output,
             check_output_folder,

@@ -33,7 +33,7 @@ class Quickstart:
         """Run the subcommand."""
         require("quickstart", "quickstart", "gguf", "bm25s")
         from search_r3_jax.configs.quickstart import config
-        from search_r3_jax.hub.load_model import resolve
+        from search_r3_jax.hub.model_names import resolve
         from search_r3_jax.quickstart import Quickstart as Work
 
         # Its weights are needed after the data set is built.

@@ -34,7 +34,7 @@ from search_r3_jax.evaluation.report import (
 from search_r3_jax.evaluation.settings import BudgetSettings
 from search_r3_jax.evaluation.significance import bootstrap_interval
 from search_r3_jax.evaluation.systems import BudgetResult, DecoderSystem, is_baseline
-from search_r3_jax.hub.load_model import check_model_name
+from search_r3_jax.hub.model_names import check_model_name
 from search_r3_jax.outputs import (
     check_outputs,
     message_stream,

@@ -16,8 +16,9 @@ from search_r3_jax.evaluation.result_files import EvalResult, read_results
 from search_r3_jax.evaluation.significance import bootstrap_interval
 from search_r3_jax.hub.base_model import base_model
 from search_r3_jax.hub.checkpoint_reader import read_run, starting_model, starting_step
-from search_r3_jax.hub.load_model import LoadedModel, resolve
+from search_r3_jax.hub.load_model import LoadedModel
 from search_r3_jax.hub.model_facts import ModelFacts, Score, TrainingData
+from search_r3_jax.hub.model_names import resolve
 from search_r3_jax.hub.weights import parameter_hash
 from search_r3_jax.models.lora import merge_lora
 

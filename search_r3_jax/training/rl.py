@@ -13,7 +13,8 @@ from search_r3_jax.compile_time import announce_compiling
 from search_r3_jax.config import RunConfig, TrackerName, check_ranges
 from search_r3_jax.data.development import TrainingSet
 from search_r3_jax.distributed.lockstep import Team
-from search_r3_jax.hub.load_model import LoadedModel, check_model_name
+from search_r3_jax.hub.load_model import LoadedModel
+from search_r3_jax.hub.model_names import check_model_name
 from search_r3_jax.profiling import TRAIN, part, step
 from search_r3_jax.training.development import OnEvaluation
 from search_r3_jax.training.led_index import LedIndex

@@ -170,7 +170,7 @@ def restore_pending(stage: RlStage, step: int, arrays: Mapping[str, np.ndarray])
     fits = found and found["rows"].tolist() == list(rows)
     if not rl.off_policy_steps or not fits or found["ids"].shape != (len(rows) * rl.group_size, tokens):
         return
-    replies = Replies(**{name: found[name] for name in Replies._fields})
+    replies = Replies(**{name: jnp.asarray(found[name]) for name in Replies._fields})
     rollout = RunningRollout(
         prompt_ids=found["prompt_ids"],
         prompt_lengths=found["prompt_lengths"],

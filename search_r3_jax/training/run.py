@@ -22,7 +22,8 @@ from search_r3_jax.distributed.lockstep import Message, Team
 from search_r3_jax.errors import TransientError, UserError, passes_by_itself
 from search_r3_jax.files import append_json_line, read_json_lines, write_json, write_json_lines
 from search_r3_jax.hub.checkpoint_reader import latest_checkpoint, read_run
-from search_r3_jax.hub.load_model import LoadedModel, hub_revision, pinned_step, with_recorded_prompts
+from search_r3_jax.hub.load_model import LoadedModel, pinned_step, with_recorded_prompts
+from search_r3_jax.hub.model_names import hub_revision
 from search_r3_jax.lease import Lease, LeaseHeldError, take_lease, this_machine
 from search_r3_jax.text.prompts import Prompter
 from search_r3_jax.training.config_changes import change_table, changes_of, describe_changes, longer_run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from flax import nnx
 
 from search_r3_jax.config import RunConfig, SamplerConfig
 from search_r3_jax.data.collection import Collection, Query
+from search_r3_jax.data.pipeline import PairPipeline
 from search_r3_jax.distributed.lockstep import Team
 from search_r3_jax.distributed.runtime import is_first
 from search_r3_jax.files import digest_of, read_json_lines, write_json_lines
@@ -19,6 +21,7 @@ from search_r3_jax.rollout.sampler import Rollout, Sampler
 from search_r3_jax.text.prompts import Prompter
 
 QUERIES_PER_PASS = 64
+logger = logging.getLogger(__name__)
 
 
 def with_self_generated_reasoning(
@@ -81,6 +84,27 @@ def with_self_generated_reasoning(
         ]
         write_json_lines(file, lines)
     return tuple(_with(collection, number, thoughts) for number, collection in enumerate(collections))
+
+
+def reasoned_pipeline(
+    config: RunConfig, folder: Path, pipeline: PairPipeline, model: LoadedModel, team: Team
+) -> PairPipeline:
+    """The pipeline with the model's text as reasoning of the queries trained in the reasoned format."""
+    wanted = {
+        (pair.set, pair.query) for step in range(config.sft.steps) for pair in pipeline.reasoned_pairs(step)
+    }
+    collections = with_self_generated_reasoning(
+        config,
+        folder / "own_reasoning.jsonl",
+        pipeline.mixture.collections,
+        wanted,
+        model,
+        lambda done, total: logger.info(f"the model writes its own reasoning: {done}/{total} queries"),
+        team,
+    )
+    return dataclasses.replace(
+        pipeline, mixture=dataclasses.replace(pipeline.mixture, collections=collections)
+    )
 
 
 def _thoughts(rollout: Rollout, prompter: Prompter) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +26,8 @@ from search_r3_jax.data.tfidf_reasoning import TfidfReasoning
 from search_r3_jax.distributed.lockstep import Team
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub.checkpoint_writer import CheckpointWriter, latest_valid_checkpoint
-from search_r3_jax.hub.load_model import LoadedModel, check_model_name
+from search_r3_jax.hub.load_model import LoadedModel
+from search_r3_jax.hub.model_names import check_model_name
 from search_r3_jax.mesh import placed
 from search_r3_jax.models.lora import trainable_filter
 from search_r3_jax.profiling import TRAIN, part
@@ -49,7 +49,7 @@ from search_r3_jax.training.run import (
     require_same_settings,
     with_absolute_paths,
 )
-from search_r3_jax.training.self_generated_reasoning import with_self_generated_reasoning
+from search_r3_jax.training.self_generated_reasoning import reasoned_pipeline
 from search_r3_jax.training.sft_step import make_step
 from search_r3_jax.training.state import TrainState, committed, init_state, state_shardings
 from search_r3_jax.training.stopping import StopRequest
@@ -135,7 +135,7 @@ def train_sft(
         run, checkpoints, request, first = opened
         # 2. Restore the last checkpoint.
         if sft.reasoning == "self":
-            stage.pipeline = _self_generated_reasoning(config, run_folder, stage.pipeline, model, team)
+            stage.pipeline = reasoned_pipeline(config, run_folder, stage.pipeline, model, team)
         state, skipped = _begin(stage, state, first, run, checkpoints)
         # 3. The loop.
         batch, save_seconds = stage.pipeline.batch(min(first, sft.steps - 1)), 0.0
@@ -378,27 +378,6 @@ def _record(team: Team, sets: Sequence[TrainingSet], model: LoadedModel) -> dict
     watched = [None if each.dev is None else data_version(each.dev) for each in sets]
     team.require_same("data.sets, model", record | {"dev": watched})
     return record
-
-
-def _self_generated_reasoning(
-    config: RunConfig, folder: Path, pipeline: PairPipeline, model: LoadedModel, team: Team
-) -> PairPipeline:
-    """The pipeline with the model's text as reasoning of the queries trained in the reasoned format."""
-    wanted = {
-        (pair.set, pair.query) for step in range(config.sft.steps) for pair in pipeline.reasoned_pairs(step)
-    }
-    collections = with_self_generated_reasoning(
-        config,
-        folder / "own_reasoning.jsonl",
-        pipeline.mixture.collections,
-        wanted,
-        model,
-        lambda done, total: logger.info(f"the model writes its own reasoning: {done}/{total} queries"),
-        team,
-    )
-    return dataclasses.replace(
-        pipeline, mixture=dataclasses.replace(pipeline.mixture, collections=collections)
-    )
 
 
 def _make_development(

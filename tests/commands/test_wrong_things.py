@@ -10,7 +10,7 @@ from helpers.command_line import search_r3_here
 from search_r3_jax.config import RunConfig
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub import load_model
-from search_r3_jax.hub.load_model import resolve
+from search_r3_jax.hub.model_names import resolve
 
 
 def write_run(folder: Path, stage: str) -> Path:

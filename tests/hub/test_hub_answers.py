@@ -16,9 +16,9 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Repo
 from search_r3_jax import cli
 from search_r3_jax.config import RunConfig
 from search_r3_jax.errors import TransientError, UserError
-from search_r3_jax.hub import load_model
+from search_r3_jax.hub import model_names
 from search_r3_jax.hub.checkpoint_reader import starting_model
-from search_r3_jax.hub.load_model import resolve
+from search_r3_jax.hub.model_names import resolve
 from search_r3_jax.training.run import starting_point
 
 
@@ -27,7 +27,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch, status: int, kind: type[HfHubHTTPErr
         response: Any = SimpleNamespace(status_code=status, headers={}, request=None)
         raise kind("no", response=response)
 
-    monkeypatch.setattr(load_model, "snapshot_download", download)
+    monkeypatch.setattr(model_names, "snapshot_download", download)
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
@@ -53,7 +53,7 @@ def chained(kind: type[Exception], cause: Exception) -> Any:
 def test_a_busy_hub_is_told_from_its_cause(monkeypatch: pytest.MonkeyPatch, status: int) -> None:
     response: Any = SimpleNamespace(status_code=status, headers={}, request=None)
     cause = HfHubHTTPError("no", response=response)
-    monkeypatch.setattr(load_model, "snapshot_download", chained(LocalEntryNotFoundError, cause))
+    monkeypatch.setattr(model_names, "snapshot_download", chained(LocalEntryNotFoundError, cause))
     with pytest.raises(TransientError, match=rf"some/model: the hub is busy \(status {status}"):
         resolve("some/model")
 
@@ -106,12 +106,12 @@ def test_a_commit_after_the_name_is_asked_for(monkeypatch: pytest.MonkeyPatch, t
         asked.append((repo, revision))
         return str(folder)
 
-    monkeypatch.setattr(load_model, "snapshot_download", download)
-    assert load_model.hub_revision("some/model") == commit
+    monkeypatch.setattr(model_names, "snapshot_download", download)
+    assert model_names.hub_revision("some/model") == commit
     assert resolve(f"some/model@{commit}") == folder
     assert asked == [("some/model", None), ("some/model", commit)]
     # No files of the hub, so nothing that may change there.
-    assert load_model.hub_revision(str(tmp_path)) is None
+    assert model_names.hub_revision(str(tmp_path)) is None
     with pytest.raises(UserError, match="no such file or folder"):
         resolve("some/model@main")
 
@@ -126,7 +126,7 @@ def test_a_run_keeps_the_commit_that_it_was_started_with(
         folder.mkdir(parents=True, exist_ok=True)
         return str(folder)
 
-    monkeypatch.setattr(load_model, "snapshot_download", download)
+    monkeypatch.setattr(model_names, "snapshot_download", download)
     config, run = RunConfig(model="some/model"), tmp_path / "run"
     point = starting_point(run, config)
     assert point == {"revision": "1" * 40}

@@ -18,7 +18,8 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from search_r3_jax.errors import UserError
-from search_r3_jax.hub.load_model import load_model, resolve, torch_tensors
+from search_r3_jax.hub.load_model import load_model, torch_tensors
+from search_r3_jax.hub.model_names import resolve
 
 Tensors = dict[str, np.ndarray]
 WEIGHTS = "model.safetensors"
@@ -303,7 +304,7 @@ def test_the_hub_is_not_asked_about_a_mistyped_folder(
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        "search_r3_jax.hub.load_model.snapshot_download", lambda *_, **__: pytest.fail("asked the hub")
+        "search_r3_jax.hub.model_names.snapshot_download", lambda *_, **__: pytest.fail("asked the hub")
     )
     with pytest.raises(UserError, match=f"model: {name}: no such file or folder"):
         resolve(name)

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from search_r3_jax.config import EMBED_TOKEN, LoraConfig, SamplerConfig
 from search_r3_jax.hub.export import export_model
-from search_r3_jax.hub.load_model import LoadedModel, load_model, resolve, with_lora
+from search_r3_jax.hub.load_model import LoadedModel, load_model, with_lora
+from search_r3_jax.hub.model_names import resolve
 from search_r3_jax.models.decoder import positions_from_lengths
 from search_r3_jax.rollout.encoder import Encoder
 from search_r3_jax.rollout.sampler import Sampler

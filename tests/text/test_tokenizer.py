@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from search_r3_jax.config import EMBED_TOKEN
 from search_r3_jax.errors import UserError
 from search_r3_jax.hub.gguf import GgufFile
-from search_r3_jax.hub.load_model import resolve
+from search_r3_jax.hub.model_names import resolve
 from search_r3_jax.text.tokenizer import add_embed_token, tokenizer_from_folder, tokenizer_from_gguf
 
 TEXTS = [

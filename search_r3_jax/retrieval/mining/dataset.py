@@ -20,8 +20,9 @@ from search_r3_jax.data.dataset import build_dataset, load_collections, ordered_
 from search_r3_jax.errors import UserError
 from search_r3_jax.files import target_of
 from search_r3_jax.hub.export import max_text_tokens
-from search_r3_jax.hub.load_model import check_model_name, load_for_inference, pinned_step, resolve
+from search_r3_jax.hub.load_model import load_for_inference, pinned_step
 from search_r3_jax.hub.model_hash import model_hash
+from search_r3_jax.hub.model_names import check_model_name, resolve
 from search_r3_jax.outputs import check_output_folder
 from search_r3_jax.retrieval.index.build import build_index
 from search_r3_jax.retrieval.index.protocol import IndexKind
