@@ -9,7 +9,7 @@ from helpers.command_line import search_r3_here
 
 from search_r3_jax.config import RunConfig
 from search_r3_jax.errors import UserError
-from search_r3_jax.hub import load_model
+from search_r3_jax.hub import model_names
 from search_r3_jax.hub.model_names import resolve
 
 
@@ -77,14 +77,14 @@ def test_what_is_no_model_is_named_before_any_data_is_read(things: Path, command
 
 
 def test_the_hub_is_not_asked_about_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load_model, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    monkeypatch.setattr(model_names, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
     for name in ("models/none.gguf", "models/none.whl"):
         with pytest.raises(UserError, match=f"model: {name}: "):
             resolve(name)
 
 
 def test_adapters_of_the_hub_are_no_model_either(things: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load_model, "snapshot_download", lambda *_, **__: str(things / "adapters"))
+    monkeypatch.setattr(model_names, "snapshot_download", lambda *_, **__: str(things / "adapters"))
     with pytest.raises(UserError, match="model: some/adapters: is a folder of PEFT adapters"):
         resolve("some/adapters")
 

@@ -73,7 +73,7 @@ def results_file(out: Path, task: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["direct", "reason"])
+@pytest.mark.parametrize("mode", ["direct", pytest.param("reason", marks=pytest.mark.exhaustive)])
 def test_a_real_collection_scores_as_eval_scores_it(
     export: Path, mbpp: Path, tmp_path: Path, mode: Any
 ) -> None:

@@ -7,7 +7,7 @@ import pytest
 from gguf import GGUFWriter
 from helpers.tiny_gguf import finish
 
-from search_r3_jax.hub import load_model
+from search_r3_jax.hub import model_names
 from search_r3_jax.hub.base_model import PACKAGED_ID, BaseModel, License, base_model, renamed_base
 
 APACHE = "                         Apache License\n                   Version 2.0, January 2004\n"
@@ -65,7 +65,7 @@ def test_an_id_of_the_hub_is_kept_and_links_lead_there(
     snapshot = tmp_path / "models--some--Model-1B" / "snapshots" / "0a1b"
     snapshot.mkdir(parents=True)
     card(snapshot, "license: other\nlicense_name: own\nlicense_link: TERMS")
-    monkeypatch.setattr(load_model, "snapshot_download", lambda *_, **__: str(snapshot))
+    monkeypatch.setattr(model_names, "snapshot_download", lambda *_, **__: str(snapshot))
     for name in ("some/Model-1B", str(snapshot)):
         found = base_model(name)
         assert (found.name, found.hub_id) == ("some/Model-1B", "some/Model-1B")

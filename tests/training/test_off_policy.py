@@ -67,7 +67,9 @@ def _same_places(params: Any, state: Any) -> Any:
     return {name: _same_places(below, state[name]) for name, below in params.items()}
 
 
-@pytest.mark.parametrize("step", [1, 3, STEPS - 1])
+@pytest.mark.parametrize(
+    "step", [3, *(pytest.param(step, marks=pytest.mark.exhaustive) for step in (1, STEPS - 1))]
+)
 def test_a_resumed_run_is_the_same(tiny_folders: dict[str, Path], tmp_path: Path, step: int) -> None:
     config, data, model = start_ahead(tmp_path, tiny_folders["llama"])
     run = tmp_path / "run"

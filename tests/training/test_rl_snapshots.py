@@ -70,7 +70,7 @@ def test_killed_between_checkpoint_and_snapshot_the_same_command_writes_it(
         equal(place.params("whole", 8, rank=0), place.params("run", 8, rank=0))
 
 
-@pytest.mark.parametrize("scoring", ["fresh", "consistent_stale"])
+@pytest.mark.parametrize("scoring", [pytest.param("fresh", marks=pytest.mark.exhaustive), "consistent_stale"])
 def test_a_run_from_before_there_were_snapshots_goes_on_bit_equal(
     place: Place, tmp_path: Path, scoring: str
 ) -> None:
