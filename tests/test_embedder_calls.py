@@ -210,6 +210,7 @@ def test_a_model_that_was_never_trained_says_so(
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.slow
 def test_parameters_in_half_precision(tiny_folders: dict[str, Path], family: str) -> None:
     """As if the checkpoint had been stored in bfloat16, which is what most are."""
     whole = Embedder.load(tiny_folders[family], max_tokens=40)
@@ -227,6 +228,7 @@ def test_parameters_in_half_precision(tiny_folders: dict[str, Path], family: str
     np.testing.assert_allclose(half.encode(TEXTS), Embedder(rounded, max_tokens=40).encode(TEXTS), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_devices_share_the_texts(tiny_folders: dict[str, Path], embedder: Embedder) -> None:
     mesh = make_mesh(data=1, fsdp=1, devices=jax.devices()[:1])
     shared = Embedder.load(tiny_folders["llama"], max_tokens=48, max_think_tokens=5, mesh=mesh)

@@ -123,6 +123,7 @@ def check(build, source: Path, out: Path, skip_bad: bool) -> None:
     cut=st.integers(0, 9),
     skip=st.booleans(),
 )
+@pytest.mark.slow
 def test_any_beir_folder(
     corpus: bytes, queries: bytes, qrels: bytes, negatives: bytes | None, zipped: bool, cut: int, skip: bool
 ) -> None:
@@ -183,6 +184,7 @@ TABLES = st.one_of(
     cut=st.integers(0, 9),
     skip=st.booleans(),
 )
+@pytest.mark.slow
 def test_any_table(content: bytes, share: float | None, zipped: bool, cut: int, skip: bool) -> None:
     def build(source: Path, out: Path, *, skip_bad: bool) -> dict[str, Collection]:
         options = TableOptions(shares={} if share is None else {"test": share})

@@ -33,6 +33,7 @@ def parts(tiny_model: LoadedModel) -> tuple[nnx.GraphDef[Any], nnx.State, Prompt
 
 
 @pytest.mark.parametrize(("budget", "temperature"), [(0, 0.0), (9, 0.0), (9, 1.0), (70, 1.0)])
+@pytest.mark.slow
 def test_teacher_forcing_gives_the_samplers_vectors(
     parts: tuple[nnx.GraphDef[Any], nnx.State, Prompter], budget: int, temperature: float
 ) -> None:
@@ -126,6 +127,7 @@ def test_controls_need_two_queries_words_and_whole_groups(
         control_replies(prompter, TEXTS[:2], [closing] * 3, WORDS, seed=0)
 
 
+@pytest.mark.slow
 def test_controls_of_an_evaluation_are_those_of_its_own_replies(
     parts: tuple[nnx.GraphDef[Any], nnx.State, Prompter],
 ) -> None:

@@ -87,6 +87,7 @@ def test_a_decoder_in_both_modes(
     assert record["system"]["max_document_tokens"] == 24
 
 
+@pytest.mark.slow
 def test_kept_vectors_are_those_of_memory_and_are_used_again(
     tiny_folders: dict[str, Path], beir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

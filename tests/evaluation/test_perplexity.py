@@ -30,6 +30,7 @@ def torch_perplexity(folder: Path, rows: list[list[int]]) -> float:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.slow
 def test_agrees_with_torch(tiny_folders: dict[str, Path], family: str) -> None:
     generator = np.random.default_rng(0)
     rows = [generator.integers(3, 259, length).tolist() for length in (2, 3, 17, 16, 40, 90, 33, 5)]

@@ -26,6 +26,5 @@ def every_mesh(devices: int, *, most_tensor: int) -> list[dict[str, int]]:
 
 
 def covering_meshes() -> list[dict[str, int]]:
-    """Of `every_mesh(8, most_tensor=2)`: rows or tokens over all, and every two axes together."""
-    alone = [{"fsdp": 1} | {axis: 8} for axis in ("fsdp", "sequence")]
-    return alone + [{"fsdp": 1} | dict.fromkeys(axes, 2) for axes in _TOGETHER]
+    """Of `every_mesh(8, most_tensor=2)`: every two axes together."""
+    return [{"fsdp": 1} | dict.fromkeys(axes, 2) for axes in _TOGETHER]

@@ -58,6 +58,7 @@ def test_a_busy_hub_is_told_from_its_cause(monkeypatch: pytest.MonkeyPatch, stat
         resolve("some/model")
 
 
+@pytest.mark.slow
 def test_a_network_that_is_down_passes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Asked for real, by the library: nothing listens there."""
     with socket.socket() as free:

@@ -66,6 +66,7 @@ def assert_same(model: LoadedModel, theirs: Any) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
 def test_adapters_load_on_the_original_checkpoint(
     family: str, tiny_folders: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -75,6 +75,7 @@ def check_equal(ours: nnx.State, theirs: nnx.State) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.slow
 def test_documents_get_the_same_vectors_from_half_the_bytes(
     tiny_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:

@@ -82,6 +82,7 @@ def test_packed_rows_do_not_see_each_other(pair: tuple[LoadedModel, Any]) -> Non
     np.testing.assert_allclose(logits[:, : expected.shape[-1]], expected, atol=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_shared_prefix_prompt_and_cache_equal_one_long_sequence(pair: tuple[LoadedModel, Any]) -> None:
     """A prefix of one row, a prompt per query, replies per sample, one token at a time: as torch on whole
     rows."""
@@ -209,6 +210,7 @@ def test_a_window_hides_what_lies_before_it() -> None:
 
 
 @pytest.mark.parametrize("chunk", [4, 7, 64])
+@pytest.mark.slow
 def test_chunked_prefill_equals_one_pass(chunk: int) -> None:
     config = dataclasses.replace(CONFIG, sliding_window=5, windowed=(False, True))
     decoder = Decoder(config, rngs=nnx.Rngs(0))
@@ -247,6 +249,7 @@ def loss_and_gradient(decoder: Decoder) -> tuple[float, Any]:
 
 
 @pytest.mark.parametrize("remat", REMAT_POLICIES)
+@pytest.mark.slow
 def test_remat_changes_no_gradient(remat: str) -> None:
     plain = loss_and_gradient(Decoder(CONFIG, rngs=nnx.Rngs(0)))
     value, gradient = loss_and_gradient(Decoder(CONFIG, rngs=nnx.Rngs(0), remat=remat))
@@ -270,6 +273,7 @@ def test_offload_sends_layer_inputs_to_the_host() -> None:
     assert f"f32<host>[2,16,{CONFIG.hidden_size}]" in traced
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_over_float32_parameters() -> None:
     precise, coarse = (
         Decoder(CONFIG, rngs=nnx.Rngs(0), compute_dtype=dtype) for dtype in (jnp.float32, jnp.bfloat16)

@@ -128,6 +128,7 @@ def test_dropout_zeroes_inputs_of_adapters_only() -> None:
     np.testing.assert_array_equal(first, second)
 
 
+@pytest.mark.slow
 def test_layers_drop_different_inputs(tiny_model: LoadedModel) -> None:
     lora = LoraConfig(rank=4, alpha=8.0, dropout=0.5)
     decoder = add_lora(tiny_model.decoder, lora, seed=1)

@@ -112,6 +112,7 @@ def test_triplet_of_degenerate_rows_is_finite_and_a_met_margin_has_no_gradient()
 
 @pytest.mark.parametrize("weights", [None, [1.0, 0.5, 0.25]])
 @pytest.mark.parametrize("which", ["info_nce", "triplet"])
+@pytest.mark.slow
 def test_matryoshka_equals_sentence_transformers(which: str, weights: list[float] | None) -> None:
     columns = [unit_rows(8, E, seed) for seed in range(3)]
     leaves = [float64(column) for column in columns]
@@ -147,6 +148,7 @@ def test_matryoshka_equals_sentence_transformers(which: str, weights: list[float
         )
 
 
+@pytest.mark.slow
 def test_matryoshka_of_a_vector_that_is_zero_where_it_is_cut_is_finite() -> None:
     queries, documents = unit_rows(3, E, 5), unit_rows(3, E, 6)
     queries[0, :4] = 0

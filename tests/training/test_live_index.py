@@ -178,6 +178,7 @@ def test_the_snapshot_of_the_index_is_kept_for_the_scoring_that_reads_it(tmp_pat
     assert pinned_snapshots(tmp_path / "run") == [2]
 
 
+@pytest.mark.slow
 def test_replies_are_embedded_by_whose_parameters_they_are_given(tiny_folders: dict[str, Path]) -> None:
     model = with_lora(load_model(tiny_folders["llama"]), LoraConfig(rank=4), seed=0)
     prompter, texts = Prompter(model.tokenizer), ["one", "another query", "a third"]

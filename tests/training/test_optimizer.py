@@ -16,6 +16,7 @@ from search_r3_jax.models.decoder import Decoder
 from search_r3_jax.training.optimizer import make_optimizer, make_schedule
 
 
+@pytest.mark.slow
 def test_only_the_rows_are_scaled() -> None:
     layers = {"q": {"lora_a": jnp.ones((2, 2)), "embed_row": jnp.ones(2)}}
     params: Any = {"embed_row": jnp.ones(4), "head_row": jnp.ones(3), "layers": layers}

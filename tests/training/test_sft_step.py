@@ -55,6 +55,7 @@ def batch_of(collection: Collection) -> PairBatch:
     [(ALL[:1], "joint"), (TWO, "joint"), (ALL, "joint"), (ALL[:1], "per_direction"), (TWO, "per_direction")],
 )
 @pytest.mark.parametrize("margin", [None, 0.1])
+@pytest.mark.slow
 def test_losses_of_a_batch_by_hand(
     directions: tuple[Direction, ...], partition: str, margin: float | None
 ) -> None:

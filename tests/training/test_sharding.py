@@ -145,9 +145,9 @@ def check(report: dict[str, Any], meshes: list[dict[str, int]], *, devices: int 
 @pytest.mark.parametrize(
     ("family", "kind", "sizes"),
     [
-        # Two processes with adapters are also in `test_restore_elsewhere`.
+        # In CI two processes train in `test_restore_elsewhere` and `test_rl_processes`.
         pytest.param("qwen2", "lora", {"fsdp": 2, "tensor": 2}, marks=pytest.mark.exhaustive),
-        ("llama", "full", {"fsdp": 4}),
+        pytest.param("llama", "full", {"fsdp": 4}, marks=pytest.mark.exhaustive),
     ],
 )
 def test_two_processes_of_two_devices_compute_what_one_computes(

@@ -210,6 +210,7 @@ HOW = [
 
 
 @pytest.mark.parametrize("how", HOW)
+@pytest.mark.slow
 def test_a_version_that_is_damaged_or_of_something_else_is_never_used_and_made_anew(
     run: IndexedRun, how: str, log_lines: list[str]
 ) -> None:

@@ -41,6 +41,7 @@ def worker_of(run: IndexedRun, process: int = 0, processes: int = 1) -> IndexWor
     )
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_encoding(run: IndexedRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("search_r3_jax.retrieval.indexer.worker.SHARD_DOCUMENTS", 8)
     monkeypatch.setattr("search_r3_jax.retrieval.indexer.worker.RETRY_SECONDS", 0.05)
@@ -75,6 +76,7 @@ def test_two_processes_share_the_encoding(run: IndexedRun, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("rank", [0, 4])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.slow
 def test_an_index_is_built_from_snapshots_alone(
     tiny_folders: dict[str, Path], tmp_path: Path, rank: int, dtype: Any
 ) -> None:
@@ -148,6 +150,7 @@ def test_a_process_that_there_is_not_is_refused(run: IndexedRun) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.slow
 def test_versions_in_a_bucket(
     tiny_folders: dict[str, Path], tmp_path: Path, dtype: str, log_lines: list[str]
 ) -> None:
