@@ -29,7 +29,15 @@ from search_r3_jax.compile_cache import keep_programs
 from search_r3_jax.config import RunConfig, renamed_flags
 from search_r3_jax.configs import load_config
 from search_r3_jax.console import prepare_streams, print_line, show_mistake
-from search_r3_jax.errors import DISK_ERRORS, TRY_AGAIN, USER_STATUS, StoppedError, TransientError, UserError
+from search_r3_jax.errors import (
+    DISK_ERRORS,
+    TRY_AGAIN,
+    USER_STATUS,
+    StoppedError,
+    TransientError,
+    UserError,
+    status_of,
+)
 from search_r3_jax.runtime_env import configure_libraries
 
 INTERRUPTED = 130
@@ -73,6 +81,9 @@ def main() -> None:
     except StoppedError as stopped:
         print_line(f"search-r3: {stopped}")
     except OSError as error:
+        if "--debug" not in sys.argv and status_of(error) == TRY_AGAIN:
+            print_line(f"search-r3: {' '.join(str(error).split())}; try again", sys.stderr)
+            sys.exit(TRY_AGAIN)
         if "--debug" in sys.argv or error.errno not in DISK_ERRORS:
             raise
         _end_after(error)

@@ -59,6 +59,14 @@ def passes_by_itself(error: BaseException) -> bool:
     )
 
 
+def not_written(what: object, error: BaseException, remedy: str) -> UserError | TransientError:
+    """The error of what cannot be written: passing, or the user's, who needs the remedy."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    # Libraries add pages.
+    message = f"{what}: cannot be written ({next(iter(reason.strip().splitlines()), type(error).__name__)})"
+    return TransientError(message) if passes_by_itself(error) else UserError(f"{message}; {remedy}")
+
+
 def status_of(error: Exception) -> int:
     """The exit status of a command that ends by `error`."""
     if isinstance(error, TransientError) or (isinstance(error, OSError) and passes_by_itself(error)):

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Literal, Protocol, TextIO
 
 import numpy as np
 
-from search_r3_jax.errors import UserError
+from search_r3_jax.errors import not_written
 
 READ_BYTES = 1 << 22
 # What str.splitlines and other tools end a line at, apart from what JSON escapes; and what UTF-8 cannot hold.
@@ -126,14 +126,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
-    """Write a .npy file atomically; raises UserError when the file cannot be written."""
+    """Write a .npy file atomically; raises UserError or TransientError when it cannot be written."""
     try:
         with replacing(path) as temporary:
             save_array(temporary, array)
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}); make room or choose another --out"
-        ) from error
+        raise not_written(path, error, "make room or choose another --out") from error
 
 
 def save_array(path: Path, array: np.ndarray) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from search_r3_jax.distributed.runtime import is_first
-from search_r3_jax.errors import EmbeddingError, StoppedError, UserError
+from search_r3_jax.errors import EmbeddingError, StoppedError, TransientError, UserError
 
 R = TypeVar("R")
 Message = Mapping[str, Any]
@@ -40,8 +40,8 @@ class Team:
     def lead(self, work: Callable[[], Message]) -> Message:
         """What `work` returns in process 0; it runs there alone, and every process gets its message.
 
-        The others meanwhile run what `work` calls of `together`. A UserError or a StoppedError of `work` is
-        raised in all processes.
+        The others meanwhile run what `work` calls of `together`. A UserError, a TransientError or a
+        StoppedError of `work` is raised in all processes.
         """
         if jax.process_count() == 1 or self._leading:
             return work()
@@ -50,7 +50,7 @@ class Team:
         self._leading = True
         try:
             message = _packed(_RESULT, work())
-        except (UserError, StoppedError) as error:
+        except (UserError, TransientError, StoppedError) as error:
             _broadcast(_packed(_ERROR, _error_message(error)))
             raise
         finally:
@@ -127,13 +127,17 @@ def _differing(values: Mapping[str, Any]) -> list[tuple[str, int]]:
     return [(name, int(np.argmax(differs[:, at]))) for at, name in enumerate(values) if differs[:, at].any()]
 
 
-def _error_message(error: UserError | StoppedError) -> Message:
+def _error_message(error: UserError | TransientError | StoppedError) -> Message:
     if isinstance(error, UserError):
         return {"line": error.line, "table": list(error.table)}
+    if isinstance(error, TransientError):
+        return {"passes": str(error)}
     return {"stopped": str(error)}
 
 
-def _error_of(message: Message) -> UserError | StoppedError:
+def _error_of(message: Message) -> UserError | TransientError | StoppedError:
+    if "passes" in message:
+        return TransientError(message["passes"])
     if "stopped" in message:
         return StoppedError(message["stopped"])
     return UserError(message["line"], table=message["table"])

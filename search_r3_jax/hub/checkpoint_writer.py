@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from search_r3_jax.errors import TransientError, UserError, passes_by_itself
+from search_r3_jax.errors import UserError, not_written
 from search_r3_jax.hub.checkpoint_integrity import verify_checkpoint, write_checksums
 from search_r3_jax.hub.checkpoint_reader import (
     META,
@@ -187,11 +187,10 @@ class CheckpointWriter:
         try:
             call()
         except Exception as error:
-            message = f"{self._folder}: step {self._saving}: cannot be written ({_first_line(error)})"
-            if passes_by_itself(error):
-                raise TransientError(message) from error
-            raise UserError(
-                f"{message}; make room, then the same command goes on from the step before"
+            raise not_written(
+                f"{self._folder}: step {self._saving}",
+                error,
+                "make room, then the same command goes on from the step before",
             ) from error
 
     def _raising_of_snapshot(self, call: Callable[[], object]) -> None:
@@ -199,10 +198,9 @@ class CheckpointWriter:
             call()
         except Exception as error:
             folder, step = snapshot_folder(self._run), self._snapshots.saving if self._snapshots else None
-            message = f"{folder}: step {step}: cannot be written ({_first_line(error)})"
-            if passes_by_itself(error):
-                raise TransientError(message) from error
-            raise UserError(f"{message}; make room, then the same command goes on and writes it") from error
+            raise not_written(
+                f"{folder}: step {step}", error, "make room, then the same command goes on and writes it"
+            ) from error
 
 
 def latest_valid_checkpoint(run: Path) -> int | None:

@@ -277,6 +277,8 @@ def discard_index_versions_after(run: Path, config: RunConfig) -> None:
     discard_snapshots_from(run, step)
     discard_dumps_after(run, step)
     shutil.rmtree(encoding_folder(run), ignore_errors=True)
+    # Another source has readers of its own.
+    shutil.rmtree(run / "pins", ignore_errors=True)
     root = index_folder(run, config.index.folder)
     for version in list_versions(root):
         if version > step:

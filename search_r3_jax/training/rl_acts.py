@@ -19,6 +19,7 @@ from search_r3_jax.config import RlConfig, RunConfig
 from search_r3_jax.data.collection import Query
 from search_r3_jax.data.mixture import shuffled
 from search_r3_jax.distributed.lockstep import Message
+from search_r3_jax.files import digest_of
 from search_r3_jax.objectives.policy_gradient import group_advantages
 from search_r3_jax.retrieval.environment.environment import Environment, StepResult
 from search_r3_jax.retrieval.environment.negatives import drop_near_duplicates, infonce_document_rows
@@ -113,6 +114,12 @@ def _start_sampling(stage: RlStage, step: int, began: float) -> Sampling:
     return Sampling(step=step, rows=rows, rollout=rollout, began=began, ended=_end_of(rollout))
 
 
+def _texts_hash(stage: RlStage, rows: Sequence[int]) -> np.ndarray:
+    """sha256 [32] uint8 of the texts of queries."""
+    texts = [stage.collection.queries[row].body for row in rows]
+    return np.frombuffer(bytes.fromhex(digest_of(texts)), np.uint8)
+
+
 def _rows_of(stage: RlStage, step: int) -> Sequence[int]:
     """The queries of a step."""
     count = stage.config.rl.global_queries
@@ -154,7 +161,7 @@ def pending_arrays(stage: RlStage) -> dict[str, np.ndarray]:
     sampling = stage.sampling
     rollout = sampling.rollout.result()
     arrays = {field.name: getattr(rollout, field.name) for field in dataclasses.fields(rollout)}
-    arrays["rows"] = np.array(sampling.rows, np.int64)
+    arrays["texts"] = _texts_hash(stage, sampling.rows)
     arrays["seconds"] = np.array(sampling.ended.result() - sampling.began)
     return {f"{_PENDING}{name}": array for name, array in arrays.items()}
 
@@ -167,7 +174,7 @@ def restore_pending(stage: RlStage, step: int, arrays: Mapping[str, np.ndarray])
     )
     rows = _rows_of(stage, step)
     tokens = rl.sampler.max_think_tokens + len(stage.prompter.reason.closing)
-    fits = found and found["rows"].tolist() == list(rows)
+    fits = found and np.array_equal(found["texts"], _texts_hash(stage, rows))
     if not rl.off_policy_steps or not fits or found["ids"].shape != (len(rows) * rl.group_size, tokens):
         return
     replies = Replies(**{name: jnp.asarray(found[name]) for name in Replies._fields})
@@ -233,7 +240,7 @@ def update(
     """
     started = time.perf_counter()
     rl, rollout, frozen = stage.config.rl, sampled.rollout, stage.frozen
-    batch = _make_batch(stage, sampled, scored)
+    batch = make_update_batch(stage, sampled, scored)
     reference = None
     if rl.beta != 0:
         # Under LoRA the reference is the frozen base, else the parameters that stage 2 started from.
@@ -308,7 +315,7 @@ def _contrasted_rows(
     )
 
 
-def _make_batch(stage: RlStage, sampled: Sampled, scored: Scored) -> RlBatch:
+def make_update_batch(stage: RlStage, sampled: Sampled, scored: Scored) -> RlBatch:
     """The update's arrays, on the mesh."""
     rl, rows, Q = stage.config.rl, scored.rows, len(sampled.queries)
     relevance_qp = np.array(

@@ -17,7 +17,7 @@ from search_r3_jax.config import RunConfig, check_ranges
 from search_r3_jax.data.collection import Collection
 from search_r3_jax.data.development import TrainingSet
 from search_r3_jax.data.known_relevance import known_rows
-from search_r3_jax.errors import EmbeddingError, StoppedError, UserError
+from search_r3_jax.errors import EmbeddingError, StoppedError, TransientError, UserError
 from search_r3_jax.hub.load_model import LoadedModel
 from search_r3_jax.models.decoder import Decoder
 from search_r3_jax.models.lora import trainable_filter
@@ -96,7 +96,7 @@ class RlStage:
         """When training ends early, wait for the rollout that is begun: none may leave the others in it."""
         try:
             yield
-        except (UserError, StoppedError):
+        except (UserError, TransientError, StoppedError):
             if self.sampling is not None:
                 self.sampling.ended.result()
             self.sampling = None

@@ -13,7 +13,7 @@ import numpy as np
 
 from search_r3_jax.config import RunConfig
 from search_r3_jax.distributed.lockstep import Team
-from search_r3_jax.errors import UserError
+from search_r3_jax.errors import UserError, not_written
 from search_r3_jax.hub.checkpoint_reader import checkpoint_steps
 from search_r3_jax.retrieval.environment.environment import Environment
 from search_r3_jax.retrieval.index.device import DeviceIndex
@@ -174,9 +174,10 @@ class RollingIndex:
                 step, rows, self._vectors.encoded_at[rows], (self._vectors.take(block) for block in blocks)
             )
         except OSError as error:
-            raise UserError(
-                f"{self._run}: the index of step {step} cannot be written ({error.strerror or error}); make "
-                "room, then the same command goes on from the last checkpoint"
+            raise not_written(
+                f"{self._run}: the index of step {step}",
+                error,
+                "make room, then the same command goes on from the last checkpoint",
             ) from error
         self._dumps.prune(checkpoint_steps(self._run))
 

@@ -19,7 +19,7 @@ from search_r3_jax.config import RunConfig
 from search_r3_jax.data.collection import Collection
 from search_r3_jax.data.dataset import ordered_queries_hash
 from search_r3_jax.distributed.lockstep import Message, Team
-from search_r3_jax.errors import TransientError, UserError, passes_by_itself
+from search_r3_jax.errors import TransientError, UserError, not_written
 from search_r3_jax.files import append_json_line, read_json_lines, write_json, write_json_lines
 from search_r3_jax.hub.checkpoint_reader import latest_checkpoint, read_run
 from search_r3_jax.hub.load_model import LoadedModel, pinned_step, with_recorded_prompts
@@ -213,10 +213,7 @@ class Run:
         try:
             append_json_line(file, record)
         except OSError as error:
-            message = f"{file}: cannot be written ({error.strerror or error})"
-            if passes_by_itself(error):
-                raise TransientError(message) from error
-            raise UserError(f"{message}; make room, then the same command goes on") from error
+            raise not_written(file, error, "make room, then the same command goes on") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,11 +261,12 @@ def rl_record(run: Path, config: RunConfig) -> RlRecord:
     )
 
 
-def starting_point(run: Path, config: RunConfig) -> dict[str, Any]:
+def starting_point(run: Path, config: RunConfig, *, choose: bool = True) -> dict[str, Any]:
     """Which checkpoint of the run, or which commit of the hub's model, a run starts from; {} for files.
 
-    It is chosen once: a resumed run keeps it, whatever has been saved or uploaded since. Raises UserError
-    for a step of what is no run.
+    It is chosen once: a resumed run keeps it, whatever has been saved or uploaded since, but where
+    `start_step` names another. Without `choose`, for a model that is loaded already, only what is recorded.
+    Raises UserError for a step of what is no run.
     """
     file = run / "config.json"
     before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -278,6 +276,8 @@ def starting_point(run: Path, config: RunConfig) -> dict[str, Any]:
         known = {name: value for name, value in recorded.items() if value is not None}
         if known:
             return known
+    if not choose:
+        return {}
     step = pinned_step(config.model, config.start_step, flag="--start-step")
     if step is not None:
         return {"start_step": step}
@@ -286,9 +286,9 @@ def starting_point(run: Path, config: RunConfig) -> dict[str, Any]:
     return {} if revision is None else {"revision": revision}
 
 
-def led_starting_point(team: Team, run: Path, config: RunConfig) -> dict[str, Any]:
+def led_starting_point(team: Team, run: Path, config: RunConfig, *, choose: bool) -> dict[str, Any]:
     """`starting_point` as process 0 finds it."""
-    return dict(team.lead(lambda: starting_point(run, config)))
+    return dict(team.lead(lambda: starting_point(run, config, choose=choose)))
 
 
 def led_record(team: Team, run: Path, config: RunConfig) -> RlRecord:

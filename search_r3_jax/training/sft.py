@@ -123,7 +123,7 @@ def train_sft(
     config, run_folder, sft = with_absolute_paths(config), Path(run_folder), config.sft
     sets = load_sft_data(config) if sets is None else sets
     _check(config, sets)
-    point = led_starting_point(team, run_folder, config) if model is None else {}
+    point = led_starting_point(team, run_folder, config, choose=model is None)
     model = model or load_training_model(config, step=point.get("start_step"), revision=point.get("revision"))
     model = recorded_prompts(model, run_folder, team)
     check_sizes(config, model, "sft")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from pathlib import Path
 
@@ -16,7 +15,13 @@ from search_r3_jax.errors import EmbeddingError, UserError
 from search_r3_jax.hub.snapshot_reader import pin_snapshots, read_snapshot, snapshot_dtype, snapshot_steps
 from search_r3_jax.hub.weights import parameter_hash
 from search_r3_jax.retrieval.indexer.publishing import encoding_folder, index_folder
-from search_r3_jax.retrieval.indexer.trainer_vectors import ReadyVectors, is_ready, write_ready
+from search_r3_jax.retrieval.indexer.trainer_vectors import (
+    ReadyVectors,
+    is_ready,
+    ready_steps,
+    remove_vectors,
+    write_ready,
+)
 from search_r3_jax.retrieval.store.corpus_vectors import (
     EncodingSettings,
     Shard,
@@ -55,10 +60,14 @@ class SnapshotEncoder:
         self._params = params
         return parameter_hash(params)
 
-    def _encode(self, rows: np.ndarray) -> np.ndarray:
+    def _encode(self, rows: np.ndarray) -> np.ndarray | EmbeddingError:
+        """Vectors [n,E] of rows [n], or what is wrong with them: process 0 says what becomes of it."""
         if self._params is None:
             raise RuntimeError("no snapshot is loaded")
-        return self._corpus.encode_with(self._params, rows)
+        try:
+            return self._corpus.encode_with(self._params, rows)
+        except EmbeddingError as error:
+            return error
 
     def _drop(self) -> None:
         self._params = None
@@ -90,6 +99,8 @@ class TrainerEncoding:
             shard = self._missing[0]
             try:
                 vectors = self._encoder.encode(np.arange(shard.start, shard.stop, dtype=np.int32))
+                if isinstance(vectors, EmbeddingError):
+                    raise vectors
                 ids = self._corpus.collection.document_ids
                 shard.write(vectors, self._corpus.config.index.vector_dtype, ids[shard.start : shard.stop])
             except EmbeddingError as error:
@@ -97,11 +108,6 @@ class TrainerEncoding:
                 logger.info("%s; waiting for the next checkpoint", self._problem)
                 self._end()
                 return True
-            except OSError as error:
-                raise UserError(
-                    f"{shard.file}: cannot be written ({error.strerror or error}); make room, then the same "
-                    "command goes on from the last checkpoint"
-                ) from error
             self._missing.pop(0)
         self._seconds += time.perf_counter() - started
         if not self._missing:
@@ -119,7 +125,7 @@ class TrainerEncoding:
         until = time.monotonic() + WAIT_SECONDS
         while time.monotonic() < until:
             if not self.advance():
-                if self._problem:
+                if self._problem and not ready_steps(self._run):
                     raise UserError(f"{self._run}: no index to go on with: {self._problem}")
                 return
 
@@ -151,21 +157,24 @@ class TrainerEncoding:
             for step in steps
             if (folder / str(step)).is_dir() and not is_ready(folder / str(step)) and step != abandoned
         ]
+        if begun:
+            published = list_versions(self._root)
+            begun = [step for step in begun if step not in published]
         return max(begun or steps, default=None)
 
     def _pinned(self, step: int) -> set[int]:
         """Snapshots that stay while that of `step` is encoded."""
-        # `consistent_stale` needs the parameters of a version that is encoded, but not in use yet, too.
-        if self._corpus.config.index.scoring != "consistent_stale" or self._done is None:
+        if self._corpus.config.index.scoring != "consistent_stale":
             return {step}
-        return {step, self._done}
+        # The parameters of a version that is encoded, but not in use yet, are needed too.
+        return {step, *ready_steps(self._run), *list_versions(self._root)[-1:]}
 
     def _discard_unfinished(self, step: int) -> None:
         """Remove vectors that nothing will finish: of other snapshots, and of this one's before a resume."""
         for folder in encoding_folder(self._run).glob("*/"):
             unfinished = folder.name != str(step) and not is_ready(folder)
             if unfinished or (folder.name == str(step) and not is_encoded_with(folder, self._hash)):
-                shutil.rmtree(folder, ignore_errors=True)
+                remove_vectors(folder)
 
     def _end(self) -> None:
         self._encoder.drop()

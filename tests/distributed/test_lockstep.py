@@ -22,8 +22,12 @@ def test_two_processes_get_run_and_raise_the_same() -> None:
     assert first["told"]["empty"] == ["float32", [0, 3], []]
     assert first["told"]["doubled"] == ["int64", [2], [6, 8]]
     assert (first["told"]["nested"], first["told"]["none"], first["told"]["number"]) == (6, None, 0.1)
-    assert first["ran"] == second["ran"] == [[3, 4], "nested", [0, 1, 2], [9], [1], [1], [-1]]
-    errors = [["UserError", "a.b: 3: no; give 4\nx\ny"], ["StoppedError", "saved"]]
+    assert first["ran"] == second["ran"] == [[3, 4], "nested", [0, 1, 2], [9], [1], [1], [1], [-1]]
+    errors = [
+        ["UserError", "a.b: 3: no; give 4\nx\ny"],
+        ["StoppedError", "saved"],
+        ["TransientError", "busy"],
+    ]
     assert first["errors"] == second["errors"] == errors
     assert min(first["waited"], second["waited"]) > 44
     assert "data.sets: process 1 has other content than process 0" in first["differs"]

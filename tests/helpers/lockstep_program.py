@@ -13,7 +13,7 @@ import numpy as np
 from helpers.jax_processes import joined
 
 from search_r3_jax.distributed.lockstep import Message, Team
-from search_r3_jax.errors import EmbeddingError, StoppedError, UserError
+from search_r3_jax.errors import EmbeddingError, StoppedError, TransientError, UserError
 
 
 def main() -> None:
@@ -69,7 +69,8 @@ def main() -> None:
         return {}
 
     report["errors"] = []
-    for error in (UserError("a.b: 3: no; give 4", table=["x", "y"]), StoppedError("saved")):
+    passed = UserError("a.b: 3: no; give 4", table=["x", "y"]), StoppedError("saved"), TransientError("busy")
+    for error in passed:
 
         def fail(error: Exception = error) -> Message:
             together(np.array([1]))
@@ -77,7 +78,7 @@ def main() -> None:
 
         try:
             team.lead(fail)
-        except (UserError, StoppedError) as found:
+        except (UserError, TransientError, StoppedError) as found:
             report["errors"].append([type(found).__name__, str(found)])
     # Longer than any collective of a backend may be allowed to take.
     started = time.monotonic()

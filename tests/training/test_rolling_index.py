@@ -192,7 +192,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(RollingDumps, "write", full)
-    with pytest.raises(UserError, match=r"the index of step 1 cannot be written .No space left.*; make room"):
+    with pytest.raises(UserError, match=r"of step 1: cannot be written .No space left.*; make room"):
         subject.save(1)
 
 

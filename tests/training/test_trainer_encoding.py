@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,32 @@ def test_a_snapshot_is_encoded_once_and_pinned_meanwhile(
     assert len(subject.encoded) == ROWS
 
 
+def test_what_an_indexer_leaves_when_it_is_killed_holds_nothing_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = Subject(tmp_path, monkeypatch, keep_versions=9)
+    subject.snapshot(0)
+    subject.encode_all()
+    folder = encoding_folder(tmp_path) / "0"
+    shutil.copytree(folder, tmp_path / "copy")
+    subject.indexer.advance()
+    # After it had published: while it removed the vectors, and before. Their parameters are still there.
+    shutil.copytree(tmp_path / "copy", folder.with_name("removed-0"))
+    shutil.copytree(tmp_path / "copy", folder)
+    subject.start_indexer()
+    assert not folder.with_name("removed-0").exists()
+    subject.indexer.advance()
+    assert not folder.exists()
+    # A release that removed them one by one left some.
+    folder.mkdir()
+    (folder / "shard-00000.npy").write_bytes(b"")
+    subject.snapshot(5)
+    subject.encode_all()
+    subject.indexer.advance()
+    assert subject.versions() == [0, 5]
+    check(subject, 5)
+
+
 def test_a_rejected_version_is_encoded_again_but_not_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,7 +251,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     subject = Subject(tmp_path, monkeypatch)
     subject.snapshot(0)
-    monkeypatch.setattr("search_r3_jax.retrieval.store.corpus_vectors.write_array", full)
+    monkeypatch.setattr("search_r3_jax.files.save_array", full)
     with pytest.raises(UserError, match=r"shard-00000\.npy: cannot be written .No space left.*; make room"):
         subject.trainer.advance()
 

@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from search_r3_jax.config import IndexConfig
-from search_r3_jax.errors import UserError
+from search_r3_jax.errors import UserError, passes_by_itself
 from search_r3_jax.retrieval.index.device import StoredVectors
 from search_r3_jax.retrieval.index.protocol import Index
 from search_r3_jax.retrieval.indexer.publishing import index_folder
@@ -253,10 +253,11 @@ class IndexFollower:
                 step = self._next()
                 if step is not None:
                     self._try_open(step)
-            except OSError as error:
-                # The share or the bucket will be there again; the index in use stays meanwhile.
-                self._log_once(f"the index cannot be looked up ({error}); keeping the one in use")
             except BaseException as error:
+                if passes_by_itself(error):
+                    # The index in use stays meanwhile.
+                    self._log_once(f"the index cannot be looked up ({error}); keeping the one in use")
+                    continue
                 # Raised in the training thread, by `check`.
                 with self._lock:
                     self._error = error

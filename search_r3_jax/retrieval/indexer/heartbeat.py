@@ -70,6 +70,14 @@ class Heartbeat:
             with suppress(OSError):
                 write_json(self._file, dataclasses.asdict(self._last))
 
+    def waiting(self, step: int) -> None:
+        """Beat while there is nothing to do for `step`; the message of a failure stays in the file."""
+        last = self._last
+        if last.phase in ("refused", "failed"):
+            self.beat(last.phase, step=last.step, message=last.message)
+        else:
+            self.beat("waiting", step=step)
+
     @contextmanager
     def ticking(self) -> Iterator[None]:
         """Repeat the last beat every few seconds while entered, for work that reports no progress."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from search_r3_jax.errors import UserError
+from search_r3_jax.errors import UserError, not_written
 from search_r3_jax.files import append_json_line, read_json_lines, write_json_lines
 
 SCHEDULE = "index_schedule.jsonl"
@@ -38,16 +38,13 @@ class IndexSchedule:
         return set(self._versions[max(step - 1, 0) :])
 
     def record(self, step: int, version: int) -> None:
-        """Append the version of the next step; raises UserError when the disk refuses."""
+        """Append the version of the next step; raises UserError or TransientError when the disk refuses."""
         if step != len(self._versions):
             raise ValueError(f"step {step}: the schedule has {len(self._versions)} steps")
         try:
             append_json_line(self._file, {"step": step, "index": version}, durable=True)
         except OSError as error:
-            raise UserError(
-                f"{self._file}: cannot be written ({error.strerror or error}); make room, then the same "
-                "command goes on"
-            ) from error
+            raise not_written(self._file, error, "make room, then the same command goes on") from error
         self._versions.append(version)
 
     def copy(self, run: Path) -> None:

@@ -31,7 +31,7 @@ from search_r3_jax.hub.snapshot_reader import (
 from search_r3_jax.hub.weights import parameter_hash
 from search_r3_jax.mesh import mesh_from_config
 from search_r3_jax.models.lora import merge_lora, trainable_filter
-from search_r3_jax.retrieval.indexer.heartbeat import Heartbeat, only_indexer, read_beat
+from search_r3_jax.retrieval.indexer.heartbeat import Heartbeat, only_indexer
 from search_r3_jax.retrieval.indexer.publishing import Publisher, encoding_folder
 from search_r3_jax.retrieval.indexer.resources import end_with, limit_resources
 from search_r3_jax.retrieval.indexer.trainer_vectors import TrainerVectorsPublisher
@@ -154,10 +154,7 @@ class IndexWorker:
         self._publisher.check_rejected()
         newest = latest_snapshot(self._run)
         if newest is None or newest in (self._publisher.abandoned, self._publisher.current()):
-            last = read_beat(self._run)
-            # Keep the message of the last failure in the file.
-            if last is None or last.phase not in ("refused", "failed"):
-                self._heartbeat.beat("waiting", step=-1 if newest is None else newest)
+            self._heartbeat.waiting(-1 if newest is None else newest)
             return False
         try:
             self.build(newest)

@@ -14,7 +14,7 @@ import numpy as np
 
 from search_r3_jax.data.collection import Document
 from search_r3_jax.data.corpus_facts import gather_facts
-from search_r3_jax.errors import TransientError, UserError
+from search_r3_jax.errors import TransientError, UserError, not_written
 from search_r3_jax.files import replacing, write_array, write_json
 from search_r3_jax.retrieval.store.vector_files import (
     VectorDtype,
@@ -269,9 +269,7 @@ def _join(file: Path, shape: tuple[int, int], dtype: VectorDtype, chunks: Iterat
         with replacing(file) as temporary:
             write_vectors(temporary, chunks, shape, dtype)
     except OSError as error:
-        raise UserError(
-            f"{file}: cannot be written ({error.strerror or error}); make room or choose another --out"
-        ) from error
+        raise not_written(file, error, "make room or choose another --out") from error
 
 
 def _claim(folder: Path, description: dict[str, Any], *, write: bool) -> None:
@@ -300,6 +298,4 @@ def _claim(folder: Path, description: dict[str, Any], *, write: bool) -> None:
     except ValueError as error:
         raise UserError(f"{file}: not valid JSON ({error}); {remedy}") from None
     except OSError as error:
-        raise UserError(
-            f"{folder}: cannot be written ({error.strerror or error}); make room or choose another folder"
-        ) from error
+        raise not_written(folder, error, "make room or choose another folder") from error

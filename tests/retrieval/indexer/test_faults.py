@@ -393,6 +393,20 @@ class TestSupervisor:
         with pytest.raises(UserError, match="no index to go on with: recall too low again"):
             process.raise_if_failing()
 
+    def test_a_failure_is_told_while_there_is_nothing_to_do(self, tmp_path: Path) -> None:
+        heartbeat = Heartbeat(tmp_path)
+        heartbeat.waiting(3)
+        found = read_beat(tmp_path)
+        assert found is not None
+        assert (found.phase, found.step) == ("waiting", 3)
+        heartbeat.beat("refused", step=4, message="recall too low")
+        heartbeat.waiting(4)
+        again = read_beat(tmp_path)
+        assert again is not None
+        assert (again.phase, again.step, again.message) == ("refused", 4, "recall too low")
+        # So it is not taken for dead.
+        assert again.beat == found.beat + 2
+
     def test_silence_elsewhere_is_told_once(self, tmp_path: Path, log_lines: list[str]) -> None:
         process = self.start(tmp_path, "", local=False, silent_seconds=0.2)
         until(lambda: log_lines or None, meanwhile=[process.check])
