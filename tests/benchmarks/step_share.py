@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import statistics
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any, cast
 
 import numpy as np
 
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from search_r3_jax.config import RunConfig
 from search_r3_jax.configs.qwen25_1p5b import config as qwen25_1p5b
 from search_r3_jax.distributed.lockstep import Team
@@ -109,7 +111,7 @@ def measure(rows: int, steps: int) -> dict[str, Any]:
     for step in range(steps):
         own = generator.choice(rows, config.rl.global_queries, replace=False)
         sampled = rl_acts.Sampled(
-            queries=[],
+            queries=[cast(Any, SimpleNamespace(body="a query"))] * len(own),
             positives=[{int(row): 1} for row in own],
             rollout=rollout_of(config, generator),
             seconds=1.0,
