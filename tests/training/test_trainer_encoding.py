@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers.command_folder import Place, computed, equal, until
+from helpers.stepped_vectors import DIM, vectors_of
 from helpers.tiny_models import word_collection
 
 from search_r3_jax.config import IndexConfig, RunConfig
@@ -37,15 +38,8 @@ from search_r3_jax.training import trainer_encoding
 from search_r3_jax.training.index_state import IndexedCorpus
 from search_r3_jax.training.trainer_encoding import SnapshotEncoder, TrainerEncoding
 
-ROWS, DIM, A_STEP = 50, 8, 7
+ROWS, A_STEP = 50, 7
 COLLECTION = word_collection(documents=ROWS, queries=4)
-
-
-def vectors_of(rows: np.ndarray, step: int) -> np.ndarray:
-    """The unit vector of each row under the parameters of a step."""
-    found = [np.random.default_rng((int(row), step)).normal(size=DIM) for row in rows]
-    found = np.array(found).reshape(-1, DIM)
-    return (found / np.linalg.norm(found, axis=1, keepdims=True)).astype(np.float32)
 
 
 class Subject:

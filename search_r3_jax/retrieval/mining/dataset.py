@@ -128,19 +128,32 @@ def mine_dataset(
         "counts": asdict(counts),
     }
     mined = {**collections, split: _with_negatives(collection, selection, texts.documents)}
+    _write(mined, out, work, finished=finished, name=collection.name, source=source)
+    return counts
+
+
+def _write(
+    mined: Mapping[str, Collection],
+    out: Path,
+    work: Path,
+    *,
+    finished: bool,
+    name: str,
+    source: dict[str, Any],
+) -> None:
+    """Write the data set, where it is not `finished`, and remove the vectors in `work`."""
     try:
         if finished:
-            build_dataset(mined, out, name=collection.name, source=source)
+            build_dataset(mined, out, name=name, source=source)
         else:
             # Built in the work folder, so that leftovers of an interrupted build are removed with it.
             shutil.rmtree(work / "built", ignore_errors=True)
-            build_dataset(mined, work / "built", name=collection.name, source=source).rename(out)
+            build_dataset(mined, work / "built", name=name, source=source).rename(out)
     except OSError as error:
         raise UserError(
             f"--out: {out}: cannot be written ({error.strerror or error}); make room or choose another"
         ) from error
     shutil.rmtree(work, ignore_errors=True)
-    return counts
 
 
 class _Vectors:
