@@ -42,12 +42,14 @@ start() {
     wanted="$(quoted "$@")"
     mkdir -p "$state"
     exec 9>"$state/lock"
-    if ! flock --nonblock 9; then
+    # Whoever asks whether it is held has it for a moment.
+    if ! flock --timeout 1 9; then
         [ "$(cat "$state/command")" = "$wanted" ] || fail "search-r3 runs here already, with other arguments; \`stop\` ends it"
         echo "runs already"
         return
     fi
-    rm -f "$state/ended"
+    # Of the attempt before.
+    rm -f "$state/ended" "$state/process"
     printf '%s' "$wanted" >"$state/command"
     # A session of its own, which a lost connection does not end.
     setsid bash "$0" attempt "$@" >>"$state/log.txt" 2>&1 </dev/null 3>&- &
@@ -95,7 +97,8 @@ attempt() {
     else
         search-r3 "${arguments[@]}" &
     fi
-    printf '%s' "$!" >"$state/process"
+    printf '%s' "$!" >"$state/process.new"
+    mv "$state/process.new" "$state/process"
     wait "$!" || status=$?
     ended="ended $status"
     if [ "$status" -eq 0 ]; then
@@ -132,9 +135,11 @@ log() {
 
 # stop: saved, and ended.
 stop() {
-    if [ ! -e "$state/process" ] || ! held; then
-        fail "nothing runs here"
-    fi
+    # A run that has just been started has no process yet.
+    while held && [ ! -e "$state/process" ]; do
+        sleep 0.1
+    done
+    held || fail "nothing runs here"
     kill -TERM "$(cat "$state/process")"
 }
 

@@ -9,6 +9,7 @@ import itertools
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from functools import partial
 from types import FrameType
@@ -76,12 +77,16 @@ def main() -> None:
         show_mistake(error)
         sys.exit(USER_STATUS)
     except TransientError as error:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
         print_line(f"search-r3: {error}; try again", sys.stderr)
         sys.exit(TRY_AGAIN)
     except StoppedError as stopped:
         print_line(f"search-r3: {stopped}")
     except OSError as error:
-        if "--debug" not in sys.argv and status_of(error) == TRY_AGAIN:
+        if status_of(error) == TRY_AGAIN:
+            if "--debug" in sys.argv:
+                traceback.print_exc()
             print_line(f"search-r3: {' '.join(str(error).split())}; try again", sys.stderr)
             sys.exit(TRY_AGAIN)
         if "--debug" in sys.argv or error.errno not in DISK_ERRORS:

@@ -118,7 +118,8 @@ class DataMine(InferenceConfig):
     """Write a data set with hard negatives: the nearest documents that are not known to be relevant.
 
     Attributes:
-        model: Run folder, Hugging Face folder, GGUF file or `smollm2` (SmolLM2-135M-Instruct, as installed).
+        model: Run folder, Hugging Face folder or id, GGUF file, or `smollm2` (SmolLM2-135M-Instruct, as
+            installed).
         data: Built data set or BEIR folder.
         out: Folder to write. Must not exist.
         split: Split whose queries get negatives. The other splits are copied.
@@ -132,7 +133,7 @@ class DataMine(InferenceConfig):
         max_score: Leave out documents with a higher cosine. None: no limit.
         sampling: `top`: the most similar documents that are left; `random`: a random choice of them.
         seed: Seed of random sampling.
-        index: How to search: `exact`, `scann`, or `auto`: ScaNN where it is installed.
+        index: How to search: `exact`, `scann`, or `auto`: ScaNN where it is installed, else exact search.
         max_query_tokens: Longest query, in tokens.
         max_document_tokens: Longest document, in tokens.
         step: Checkpoint of a run: a step or `best` (on its development queries). None: the newest.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -84,12 +85,12 @@ class Compare:
         second: Another file on the same data, or another mode of the same file.
         metric: Metric to compare: ndcg@10, recall@10, recall@100, mrr or map.
         samples: Samples of the bootstrap and of the permutation test.
-        seed: Seed of both.
+        seed: Seed of the bootstrap and of the permutation test.
         common: Options of every command.
     """
 
-    first: tyro.conf.Positional[str]
-    second: tyro.conf.Positional[str]
+    first: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FIRST")]
+    second: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SECOND")]
     metric: str = "ndcg@10"
     samples: int = 10_000
     seed: int = 0
@@ -110,9 +111,10 @@ class Perplexity(InferenceConfig):
     """Measure how well a model writes plain text: the perplexity of documents.
 
     Attributes:
-        model: Run folder, Hugging Face folder, GGUF file or `smollm2` (SmolLM2-135M-Instruct, as installed).
+        model: Run folder, Hugging Face folder or id, GGUF file, or `smollm2` (SmolLM2-135M-Instruct, as
+            installed).
         data: Built data set or BEIR folder.
-        split: Split whose corpus is read.
+        split: A split of the data set, whose corpus is read.
         max_documents: Random documents to read.
         max_tokens: Tokens to read of a document.
         step: Checkpoint of a run: a step or `best` (on its development queries). None: the newest.
@@ -159,7 +161,7 @@ class Curves:
     """Draw the course of runs: nDCG@10 on their development queries, losses (stage 1), rewards (stage 2).
 
     Attributes:
-        runs: Folders that `sft` or `rl` wrote.
+        runs: One or more folders that `sft` or `rl` wrote.
         out: PNG file to write.
         common: Options of every command.
     """
@@ -182,8 +184,8 @@ class Report:
     """Write runs, and results of `eval` and `budget`, as one HTML page without outside files.
 
     Attributes:
-        runs: Folders that `sft` or `rl` wrote. Runs of one stage share a picture.
-        eval: Files of `eval --out` and `budget --out`.
+        runs: Folders that `sft` or `rl` wrote. Runs of one stage share a picture. Give some, or `--eval`.
+        eval: Files of `eval --out` and `budget --out`. Give some, or runs.
         out: HTML file to write.
         pictures: Folder for the pictures as PNG files; created where it does not exist. None: no PNG files.
         common: Options of every command.

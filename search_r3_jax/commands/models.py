@@ -1,4 +1,4 @@
-"""Commands that use a model: export, embed."""
+"""Commands that use a model: export, embed, think."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Export:
 
     Attributes:
         out: Folder to write. Must not exist, or be an earlier export.
-        model: Model to export: run folder, Hugging Face folder, GGUF file or `smollm2`
+        model: Model to export: run folder, Hugging Face folder or id, GGUF file, or `smollm2`
             (SmolLM2-135M-Instruct, as installed). Give this or `--run`.
         run_folder: Run to export. Give this or `--model`.
         step: Checkpoint of a run: a step or `best` (on its development queries). None: the newest.
@@ -113,7 +113,8 @@ class Embed(InferenceConfig):
     """Embed texts: write their vectors, with their ids.
 
     Attributes:
-        model: Run folder, Hugging Face folder, GGUF file or `smollm2` (SmolLM2-135M-Instruct, as installed).
+        model: Run folder, Hugging Face folder or id, GGUF file, or `smollm2` (SmolLM2-135M-Instruct, as
+            installed).
         input: What to embed: a text file, one text per line; a .jsonl file, objects with `text`,
             perhaps `title` and `_id`; a BEIR folder or a built data set, its queries or with `--kind
             document` its corpus; `-`, lines of standard input. Files may be gzipped (.gz).
@@ -261,8 +262,9 @@ class Think(InferenceConfig):
     """Show what a model thinks of queries before it embeds them.
 
     Attributes:
-        model: Run folder, Hugging Face folder, GGUF file or `smollm2` (SmolLM2-135M-Instruct, as installed).
-        queries: Queries, each in quotation marks.
+        model: Run folder, Hugging Face folder or id, GGUF file, or `smollm2` (SmolLM2-135M-Instruct, as
+            installed).
+        queries: One or more queries, each in quotation marks.
         max_tokens: Longest query, in tokens. None: the model's limit.
         max_think_tokens: Longest thought, in tokens. None: 32.
         step: Checkpoint of a run: a step or `best` (on its development queries). None: the newest.

@@ -13,8 +13,8 @@ class CommonOptions:
     """What every command takes.
 
     Attributes:
-        compile_cache: Keep compiled programs, 2 GiB at most, in `~/.cache/search-r3`, where the next call
-            finds them.
+        compile_cache: Keep compiled programs where the next call finds them: in `~/.cache/search-r3`,
+            2 GiB at most; on a TPU, training keeps them in its run folder.
         debug: On an error, show the traceback.
     """
 

@@ -206,7 +206,7 @@ class Rl:
 
 @dataclass(frozen=True, kw_only=True)
 class Indexer:
-    """Build the index of a run of stage 2: encode its corpus with each new checkpoint, publish a version.
+    """Build the index of a run of stage 2: encode its corpus with the newest checkpoint, publish, repeat.
 
     `rl` starts it unless given `--index.no-local`.
 

@@ -43,7 +43,7 @@ class DataConfig:
     """Which data sets to train on and to evaluate on during training.
 
     Attributes:
-        sets: Required. Folders of data sets: built by `data build`, or in BEIR's layout. Stage 2 takes one.
+        sets: Required. Folders of data sets: built by `data build`, or in BEIR's layout.
         weights: Each set's share of the training pairs. Empty: in proportion to their number of pairs.
         batches: Stage 1: `mixed` draws every pair from any set; `one_set` draws all pairs of a step from one
             set, whose documents are harder negatives for each other.

@@ -13,31 +13,32 @@ class IndexConfig:
     """The index that stage 2 searches, and the indexer that rebuilds it.
 
     Attributes:
-        kind: `scann`; `exact`; `device`: every vector is compared, on the trainer's devices, over which they
-            are spread; on TPUs approximately, unless recall_gate is 1; or `auto`: ScaNN where it is
-            installed, else exact search.
+        kind: `scann`: ScaNN. `exact`: exact search. `device`: all vectors are spread over the trainer's
+            devices and compared there, on TPUs approximately unless recall_gate is 1. `auto`: ScaNN where it
+            is installed, else exact search.
         source: Where its vectors come from. `snapshots`: an indexer beside the trainer builds versions from
-            the run's snapshots. `rolling`, with kind `device`: before each step the trainer encodes
-            documents_per_step of the corpus with the current parameters, and replaces them in the index. With
-            source `trainer` it encodes them with its newest snapshot, and the indexer, a process that needs
-            no accelerator, builds versions from the vectors.
+            the run's snapshots. `trainer`: before each step the trainer encodes documents_per_step documents
+            with its newest snapshot, and an indexer that needs no accelerator builds versions from the
+            vectors. `rolling`, with kind `device`: before each step the trainer encodes documents_per_step
+            documents with the current parameters and replaces their vectors in the index.
         documents_per_step: With source `rolling` or `trainer`: documents to encode a step. The whole corpus
             takes N / documents_per_step steps.
         scoring: Which vectors rank the candidates. `fresh`: re-encode them with the current parameters, up to
-            refresh_budget documents a step; the rest keep the index's. `stale`: the index's
-            own. `consistent_stale`: those, and queries embedded with the index's checkpoint too.
+            refresh_budget documents a step; the rest keep the index's. `stale`: the index's own.
+            They also rank under `consistent_stale`, which embeds the replies too with the index's checkpoint.
         candidates: Candidates per query that the index proposes, beside the relevant documents.
         neighbours: For each candidate, add this many of its nearest documents as candidates.
-        refresh_budget: Documents to re-encode per step, at most.
-        overlay_max_age_steps: Steps for which a re-encoded vector is used in place of the index's.
+        refresh_budget: Documents to re-encode per step, at most. 0: the index alone ranks.
+        overlay_max_age_steps: Steps for which a re-encoded vector is used in place of the index's. 0: only in
+            its own step.
         drift_every: Steps between drift measurements on a fixed part of the corpus. Where it has drifted, a
             checkpoint is saved. 0 never measures.
-        drift_documents: Documents in that part.
+        drift_documents: Documents that a drift measurement encodes.
         drift_cosine: Mean cosine to the last checkpoint's vectors below which it has drifted.
         drift_overlap: Share of a document's ten nearest that are unchanged, below which it has drifted.
         max_index_age_steps: Age in steps above which the index is stale. 0: no limit.
-        on_stale_index: What to do with an index older than that: `wait` for a newer one, `warn`, or save
-            and `stop`.
+        on_stale_index: What to do with an index older than max_index_age_steps: `wait` for a newer
+            one, `warn`, or save and `stop`.
         parts: Parts of ScaNN, each over its share of the rows. Several processes load and search a share of
             the parts each, for a corpus beyond one host's memory.
         recall_gate: Smallest recall@10 against exact search at which a version is published. With

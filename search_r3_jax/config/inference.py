@@ -13,7 +13,7 @@ class InferenceConfig:
     """Precision and devices of a model that is used and not trained.
 
     Attributes:
-        param_dtype: Precision of the model's matrices in memory. bfloat16 halves it.
+        param_dtype: Precision of the model's matrices in memory. bfloat16 halves their size.
         compute_dtype: Precision of activations.
         mesh: Devices that share the weights and the texts; by default all that there are.
     """

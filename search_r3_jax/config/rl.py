@@ -106,24 +106,26 @@ class RlConfig:
         global_queries: Queries per step, over all devices; each gets `group_size` replies.
         micro_queries: Queries whose replies' activations are in memory at a time. 0: all at once.
         group_size: Replies sampled per query (G).
-        min_tokens: A reply of fewer tokens, closing included, is invalid. Keeps a policy from learning first
-            of all to write nothing.
+        min_tokens: A reply of fewer tokens, closing included, is invalid. 0: off; a policy then soon learns
+            to write nothing.
         variant: How tokens are weighted. `grpo`: mean per reply. `dr_grpo`: sum over tokens, divided by
             replies × `max_think_tokens`. `dapo`: mean over the batch's tokens. `gspo`: one ratio per reply;
             use clips of about 3e-4.
-        clip_low: The ratio is clipped below at 1 − clip_low.
-        clip_high: The ratio is clipped above at 1 + clip_high. More than clip_low is clip-higher (DAPO).
+        clip_low: The ratio of a token's probability to that before the step's first update is clipped below
+            at 1 − clip_low.
+        clip_high: That ratio is clipped above at 1 + clip_high. More than clip_low is clip-higher (DAPO).
         beta: Weight of the KL to the model that stage 2 started from. 0 never runs that model.
         kl_estimator: `k3` is never negative and has low variance; `k2` has the gradient of the KL; `k1` is
             unbiased, but its gradient is zero on average.
         scale_rewards: Divide advantages by the standard deviation of their `group` or of the `batch`; `none`:
             do not divide.
-        inner_epochs: Updates on the same rollout. The ratio is to the policy before the first.
+        inner_epochs: Updates on the same rollout.
         importance_cap: Weight tokens by trainer probability / sampler probability, up to this. 0: off.
         off_policy_steps: 1: sample a step's replies while the step before is rewarded and updated, with the
-            parameters that it began with. Needs importance_cap. 0: on policy.
+            parameters from before that update. Needs importance_cap. 0: on policy.
         eval_every: Steps between evaluations on the development queries, direct and reasoned. 0 never.
-        save_every: Steps between checkpoints. The indexer builds an index of each. Evaluations save too.
+        save_every: Steps between checkpoints. The indexer builds its next version from the newest one.
+            Evaluations save too.
         keep: Newest checkpoints to keep. The best one is kept as well.
         keep_every: Also keep checkpoints at multiples of this many steps. 0 keeps none for that.
         sample_every: Write one in this many rollouts to `samples.jsonl`.

@@ -23,8 +23,8 @@ class RunConfig:
     """One experiment: everything that decides what a run computes.
 
     Attributes:
-        model: Model to start from: a Hugging Face folder, a GGUF file, `smollm2` (SmolLM2-135M-Instruct, as
-            installed), or a run folder (stage 2 mostly starts from a run of stage 1).
+        model: Model to start from: a Hugging Face folder or id, a GGUF file, `smollm2`
+            (SmolLM2-135M-Instruct, as installed), or a run folder.
         start_step: Where the model is a run: which checkpoint, a step or `best`. None: the newest.
         seed: Seed of batches, dropout and sampling.
         compute_dtype: Precision of the forward and backward pass. Parameters stay float32.

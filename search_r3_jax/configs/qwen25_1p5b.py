@@ -2,7 +2,8 @@
 queries in parts.
 
 search-r3 sft --config qwen25_1p5b --run SHARED/runs/sft --data.sets DATA/…
-search-r3 rl --config qwen25_1p5b --run SHARED/runs/rl --model SHARED/runs/sft --data.sets DATA/…
+search-r3 rl --config qwen25_1p5b --run SHARED/runs/rl --model SHARED/runs/sft --start-step best \\
+    --data.sets DATA/… --rl.min-tokens 12
 """
 
 from search_r3_jax.config import (

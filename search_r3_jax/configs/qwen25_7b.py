@@ -2,7 +2,8 @@
 of 128 queries in parts.
 
 search-r3 sft --config qwen25_7b --run SHARED/runs/sft --data.sets DATA/…
-search-r3 rl --config qwen25_7b --run SHARED/runs/rl --model SHARED/runs/sft --data.sets DATA/…
+search-r3 rl --config qwen25_7b --run SHARED/runs/rl --model SHARED/runs/sft --start-step best \\
+    --data.sets DATA/… --rl.min-tokens 12
 """
 
 import dataclasses

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from search_r3_jax.errors import UserError
+from search_r3_jax.errors import TransientError, UserError
 from search_r3_jax.extras import require
+from search_r3_jax.hub.reaching import unanswered
 from search_r3_jax.lines import MAX_LINE_BYTES, LineError, Problems, parse_object, read_lines, shown
 
 SEPARATORS = (",", ";", "\t", "|")
@@ -253,6 +254,11 @@ def _load_parts(source: Path) -> dict[str | None, Any]:
         if source.is_dir():
             raise UserError(
                 f"{source}: cannot be read by datasets ({_one_line(error)}); save it again"
+            ) from None
+        reason = unanswered(error)
+        if reason is not None:
+            raise TransientError(
+                f"--input: {source}: no such file, and {reason}; check the network, or the name"
             ) from None
         raise UserError(
             f"--input: {source}: no such file, and no data set of the Hugging Face hub can be read "

@@ -16,10 +16,10 @@ class Cluster:
     """The processes that train together.
 
     Attributes:
-        coordinator: `host:port` where process 0 listens. Empty: detected (SLURM, TPU metadata), or not
-            needed.
-        processes: Number of processes. 0: detected.
-        process: Index of this process, from 0. -1: detected.
+        coordinator: `host:port` where process 0 listens. Empty: that of SEARCH_R3_COORDINATOR, or detected
+            (SLURM, TPU metadata), or not needed.
+        processes: Number of processes. 0: that of SEARCH_R3_PROCESSES, or detected.
+        process: Index of this process, from 0. -1: that of SEARCH_R3_PROCESS, or detected.
     """
 
     coordinator: str = ""

@@ -22,11 +22,12 @@ from rich.text import Text
 from search_r3_jax.console import TextConsole
 from search_r3_jax.data.collection import Collection
 from search_r3_jax.data.dataset import ordered_queries_hash
-from search_r3_jax.errors import UserError
+from search_r3_jax.errors import TransientError, UserError
 from search_r3_jax.evaluation.mteb_encoder import MtebEncoder
 from search_r3_jax.evaluation.report import check_evaluation, open_collection
 from search_r3_jax.evaluation.settings import MtebSettings
 from search_r3_jax.files import digest_of
+from search_r3_jax.hub.reaching import unanswered
 from search_r3_jax.outputs import check_output_folder
 
 # Of the hash in a task's name.
@@ -164,17 +165,26 @@ class _Results(mteb.ResultCache):
 
 
 def _evaluate(encoder: Any, task: Any, cache: mteb.ResultCache) -> Any:
-    """The result of a task, from the cache where it is that of the same data."""
+    """The result of a task, from the cache where it is that of the same data.
+
+    Raises TransientError where its data are of a hub that does not answer.
+    """
     kept = cache.load_task_result(task.metadata.name, encoder.mteb_model_meta)
     same = kept is None or kept.dataset_revision == task.metadata.revision
-    # MTEB itself takes complete results of any revision of the data.
-    return mteb.evaluate(
-        encoder,
-        task,
-        cache=cache,
-        co2_tracker=False,
-        overwrite_strategy="only-missing" if same else "always",
-    )
+    try:
+        # MTEB itself takes complete results of any revision of the data.
+        return mteb.evaluate(
+            encoder,
+            task,
+            cache=cache,
+            co2_tracker=False,
+            overwrite_strategy="only-missing" if same else "always",
+        )
+    except Exception as error:
+        reason = unanswered(error)
+        if reason is None:
+            raise
+        raise TransientError(f"--tasks: {task.metadata.name}: {reason}; check the network") from None
 
 
 def _titles(

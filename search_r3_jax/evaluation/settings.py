@@ -14,9 +14,9 @@ class EvalSettings(InferenceConfig):
     """One system on one split of one collection.
 
     Attributes:
-        model: Run folder, Hugging Face folder, GGUF file or `smollm2` (SmolLM2-135M-Instruct, as installed);
-            or a baseline: `bm25` (stemmed words), `bm25-split` (identifiers split, for code), `minilm`
-            (all-MiniLM-L6-v2), `st:FOLDER` (any sentence-transformers model).
+        model: Run folder, Hugging Face folder or id, GGUF file, or `smollm2` (SmolLM2-135M-Instruct, as
+            installed); or a baseline: `bm25` (stemmed words), `bm25-split` (identifiers split, for code), or
+            all-MiniLM-L6-v2 as `minilm`, any sentence-transformers model as `st:FOLDER`.
         data: Built data set or BEIR folder.
         split: Split whose queries are searched.
         mode: `direct`: no thinking. `reason`: the model thinks before it embeds a query. `both`: direct and
@@ -26,24 +26,24 @@ class EvalSettings(InferenceConfig):
         out: JSON file with all numbers and each query's results, for `compare` and `report`. None: print
             only.
         run_file: TREC run file to write; the judgements go beside it as .qrels. Several modes write a file
-            each, with .direct or .reason added. None: no file.
+            each, with the mode added (.direct, .reason, .average). None: no file.
         max_queries: Random queries of the split to search, at most. None: all.
         max_documents: Documents to search: all that are judged, filled up with random others. None: the whole
             corpus.
         ignore_identical_ids: Leave a document out of the results of the query that has its id: MTEB does so
             on ArguAna, Quora and FiQA, where queries stand in the corpus.
-        seed: Seed that draws those queries and documents, and of the bootstrap.
+        seed: Seed that draws queries and documents where there is a limit, and of the bootstrap.
         max_query_tokens: Longest query, in tokens (not for baselines). None: 64.
         max_document_tokens: Longest document, in tokens (not for baselines). None: 256.
         max_think_tokens: Longest reasoning, in tokens; then the embed token is forced. 0 forces it at once.
         vectors: Folder that keeps the vectors of the corpus: for one that memory cannot hold, and to go on
             after an interruption. Only the same model and documents may use it again. None: in memory.
         controls: Also search with another text in place of a query's own reasoning: another query's
-            reasoning, none, the query repeated, random words.
+            reasoning, none, the query repeated, random words. Needs a mode that reasons.
         step: Checkpoint of a run: a step or `best` (on its development queries). None: the newest.
         profile_steps: Passes to trace for xprof, as FIRST:END, counted from 0 over documents and queries; 3:6
             is 3, 4 and 5. A batch of queries that think is one. None: none.
-        profile_folder: Folder for that trace.
+        profile_folder: Folder that profile_steps writes to.
     """
 
     model: str
@@ -80,10 +80,11 @@ class BudgetSettings(InferenceConfig):
     """One model on one split of one collection, at several budgets of thinking.
 
     Attributes:
-        model: Run folder, Hugging Face folder, GGUF file or `smollm2` (SmolLM2-135M-Instruct, as installed).
+        model: Run folder, Hugging Face folder or id, GGUF file, or `smollm2` (SmolLM2-135M-Instruct, as
+            installed).
         data: Built data set or BEIR folder.
         out: JSON file with all numbers and each query's results.
-        picture: PNG file: nDCG@10 over the tokens of a query. None: no file.
+        picture: PNG file to draw: nDCG@10 by the tokens written per query. None: no file.
         budgets: Thinking tokens before the embed token is forced. 0 forces it at once.
         split: Split whose queries are searched.
         index: How to search.
@@ -92,7 +93,7 @@ class BudgetSettings(InferenceConfig):
             corpus.
         ignore_identical_ids: Leave a document out of the results of the query that has its id: MTEB does so
             on ArguAna, Quora and FiQA, where queries stand in the corpus.
-        seed: Seed that draws those queries and documents, and of the bootstrap.
+        seed: Seed that draws queries and documents where there is a limit, and of the bootstrap.
         samples: Samples of the bootstrap.
         max_query_tokens: Longest query, in tokens. None: 64.
         max_document_tokens: Longest document, in tokens. None: 256.

@@ -11,15 +11,13 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
 )
 
-from search_r3_jax.errors import TransientError, UserError, causes_of
+from search_r3_jax.errors import TransientError, UserError
+from search_r3_jax.hub.reaching import unanswered
 from search_r3_jax.hub.safetensors_folder import ADAPTER, read_json
 
 PACKAGED = "smollm2"
-# What the hub answers when it is asked too often, or is ill.
-PASSING = {429, 500, 502, 503, 504}
 EXPORT_MANIFEST = "search_r3.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -119,30 +117,15 @@ def _from_hub(repo: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=_HUB_FILES))
     except Exception as error:
-        reason = " ".join(str(error).split())
-        for cause in causes_of(error):
-            if isinstance(cause, HfHubHTTPError) and cause.response.status_code in PASSING:
-                raise TransientError(
-                    f"model: {repo}: the hub is busy (status {cause.response.status_code}: {reason[:200]})"
-                ) from None
-            # Asked for: it does not pass.
-            if isinstance(cause, OfflineModeIsEnabled):
-                break
-            if _is_of_network(cause):
-                raise TransientError(
-                    f"model: {repo}: no such folder, nor in the local Hugging Face cache, and the hub cannot "
-                    f"be reached ({reason[:200]}); check the network, or the name"
-                ) from None
+        reason = unanswered(error)
+        if reason is not None:
+            raise TransientError(
+                f"model: {repo}: no such folder, nor in the local Hugging Face cache, and {reason}; check "
+                "the network, or the name"
+            ) from None
         if not isinstance(error, (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError)):
             raise
         raise UserError(
             f"model: {repo}: no such folder, and neither in the local Hugging Face cache nor on the hub "
-            f"({reason[:200]}); check the name"
+            f"({' '.join(str(error).split())[:200]}); check the name"
         ) from None
-
-
-def _is_of_network(error: BaseException) -> bool:
-    """Whether a connection failed."""
-    # Of httpx or of httpx2, by the release of huggingface_hub.
-    named = any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
-    return named or isinstance(error, (ConnectionError, TimeoutError))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +18,7 @@ def rollout_health(rollout: Rollout) -> dict[str, float]:
     `valid_rate`, `reply_tokens` (mean length), `distinct_1`, `distinct_2`, `repetition` (all in [0, 1] but
     the length), `entropy` (mean, in nats a token).
     """
-    chosen = [row[sampled].tolist() for row, sampled in zip(rollout.ids, rollout.sampled, strict=True)]
+    chosen = chosen_tokens(rollout)
     return {
         "valid_rate": float(rollout.valid.mean()),
         "reply_tokens": float(rollout.lengths.mean()),
@@ -41,26 +40,54 @@ def require_learning(skipped: int, steps: int, stage: str) -> None:
         )
 
 
-def distinct(replies: Sequence[Sequence[int]], n: int) -> float:
+def chosen_tokens(rollout: Rollout) -> np.ndarray:
+    """The tokens [B,T] int64 that the policy chose, each reply's first in its row, then −1."""
+    rows, places = np.nonzero(rollout.sampled)
+    chosen = np.full(rollout.ids.shape, -1, np.int64)
+    chosen[rows, (np.cumsum(rollout.sampled, axis=1) - 1)[rows, places]] = rollout.ids[rows, places]
+    return chosen
+
+
+def distinct(replies_bt: np.ndarray, n: int) -> float:
     """Share of distinct n-grams among all n-grams of the replies (distinct-n), in [0, 1].
 
-    arXiv 1510.03055; 0 where there are no n-grams.
+    Replies [B,T] int64 end with −1. arXiv 1510.03055; 0 where there are no n-grams.
     """
-    grams = [gram for reply in replies for gram in _ngrams(reply, n)]
-    return len(set(grams)) / len(grams) if grams else 0.0
+    grams = _ngrams(replies_bt, n)
+    grams = grams[grams >= 0]
+    return len(np.unique(grams)) / len(grams) if len(grams) else 0.0
 
 
-def repetition(replies: Sequence[Sequence[int]], n: int) -> float:
+def repetition(replies_bt: np.ndarray, n: int) -> float:
     """Share of repeated n-grams in a reply, in [0, 1], averaged over the replies.
 
-    Replies shorter than n count for nothing; 0 where all are.
+    Replies [B,T] int64 end with −1. Those shorter than n count for nothing; 0 where all are.
     """
-    of_reply = [_ngrams(reply, n) for reply in replies if len(reply) >= n]
-    return float(np.mean([1 - len(set(grams)) / len(grams) for grams in of_reply])) if of_reply else 0.0
+    grams = np.sort(_ngrams(replies_bt, n), axis=1)
+    there = grams >= 0
+    new = there & (np.diff(grams, axis=1, prepend=-1) != 0)
+    counts = there.sum(axis=1)
+    long_enough = counts > 0
+    if not long_enough.any():
+        return 0.0
+    return float(np.mean(1 - new.sum(axis=1)[long_enough] / counts[long_enough]))
 
 
-def _ngrams(reply: Sequence[int], n: int) -> list[tuple[int, ...]]:
-    return [tuple(reply[i : i + n]) for i in range(len(reply) - n + 1)]
+def _ngrams(replies_bt: np.ndarray, n: int) -> np.ndarray:
+    """Numbers [B,T−n+1] int64 of the n-grams, equal where they are; −1 beyond a reply's end."""
+    ends = replies_bt[:, n - 1 :] < 0
+    there = np.zeros(replies_bt.max(initial=0) + 1, bool)
+    there[replies_bt[replies_bt >= 0]] = True
+    # Few of a vocabulary occur in a step: their numbers are small.
+    tokens = (np.cumsum(there) - 1)[replies_bt]
+    kinds = max(int(there.sum()), 1)
+    grams, size = tokens, kinds
+    for k in range(1, n):
+        if size * kinds >= 2**63:
+            found, numbers = np.unique(grams, return_inverse=True)
+            grams, size = numbers.reshape(grams.shape), len(found)
+        grams, size = grams[:, :-1] * kinds + tokens[:, k:], size * kinds
+    return np.where(ends, -1, grams)
 
 
 def effective_rank(vectors_be: np.ndarray) -> float:

@@ -21,7 +21,7 @@ from search_r3_jax.errors import EmbeddingError, StoppedError, TransientError, U
 from search_r3_jax.hub.load_model import LoadedModel
 from search_r3_jax.models.decoder import Decoder
 from search_r3_jax.models.lora import trainable_filter
-from search_r3_jax.retrieval.environment.rewards import check_reward, check_rewards
+from search_r3_jax.retrieval.environment.rewards import check_candidates, check_reward
 from search_r3_jax.retrieval.index.scann import scann_available
 from search_r3_jax.rollout.encoder import Encoder, ReasonedEncoder
 from search_r3_jax.rollout.sampler import RunningRollout, Sampler
@@ -177,12 +177,7 @@ def check_settings(config: RunConfig, collection: Collection) -> None:
     """Raise UserError where the settings are out of range, or do not fit each other or the data."""
     check_ranges(config, "rl")
     rl, index = config.rl, config.index
-    check_rewards(
-        documents=len(collection.documents),
-        candidates=index.candidates,
-        group_size=rl.group_size,
-        scale_rewards=rl.scale_rewards,
-    )
+    check_candidates(documents=len(collection.documents), candidates=index.candidates)
     if rl.micro_queries and rl.global_queries % rl.micro_queries:
         raise UserError(
             f"rl.micro_queries: {rl.micro_queries}: does not divide rl.global_queries {rl.global_queries}; 0 "

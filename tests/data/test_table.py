@@ -18,7 +18,7 @@ from pyarrow import parquet
 
 from search_r3_jax.data.collection import Collection
 from search_r3_jax.data.dataset import load_collection
-from search_r3_jax.errors import UserError
+from search_r3_jax.errors import TransientError, UserError
 
 LION, CAT = "Ein Löwe schnurrt nicht.", 'A cat;\n\npurrs, it "does".'
 JUDGED = {("what purrs", CAT, 2), ("what purrs", LION, 1), ("what purrs", "Dogs bark.", 0)} | {
@@ -216,13 +216,21 @@ def test_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert asked == [("someone/pairs", {"name": "small"})]
     assert (judged(built.collections["train"]), built.collections["train"].name) == (JUDGED, "pairs")
 
-    def refuse(*_: object, **__: object) -> None:
-        raise socket.gaierror("nobody\nanswers")
+    def refusing(error: Exception) -> Callable[..., None]:
+        def refuse(*_: object, **__: object) -> None:
+            raise error
 
-    monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(UserError, match=r"a/b: no such file, and .*nobody answers.*; give a") as caught:
-        build(Path("a/b"), tmp_path / "more")
-    assert "\n" not in str(caught.value)
+        return refuse
+
+    # A hub that does not answer may answer tomorrow; a data set that is not there will not be.
+    for error, kind, message in (
+        (socket.gaierror("nobody\nanswers"), TransientError, r"cannot be reached \(nobody answers\); check"),
+        (ValueError("no\nsuch"), UserError, r"can be read \('no such'\); give a"),
+    ):
+        monkeypatch.setattr(datasets, "load_dataset", refusing(error))
+        with pytest.raises(kind, match=rf"a/b: no such file, and .*{message}") as caught:
+            build(Path("a/b"), tmp_path / "more")
+        assert "\n" not in str(caught.value)
     # A mistyped path is not looked up.
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the hub"))
     (tmp_path / "data").mkdir()

@@ -43,6 +43,12 @@ class Workers:
             program.write_text(f"#!{shutil.which('bash')}\nprintf '%s\\0' \"$@\" >>~/arguments\n{text}\n")
             program.chmod(0o755)
 
+    def stop(self, worker: int) -> subprocess.Popen[bytes]:
+        """What `tpu_vm.sh stop` runs on one of them."""
+        home = self.homes[worker]
+        command = ["bash", "search_r3_jax/launch/tpu_worker.sh", "stop"]
+        return subprocess.Popen(command, cwd=home, env=self.cloud.environment({"HOME": str(home)}))
+
     def states(self, *, until: str = "") -> list[str]:
         """Each worker's state, once `until` is no longer among them."""
         for _ in range(100):
@@ -89,26 +95,40 @@ def test_a_run_that_was_stopped_or_lost_is_not_finished(cloud: StandIns, tmp_pat
         "search-r3: r: stopped and saved at step 7, 1.0 s after the signal; the same command goes on "
         "from there"
     )
-    workers.trains(
-        f"trap 'echo \"{saved}\"; exit 0' TERM; for ((left = 400; left; left--)); do sleep 0.05; done",
-        "kill -9 $PPID",
-    )
+    trains = "touch ~/trains; for ((left = 400; left; left--)); do sleep 0.05; done"
+    workers.trains(f"trap 'echo \"{saved}\"; exit 0' TERM; {trains}", "kill -9 $PPID")
     cloud.run("tpu_vm.sh", "run", *FLAGS, "--", "sft")
-    for _ in range(100):
-        if workers.states() == ["running", "lost"]:
+    for _ in range(200):
+        if (workers.homes[0] / "trains").exists() and workers.states() == ["running", "lost"]:
             break
         time.sleep(0.05)
-    stop = subprocess.run(
-        ["bash", "search_r3_jax/launch/tpu_worker.sh", "stop"],
-        cwd=workers.homes[0],
-        env=cloud.environment({"HOME": str(workers.homes[0])}),
-    )
-    assert stop.returncode == 0
+    assert workers.stop(0).wait(timeout=60) == 0
     assert workers.states(until="running") == ["stopped", "lost"]
     # What an earlier attempt said does not count for the next.
     workers.trains("exit 0")
     cloud.run("tpu_vm.sh", "run", *FLAGS, "--", "sft")
     assert workers.states(until="running") == ["finished", "finished"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a worker is a Linux machine")
+def test_a_run_that_has_just_been_started_can_be_stopped(cloud: StandIns, tmp_path: Path) -> None:
+    workers = Workers(cloud, tmp_path)
+    workers.trains("exit 0")
+    cloud.run("tpu_vm.sh", "run", *FLAGS, "--", "sft")
+    assert workers.states(until="running") == ["finished", "finished"]
+    assert workers.stop(0).wait(timeout=60) == 2
+    # The next run reads its secrets first, here until somebody has written them.
+    secrets = workers.homes[0] / ".search_r3.env"
+    os.mkfifo(secrets)
+    workers.trains("for ((left = 400; left; left--)); do sleep 0.05; done")
+    cloud.run("tpu_vm.sh", "run", *FLAGS, "--", "sft")
+    stop = workers.stop(0)
+    with pytest.raises(subprocess.TimeoutExpired):
+        stop.wait(timeout=0.5)
+    secrets.write_text("NAME=value\n")
+    assert stop.wait(timeout=60) == 0
+    assert workers.stop(1).wait(timeout=60) == 0
+    assert workers.states(until="running") == ["ended 143", "ended 143"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a worker is a Linux machine")

@@ -27,6 +27,14 @@ def random_replies(seed: int) -> list[list[int]]:
     return [generator.integers(0, 6, size=generator.integers(0, 25)).tolist() for _ in range(12)]
 
 
+def padded(replies: list[list[int]]) -> np.ndarray:
+    """[B,T] int64, −1 beyond a reply's end."""
+    rows = np.full((len(replies), max(map(len, replies))), -1, np.int64)
+    for row, reply in zip(rows, replies, strict=True):
+        row[: len(reply)] = reply
+    return rows
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_distinct_and_repetition_equal_a_count_over_pairs_of_places(seed: int) -> None:
     replies = random_replies(seed)
@@ -39,7 +47,7 @@ def test_distinct_and_repetition_equal_a_count_over_pairs_of_places(seed: int) -
         new = [
             all(gram(place) != gram(earlier) for earlier in places[:at]) for at, place in enumerate(places)
         ]
-        assert distinct(replies, n) == pytest.approx(sum(new) / len(places))
+        assert distinct(padded(replies), n) == pytest.approx(sum(new) / len(places))
         shares = []
         for r in range(len(replies)):
             own = [place for place in places if place[0] == r]
@@ -52,18 +60,29 @@ def test_distinct_and_repetition_equal_a_count_over_pairs_of_places(seed: int) -
                         ]
                     )
                 )
-        assert repetition(replies, n) == pytest.approx(np.mean(shares))
+        assert repetition(padded(replies), n) == pytest.approx(np.mean(shares))
 
 
 def test_text_statistics_at_their_ends() -> None:
-    assert distinct([[1, 2, 3, 4]], 2) == 1
-    assert distinct([[7] * 9], 2) == 1 / 8
-    assert distinct([[7] * 9, [7] * 9], 1) == 1 / 18
-    assert distinct([[], [1]], 2) == 0
+    assert distinct(padded([[1, 2, 3, 4]]), 2) == 1
+    assert distinct(padded([[7] * 9]), 2) == 1 / 8
+    assert distinct(padded([[7] * 9, [7] * 9]), 1) == 1 / 18
+    assert distinct(padded([[], [1]]), 2) == 0
     # What another reply says is no repetition.
-    assert repetition([[1, 2, 3, 4, 5]] * 2, 4) == 0
-    assert repetition([[7] * 9, [1]], 4) == pytest.approx(5 / 6)
-    assert repetition([[1], []], 4) == 0
+    assert repetition(padded([[1, 2, 3, 4, 5]] * 2), 4) == 0
+    assert repetition(padded([[7] * 9, [1]]), 4) == pytest.approx(5 / 6)
+    assert repetition(padded([[1], []]), 4) == 0
+
+
+def test_ngrams_of_a_large_vocabulary_are_told_apart() -> None:
+    # 60,000 tokens to the fourth power are beyond 2⁶³.
+    generator = np.random.default_rng(3)
+    replies = generator.permutation(60_000).reshape(600, 100).tolist()
+    replies[1] = replies[0][:50] * 2
+    grams = [tuple(reply[i : i + 4]) for reply in replies for i in range(97)]
+    assert distinct(padded(replies), 4) == pytest.approx(len(set(grams)) / len(grams))
+    own = [tuple(replies[1][i : i + 4]) for i in range(97)]
+    assert repetition(padded(replies), 4) == pytest.approx((1 - len(set(own)) / 97) / 600)
 
 
 def test_effective_rank_equals_scipy_and_counts_equal_directions() -> None:
@@ -111,10 +130,10 @@ def test_health_is_of_what_the_policy_chose() -> None:
     found = rollout_health(rollout_of(chosen, entropies, vectors))
     assert found["valid_rate"] == 0.25
     assert found["reply_tokens"] == pytest.approx(np.mean([len(reply) + 2 for reply in chosen]))
-    assert found["distinct_1"] == distinct(chosen, 1)
+    assert found["distinct_1"] == distinct(padded(chosen), 1)
     pairs = [pair for reply in chosen for pair in pairwise(reply)]
     assert found["distinct_2"] == pytest.approx(len(set(pairs)) / len(pairs))
-    assert found["repetition"] == repetition(chosen, 4)
+    assert found["repetition"] == repetition(padded(chosen), 4)
     own = np.concatenate([entropies[b, : len(reply)] for b, reply in enumerate(chosen)])
     assert found["entropy"] == pytest.approx(own.mean(), rel=1e-6)
 

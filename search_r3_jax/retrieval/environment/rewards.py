@@ -190,16 +190,8 @@ def constant_terms(variances: Mapping[str, float]) -> list[str]:
     return [name for name, variance in variances.items() if variance == 0]
 
 
-def check_rewards(*, documents: int, candidates: int, group_size: int, scale_rewards: str) -> None:
-    """Raise UserError where no step can be taken.
-
-    That is a corpus smaller than the candidates of a query, or a scaled group of one completion.
-    """
-    if scale_rewards != "none" and group_size < 2:
-        raise UserError(
-            "config: rl.group_size: must be at least 2 unless rl.scale_rewards is none; a group of one has "
-            "no deviation"
-        )
+def check_candidates(*, documents: int, candidates: int) -> None:
+    """Raise UserError for a corpus smaller than the candidates of a query."""
     if documents < candidates:
         raise UserError(
             f"config: index.candidates: {candidates} exceeds the {documents} documents of the corpus"

@@ -1,7 +1,6 @@
 """Rewards against an nDCG written out by hand in float64."""
 
 import math
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +11,8 @@ from hypothesis import strategies as st
 from search_r3_jax.config import RewardConfig, RewardVariant
 from search_r3_jax.errors import UserError
 from search_r3_jax.retrieval.environment.rewards import (
+    check_candidates,
     check_reward,
-    check_rewards,
     constant_terms,
     dcg_reward,
     log_rank_reward,
@@ -303,10 +302,7 @@ def test_refuses_what_cannot_be_rewarded() -> None:
 
 
 def test_impossible_sizes_are_refused_in_one_line() -> None:
-    sizes: dict[str, Any] = {"documents": 100, "candidates": 64, "group_size": 8, "scale_rewards": "group"}
-    check_rewards(**sizes)
-    check_rewards(**{**sizes, "group_size": 1, "scale_rewards": "none"})
-    for wrong, field in [({"candidates": 101}, "index.candidates"), ({"group_size": 1}, "rl.group_size")]:
-        with pytest.raises(UserError, match=field) as error:
-            check_rewards(**{**sizes, **wrong})
-        assert "\n" not in str(error.value)
+    check_candidates(documents=100, candidates=100)
+    with pytest.raises(UserError, match=r"index\.candidates: 101") as error:
+        check_candidates(documents=100, candidates=101)
+    assert "\n" not in str(error.value)
