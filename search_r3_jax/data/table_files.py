@@ -257,9 +257,7 @@ def _load_parts(source: Path) -> dict[str | None, Any]:
             ) from None
         reason = unanswered(error)
         if reason is not None:
-            raise TransientError(
-                f"--input: {source}: no such file, and {reason}; check the network, or the name"
-            ) from None
+            raise TransientError(f"--input: {source}: {reason}") from None
         raise UserError(
             f"--input: {source}: no such file, and no data set of the Hugging Face hub can be read "
             f"({_one_line(error)}); {_WANTED}"

@@ -184,7 +184,7 @@ def _evaluate(encoder: Any, task: Any, cache: mteb.ResultCache) -> Any:
         reason = unanswered(error)
         if reason is None:
             raise
-        raise TransientError(f"--tasks: {task.metadata.name}: {reason}; check the network") from None
+        raise TransientError(f"--tasks: {task.metadata.name}: {reason}") from None
 
 
 def _titles(

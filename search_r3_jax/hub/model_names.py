@@ -119,10 +119,7 @@ def _from_hub(repo: str, revision: str | None) -> Path:
     except Exception as error:
         reason = unanswered(error)
         if reason is not None:
-            raise TransientError(
-                f"model: {repo}: no such folder, nor in the local Hugging Face cache, and {reason}; check "
-                "the network, or the name"
-            ) from None
+            raise TransientError(f"model: {repo}: {reason}") from None
         if not isinstance(error, (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError)):
             raise
         raise UserError(

@@ -24,7 +24,10 @@ def unanswered(error: BaseException) -> str | None:
         if isinstance(cause, OfflineModeIsEnabled):
             return None
         if _is_of_network(cause):
-            return f"the hub cannot be reached ({_one_line(error)})"
+            return (
+                "no such folder, nor in the local Hugging Face cache, and the hub cannot be reached "
+                f"({_one_line(error)}); check the network, or the name"
+            )
     return None
 
 

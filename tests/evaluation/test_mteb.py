@@ -21,7 +21,7 @@ from sentence_transformers import SentenceTransformer
 from search_r3_jax import Embedder
 from search_r3_jax.data.collection import Collection, Document
 from search_r3_jax.data.dataset import build_dataset, load_collection
-from search_r3_jax.errors import UserError
+from search_r3_jax.errors import TransientError, UserError
 from search_r3_jax.evaluation.evaluate import EmbeddedQueries, exact_index, search_result
 from search_r3_jax.evaluation.mteb_encoder import MtebEncoder, mteb_name
 from search_r3_jax.evaluation.mteb_run import collection_task, run_mteb
@@ -399,3 +399,14 @@ def test_mistakes_are_one_line(export: Path, words: Path, tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"--out: .*file: is a file; name a folder"):
         run_mteb(MtebSettings(model=str(export), data=(words,), out=tmp_path / "file"))
     assert sorted(each.name for each in tmp_path.iterdir()) == ["file"]
+
+
+def test_a_hub_that_does_not_answer_may_answer_tomorrow(
+    export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ConnectionError("nobody\nanswers")
+
+    monkeypatch.setattr(mteb, "evaluate", refuse)
+    with pytest.raises(TransientError, match=r"--tasks: NFCorpus: .*cannot be reached \(nobody answers\)"):
+        run_mteb(MtebSettings(model=str(export), tasks=("NFCorpus",), out=tmp_path))
