@@ -30,11 +30,12 @@ from search_r3_jax.pace import Pace
 
 PLAIN_LINE_SECONDS = 10.0
 LOGGER = logging.getLogger("search_r3_jax")
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+# Also what breaks lines (2028, 2029) or turns their direction round (202a to 202e, 2066 to 2069).
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 
 
 def printable(text: str) -> str:
-    """Replace controls, but line ends and tabs, and what UTF-8 cannot hold by U+FFFD."""
+    """Replace controls, but line feeds and tabs, and what UTF-8 cannot hold by U+FFFD."""
     return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 

@@ -14,8 +14,8 @@ from rich.text import Text
 
 from search_r3_jax.console import TextConsole, prepare_streams, print_line, printable, show_log
 
-HOSTILE = "a\x1b[2J\x1b]0;title\x07b\x9bc\rd\x7f"
-HARMLESS = "a\ufffd[2J\ufffd]0;title\ufffdb\ufffdc\ufffdd\ufffd"
+HOSTILE = "a\x1b[2J\x1b]0;title\x07b\x9bc\rd\x7fe\u202ef\u2066"
+HARMLESS = "a\ufffd[2J\ufffd]0;title\ufffdb\ufffdc\ufffdd\ufffde\ufffdf\ufffd"
 
 
 def controls(text: str) -> set[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from search_r3_jax.commands.vector_files import Texts
-    from search_r3_jax.embedder import Embedder
+    from search_r3_jax.embedder import Embedder, Thought
     from search_r3_jax.hub.load_model import LoadedModel
 
 
@@ -164,6 +165,7 @@ class Embed(InferenceConfig):
             check_output_folder,
             check_outputs,
             message_stream,
+            write_all,
             write_result,
         )
         from search_r3_jax.profiling import ENCODE, trace_steps
@@ -185,9 +187,12 @@ class Embed(InferenceConfig):
         say = partial(print_line, stream=message_stream(self.out))
         started = time.perf_counter()
         with trace_steps(ENCODE, steps, self.profile_folder, say=say):
-            vectors = self._vectors(embedder, listed)
+            vectors, thoughts = self._vectors(embedder, listed)
         seconds = time.perf_counter() - started
-        write_result("--out", self.out, lambda file: write(file, vectors))
+        write_all(
+            lambda: self._write_thoughts(listed, thoughts),
+            lambda: write_result("--out", self.out, lambda file: write(file, vectors)),
+        )
         rate = rate_text(embedder.encoding_rate())
         say(
             f"{self.out}: {len(listed.texts)} {self.kind} vectors of "
@@ -195,36 +200,42 @@ class Embed(InferenceConfig):
             + (f" ({rate})" if rate else "")
         )
 
-    def _vectors(self, embedder: Embedder, listed: Texts) -> np.ndarray:
-        """The vectors [N,E] of the texts; what was thought is written where that is asked for."""
+    def _vectors(self, embedder: Embedder, listed: Texts) -> tuple[np.ndarray, Sequence[Thought]]:
+        """The vectors [N,E] of the texts, and what was thought, in mode reason."""
         if self.vectors is not None:
             from search_r3_jax.commands.vector_files import kept_vectors
 
             kept = kept_vectors(embedder, listed, self.kind, self.vectors, self.compute_dtype)
-            return embedder.finished(
+            vectors = embedder.finished(
                 kept, listed.texts, truncate_dim=self.truncate_dim, precision=self.precision
             )
+            return vectors, ()
         if self.mode == "direct":
-            return embedder.encode(
+            vectors = embedder.encode(
                 listed.texts,
                 kind=self.kind,
                 truncate_dim=self.truncate_dim,
                 precision=self.precision,
                 progress=True,
             )
+            return vectors, ()
         thoughts = embedder.think(listed.texts, progress=True)
-        if self.thoughts is not None:
-            from search_r3_jax.files import write_json_lines
-            from search_r3_jax.outputs import write_result
-
-            records = [
-                {"id": name, "text": text, "thought": each.text, "valid": each.valid, "tokens": each.tokens}
-                for name, text, each in zip(listed.ids, listed.texts, thoughts, strict=True)
-            ]
-            write_result("--thoughts", self.thoughts, lambda file: write_json_lines(file, records))
-        return embedder.vectors_of(
+        vectors = embedder.vectors_of(
             thoughts, listed.texts, truncate_dim=self.truncate_dim, precision=self.precision
         )
+        return vectors, thoughts
+
+    def _write_thoughts(self, listed: Texts, thoughts: Sequence[Thought]) -> None:
+        if self.thoughts is None:
+            return
+        from search_r3_jax.files import write_json_lines
+        from search_r3_jax.outputs import write_result
+
+        records = [
+            {"id": name, "text": text, "thought": each.text, "valid": each.valid, "tokens": each.tokens}
+            for name, text, each in zip(listed.ids, listed.texts, thoughts, strict=True)
+        ]
+        write_result("--thoughts", self.thoughts, lambda file: write_json_lines(file, records))
 
     def _profiled_passes(self, texts: int) -> range | None:
         """The passes to trace; raises UserError for a mistake in the options, or where there are fewer."""

@@ -55,12 +55,15 @@ def read_texts(source: Path, kind: Kind, split: str | None = None) -> Texts:
         return _texts_of_splits(source, kind, split)
     if split is not None:
         raise UserError(f"--split: {source} has no splits; leave it out, or give a data set")
-    if source.suffix.lower() in (".csv", ".tsv", ".parquet"):
+    suffix = Path(source.name.lower().removesuffix(".gz")).suffix
+    if suffix in (".csv", ".tsv", ".parquet"):
         raise UserError(
             f"--input: {source}: is a table; give a .jsonl, or a text a line (`data build` makes a data set "
             "of a table)"
         )
-    is_json = source.name.lower().removesuffix(".gz").endswith(".jsonl")
+    if suffix in (".json", ".ndjson"):
+        raise UserError(f"--input: {source}: is JSON; name it .jsonl, with an object a line")
+    is_json = suffix == ".jsonl"
     problems = Problems()
     if source == STANDARD_INPUT and sys.stdin is None:
         raise UserError("--input: -: standard input is closed; give it something to read, or name a file")

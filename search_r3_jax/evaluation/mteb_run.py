@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import tempfile
 from collections import Counter
@@ -15,6 +16,8 @@ from datasets import Dataset
 from mteb.abstasks import AbsTaskRetrieval
 from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
 from mteb.abstasks.task_metadata import TaskMetadata
+from mteb.models.model_meta import ModelMeta
+from mteb.results.task_result import TaskResult
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
@@ -39,6 +42,8 @@ SCORES = {
     "MRR@10": "mrr_at_10",
     "main score": "main_score",
 }
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +174,7 @@ def _evaluate(encoder: Any, task: Any, cache: mteb.ResultCache) -> Any:
 
     Raises TransientError where its data are of a hub that does not answer.
     """
-    kept = cache.load_task_result(task.metadata.name, encoder.mteb_model_meta)
+    kept = _kept(cache, task, encoder.mteb_model_meta)
     same = kept is None or kept.dataset_revision == task.metadata.revision
     try:
         # MTEB itself takes complete results of any revision of the data.
@@ -185,6 +190,18 @@ def _evaluate(encoder: Any, task: Any, cache: mteb.ResultCache) -> Any:
         if reason is None:
             raise
         raise TransientError(f"--tasks: {task.metadata.name}: {reason}") from None
+
+
+def _kept(cache: mteb.ResultCache, task: Any, meta: ModelMeta) -> TaskResult | None:
+    """The result of a task that is in the cache; a damaged one is put aside."""
+    try:
+        return cache.load_task_result(task.metadata.name, meta)
+    # What MTEB raises for a file that is not one of its own.
+    except (ValueError, LookupError, TypeError, AttributeError):
+        file = cache.get_task_result_path(task.metadata.name, meta)
+        file.replace(f"{file}.damaged")
+        logger.warning("%s: is damaged; put aside as .damaged, the task runs again", file)
+        return None
 
 
 def _titles(

@@ -36,9 +36,11 @@ class PieceTokenizer:
     SentencePiece puts before strings (`▁`).
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, ends: Collection[int] = ()):
+        """Added tokens among `ends`, which end a turn, are control tokens too, whatever their names."""
         self._tokenizer = tokenizer
-        self._controls = control_tokens(tokenizer)
+        added = tokenizer.added_tokens_decoder
+        self._controls = control_tokens(tokenizer) | {added[i].content: i for i in ends if i in added}
         # Unknown characters give this id, whatever the text.
         self._forbidden = frozenset(
             token for token in self._controls.values() if token != tokenizer.unk_token_id

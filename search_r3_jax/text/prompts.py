@@ -26,7 +26,8 @@ REASON_SYSTEM = (
 )
 CLOSING_WORDS = "The embedding is"
 CLOSING = f"{CLOSING_WORDS} {EMBED_TOKEN}"
-_SLOT = "\ufffctext\ufffc"
+# Two texts that have nothing in common but what marks their place.
+_SLOTS = ("\ufffctext\ufffc", "\ufffcWhy 7 < 8?\nBecause.\ufffc")
 # As Python prints what has no text of its own.
 _ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-f]+>")
 # Chat templates may ask for the day. A prompt must be the same for ever: where a template has no date of its
@@ -38,7 +39,9 @@ _FIXED = {
     **{"%b": "Jul", "%B": "July", "%h": "Jul", "%m": "07", "%-m": "7", "%y": "24", "%Y": "2024"},
     **{"%H": "00", "%I": "12", "%p": "AM", "%M": "00", "%S": "00", "%f": "000000", "%z": "", "%Z": ""},
     **{"%F": "2024-07-26", "%T": "00:00:00", "%D": "07/26/24", "%x": "07/26/24", "%X": "00:00:00"},
-    **{"%c": "Fri Jul 26 00:00:00 2024", "%s": "1721952000"},
+    **{"%c": "Fri Jul 26 00:00:00 2024", "%s": "1721952000", "%R": "00:00", "%r": "12:00:00 AM"},
+    **{"%-H": "0", "%-I": "12", "%-M": "0", "%-S": "0", "%k": " 0", "%l": "12", "%P": "am", "%C": "20"},
+    **{"%U": "29", "%W": "30", "%V": "30", "%G": "2024", "%g": "24", "%n": "\\n", "%t": "\\t"},
 }
 _FIXED_CLOCK = (
     "{% macro strftime_now(format) %}{{ format"
@@ -111,25 +114,36 @@ def render_prompts(tokenizer: PreTrainedTokenizerBase) -> Prompts:
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, system: str) -> PromptText:
-    if tokenizer.chat_template:
-        rendered = _from_template(tokenizer, system)
-    else:
-        rendered = f"{_first_token(tokenizer)}{system}\n\n{_SLOT}\n\n"
-    if rendered.count(_SLOT) != 1:
+    if not tokenizer.chat_template:
+        return PromptText(f"{_first_token(tokenizer)}{system}\n\n", "\n\n")
+    prompts = set[PromptText]()
+    for slot in _SLOTS:
+        rendered = _from_template(tokenizer, system, slot)
+        if rendered.count(slot) != 1:
+            raise UserError(
+                "tokenizer: chat_template: does not repeat the user's text once and unchanged; mend the "
+                "template"
+            )
+        _refuse_addresses(rendered)
+        prompts.add(PromptText(*rendered.split(slot)))
+    if len(prompts) > 1:
         raise UserError(
-            "tokenizer: chat_template: does not repeat the user's text once and unchanged; mend the template"
+            "tokenizer: chat_template: writes other words around another user's text; mend the template"
         )
+    return prompts.pop()
+
+
+def _refuse_addresses(rendered: str) -> None:
+    """Raise UserError for a prompt that holds an object's address."""
     if found := _ADDRESS.search(rendered):
         raise UserError(
             f"tokenizer: chat_template: prints an object ({found[0]}), and so another prompt in each "
             "process; mend the template"
         )
-    before, after = rendered.split(_SLOT)
-    return PromptText(before, after)
 
 
-def _from_template(tokenizer: PreTrainedTokenizerBase, system: str) -> str:
-    messages = [{"role": "system", "content": system}, {"role": "user", "content": _SLOT}]
+def _from_template(tokenizer: PreTrainedTokenizerBase, system: str, text: str) -> str:
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": text}]
 
     def render(clock: str) -> str:
         template = tokenizer.get_chat_template()
@@ -147,8 +161,16 @@ def _from_template(tokenizer: PreTrainedTokenizerBase, system: str) -> str:
             return render(_NO_CLOCK)
         except UndefinedError:
             return render(_FIXED_CLOCK)
-    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
-        reason = " ".join(str(error).split())
+    except (
+        TemplateError,
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        LookupError,
+        RecursionError,
+        MemoryError,
+    ) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
             f"tokenizer: chat_template: fails on a system prompt and a user's text ({reason}); mend the "
             "template"
@@ -209,7 +231,7 @@ class Prompter:
         self.end_ids = tuple(dict.fromkeys([eos_id, *sorted(set(end_ids) - {self.embed_id})]))
         self.control_ids = frozenset([*control_tokens(tokenizer).values(), *self.end_ids, self.embed_id])
         self.prompts = prompts or render_prompts(tokenizer)
-        self._pieces = PieceTokenizer(tokenizer)
+        self._pieces = PieceTokenizer(tokenizer, self.end_ids)
         before, after = self.prompts.direct
         # A word keeps the space before it: most vocabularies have the two as one token.
         self._lead = " " if before.endswith(" ") else ""

@@ -140,6 +140,22 @@ def test_embed_writes_ids_and_thoughts(tiny_folders: dict[str, Path], tmp_path: 
     ]
 
 
+def test_vectors_are_written_where_thoughts_cannot_be(
+    tiny_folders: dict[str, Path], tmp_path: Path, beir: Path
+) -> None:
+    command = Embed(
+        model=str(tiny_folders["llama"]),
+        input=beir,
+        mode="reason",
+        max_think_tokens=4,
+        out=tmp_path / "out.npz",
+        thoughts=Path("/dev/full"),
+    )
+    with pytest.raises(UserError, match="--thoughts: /dev/full: cannot be written"):
+        command.run()
+    assert read_back(tmp_path / "out.npz")[1].shape[0] == len(QUERIES)
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -150,6 +166,8 @@ def test_embed_writes_ids_and_thoughts(tiny_folders: dict[str, Path], tmp_path: 
         ({"precision": "int8"}, "--precision: int8: one text has no range"),
         ({"out": Path("out.csv")}, r"--out: out\.csv: no vectors are written as \.csv"),
         ({"input": Path("faq.csv")}, r"--input: faq\.csv: is a table"),
+        ({"input": Path("faq.TSV.gz")}, r"--input: faq\.TSV\.gz: is a table"),
+        ({"input": Path("faq.json")}, r"--input: faq\.json: is JSON; name it \.jsonl"),
     ],
 )
 def test_mistakes_are_found_before_any_model_is_loaded(

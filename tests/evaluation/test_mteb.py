@@ -410,3 +410,16 @@ def test_a_hub_that_does_not_answer_may_answer_tomorrow(
     monkeypatch.setattr(mteb, "evaluate", refuse)
     with pytest.raises(TransientError, match=r"--tasks: NFCorpus: .*cannot be reached \(nobody answers\)"):
         run_mteb(MtebSettings(model=str(export), tasks=("NFCorpus",), out=tmp_path))
+
+
+def test_a_damaged_result_is_computed_again(
+    export: Path, words: Path, tmp_path: Path, evaluations: list[list[str]]
+) -> None:
+    settings = MtebSettings(model=str(export), data=(words,), out=tmp_path)
+    first = run_mteb(settings)
+    (result,) = (file for file in tmp_path.rglob("*.json") if file.name != "model_meta.json")
+    for damaged in ('{"broken', "{}", "[]"):
+        result.write_text(damaged)
+        assert run_mteb(settings)[0].scores["ndcg_at_10"] == first[0].scores["ndcg_at_10"]
+        assert result.with_name(f"{result.name}.damaged").read_text() == damaged
+    assert len(evaluations) == 8

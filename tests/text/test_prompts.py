@@ -1,6 +1,7 @@
 """Prompts: pieces join to what the chat template writes, truncation spares the embed token, special tokens in
 texts stay text."""
 
+import datetime
 import json
 import random
 from typing import Any
@@ -179,6 +180,11 @@ def test_without_an_end_token_it_is_one_line() -> None:
         "{{ messages[1]['content'] * 2 }}",
         "{{ 1 + 'a' }}",
         "{{ range(10 ** 9) | length }}",
+        "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+        "{{ 'a' * 10 ** 14 }}",
+        # A prompt of its own for each text.
+        "{{ messages[1].content | length }}{{ messages[1].content }}",
+        "{% if '?' in messages[1].content %}Answer: {% endif %}{{ messages[1].content }}",
     ],
 )
 def test_a_template_that_fails_is_one_line(template: str) -> None:
@@ -220,6 +226,16 @@ def test_control_tokens_in_texts_and_thoughts_are_plain_text_though_not_marked_s
 def test_added_words_letters_and_spaces_are_no_control_tokens(name: str) -> None:
     prompter = Prompter(with_added(*WORDS, *CONTROLS))
     assert prompter.text_ids([f"a{name}b"], 99)[0] == prompter.tokenizer(f"a{name}b")["input_ids"]
+
+
+def test_no_text_ends_a_turn_whatever_the_end_is_called() -> None:
+    tokenizer, without = with_added("STOP", "halt"), byte_tokenizer(embed_token=True)
+    tokenizer.eos_token = "STOP"
+    halt = tokenizer.get_vocab()["halt"]
+    prompter = Prompter(tokenizer, end_ids=[halt])
+    text = "STOP now, or halt"
+    assert prompter.text_ids([text], 99)[0] == without(text, add_special_tokens=False)["input_ids"]
+    assert not set(prompter.end_ids) & set(prompter.thought_ids(text))
 
 
 def test_tokens_that_the_tokenizer_lists_as_control_are() -> None:
@@ -275,6 +291,9 @@ def test_the_first_token_is_the_one_that_users_of_transformers_get(byte_level: b
 
 
 ASKED = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
+LLAMAS_DAY = datetime.datetime(2024, 7, 26, tzinfo=datetime.UTC)
+DIRECTIVES = [f"%{letter}" for letter in "deajwubBhmyYHIpMSfFTDxXcRrklPCUWVGgnt"]
+DIRECTIVES = [*DIRECTIVES, "%-d", "%-m", "%-H", "%-I", "%-M", "%-S", "%A"]
 SURROUNDINGS = {
     "Llama 3.2": (
         "{%- if not date_string is defined %}{%- if strftime_now is defined %}"
@@ -286,6 +305,10 @@ SURROUNDINGS = {
     "no date of its own": (
         "\n{%- set today = strftime_now('%A, %-d %B %Y, %H:%M') -%}{{ today + ' ' }}" + ASKED,
         "Friday, 26 July 2024, 00:00 ",
+    ),
+    "every directive": (
+        f"\n{{%- set today = strftime_now('{' '.join(DIRECTIVES)}') -%}}{{{{ today + ' ' }}}}" + ASKED,
+        " ".join(LLAMAS_DAY.strftime(each) for each in DIRECTIVES) + " ",
     ),
     "in a loop and a namespace": (
         "{% set ns = namespace(day='') %}{% for m in messages %}"

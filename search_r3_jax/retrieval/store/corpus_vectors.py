@@ -24,7 +24,7 @@ from search_r3_jax.retrieval.store.vector_files import (
     to_stored,
     write_vectors,
 )
-from search_r3_jax.vectors import require_directions
+from search_r3_jax.vectors import has_direction, require_directions
 
 RECORD, VECTORS = "corpus.json", "vectors.npy"
 SHARD_DOCUMENTS = 2048
@@ -202,7 +202,7 @@ class Shard:
         if not isinstance(stored, np.ndarray) or stored.shape != shape or stored.dtype != stored_dtype(dtype):
             return None
         vectors = from_stored(stored, dtype)
-        return vectors if np.isfinite(vectors).all() else None
+        return vectors if has_direction(vectors).all() else None
 
     def write(self, vectors: np.ndarray, dtype: VectorDtype, ids: Sequence[str]) -> None:
         """Write its vectors [n,E]; raises EmbeddingError naming the first that is not finite or zero."""

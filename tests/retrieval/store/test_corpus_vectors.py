@@ -81,7 +81,7 @@ def test_an_interrupted_call_goes_on_where_it_was(tmp_path: Path) -> None:
     assert [text for call in encode.calls for text in call] == [document.body for document in DOCUMENTS[10:]]
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "pickled", "shape", "dtype", "nan", "gone"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "pickled", "shape", "dtype", "nan", "zeros", "gone"])
 def test_a_damaged_shard_is_encoded_again(tmp_path: Path, damage: str) -> None:
     encode_corpus(Counted(), DOCUMENTS, tmp_path, SETTINGS)
     file = tmp_path / "shard-00001.npy"
@@ -96,6 +96,8 @@ def test_a_damaged_shard_is_encoded_again(tmp_path: Path, damage: str) -> None:
             "shape": shard[:-1],
             "dtype": shard.astype(np.float64),
             "nan": shard * np.nan,
+            # Of one document: no vector is zero.
+            "zeros": np.where(np.arange(len(shard))[:, None] == 2, 0, shard),
         }
         np.save(file, damaged[damage], allow_pickle=True)
     encode = Counted()
