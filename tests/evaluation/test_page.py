@@ -187,7 +187,7 @@ def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
     files.append(write_json(tmp_path / "b.json", budget_record(generator, model=HOSTILE)))
     write_report([run, tmp_path / "other"], files, tmp_path / "report.html")
     page = Page(tmp_path / "report.html")
-    kept = re.sub("[\x00\x1b\ud800]", "\N{REPLACEMENT CHARACTER}", HOSTILE)
+    kept = re.sub("[\x00\x1b\ud800\u202e]", "\N{REPLACEMENT CHARACTER}", HOSTILE)
     assert page.texts["query"] == [kept, kept]
     assert page.texts["reply"][0] == kept
     assert page.texts["reply"][1].startswith(kept + "xxx")
