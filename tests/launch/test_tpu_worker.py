@@ -15,6 +15,9 @@ from helpers.fake_cloud_tools import LAUNCH, StandIns
 from helpers.fake_cloud_tools import ODD_ARGUMENTS as ODD
 from helpers.fake_cloud_tools import TPU_FLAGS as FLAGS
 
+# They use sessions, locks and /proc as only Linux has them.
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a worker is a Linux machine")
+
 
 @pytest.fixture
 def cloud(tmp_path: Path) -> StandIns:
@@ -60,7 +63,6 @@ class Workers:
         return states
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a worker is a Linux machine")
 def test_workers_run_detached_and_tell_how_it_ended(cloud: StandIns, tmp_path: Path) -> None:
     workers = Workers(cloud, tmp_path)
     assert workers.states() == ["idle", "idle"]
@@ -88,7 +90,6 @@ def test_workers_run_detached_and_tell_how_it_ended(cloud: StandIns, tmp_path: P
     assert cloud.run("tpu_vm.sh", "logs", *FLAGS).stdout == "step 1\nall good\n"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a worker is a Linux machine")
 def test_a_run_that_was_stopped_or_lost_is_not_finished(cloud: StandIns, tmp_path: Path) -> None:
     workers = Workers(cloud, tmp_path)
     saved = (
@@ -110,7 +111,6 @@ def test_a_run_that_was_stopped_or_lost_is_not_finished(cloud: StandIns, tmp_pat
     assert workers.states(until="running") == ["finished", "finished"]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a worker is a Linux machine")
 def test_a_run_that_has_just_been_started_can_be_stopped(cloud: StandIns, tmp_path: Path) -> None:
     workers = Workers(cloud, tmp_path)
     workers.trains("exit 0")
@@ -131,7 +131,6 @@ def test_a_run_that_has_just_been_started_can_be_stopped(cloud: StandIns, tmp_pa
     assert workers.states(until="running") == ["ended 143", "ended 143"]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a worker is a Linux machine")
 def test_each_worker_of_an_indexer_is_a_world_of_its_own(cloud: StandIns, tmp_path: Path) -> None:
     workers = Workers(cloud, tmp_path)
     names = (

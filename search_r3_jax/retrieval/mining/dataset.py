@@ -78,19 +78,8 @@ def mine_dataset(
     until it is complete, so that the same command resumes after an interruption. Raises UserError for files
     that cannot be read or written.
     """
-    for option, tokens in (
-        ("--max-query-tokens", max_query_tokens),
-        ("--max-document-tokens", max_document_tokens),
-    ):
-        if tokens < 1:
-            raise UserError(f"{option}: {tokens}: give 1 or more")
-    out = target_of(out)
-    check_output_folder("--out", out.parent)
-    work = out.parent / f".{out.name}.mining"
-    finished = out.is_file() or (out.is_dir() and any(out.iterdir()))
-    # If the vectors are still there, the command was interrupted before it removed them: it may run again.
-    if finished and not work.is_dir():
-        raise UserError(f"--out: {out}: already exists; remove it or choose another")
+    _check_limits(("--max-query-tokens", max_query_tokens), ("--max-document-tokens", max_document_tokens))
+    out, work, finished = _target(out)
     check_model_name(model)
     collections = load_collections(data)
     if split not in collections:
@@ -130,6 +119,28 @@ def mine_dataset(
     mined = {**collections, split: _with_negatives(collection, selection, texts.documents)}
     _write(mined, out, work, finished=finished, name=collection.name, source=source)
     return counts
+
+
+def _check_limits(*limits: tuple[str, int]) -> None:
+    """Raise UserError for a limit of a text below 1."""
+    for option, tokens in limits:
+        if tokens < 1:
+            raise UserError(f"{option}: {tokens}: give 1 or more")
+
+
+def _target(out: Path) -> tuple[Path, Path, bool]:
+    """The folder to write, that of the vectors, and whether the first is finished.
+
+    Raises UserError where it cannot be written, or is not of an interrupted call.
+    """
+    out = target_of(out)
+    check_output_folder("--out", out.parent)
+    work = out.parent / f".{out.name}.mining"
+    finished = out.is_file() or (out.is_dir() and any(out.iterdir()))
+    # If the vectors are still there, the command was interrupted before it removed them: it may run again.
+    if finished and not work.is_dir():
+        raise UserError(f"--out: {out}: already exists; remove it or choose another")
+    return out, work, finished
 
 
 def _write(
